@@ -1,0 +1,266 @@
+"""World Model Self-Distillation in the sandbox world: the whole method on a laptop CPU.
+
+Command:   world-distill quickstart                     (this config, from nothing to the report)
+           world-distill train --config sandbox[:VARIANT] --workdir DIR
+           world-distill ablate                         (all variants, over several seeds)
+Hardware:  2 CPU cores, no accelerator, no network.
+
+Variants, `--config sandbox:VARIANT`:
+  wmsd              on-policy distillation first, then RL (AWM) with the Demonstrator as anchor; the default
+  wmsd_grpo         the same with Flow-GRPO
+  wmsd_no_consistency   the same without the consistency reward
+  beta_X            the same with anchor weight X during RL (beta_0: RL after distillation, without an anchor)
+  on_policy         on-policy distillation alone (Eq. 11)
+  on_policy_reward  on-policy distillation with the distillation reward (Eq. 9) as RL's only reward
+  off_policy        distillation on the Demonstrator's own rollouts (Eq. 3)
+  rl_only           RL from the start, no Demonstrator
+  full_weights      wmsd with full differences from the base in place of LoRA
+  full_kinds        wmsd on all kinds of task (`kinds=full`)
+"""
+
+from ml_collections import ConfigDict
+
+from world_distill.config import UserError, parse_arg
+
+KINDS = {"simple": ("go", "beside"), "full": ("go", "beside", "push", "sequence")}
+VARIANTS = (
+    "wmsd", "wmsd_grpo", "wmsd_no_consistency", "on_policy", "on_policy_reward", "off_policy", "rl_only",
+    "full_weights", "full_kinds",
+)  # fmt: skip
+BETAS = ("beta_0", "beta_0.01", "beta_0.1", "beta_1", "beta_10")
+DISTILL_STEPS = 100  # of the steps, at the start, are distillation alone
+DISTILL_RATE, RL_RATE = 2e-3, 4e-4  # learning rates of the two stages
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config of a variant; see the module's text."""
+    a = parse_arg(arg, variant="wmsd", kinds="simple")
+    c = ConfigDict()
+    c.seed = 0  # of scenes, tasks, rollouts and training
+
+    # The world ------------------------------------------------------------------------------------------------------
+    c.world = ConfigDict()
+    c.world.cells = 5  # lattice places a side
+    c.world.size = 30  # pixels a side
+    c.world.frames = 9  # of a clip, the scene included
+    c.world.agents = (2, 2)  # fewest and most in a scene
+    c.world.rings = (2, 2)  # fewest and most in a scene
+    c.world.crate = 0.35  # share of scenes with a crate to push
+
+    # What the base model is pretrained on ---------------------------------------------------------------------------
+    c.clips = ConfigDict()
+    c.clips.factory = "world_distill.sandbox.factories:random_clips"
+    c.clips.options = ConfigDict()
+    c.clips.options.world = "@world"  # the section above
+    c.clips.options.faults = ConfigDict()
+    c.clips.options.faults.short = 0.45  # share of clips that stop short of what the caption says
+    c.clips.options.faults.short_travel = (0.45, 0.95)  # share of the way that those make
+    c.clips.options.faults.other = 0.08  # share where another agent moves
+    c.clips.options.faults.blink = 0.08  # share where a thing is gone for a frame or two
+    c.clips.options.faults.jump = 0.07  # share where the agent jumps to its end
+    c.clips.options.faults.vanish = 0.05  # share where a thing fades away
+
+    c.pretrain = ConfigDict()
+    c.pretrain.steps = 5_000  # updates
+    c.pretrain.batch = 64  # clips an update
+    c.pretrain.optimizer = "muon"  # follows captions after a third of the steps that AdamW needs
+    c.pretrain.learning_rate = 0.01  # half cosine to 0
+    c.pretrain.warmup = 100  # updates
+    c.pretrain.grad_clip = 1.0  # global norm
+    c.pretrain.shift = 4.0  # of the times; patches of pixels need much noise to be hidden
+    c.pretrain.plain_every = 8  # one clip in so many has an unshifted time
+    c.pretrain.ema_decay = 0.999  # of the weights that are kept
+    c.pretrain.log_every = 100  # updates
+    c.pretrain.save_every = 500  # updates
+
+    # Model ----------------------------------------------------------------------------------------------------------
+    c.model = ConfigDict()
+    c.model.family = "tiny"
+    c.model.size = 30  # pixels a side, as the world's
+    c.model.frames = 9  # as the world's
+    c.model.patch = 5  # pixels a latent cell is wide and high
+    c.model.stride = 4  # frames in a latent frame
+    c.model.width = 96  # hidden width
+    c.model.depth = 4  # blocks
+    c.model.heads = 3  # attention heads
+    c.model.mlp = 3  # MLP width / hidden width
+    c.model.text_width = 64  # of the frozen text encoder's states
+    c.model.remat = False  # recompute activations in the backward pass
+    c.model.unroll = 4  # blocks a turn of the layer scan (all: a quarter faster on a CPU)
+    c.base = ""  # weights of the base model; empty: those that ship with the package
+    c.text_length = 24  # tokens that texts are padded to
+    c.host_devices = 2  # CPU devices to split batches over
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # batch rows; -1 takes the devices that are left
+    c.mesh.fsdp = 1  # weights and rows
+    c.mesh.context = 1  # tokens of one clip
+    c.mesh.tensor = 1  # heads and hidden widths
+
+    # Scenes, tasks and solutions ------------------------------------------------------------------------------------
+    c.scenes = ConfigDict()
+    c.scenes.factory = "world_distill.sandbox.scenes:write_scenes"
+    c.scenes.options = ConfigDict()
+    c.scenes.options.world = "@world"
+    c.scenes.train = 400  # scene images to learn from
+    c.scenes.validation = 64  # to look at while training and tuning
+    c.scenes.test = 128  # for the final table only
+    c.annotator = ConfigDict()
+    c.annotator.factory = "world_distill.sandbox.factories:oracle"
+    c.annotator.options = ConfigDict()
+    c.annotator.options.world = "@world"
+    c.annotator.options.kinds = KINDS[a.kinds]  # of task
+    c.annotator.pairs = 8  # tasks a scene, at most (paper: 8)
+    c.annotator.test_pairs = 2  # tasks a scene in validation and test
+
+    # Executor -------------------------------------------------------------------------------------------------------
+    c.executor = ConfigDict()
+    c.executor.rank = 32  # of the LoRA factors; 0 trains full differences from the base
+    c.executor.alpha = 32.0  # LoRA's product is scaled by alpha / rank
+    c.executor.targets = r"blocks\..*|text_in|text_out"  # layers that LoRA adapts, by their path
+
+    c.sampler = ConfigDict()
+    c.sampler.steps = 6  # of a rollout
+    c.sampler.shift = 4.0  # of the uniform grid of times
+    c.sampler.explicit = ()  # times instead of a shifted grid, noisiest first
+    c.sampler.eta = 0.0  # noise of the SDE steps (Flow-GRPO: 0.7); 0 samples the ODE
+    c.sampler.window = ()  # (start, length) of the steps that stay stochastic; empty: all but the last
+
+    # Experience -----------------------------------------------------------------------------------------------------
+    c.rollout = ConfigDict()
+    c.rollout.tasks = 8  # tasks a step
+    c.rollout.group = 8  # rollouts a task (paper: 24)
+    c.rollout.role = "executor"  # or demonstrator: off-policy distillation
+    c.rollout.weights = ConfigDict()
+    c.rollout.weights.task = 1.0  # lambda_task: was it done
+    c.rollout.weights.agent = 1.0  # lambda_agent: by the one who was to do it
+    c.rollout.weights.consistency = 1.0  # lambda_cons: physically and temporally consistent
+    c.rollout.weights.distill = 0.0  # lambda_distill: Eq. 9
+    c.rollout.clip = 3.0  # log-odds are clipped to +-clip
+    c.rollout.normalise = "none"  # divide each reward by its std over the batch | group | none
+    c.rollout.std = "batch"  # std that advantages are divided by: batch | group | none
+    c.rollout.min_valid = 2  # valid judgments that a group needs
+    c.rollout.negative_scale = 1.0  # factor on negative advantages
+
+    # Objective ------------------------------------------------------------------------------------------------------
+    c.objective = ConfigDict()
+    c.objective.rl = "awm"  # awm | flow_grpo | none
+    c.objective.rl_weight = ((DISTILL_STEPS, 0.0), (DISTILL_STEPS + 1, 1.0))  # (step, value) points
+    c.objective.beta_d = _anchor(0.05)  # weight of the Demonstrator's anchor, by step
+    c.objective.anchor_states = "visited"  # visited | renoised
+    c.objective.anchor_loss = "mse"  # mse | decoupled
+    c.objective.updates = 4  # optimiser updates on one batch of rollouts
+    c.objective.draws = 1  # random times an update
+    c.objective.micro_batch = 0  # rows a forward; 0: all
+    c.objective.skip_first = True  # leave pure noise out of AWM's times
+    c.objective.keep_fraction = 1.0  # part of the grid that AWM's times come from (14 steps: 0.9)
+    c.objective.awm_weighting = "uniform"  # uniform | t | t2 | huber | ghuber
+    c.objective.awm_power = 0.25  # of ghuber
+    c.objective.awm_clip = 0.2  # clip range of the ratio
+    c.objective.awm_temperature = 0.005  # divides the log-ratio, so that the clip engages; scales the RL gradient, too
+    c.objective.awm_old = "start"  # ratio's denominator: current | start | ema
+    c.objective.beta_old = 0.0  # trust region: distance to a fast average of the Executor (AWM: 1)
+    c.objective.old_slope = 0.001  # that average's decay grows by this a step
+    c.objective.old_maximum = 0.3  # up to this
+    c.objective.beta_base = 0.0  # distance to the base given the task
+    c.objective.grpo_clip = 1e-3  # Flow-GRPO's clip range
+    c.objective.grpo_beta = 0.0  # Flow-GRPO's exact KL to the base given the task
+    c.objective.ema_decay = 0.9  # per update, of the weights that are evaluated
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adam"  # adam | adamw | muon
+    c.optimizer.learning_rate = (
+        (0, DISTILL_RATE),
+        (DISTILL_STEPS, DISTILL_RATE),
+        (DISTILL_STEPS + 1, RL_RATE),
+    )  # by step
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.grad_clip = 1.0  # global norm
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+
+    # Judge and benchmark --------------------------------------------------------------------------------------------
+    c.judge = ConfigDict()
+    c.judge.factory = "world_distill.sandbox.factories:oracle"
+    c.judge.options = ConfigDict()
+    c.judge.options.world = "@world"
+    c.judge.rubric = ""  # folder of question files; empty: those that ship with the package
+    c.benchmark = ConfigDict()
+    c.benchmark.factory = "world_distill.sandbox.factories:benchmark"
+    c.benchmark.options = ConfigDict()
+    c.benchmark.options.world = "@world"
+
+    # The run --------------------------------------------------------------------------------------------------------
+    c.data = ""  # folder of encoded records (train, validation, test); empty: WORKDIR/data
+    c.steps = 160  # training steps
+    c.log_every = 10  # steps
+    c.save_every = 20  # steps
+    c.keep = 2  # checkpoints
+    c.evaluate_every = 40  # steps; 0: never
+    c.evaluate_tasks = 64  # validation tasks looked at each time
+    c.evaluate_batch = 64  # clips sampled at once
+
+    c.ablation = ConfigDict()
+    c.ablation.reference = "wmsd"  # every variant gets the compute of this one
+    c.ablation.variants = (*VARIANTS[:-1], *BETAS)  # what `world-distill ablate` trains
+    c.ablation.orderings = ORDERINGS
+    _apply(c, a.variant)
+    return c
+
+
+def _anchor(weight: float) -> tuple[tuple[int, float], ...]:
+    """Full weight while distilling, `weight` during RL."""
+    return ((0, 1.0), (DISTILL_STEPS, 1.0), (DISTILL_STEPS + 1, weight))
+
+
+def _apply(c: ConfigDict, variant: str) -> None:
+    """Changes the config of `wmsd` into a variant's."""
+    distilling = ("on_policy", "on_policy_reward", "off_policy")
+    if variant in distilling:
+        c.objective.beta_d = ((0, 1.0),)
+        c.objective.rl = "none"
+    if variant == "on_policy_reward":
+        c.objective.rl = "awm"
+        c.objective.rl_weight = ((0, 1.0),)
+        c.objective.awm_temperature = 1.0
+        c.rollout.weights = ConfigDict({"task": 0.0, "agent": 0.0, "consistency": 0.0, "distill": 1.0})
+    elif variant == "off_policy":
+        c.rollout.role = "demonstrator"
+    elif variant == "rl_only":
+        c.objective.beta_d = ((0, 0.0),)
+        c.objective.rl_weight = ((0, 1.0),)
+        c.optimizer.learning_rate = ((0, RL_RATE),)
+    elif variant == "wmsd_no_consistency":
+        c.rollout.weights.consistency = 0.0
+    elif variant == "wmsd_grpo":
+        c.objective.rl = "flow_grpo"
+        c.sampler.eta = 0.7
+    elif variant == "full_weights":
+        c.executor.rank = 0
+    elif variant == "full_kinds":
+        c.annotator.options.kinds = KINDS["full"]
+    elif variant.startswith("beta_"):
+        try:
+            c.objective.beta_d = _anchor(float(variant.removeprefix("beta_")))
+        except ValueError as error:
+            raise UserError(f"variant {variant!r}: beta_ is followed by a number") from error
+    elif variant not in VARIANTS:
+        raise UserError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)} and beta_X")
+
+
+# (above, below, metric, what the paper says); names of variants or of the roles that train nothing.
+ORDERINGS = (
+    ("on_policy", "off_policy", "average", "on-policy distillation is above off-policy distillation"),
+    ("on_policy_reward", "on_policy", "average", "the distillation reward adds to the anchor"),
+    ("demonstrator", "on_policy", "average", "distillation alone does not pass the Demonstrator"),
+    ("wmsd", "on_policy", "average", "RL adds to distillation"),
+    ("wmsd", "demonstrator", "task", "WMSD passes the Demonstrator on the task"),
+    ("wmsd", "demonstrator", "consistency", "WMSD passes the Demonstrator on consistency"),
+    ("wmsd", "demonstrator", "average", "WMSD passes the Demonstrator on the average"),
+    ("wmsd", "demonstrator", "all", "WMSD passes the Demonstrator on all three at once"),
+    ("wmsd_grpo", "demonstrator", "average", "with Flow-GRPO, too"),
+    ("wmsd", "rl_only", "average", "RL alone stays below WMSD"),
+    ("wmsd", "beta_0", "average", "RL without the anchor stays below WMSD"),
+    ("wmsd", "beta_10", "average", "too strong an anchor stays below WMSD"),
+    ("wmsd", "wmsd_no_consistency", "consistency", "without the consistency reward the judge is gamed"),
+)

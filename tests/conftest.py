@@ -1,0 +1,24 @@
+"""Every test runs on the CPU, as 8 devices, with the shape types of core and models checked."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Before the first import of JAX, which reads them once. Children of the tests inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+# Many tests compile the same small programs. The cache lives as long as the test run: an entry of another machine may
+# not run on this one.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+import jaxtyping  # noqa: E402
+
+# Not on `structs`: JAX rebuilds its classes with leaves that are no arrays. Needs to come before the first import
+# of either package, which is why nothing of world_distill is imported here.
+jaxtyping.install_import_hook(["world_distill.core", "world_distill.models"], "beartype.beartype")

@@ -1,0 +1,106 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from world_distill.core import metrics
+
+SHAPE = (2, 3, 2, 2, 4)
+PINNED = np.float32([0, 1, 1])
+
+
+def draw(seed, shape=SHAPE):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("mask", [None, PINNED])
+def test_velocity_diagnostics_against_flat_vectors(mask):
+    v, ref = draw(0), draw(1) + 0.5
+    got = metrics.velocity_diagnostics(jnp.asarray(v), jnp.asarray(ref), mask)
+    free = slice(None) if mask is None else mask > 0
+    for i in range(2):
+        a, b = (np.float64(x[i][free]).reshape(-1, 4) for x in (v, ref))
+        cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+        assert got["cosine"][i] == pytest.approx(cosine, rel=1e-5)
+        ratio = np.linalg.norm(a) / np.linalg.norm(b)
+        assert got["norm_ratio"][i] == pytest.approx(ratio, rel=1e-5)
+        # Energy without the channel means, by projection: total minus what is left around them.
+        error = a - b
+        left = ((error - error.mean(0)) ** 2).sum()
+        assert got["dc"][i] == pytest.approx(1 - left / (error**2).sum(), rel=1e-4)
+
+
+def test_a_pure_colour_offset_is_all_dc_and_zeros_give_zeros():
+    v = draw(0)
+    offset = np.broadcast_to(np.float32([1.0, -2.0, 0.5, 0.0]), SHAPE)
+    got = metrics.velocity_diagnostics(jnp.asarray(v), jnp.asarray(v + offset), None)
+    np.testing.assert_allclose(got["dc"], 1, rtol=1e-5)
+    zero = jnp.asarray(np.zeros(SHAPE, np.float32))
+    for value in metrics.velocity_diagnostics(zero, zero, None).values():
+        np.testing.assert_array_equal(value, 0)
+
+
+def test_binned_by_time():
+    t = np.array([0.0, 0.1, 0.25, 0.6, 1.0, 0.75])
+    values = np.array([1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
+    means, counts = metrics.binned_by_time(values, t, [0.0, 0.25, 0.5, 0.55, 1.0])
+    np.testing.assert_allclose(means, [2.0, 5.0, np.nan, 9.0])
+    assert counts.tolist() == [2, 1, 0, 3]
+    edges = np.linspace(0, 1, 8)
+    t, values = np.random.default_rng(0).uniform(size=500), draw(1, 500).astype(np.float64)
+    means, counts = metrics.binned_by_time(values, t, edges)
+    np.testing.assert_allclose(means, scipy.stats.binned_statistic(t, values, bins=edges)[0])
+    np.testing.assert_array_equal(counts, np.histogram(t, edges)[0])
+
+
+@pytest.mark.parametrize("t, edges", [([1.1], [0, 1]), ([0.5], [0, 0]), ([np.nan], [0, 1])])
+def test_binned_by_time_drops_nothing_silently(t, edges):
+    with pytest.raises(ValueError):
+        metrics.binned_by_time(np.ones(1), np.array(t), edges)
+
+
+@pytest.mark.parametrize("successes, n", [(0, 10), (3, 10), (10, 10), (121, 200)])
+def test_wilson_interval_against_scipy(successes, n):
+    z = scipy.stats.norm.ppf(0.975)
+    expected = scipy.stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(metrics.wilson_interval(successes, n, z), (expected.low, expected.high), atol=1e-12)
+
+
+def test_wilson_interval_at_its_borders():
+    assert metrics.wilson_interval(0, 0) == (0.0, 1.0)
+    for successes, n in ((-1, 3), (4, 3)):
+        with pytest.raises(ValueError):
+            metrics.wilson_interval(successes, n)
+
+
+def test_mean_interval_against_scipy():
+    values = draw(0, 50).astype(np.float64)
+    z = scipy.stats.norm.ppf(0.975)
+    mean, low, high = metrics.mean_interval(values, z)
+    expected = scipy.stats.norm.interval(0.95, values.mean(), scipy.stats.sem(values))
+    np.testing.assert_allclose((mean, low, high), (values.mean(), *expected))
+    mean, low, high = metrics.mean_interval(np.array([2.0]))
+    assert mean == 2.0 and np.isnan([low, high]).all()
+    for bad in (np.array([]), np.array([1.0, np.nan])):
+        with pytest.raises(ValueError):
+            metrics.mean_interval(bad)
+
+
+def test_bootstrap_difference_is_paired():
+    """A shared spread far larger than the difference must cancel, as in the normal interval."""
+    noise = 100 * draw(0, 80).astype(np.float64)
+    a, b = noise + 1.0 + draw(1, 80), noise + draw(2, 80)
+    got = metrics.bootstrap_difference(a, b, samples=2000)
+    d = a - b
+    expected = scipy.stats.norm.interval(0.95, d.mean(), scipy.stats.sem(d))
+    np.testing.assert_allclose(got, (d.mean(), *expected), atol=0.05)
+    assert got == metrics.bootstrap_difference(a, b, samples=2000)
+    assert got != metrics.bootstrap_difference(a, b, samples=2000, seed=1)
+    _, low, high = metrics.bootstrap_difference(a, b, samples=2000, level=0.5)
+    assert got[1] < low < high < got[2]
+
+
+@pytest.mark.parametrize("a, b", [([], []), ([1.0, np.inf], [1.0, 1.0])])
+def test_bootstrap_difference_refuses_what_it_cannot_use(a, b):
+    with pytest.raises(ValueError):
+        metrics.bootstrap_difference(np.array(a, float), np.array(b, float))

@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from world_distill.core import flow, times
+
+GRID = flow.sampling_times(14)
+
+
+def draws(function, n=4000):
+    keys = jax.random.split(jax.random.key(0), n)
+    return np.asarray(jax.jit(jax.vmap(function))(keys))
+
+
+def stratified(steps, count, skip_first=True, keep_fraction=0.9):
+    grid = flow.sampling_times(steps)
+    return draws(
+        lambda key: times.stratified_times(key, grid, count, skip_first=skip_first, keep_fraction=keep_fraction)
+    )
+
+
+def test_strata_of_awms_published_setting():
+    """14 steps, 6 strata, no pure noise, 90 %: cuts 1 2 4 6 8 10 12."""
+    indices = stratified(14, 6)
+    assert np.issubdtype(indices.dtype, np.integer) and indices.shape == (4000, 6)
+    cuts = [1, 2, 4, 6, 8, 10, 12]
+    for i in range(6):
+        got, counts = np.unique(indices[:, i], return_counts=True)
+        assert got.tolist() == list(range(cuts[i], cuts[i + 1]))
+        assert scipy.stats.chisquare(counts).pvalue > 1e-3 if len(counts) > 1 else True
+
+
+@pytest.mark.parametrize(
+    "steps, count, skip_first, keep_fraction, reached",
+    [
+        (14, 6, False, 0.9, range(12)),
+        (8, 6, True, 0.9, range(1, 7)),
+        (8, 3, False, 1.0, range(8)),
+        (4, 6, True, 0.9, range(1, 3)),  # fewer indices than strata
+        (50, 7, True, 1.0, range(1, 50)),
+        (100, 1, False, 0.29, range(29)),
+        (2, 4, True, 1.0, range(1, 2)),
+        (1, 2, False, 1.0, range(1)),
+    ],
+)
+def test_every_index_between_the_cuts_is_reached_and_no_other(steps, count, skip_first, keep_fraction, reached):
+    indices = stratified(steps, count, skip_first, keep_fraction)
+    assert np.unique(indices).tolist() == list(reached)
+    assert (np.diff(indices, axis=1) >= 0).all()
+    if len(reached) >= count:
+        assert (np.diff(indices, axis=1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "steps, count, skip_first, keep_fraction",
+    [
+        (1, 2, True, 1.0),
+        (2, 2, True, 0.9),
+        (3, 2, False, 0.1),
+        (8, 0, True, 0.9),
+        (8, 2, True, 0.0),
+        (8, 2, True, 1.1),
+    ],
+)
+def test_an_empty_choice_is_refused(steps, count, skip_first, keep_fraction):
+    with pytest.raises(ValueError):
+        times.stratified_times(
+            jax.random.key(0),
+            flow.sampling_times(steps),
+            count,
+            skip_first=skip_first,
+            keep_fraction=keep_fraction,
+        )
+
+
+def test_draws_repeat_with_their_key_and_differ_between_keys():
+    def draw(seed):
+        return times.logit_normal_times(jax.random.key(seed), 6, 3.0)
+
+    np.testing.assert_array_equal(draw(0), draw(0))
+    assert (np.asarray(draw(0)) != np.asarray(draw(1))).all()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_logit_normal_times_follow_their_law(shift):
+    count = 6
+    t = draws(lambda key: times.logit_normal_times(key, count, shift))
+    assert t.dtype == np.float32 and (t >= 0.01).all() and (t < 1).all()
+    # Undo the shift and the sigmoid: a shifted logit is the logit plus log(shift).
+    normal = np.log(t / (1 - t)).astype(np.float64) - np.log(shift)
+    assert scipy.stats.kstest(normal.ravel(), "norm").pvalue > 1e-3
+    rank = scipy.stats.norm.cdf(normal) * count
+    strata = np.broadcast_to(np.arange(count), t.shape)
+    np.testing.assert_array_equal(np.floor(rank[:, 1:-1]), strata[:, 1:-1])
+    assert (rank[:, 0] <= 1 + 1e-4).all() and (rank[:, -1] >= count - 1 - 1e-4).all()
+
+
+def test_logit_normal_times_have_a_floor():
+    t = draws(lambda key: times.logit_normal_times(key, 2, 0.02))
+    assert t.min() == np.float32(0.01) and t.max() > 0.01
+
+
+@pytest.mark.parametrize("shift, low", [(1.0, 0.2), (3.0, 0.0)])
+def test_uniform_times_follow_their_law(shift, low):
+    count = 4
+    t = draws(lambda key: times.uniform_times(key, count, shift, low)).astype(np.float64)
+    plain = t / (shift - (shift - 1) * t)  # the inverse shift
+    unit = (plain - low) / (1 - low)
+    assert scipy.stats.kstest(unit.ravel(), "uniform").pvalue > 1e-3
+    cell = unit * count - np.arange(count)
+    assert (cell > -1e-5).all() and (cell < 1 + 1e-5).all()
+
+
+@pytest.mark.parametrize("function", [times.logit_normal_times, times.uniform_times])
+def test_no_strata_is_refused(function):
+    with pytest.raises(ValueError):
+        function(jax.random.key(0), 0, 3.0, *([0.2] if function is times.uniform_times else []))
+
+
+def test_indices_pick_times_under_jit():
+    picked = jax.jit(
+        lambda key: jnp.asarray(GRID)[times.stratified_times(key, GRID, 6, skip_first=True, keep_fraction=0.9)]
+    )(jax.random.key(3))
+    assert (np.diff(picked) < 0).all() and set(np.asarray(picked)) <= set(GRID[1:12])

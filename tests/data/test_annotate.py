@@ -1,0 +1,274 @@
+"""Annotation: bad images are named, bad tasks counted, and a restarted job asks nothing twice."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from world_distill.data import annotate
+from world_distill.data.annotate import ImageError, annotate_images, check_pair, read_image
+from world_distill.data.record_types import decode_png
+from world_distill.data.records import AnnotatedRecord, RecordError, RecordReader
+from world_distill.interfaces import TaskPair
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOOD = TaskPair("[Red disc]: Go to the pad.", "The red disc moves right until it lies on the pad.", "red disc", "move")
+
+
+class Writer:
+    """An annotator that answers by the mean of the image, and counts the questions."""
+
+    name = "writer-1"
+
+    def __init__(self, pairs=None, stop_after=None):
+        self.asked, self.pairs, self.stop_after = [], pairs, stop_after
+
+    def annotate(self, image, *, max_pairs, seed):
+        if len(self.asked) == self.stop_after:
+            raise ConnectionError("the server is gone")
+        self.asked.append((image.shape, seed))
+        if self.pairs is not None:
+            return self.pairs
+        n = int(image.mean())
+        return [
+            TaskPair(f"[Fox {n}]: Do {k}.", f"Fox {n} does {k} ({seed}) ü.", f"fox {n}", "k") for k in range(max_pairs)
+        ]
+
+
+def image_file(folder, name, value=10, size=(20, 24), **options):
+    path = folder / name
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
+    return [image_file(tmp_path / "images", f"{i}.png", value=10 * i) for i in range(1, 6)]
+
+
+def run(images, annotator, folder, **changes):
+    return annotate_images(images, annotator, folder, **dict(name="set", max_pairs=2, seed=3) | changes)
+
+
+def test_records_card_and_counts(images, tmp_path):
+    seen = []
+    counts = run(images, Writer(), tmp_path / "out", shards=2, licence="CC0", progress=lambda *a: seen.append(a))
+    assert counts == dict(images=5, bad_images=0, repeated_images=0, asked=5, remembered=0, pairs=10, kept=10)
+    assert seen == [(i, 5) for i in range(1, 6)]
+    reader = RecordReader(tmp_path / "out", "set", AnnotatedRecord)
+    assert [r.agent for r in reader] == [f"fox {10 * i}" for i in range(1, 6) for _ in range(2)]
+    assert len({r.id for r in reader}) == 10 and len({r.image_id for r in reader}) == 5
+    assert reader[2].source == {"file": "2.png", "annotator": "writer-1", "licence": "CC0"}
+    np.testing.assert_array_equal(decode_png(reader[2].image_png), np.full((20, 24, 3), 20))
+    card = json.loads((tmp_path / "out/set.card.json").read_text())
+    assert card == dict(
+        name="set", licence="CC0", annotator="writer-1", seed=3, max_pairs=2, counts=counts, kinds={"k": 10}
+    )
+
+
+def test_order_and_bytes_depend_on_nothing_but_the_input(images, tmp_path):
+    run(images, Writer(), tmp_path / "a")
+    run(images[::-1], Writer(), tmp_path / "b")
+    run(images, Writer(), tmp_path / "c", seed=4)
+    a, b, c = (RecordReader(tmp_path / x, "set").fingerprint for x in "abc")
+    assert a == b != c
+
+
+def test_each_image_has_its_own_seed(images, tmp_path):
+    writer = Writer()
+    run(images, writer, tmp_path)
+    assert len({seed for _, seed in writer.asked}) == 5
+
+
+def test_restart_asks_only_what_is_left(images, tmp_path):
+    with pytest.raises(ConnectionError) as caught:
+        run(images, Writer(stop_after=3), tmp_path / "a")
+    assert "4.png" in "".join(caught.value.__notes__)
+    assert not (tmp_path / "a/set.json").exists()
+    second = Writer()
+    counts = run(images, second, tmp_path / "a")
+    assert (len(second.asked), counts["asked"], counts["remembered"]) == (2, 2, 3)
+    run(images, Writer(), tmp_path / "b")
+    assert RecordReader(tmp_path / "a", "set").fingerprint == RecordReader(tmp_path / "b", "set").fingerprint
+    third = Writer()
+    run(images, third, tmp_path / "a")
+    assert third.asked == []
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"max_pairs": 3}])
+def test_answers_to_other_questions_are_not_reused(images, tmp_path, change):
+    run(images, Writer(), tmp_path)
+    again = Writer()
+    run(images, again, tmp_path, **change)
+    assert len(again.asked) == 5
+    other = Writer()
+    other.name = "writer-2"
+    run(images, other, tmp_path)
+    assert len(other.asked) == 5
+
+
+def test_torn_last_line_of_the_journal_is_asked_again(images, tmp_path):
+    run(images, Writer(), tmp_path)
+    journal = tmp_path / "set.journal.jsonl"
+    data = journal.read_bytes()
+    before = RecordReader(tmp_path, "set").fingerprint
+    start = data[:-1].rfind(b"\n") + 1
+    for length in (start + 1, start + 30, len(data) - 2, len(data) - 1):
+        journal.write_bytes(data[:length])
+        writer = Writer()
+        run(images, writer, tmp_path)
+        assert len(writer.asked) == 1
+        assert journal.read_bytes() == data
+        assert RecordReader(tmp_path, "set").fingerprint == before
+
+
+def test_damaged_line_of_the_journal_is_named(images, tmp_path):
+    run(images, Writer(), tmp_path)
+    journal = tmp_path / "set.journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([*lines[:2], "{}\n", *lines[2:]]))
+    with pytest.raises(RecordError, match=r"set.journal.jsonl, line 3: damaged .*delete the line"):
+        run(images, Writer(), tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_annotate import Writer, run
+class Killed(Writer):
+    def annotate(self, image, **keywords):
+        if len(self.asked) == {after}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().annotate(image, **keywords)
+run({images!r}, Killed(), {folder!r})
+"""
+
+
+def test_killed_between_answers_loses_none(images, tmp_path):
+    code = KILLED.format(
+        tests=os.path.dirname(__file__), images=[str(i) for i in images], folder=str(tmp_path), after=4
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    writer = Writer()
+    run(images, writer, tmp_path)
+    assert len(writer.asked) == 1
+
+
+def test_two_jobs_at_once_are_refused(images, tmp_path):
+    class Nested(Writer):
+        def annotate(self, image, **keywords):
+            with pytest.raises(RecordError, match="set.journal.jsonl: another process"):
+                run(images, Writer(), tmp_path)
+            return super().annotate(image, **keywords)
+
+    assert run(images, Nested(), tmp_path)["kept"] == 10
+
+
+# ---- Tasks
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, None),
+        ({"agent": " Red  Disc"}, None),
+        ({"task": "Go to the pad."}, "task_format"),
+        ({"task": "[]: Go."}, "task_format"),
+        ({"task": "[red disc]:  "}, "task_format"),
+        ({"task": "[red disc]: Go.\nStop."}, "task_format"),
+        ({"agent": "blue disc"}, "agent"),
+        ({"agent": ""}, "agent"),
+        ({"solution": " \n"}, "solution_empty"),
+        ({"solution": "[red disc]:  go to the pad"}, "solution_repeats_task"),
+        ({"solution": "Go to the PAD."}, "solution_repeats_task"),
+    ],
+)
+def test_check_pair(changes, reason):
+    assert check_pair(TaskPair(**vars(GOOD) | changes)) == reason
+
+
+def test_rejections_are_counted(images, tmp_path):
+    other = TaskPair(**vars(GOOD) | {"task": "[Red disc]: Leave."})
+    third = TaskPair(**vars(GOOD) | {"task": "[Red disc]: Turn."})
+    same = TaskPair(**vars(GOOD) | {"task": "[red disc]: go to the pad"})
+    bad = TaskPair(**vars(GOOD) | {"solution": ""})
+    counts = run(images[:1], Writer([GOOD, same, bad, bad, other, third]), tmp_path)
+    assert counts["rejected_repeated"] == 1 and counts["rejected_solution_empty"] == 2
+    assert counts["rejected_above_max_pairs"] == 1 and (counts["pairs"], counts["kept"]) == (6, 2)
+    assert [r.task for r in RecordReader(tmp_path, "set")] == [GOOD.task, other.task]
+    counts = run(images[:1], Writer([same, GOOD]), tmp_path / "b", validate=False)
+    assert counts["kept"] == 2 and not [k for k in counts if k.startswith("rejected")]
+
+
+def test_nothing_left_is_an_error_with_the_reasons(images, tmp_path):
+    with pytest.raises(RecordError, match=r"no task is left.*'rejected_task_format': 5"):
+        run(images, Writer([TaskPair("x", "y", "z", "k")]), tmp_path)
+
+
+# ---- Images
+
+
+def test_bad_images_are_named_or_counted(images, tmp_path):
+    folder = images[0].parent
+    (folder / "text.png").write_text("no image")
+    cut = image_file(folder, "cut.png", value=99, size=(64, 64))
+    cut.write_bytes(cut.read_bytes()[:80])
+    tiny = image_file(folder, "tiny.png", value=98, size=(15, 40))
+    wide = folder / "wide.png"
+    Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(wide)
+    bad = {folder / "text.png": "not a whole", cut: "not a whole", tiny: "40x15 pixels", wide: "more than 8 bits"}
+    for path, message in bad.items():
+        with pytest.raises(ImageError, match=f"{path.name}: .*{message}"):
+            run([*images, path], Writer(), tmp_path / path.stem)
+        with pytest.raises(ImageError, match=message):
+            read_image(path)
+    gone = [folder / "gone1.png", folder / "gone2.png"]
+    writer = Writer()
+    with pytest.raises(ImageError, match="2 of 7 images are missing: .*gone1.png.*gone2.png"):
+        run([*images, *gone], writer, tmp_path / "gone")
+    assert writer.asked == []
+    again = folder / "again.png"
+    again.write_bytes(images[0].read_bytes())
+    counts = run([*images, *bad, *gone, again], Writer(), tmp_path / "all", skip_bad=True)
+    assert (counts["bad_images"], counts["repeated_images"], counts["asked"], counts["kept"]) == (6, 1, 5, 10)
+    assert RecordReader(tmp_path / "all", "set")[0].source["file"] == "1.png"
+
+
+def test_images_are_upright_and_on_white(tmp_path):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, :10] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter, clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(pixels, -1))
+    clear = np.zeros((20, 30, 4), np.uint8)
+    clear[:, 15:] = (10, 20, 30, 255)
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    seen = read_image(tmp_path / "clear.png")
+    assert (seen[:, :15] == 255).all() and (seen[:, 15:] == (10, 20, 30)).all()
+    Image.fromarray(clear[..., 3]).save(tmp_path / "grey.png")
+    assert read_image(tmp_path / "grey.png").shape == (20, 30, 3)
+
+
+def test_image_that_changes_on_the_way_is_noticed(images, tmp_path, monkeypatch):
+    def write(*args):
+        image_file(images[2].parent, images[2].name, value=77)
+        return real(*args)
+
+    real = annotate.write_records
+    monkeypatch.setattr(annotate, "write_records", write)
+    with pytest.raises(ImageError, match="3.png has changed"):
+        run(images, Writer(), tmp_path)
+
+
+def test_unwritable_folder_is_named(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="file/out/set.journal.jsonl: cannot be written"):
+        run(images, Writer(), tmp_path / "file/out")

@@ -1,0 +1,46 @@
+"""A tiny video model with every weight drawn at random, and something to put into it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from world_distill.models.tiny.family import TinyFamily
+from world_distill.models.tiny.modeling import TinyConfig
+from world_distill.structs import Condition
+
+# Three different sides, so that no two axes can be mixed up unseen.
+CONFIG = TinyConfig(grid=(3, 2, 4), channels=6, text_width=8, width=32, depth=2, heads=2, mlp=2)
+TARGETS = r"blocks\..*|text_in|text_out"
+
+
+def make_family(config=CONFIG, **options):
+    return TinyFamily(config, patch=1, stride=2, **({"lora_targets": TARGETS} | options))
+
+
+def redraw(tree, seed, size=0.15):
+    """Another tree of the same shapes, all random: layers that start at zero would hide what lies behind them."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * size, jnp.float32), tree)
+
+
+@functools.cache
+def base_weights():
+    shapes = jax.eval_shape(make_family().init_base, jax.random.key(0))
+    return redraw(shapes, 1)
+
+
+def inputs(batch=2, tokens=5, config=CONFIG, seed=2):
+    """x_t, t and the condition; the last tokens of the odd rows are padding."""
+    rng = np.random.default_rng(seed)
+    f, h, w = config.grid
+    mask = np.ones((batch, tokens), bool)
+    mask[1::2, -2:] = False
+    condition = Condition(
+        text=jnp.asarray(rng.normal(size=(batch, tokens, config.text_width)), jnp.float32),
+        text_mask=jnp.asarray(mask),
+        scene=jnp.asarray(rng.normal(size=(batch, 1, h, w, config.channels)), jnp.float32),
+    )
+    x_t = jnp.asarray(rng.normal(size=(batch, f, h, w, config.channels)), jnp.float32)
+    return x_t, jnp.asarray(rng.uniform(0.1, 1.0, batch), jnp.float32), condition

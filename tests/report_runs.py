@@ -1,0 +1,99 @@
+"""Synthetic runs for the tests of reports, and a reader of pages."""
+
+import dataclasses
+import html.parser
+import json
+import re
+
+import numpy as np
+
+from world_distill import arguments, report_data, video_io
+from world_distill.evaluate import Verdict, summarise
+
+SEEDS = {"base": 0, "demonstrator": 1, "executor": 2}
+RATES = {"base": (0.1, 0.5, 0.7), "demonstrator": (0.6, 0.95, 0.8), "executor": (0.9, 0.97, 0.5)}
+HOSTILE = "</script></style><img src=x onerror=alert(1)>&\"'\x00\ud800"
+
+
+def make_run(folder, *, count=100, kept=4, steps=60, text="", clip=(9, 30, 30), noise=False):
+    """A run's folder as quickstart leaves it."""
+    rng = np.random.default_rng(0)
+    kinds, agents = ("go", "beside"), ("red disc", "blue square")
+    verdicts = {}
+    for role, rates in RATES.items():
+        draw = np.random.default_rng(SEEDS[role]).random((count, 3)) < rates
+        verdicts[role] = [
+            Verdict(f"r{i}", f"[{agents[i % 2]}]: Go.{text}", agents[i % 2] + text, kinds[i // 2 % 2] + text,
+                    dict(zip(("task", "agent", "consistency"), map(float, row), strict=True)))
+            for i, row in enumerate(draw)
+        ]  # fmt: skip
+
+    def groups(by):
+        values = sorted({getattr(v, by) for v in verdicts["base"]})
+        return [
+            summarise(role, [v for v in seen if getattr(v, by) == value]) | {"group": value}
+            for role, seen in verdicts.items()
+            for value in values
+        ]
+
+    results = {
+        "split": "test", "seed": 3, "step": steps,
+        "rows": [summarise(role, seen) for role, seen in verdicts.items()],
+        "by_kind": groups("kind"), "by_agent": groups("agent"),
+        "verdicts": {role: [dataclasses.asdict(v) for v in seen] for role, seen in verdicts.items()},
+    }  # fmt: skip
+    arguments.write_json(folder / "results.json", results)
+    lines = []
+    for step in range(1, steps + 1):
+        line = {"step": step, "train/anchor": 1 / step, "rate/task": step / steps, "reward/total": rng.normal()}
+        lines.append(
+            line | {"train/beta_d": 0.1, "judge/invalid": 0.02, "reward/odd" + text: None if step == 9 else 1.5}
+        )
+        if step % 20 == 0:
+            lines.append({"step": step, "validation/task": 0.5, "validation/average": 0.6, "validation/all": None})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entries = []
+    for verdict in verdicts["base"][:kept]:
+        entry = {name: getattr(verdict, name) for name in ("id", "task", "agent", "kind")}
+        entries.append(entry | {"solution": f"The {verdict.agent} moves, then stops.{text}", "fps": 4})
+        for role in RATES:
+            frames = rng.integers(0, 256 if noise else 2, (*clip, 3), dtype=np.uint8) * (1 if noise else 255)
+            video_io.save_strip(report_data.clip_path(folder, role, verdict.id), frames)
+    arguments.write_json(folder / "clips/clips.json", entries)
+    arguments.write_json(
+        folder / "config.json", {"seed": 3, "objective": {"rl": "awm"}, "name": f"x{text}", "empty": {}}
+    )
+    return results
+
+
+class Checker(html.parser.HTMLParser):
+    """Elements must nest; collects tags, attributes and text."""
+
+    VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.said = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said.append(data)
+
+
+def text_of(page_text):
+    return re.sub(r"\s+", " ", "".join(Checker(page_text).said).replace("\u00a0", " "))

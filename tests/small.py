@@ -1,0 +1,71 @@
+"""A sandbox run small enough for tests: a few scenes, a tiny random base, a handful of rollouts."""
+
+import pathlib
+
+import jax
+
+from world_distill import components, prepare
+from world_distill.checkpoints import save_weights
+from world_distill.config import load_config
+
+SMALL = {
+    "model.width": 32,
+    "model.heads": 2,
+    "model.depth": 2,
+    "model.unroll": 1,
+    "executor.rank": 4,
+    "executor.alpha": 8.0,
+    "sampler.steps": 3,
+    "rollout.tasks": 4,
+    "rollout.group": 2,
+    "objective.updates": 2,
+    "optimizer.learning_rate": ((0, 2e-3),),
+    "objective.rl_weight": ((0, 1.0),),
+    "scenes.train": 6,
+    "scenes.validation": 2,
+    "scenes.test": 4,
+    "annotator.pairs": 2,
+    "annotator.test_pairs": 1,
+    "steps": 4,
+    "log_every": 1,
+    "save_every": 2,
+    "evaluate_every": 0,
+    "evaluate_batch": 8,
+    "evaluate_tasks": 4,
+    "host_devices": 2,
+}
+
+# The three kinds of training step that are tested throughout.
+VARIANTS = {
+    "distill": {"objective.rl": "none", "objective.beta_d": ((0, 1.0),)},
+    "awm": {"objective.rl": "awm", "objective.awm_old": "start", "objective.beta_d": ((0, 0.1),)},
+    "flow_grpo": {"objective.rl": "flow_grpo", "sampler.eta": 0.7, "objective.beta_d": ((0, 0.1),)},
+}
+
+
+def small_config(folder: pathlib.Path, **overrides):
+    """The sandbox config at test size; the base is random weights in `folder`, records are in `folder`/data."""
+    config = load_config("sandbox", {**SMALL, "base": str(folder / "base.safetensors"), **overrides})
+    config.data = str(folder / "data")
+    return config
+
+
+def random_weights(family, seed: int):
+    """Base weights with every parameter drawn anew: layers that start at zero would hide what lies behind them."""
+
+    @jax.jit
+    def draw(key):
+        leaves, tree = jax.tree.flatten(family.init_base(key))
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+        noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, noisy)
+
+    return draw(jax.random.key(seed))
+
+
+def make_inputs(folder: pathlib.Path) -> None:
+    """Writes the base weights and the records that `small_config` names."""
+    config = small_config(folder)
+    family = components.make_family(config)
+    save_weights(folder / "base.safetensors", random_weights(family, 7), {"note": "random"})
+    prepare.make_records(config, folder / "data")

@@ -1,0 +1,95 @@
+"""Equal compute, paired comparisons, resuming."""
+
+import json
+
+import numpy as np
+import pytest
+from small import make_inputs, small_config
+
+from world_distill import ablate
+from world_distill.ablate import Ordering
+from world_distill.config import load_config
+from world_distill.scoring import Verdict
+
+
+def test_forwards_are_counted():
+    # 64 rollouts; 6 steps of the Executor, 6 of the Demonstrator, 4 updates of forward and backward on visited states
+    distill = load_config("sandbox:on_policy", {"sampler.steps": 6, "rollout.tasks": 8, "rollout.group": 8})
+    assert ablate.forwards(distill, 0) == 64 * (6 + 6 + 4 * 3)
+    # ... without the Demonstrator's own pass where it rolls out itself
+    off = load_config("sandbox:off_policy", {"sampler.steps": 6, "rollout.tasks": 8, "rollout.group": 8})
+    assert ablate.forwards(off, 0) == 64 * (6 + 4 * 3)
+    # ... and with AWM's forward and backward, and the old policy's forward, once RL has begun
+    both = load_config(
+        "sandbox",
+        {"sampler.steps": 6, "rollout.tasks": 8, "rollout.group": 8, "objective.awm_old": "start",
+         "objective.updates": 4, "objective.draws": 1},
+    )  # fmt: skip
+    assert ablate.forwards(both, 10_000) == 64 * (6 + 6 + 4 * (3 + 3 + 1))
+    assert ablate.forwards(both, 0) == ablate.forwards(distill, 0)
+
+
+def test_every_variant_gets_the_reference_compute():
+    reference = load_config("sandbox")
+    budget = sum(ablate.forwards(reference, s) for s in range(reference.steps))
+    for name in reference.ablation.variants:
+        config = load_config(f"sandbox:{name}")
+        steps = ablate.equal_steps(config, reference)
+        spent = sum(ablate.forwards(config, s) for s in range(steps))
+        assert spent == pytest.approx(budget, abs=ablate.forwards(config, steps)), name
+
+
+def verdicts(rng, rate, count=200):
+    return [
+        Verdict(str(i), "", "", "", {q: float(rng.random() < rate) for q in ("task", "agent", "consistency")})
+        for i in range(count)
+    ]
+
+
+def test_orderings_hold_are_reversed_or_not_resolved():
+    rng = np.random.default_rng(0)
+    pool = {"high": [verdicts(rng, 0.9)], "low": [verdicts(rng, 0.5)], "same": [verdicts(rng, 0.5)]}
+    outcome = lambda a, b: ablate.compare(Ordering(a, b, "task", "claim"), pool)["outcome"]  # noqa: E731
+    assert outcome("high", "low") == "holds"
+    assert outcome("low", "high") == "reversed"
+    assert outcome("low", "same") == "not resolved"
+    line = ablate.compare(Ordering("high", "low", "all", "claim"), pool)
+    exact = np.mean([all(v.scores.values()) for v in pool["high"][0]]) - np.mean(
+        [all(v.scores.values()) for v in pool["low"][0]]
+    )
+    assert line["difference"] == pytest.approx(exact)
+    assert line["ci95"][0] < exact < line["ci95"][1]
+
+
+def test_ablation_runs_and_continues(tmp_path, monkeypatch):
+    make_inputs(tmp_path)
+
+    def variant_config(variant, seed):
+        config = small_config(tmp_path, seed=seed, steps=2)
+        with config.unlocked():
+            if variant == "distill":
+                config.objective.rl = "none"
+        return config
+
+    orderings = [Ordering("awm", "demonstrator", "task", "a claim")]
+    run = lambda: ablate.ablate(  # noqa: E731
+        variant_config, ["awm", "distill"], [0, 1], tmp_path / "ablation", "awm", orderings
+    )
+    result = run()
+    assert [row["name"] for row in result["rows"]] == ["base", "demonstrator", "awm", "distill"]
+    assert all(row["n"] == 8 for row in result["rows"])
+    assert result["steps"]["distill"] > result["steps"]["awm"] == 2
+    assert json.loads((tmp_path / "ablation" / "ablation.json").read_text())["rows"] == result["rows"]
+    assert "a claim" in (tmp_path / "ablation" / "ablation.html").read_text()
+    monkeypatch.setattr(ablate.train, "train", None)  # nothing is trained twice
+    assert run()["rows"] == result["rows"]
+
+
+def test_benchmark_measures_every_part(tmp_path):
+    from world_distill import benchmark
+
+    make_inputs(tmp_path)
+    result = benchmark.measure(small_config(tmp_path), tmp_path / "bench", repeats=2)
+    assert set(result["parts"]) == {"rollout", "judge", "update", "demonstrator"}
+    assert all(part["samples_per_second"] > 0 for part in result["parts"].values())
+    assert result["step_seconds"] > 0

@@ -1,0 +1,227 @@
+"""The training step, through a real small model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import random_weights
+
+from world_distill import models, objectives
+from world_distill.config import load_config, section
+from world_distill.core import flow, losses, sampling
+from world_distill.structs import Condition, TrainBatch
+
+ROWS, STEPS = 6, 4
+GRID = flow.sampling_times(STEPS, 3.0)
+
+
+@pytest.fixture(scope="module")
+def family():
+    return models.build("tiny", size=10, frames=5, width=32, depth=2, heads=2, text_width=8, unroll=1)
+
+
+@pytest.fixture(scope="module")
+def base(family):
+    return random_weights(family, 0)
+
+
+@pytest.fixture(scope="module")
+def lora(family, base):
+    @jax.jit
+    def draw(key):
+        lora = family.init_lora(key, base, rank=4)
+        return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.fold_in(key, x.size), x.shape), lora)
+
+    return draw(jax.random.key(2))
+
+
+def make_objective(**changes) -> objectives.Objective:
+    settings = section(load_config("sandbox").objective, objectives.Objective)
+    return dataclasses.replace(settings, **{"rl_weight": 1.0, "awm_temperature": 1.0, **changes})
+
+
+def make_batch(family, base, lora, diffusion=None, advantages=None) -> TrainBatch:
+    if advantages is None:
+        advantages = jnp.array([1.0, -1.0, 0.5, -0.5, 0.2, -0.2])
+
+    @jax.jit
+    def make(base, lora, key):
+        f, h, w, c = family.latent_shape
+        scene = jax.random.normal(key, (ROWS, 1, h, w, c))
+        mask = jnp.ones((ROWS, 3), bool)
+        task, solution = (
+            Condition(jax.random.normal(jax.random.fold_in(key, i), (ROWS, 3, 8)), mask, scene) for i in (1, 2)
+        )
+        rollout = sampling.rollout(
+            family.denoise, base, lora, task, sampling.sample_keys(key, jnp.arange(ROWS)), times=GRID,
+            latent_shape=family.latent_shape, frame_mask=family.free_frames, diffusion=diffusion, keep_states=True,
+        )  # fmt: skip
+        shown = jax.lax.map(
+            lambda job: family.denoise(base, None, job[0], jnp.full(ROWS, job[1]), solution),
+            (rollout.states, jnp.asarray(GRID[:-1])),
+        )
+        return TrainBatch(
+            task=task, solution=solution, latents=rollout.latents,
+            states=jnp.concatenate([rollout.states, rollout.latents[None]]), demonstrator=shown,
+            log_probs=rollout.log_probs, advantages=advantages, valid=jnp.ones(ROWS, bool),
+        )  # fmt: skip
+
+    return make(base, lora, jax.random.key(5))
+
+
+def make_state(optimizer, lora):
+    copy = lambda: jax.tree.map(jnp.copy, lora)  # noqa: E731
+    return objectives.TrainState(
+        jnp.zeros((), jnp.int32), copy(), copy(), copy(), optimizer.init(lora), jax.random.key(9)
+    )
+
+
+def run(family, base, lora, batch, objective, diffusion=None, optimizer=None):
+    optimizer = optimizer or optax.sgd(1.0)
+    step = jax.jit(objectives.make_train_step(family, objective, optimizer, GRID, diffusion))
+    return step(make_state(optimizer, lora), base, batch)
+
+
+def change(before, after):
+    return jax.tree.map(lambda a, b: np.asarray(b) - np.asarray(a), before, after)
+
+
+@pytest.mark.parametrize("old", ["current", "start", "ema"])
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_awm_ratio_is_one_before_any_update(family, base, lora, old, micro_batch):
+    objective = make_objective(rl="awm", awm_old=old, updates=1, draws=3, micro_batch=micro_batch)
+    _, metrics = run(family, base, lora, make_batch(family, base, lora), objective)
+    assert abs(float(metrics["train/ratio"]) - 1) < 1e-6
+    assert abs(float(metrics["train/ratio_max"]) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_flow_grpo_ratio_is_one_before_any_update(family, base, lora, micro_batch):
+    diffusion = sampling.flow_grpo_diffusion(GRID, 0.7)
+    batch = make_batch(family, base, lora, diffusion)
+    objective = make_objective(rl="flow_grpo", updates=1, draws=STEPS - 1, micro_batch=micro_batch)
+    _, metrics = run(family, base, lora, batch, objective, diffusion)
+    assert abs(float(metrics["train/ratio"]) - 1) < 1e-6
+    assert abs(float(metrics["train/ratio_max"]) - 1) < 1e-6
+    # It is not one for another policy's rollouts: the test could fail.
+    other = jax.tree.map(lambda x: 1.5 * x, lora)
+    _, metrics = run(family, base, other, batch, objective, diffusion)
+    assert abs(float(metrics["train/ratio"]) - 1) > 1e-4
+
+
+def test_anchor_alone_is_the_gradient_of_equation_11(family, base, lora):
+    objective = make_objective(rl="none", beta_d=2.0, updates=1, draws=STEPS)
+    batch = make_batch(family, base, lora)
+    state, metrics = run(family, base, lora, batch, objective)
+
+    def direct(lora):
+        gaps = [
+            jnp.mean((family.denoise(base, lora, batch.states[i], jnp.full(ROWS, GRID[i]), batch.task)
+                      - batch.demonstrator[i])[:, 1:] ** 2)
+            for i in range(STEPS)
+        ]  # fmt: skip
+        return sum(gaps) / STEPS
+
+    # With as many strata as grid steps, every visited state is drawn once: the mean is Eq. 11's.
+    value, gradient = jax.jit(jax.value_and_grad(direct))(lora)
+    expected = jax.tree.map(lambda g: -2.0 * g, gradient)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-3), change(lora, state.lora), expected
+    )
+    assert float(metrics["train/anchor"]) == pytest.approx(float(value), rel=1e-5)
+
+
+def test_micro_batches_do_not_change_an_update(family, base, lora):
+    batch = make_batch(family, base, lora)
+    results = []
+    for micro_batch in (0, 2, 3):
+        objective = make_objective(rl="awm", beta_d=0.5, updates=1, draws=2, micro_batch=micro_batch)
+        results.append(run(family, base, lora, batch, objective)[0].lora)
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), results[0], other)
+    with pytest.raises(ValueError, match="does not divide"):
+        run(family, base, lora, batch, make_objective(micro_batch=4))
+
+
+def test_awm_raises_the_likelihood_of_what_was_good(family, base, lora):
+    batch = make_batch(family, base, lora)
+    objective = make_objective(rl="awm", beta_d=0.0, updates=1, draws=3, skip_first=True)
+    state, _ = run(family, base, lora, batch, objective, optimizer=optax.sgd(0.05))
+
+    @jax.jit
+    def errors(weights):
+        total = 0.0
+        for i, t in enumerate(GRID[1:-1]):
+            keys = sampling.sample_keys(jax.random.key(100 + i), jnp.arange(ROWS))
+            eps = sampling.initial_noise(keys, batch.task.scene, family.latent_shape, family.free_frames)
+            x_t = flow.interpolate(batch.latents, eps, jnp.full(ROWS, t))
+            v = family.denoise(base, weights, x_t, jnp.full(ROWS, t), batch.task)
+            total += losses.velocity_gap(v, flow.velocity(batch.latents, eps), family.free_frames)
+        return total
+
+    gain = np.asarray(errors(lora) - errors(state.lora))
+    assert np.dot(gain, np.asarray(batch.advantages)) > 0
+
+
+def test_invalid_rows_and_zero_advantages_do_not_count(family, base, lora):
+    objective = make_objective(rl="awm", beta_d=0.0, updates=1, draws=2)
+    batch = make_batch(family, base, lora)
+    state, _ = run(family, base, lora, batch.replace(advantages=jnp.zeros(ROWS)), objective)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(change(lora, state.lora))) == 0
+    state, _ = run(family, base, lora, batch.replace(valid=jnp.zeros(ROWS, bool)), objective)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(change(lora, state.lora))) == 0
+    # A masked row weighs nothing, whatever its advantage.
+    valid = jnp.ones(ROWS, bool).at[0].set(False)
+    one, _ = run(family, base, lora, batch.replace(valid=valid), objective)
+    wild = batch.replace(valid=valid, advantages=batch.advantages.at[0].set(100.0))
+    other, _ = run(family, base, lora, wild, objective)
+    jax.tree.map(np.testing.assert_array_equal, one.lora, other.lora)
+
+
+def test_schedules_follow_the_step(family, base, lora):
+    objective = make_objective(rl="none", beta_d=((0, 4.0), (10, 0.0)), updates=1)
+    optimizer = optax.sgd(0.0)
+    step = jax.jit(objectives.make_train_step(family, objective, optimizer, GRID))
+    batch = make_batch(family, base, lora)
+    for count, expected in ((0, 4.0), (5, 2.0), (50, 0.0)):
+        state = make_state(optimizer, lora).replace(step=jnp.asarray(count, jnp.int32))
+        state, metrics = step(state, base, batch)
+        assert float(metrics["train/beta_d"]) == pytest.approx(expected)
+        assert int(state.step) == count + 1
+
+
+def test_averages_trail_the_weights(family, base, lora):
+    objective = make_objective(rl="none", beta_d=1.0, updates=3, ema_decay=0.5, old_slope=0.2, old_maximum=0.3)
+    state, _ = run(family, base, lora, make_batch(family, base, lora), objective, optimizer=optax.sgd(0.1))
+    leaf = lambda tree: np.asarray(tree["blocks"]["mlp"]["up"]["a"])  # noqa: E731
+    moved = np.abs(leaf(state.lora) - leaf(lora)).max()
+    assert 0 < np.abs(leaf(state.lora_ema) - leaf(state.lora)).max() < moved
+    # lora_old = 0.2 old + 0.8 new after the first step
+    np.testing.assert_allclose(leaf(state.lora_old), 0.2 * leaf(lora) + 0.8 * leaf(state.lora), atol=1e-6)
+
+
+@pytest.mark.parametrize("field", ["beta_old", "beta_base", "grpo_beta"])
+def test_other_anchors_pull_towards_their_reference(family, base, lora, field):
+    rl = "flow_grpo" if field == "grpo_beta" else "awm"
+    diffusion = sampling.flow_grpo_diffusion(GRID, 0.7)
+    batch = make_batch(family, base, lora, diffusion, advantages=jnp.zeros(ROWS))
+    objective = make_objective(rl=rl, beta_d=0.0, updates=1, draws=2, **{field: 1.0})
+    step = jax.jit(objectives.make_train_step(family, objective, optax.sgd(0.01), GRID, diffusion))
+    state = make_state(optax.sgd(0.01), lora)
+    state = state.replace(lora_old=jax.tree.map(jnp.zeros_like, lora))
+    name = {"beta_old": "old", "beta_base": "base", "grpo_beta": "kl"}[field]
+    values = []
+    for _ in range(2):
+        state, metrics = step(state.replace(step=jnp.zeros((), jnp.int32)), base, batch)
+        values.append(float(metrics[f"train/{name}"]))
+    assert 0 < values[1] < values[0]
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match=r"objective\.rl"):
+        make_objective(rl="ppo")
+    with pytest.raises(ValueError, match=r"objective\.updates"):
+        make_objective(updates=0)

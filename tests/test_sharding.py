@@ -1,0 +1,134 @@
+"""Meshes and shardings on 8 fake devices: what is declared is what is allocated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
+
+from world_distill import sharding
+from world_distill.models import build
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh(data=2, fsdp=2, context=1, tensor=2)
+
+
+def shapes(**leaves):
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in leaves.items()}
+
+
+def test_mesh_takes_the_rest_and_has_auto_axes():
+    mesh = sharding.make_mesh(tensor=2)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    assert one.size == 1 and one.axis_names == sharding.MESH_AXES
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 3},
+        {"data": 16},
+        {"data": 2, "fsdp": 2},
+        {"data": -1, "fsdp": -1},
+        {"data": 0},
+        {"data": 4, "fsdp": 4, "context": -1},
+        {"data": -2},
+    ],
+)
+def test_mesh_that_does_not_fit_is_refused_with_its_sizes(sizes):
+    with pytest.raises(ValueError, match=f"data={sizes['data']}.*fsdp="):
+        sharding.make_mesh(**sizes)
+
+
+def test_rules_name_mesh_axes_only():
+    for _, target in sharding.RULES:
+        axes = (target,) if isinstance(target, str) else target or ()
+        assert set(axes) <= set(sharding.MESH_AXES)
+    assert len(dict(sharding.RULES)) == len(sharding.RULES)
+
+
+def test_specs_follow_the_table(mesh):
+    axes = {"up": ("layers", "embed", "mlp"), "x": ("batch", "length", None), "bias": None, "scalar": ()}
+    tree = shapes(up=(3, 16, 64), x=(8, 6, 5), bias=(7,), scalar=())
+    specs = jax.tree.map(lambda s: s.spec, sharding.tree_shardings(mesh, axes, tree))
+    assert specs == {
+        "up": PartitionSpec(None, "fsdp", "tensor"),
+        "x": PartitionSpec(("data", "fsdp"), "context", None),
+        "bias": PartitionSpec(),
+        "scalar": PartitionSpec(),
+    }
+
+
+def test_a_mesh_axis_splits_one_dimension_only(mesh):
+    got = sharding.tree_shardings(mesh, {"w": ("embed", "embed")}, shapes(w=(8, 8)))
+    assert got["w"].spec == PartitionSpec("fsdp", None)
+
+
+def test_small_leaf_that_does_not_divide_is_whole_on_that_axis(mesh):
+    got = sharding.tree_shardings(mesh, {"w": ("embed", "mlp")}, shapes(w=(7, 64)))
+    assert got["w"].spec == PartitionSpec(None, "tensor")
+
+
+def test_every_leaf_that_cannot_be_placed_is_named(mesh):
+    axes = {"a": {"w": ("embed", "mlp")}, "b": ("embedd",), "c": ("embed",)}
+    tree = {"a": shapes(w=(513, 1024)), **shapes(b=(4,), c=(4, 4))}
+    with pytest.raises(ValueError) as error:
+        sharding.tree_shardings(mesh, axes, tree)
+    message = str(error.value)
+    assert "['a']['w'] (513, 1024): embed = 513 is not divisible by fsdp = 2" in message
+    assert "['b'] (4,): unknown axis name 'embedd'" in message
+    assert "['c'] (4, 4): 1 axis names" in message
+
+
+def test_trees_of_another_structure_are_refused(mesh):
+    with pytest.raises(ValueError):
+        sharding.tree_shardings(mesh, {"v": None}, shapes(w=(4,)))
+
+
+def test_init_under_jit_allocates_shards(mesh):
+    def init(key):
+        return {"w": jax.random.normal(key, (3, 16, 64)), "bias": jnp.zeros(7)}
+
+    tree = jax.eval_shape(init, jax.random.key(0))
+    placed = sharding.tree_shardings(mesh, {"w": ("layers", "embed", "mlp"), "bias": None}, tree)
+    sharded = jax.jit(init, out_shardings=placed)(jax.random.key(0))
+    assert {s.data.shape for s in sharded["w"].addressable_shards} == {(3, 8, 32)}
+    assert {s.data.shape for s in sharded["bias"].addressable_shards} == {(7,)}
+    assert len(sharded["w"].addressable_shards) == 8
+    np.testing.assert_array_equal(sharded["w"], init(jax.random.key(0))["w"])
+
+
+def test_batch_is_split_over_data_and_fsdp(mesh):
+    x = jax.device_put(np.arange(24).reshape(4, 6), sharding.batch_sharding(mesh))
+    assert {s.data.shape for s in x.addressable_shards} == {(1, 6)}
+    states = jax.device_put(np.zeros((3, 4, 2)), sharding.batch_sharding(mesh, axis=1))
+    assert {s.data.shape for s in states.addressable_shards} == {(3, 1, 2)}
+    whole = jax.device_put(np.zeros(5), sharding.replicated(mesh))
+    assert {s.data.shape for s in whole.addressable_shards} == {(5,)}
+
+
+def test_nnx_reads_the_same_table(mesh):
+    """Modules that carry their names agree with `tree_shardings`."""
+    kernel = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", "mlp"))
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(sharding.RULES):
+        abstract = nnx.eval_shape(lambda: nnx.Linear(16, 64, kernel_init=kernel, rngs=nnx.Rngs(0)))
+        named = nnx.get_named_sharding(nnx.state(abstract), mesh)
+    ours = sharding.tree_shardings(mesh, {"w": ("embed", "mlp")}, shapes(w=(16, 64)))
+    assert named["kernel"].get_value().spec == ours["w"].spec
+
+
+def test_a_family_declares_shardings_that_are_allocated():
+    """The base of the small video model: split as declared, and each byte on as few devices as declared."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    family = build("tiny")
+    tree = jax.eval_shape(family.init_base, jax.random.key(0))
+    placed = sharding.tree_shardings(mesh, family.base_axes(), tree)
+    base = jax.jit(family.init_base, out_shardings=placed)(jax.random.key(0))
+    whole = sum(x.nbytes for x in jax.tree.leaves(base))
+    held = sum(s.data.nbytes for x in jax.tree.leaves(base) for s in x.addressable_shards)
+    assert held < 3 * whole  # 2 where all is split over fsdp and tensor, 8 where nothing is

@@ -1,0 +1,266 @@
+"""The loop: resuming, repeating, sharding, tracing, memory, and what it says to bad input."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from small import VARIANTS, make_inputs, small_config
+
+from world_distill import components, objectives, runs, train
+from world_distill.checkpoints import Checkpointer, CheckpointError
+from world_distill.config import UserError
+from world_distill.data.records import RecordError
+from world_distill.interfaces import JudgeAnswer
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+def final_state(config, workdir):
+    """Every array of the newest checkpoint, on the host."""
+    mesh = components.start_devices(config)
+    family = components.make_family(config)
+    base = components.load_base(family, config, mesh)
+    _, abstract = runs.make_state(config, family, mesh, base)
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        state, iterator, _ = checkpointer.restore_latest(abstract)
+    state = state.replace(key=jax.random.key_data(state.key))
+    return jax.device_get(state), iterator
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a[0], b[0])
+    assert a[1] == b[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(variant, inputs, tmp_path):
+    config = small_config(inputs, **VARIANTS[variant])
+    train.train(config, tmp_path / "whole")
+    with config.unlocked():
+        config.steps = 2
+    train.train(config, tmp_path / "parts")
+    with config.unlocked():
+        config.steps = 4
+    train.train(config, tmp_path / "parts")
+    whole = final_state(config, tmp_path / "whole")
+    assert int(whole[0].step) == 4
+    assert_same(whole, final_state(config, tmp_path / "parts"))
+    logs = [
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "parts")
+    ]
+    for one, other in zip(*logs, strict=True):
+        assert {k: v for k, v in one.items() if "time/" not in k} == {
+            k: v for k, v in other.items() if "time/" not in k
+        }
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(inputs, tmp_path):
+    config = small_config(inputs, **VARIANTS["awm"])
+    train.train(config, tmp_path / "whole")
+    # A process that dies in step 4, after the checkpoint of step 2, with its judgments already in the cache.
+    code = f"""
+        import os, pathlib, sys
+        sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+        from small import VARIANTS, small_config
+        from world_distill import train
+        from world_distill.logs import MetricLog
+        write = MetricLog.write
+        def dying(self, step, values):
+            write(self, step, values)
+            if step == 3:
+                os.kill(os.getpid(), 9)
+        MetricLog.write = dying
+        inputs, workdir = map(pathlib.Path, sys.argv[1:])
+        train.train(small_config(inputs, **VARIANTS["awm"]), workdir)
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(inputs), str(tmp_path / "killed")], check=False
+    )
+    assert process.returncode == -9
+    train.train(config, tmp_path / "killed")
+    assert_same(final_state(config, tmp_path / "whole"), final_state(config, tmp_path / "killed"))
+
+
+def test_a_second_run_and_a_replay_from_the_cache_are_the_same(inputs, tmp_path, monkeypatch):
+    config = small_config(inputs, **VARIANTS["awm"])
+    train.train(config, tmp_path / "one")
+    train.train(config, tmp_path / "two")
+    first = final_state(config, tmp_path / "one")
+    assert_same(first, final_state(config, tmp_path / "two"))
+
+    # With the cache and a judge that knows nothing, the same weights come out.
+    class Silent:
+        name = components.make(config, "judge").name
+
+        def ask(self, requests):
+            return [JudgeAnswer(None, "off") for _ in requests]
+
+    make = components.make
+    monkeypatch.setattr(components, "make", lambda c, s: Silent() if s == "judge" else make(c, s))
+    (tmp_path / "three").mkdir()
+    shutil.copy(tmp_path / "one" / "judgments.sqlite", tmp_path / "three")
+    train.train(config, tmp_path / "three")
+    assert_same(first, final_state(config, tmp_path / "three"))
+    # Without the cache every judgment is missing: nothing is made up, and no reward moves the weights.
+    train.train(config, tmp_path / "four")
+    lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["judge/invalid"] == 1.0 for line in lines)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_devices_and_mesh_do_not_change_the_result(variant, inputs, tmp_path):
+    states = []
+    for name, overrides in {
+        "one": {"host_devices": 1},
+        "eight": {"host_devices": 8, "mesh.data": 4, "mesh.fsdp": 2},
+    }.items():
+        config = small_config(inputs, **VARIANTS[variant], steps=2, **overrides)
+        train.train(config, tmp_path / name)
+        states.append(final_state(config, tmp_path / name)[0])
+    one, eight = states
+    for a, b in zip(jax.tree.leaves(one.lora), jax.tree.leaves(eight.lora), strict=True):
+        # Adam divides by the root of tiny second moments, so rounding in a gradient shows: 1e-3 of a 2e-3 step.
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert any(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(one.lora))
+
+
+def test_one_trace_over_many_steps(inputs, tmp_path, monkeypatch):
+    traces = []
+    make = objectives.make_train_step
+
+    def counting(*args, **kwargs):
+        step = make(*args, **kwargs)
+
+        def traced(state, base, batch):
+            traces.append(1)
+            return step(state, base, batch)
+
+        return traced
+
+    monkeypatch.setattr(train, "make_train_step", counting)
+    train.train(small_config(inputs, **VARIANTS["awm"], steps=5), tmp_path / "one")
+    assert len(traces) == 1
+    # A schedule that begins with distillation alone has a second step function, and no more.
+    staged = {**VARIANTS["awm"], "objective.rl_weight": ((2, 0.0), (3, 1.0)), "evaluate_every": 2}
+    traces.clear()
+    train.train(small_config(inputs, **staged, steps=6), tmp_path / "two")
+    assert len(traces) == 2
+
+
+def test_the_base_is_held_once(inputs, tmp_path, monkeypatch):
+    config = small_config(inputs, **VARIANTS["awm"], steps=3, host_devices=1)
+    family = components.make_family(config)
+    base_bytes = sum(x.size * 4 for x in jax.tree.leaves(jax.eval_shape(family.init_base, jax.random.key(0))))
+    kernel = jax.eval_shape(family.init_base, jax.random.key(0))["blocks"]["mlp"]["up"]["kernel"].shape
+    seen = []
+    make = train.Collector.__call__
+
+    def counting(self, *args, **kwargs):
+        out = make(self, *args, **kwargs)
+        seen.append(sum(x.shape == kernel for x in jax.live_arrays()))
+        return out
+
+    before = sum(x.shape == kernel for x in jax.live_arrays())
+    monkeypatch.setattr(train.Collector, "__call__", counting)
+    train.train(config, tmp_path)
+    assert base_bytes > 0 and seen
+    assert {count - before for count in seen} == {1}
+
+
+def test_a_full_executor_trains_too(inputs, tmp_path):
+    config = small_config(inputs, **VARIANTS["awm"], **{"executor.rank": 0}, steps=2)
+    train.train(config, tmp_path)
+    state, _ = final_state(config, tmp_path)
+    assert set(state.lora) == {"full"}
+    assert max(np.abs(x).max() for x in jax.tree.leaves(state.lora)) > 1e-4
+
+
+def test_off_policy_states_are_the_demonstrators(inputs, tmp_path):
+    config = small_config(inputs, **VARIANTS["distill"], **{"rollout.role": "demonstrator"}, steps=2)
+    train.train(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # The Demonstrator's own velocities are its targets there: its distance to itself is 0.
+    assert all(abs(line["reward/distill"]) < 1e-6 for line in lines)
+    assert lines[0]["train/anchor"] > 0
+
+
+# ---- Bad input
+
+
+def test_a_folder_of_another_config_is_refused_before_anything_is_written(inputs, tmp_path):
+    train.train(small_config(inputs, **VARIANTS["distill"], steps=2), tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    other = small_config(inputs, **VARIANTS["distill"], steps=2, **{"rollout.group": 4})
+    with pytest.raises(UserError, match=r"rollout\.group"):
+        train.train(other, tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_tasks(inputs, tmp_path):
+    config = small_config(inputs, **VARIANTS["distill"], **{"optimizer.learning_rate": ((0, 1e30),)}, save_every=1)
+    with pytest.raises(FloatingPointError, match=r"step \d; its tasks: \w+") as caught:
+        train.train(config, tmp_path)
+    assert str(tmp_path / "checkpoints") in str(caught.value)
+    steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    for step in steps:  # what was saved is finite
+        assert step < 4
+
+
+def test_missing_records_name_the_file_and_the_verb(inputs, tmp_path):
+    config = small_config(inputs)
+    with config.unlocked():
+        config.data = str(tmp_path / "nothing")
+    with pytest.raises(RecordError, match="nothing"):
+        train.train(config, tmp_path / "run")
+
+
+def test_truncated_shard_is_named(inputs, tmp_path):
+    shutil.copytree(inputs / "data", tmp_path / "data")
+    shard = next((tmp_path / "data").glob("train-*.arrayrecord"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    config = small_config(inputs)
+    with config.unlocked():
+        config.data = str(tmp_path / "data")
+    with pytest.raises(RecordError, match=shard.name):
+        train.train(config, tmp_path / "run")
+
+
+def test_weights_of_another_size_are_listed(inputs, tmp_path):
+    config = small_config(inputs, **{"model.width": 48, "model.heads": 3})
+    with pytest.raises(UserError, match=r"do not fit config\.model(.|\n)*blocks\.mlp\.up\.kernel"):
+        train.train(config, tmp_path)
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(inputs, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(CheckpointError, match="checkpoints"):
+        train.train(small_config(inputs, **VARIANTS["distill"]), tmp_path)
+
+
+def test_opening_a_folder_without_a_run_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="world-distill train"):
+        runs.open_run(tmp_path)
+
+
+def test_group_and_batch_settings_are_checked(inputs, tmp_path):
+    with pytest.raises(ValueError, match=r"rollout\.role"):
+        train.train(small_config(inputs, **{"rollout.role": "nobody"}), tmp_path / "a")
+    with pytest.raises(ValueError, match="stochastic"):
+        train.train(small_config(inputs, **{"objective.rl": "flow_grpo"}), tmp_path / "b")
+    with pytest.raises(ValueError, match=r"objective\.rl must be one of"):
+        train.train(small_config(inputs, **{"objective.rl": "ppo"}), tmp_path / "c")

@@ -1,0 +1,230 @@
+"""`world-distill ablate`: the paper's variants side by side, at equal compute, over several seeds.
+
+Every run is an ordinary run of `train` in its own folder, WORKDIR/runs/VARIANT/SEED, so an interrupted ablation goes on
+where it stopped and any run can be looked at by itself. Runs with the same seed share scenes, tasks, test set and the
+starting noise of their test clips, so comparisons between variants are paired, clip by clip.
+
+Compute is counted in forward passes of the model a rollout (a backward pass counts as two); every variant gets as many
+steps as the reference variant's forwards pay for. Judging and decoding are not counted.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from world_distill import arguments, charts, page, prepare, runs, train
+from world_distill.config import UserError, load_config, section
+from world_distill.core.metrics import bootstrap_difference
+from world_distill.evaluate import evaluate_roles
+from world_distill.objectives import Objective
+from world_distill.scoring import QUESTIONS, Verdict, markdown, summarise
+
+HELP = """\
+Train the paper's variants over several seeds at equal compute, and say which of its orderings hold here.
+
+Ends with a table, a list of orderings (holds, not resolved, reversed; each with its difference and 95 % interval), a
+page with plots (ablation.html) and ablation.json in WORKDIR. Interrupted, it continues run by run.
+
+  world-distill ablate --workdir runs/ablation
+  world-distill ablate --seeds 0 --variants on_policy,wmsd --workdir runs/small
+"""
+
+METRICS = (*QUESTIONS, "average", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ordering:
+    """A claim of the paper: `better` is above `worse` on `metric`. Names of variants or of roles."""
+
+    better: str
+    worse: str
+    metric: str
+    claim: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config(parser, default="sandbox")
+    arguments.add_workdir(parser, default="runs/ablation")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
+    parser.add_argument("--variants", default="", help="comma-separated (default: those of config.ablation.variants)")
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = arguments.config_from(args)
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds {args.seeds}: not whole numbers with commas between") from error
+    variants = args.variants.split(",") if args.variants else list(config.ablation.variants)
+    name = args.config.partition(":")[0]
+
+    def variant_config(variant: str, seed: int):
+        return load_config(f"{name}:{variant}", dict(args.overrides) | {"seed": seed})
+
+    orderings = [Ordering(*o) for o in config.ablation.orderings]
+    result = ablate(variant_config, variants, seeds, args.workdir, config.ablation.reference, orderings)
+    arguments.say(table(result))
+    arguments.say()
+    for line in result["orderings"]:
+        arguments.say(sentence(line))
+    if args.json:
+        arguments.write_json(args.json, result)
+    return 0
+
+
+def forwards(config, step: int) -> float:
+    """Forward passes of the model that training step `step` costs, a backward pass counted as two."""
+    objective, rollout = section(config.objective, Objective), config.rollout
+    if not objective.rl_active(step):
+        objective = dataclasses.replace(objective, rl="none")
+    rl, steps = objective.rl, config.sampler.steps
+    visited, renoised = objective.uses_visited, objective.uses_renoised
+    rewarded = rl != "none" and rollout.weights.get("distill", 0.0) != 0
+    # Of a Demonstrator's rollout the velocities are known already.
+    shown = steps if (visited or rewarded) and rollout.role == "executor" else 0
+    update = 3 * (visited + renoised + (rl == "flow_grpo"))  # the Executor, forward and backward
+    update += objective.anchored and objective.anchor_states == "renoised"
+    update += rl == "awm" and objective.awm_old != "current"
+    update += renoised * (bool(objective.beta_old) + bool(objective.beta_base))
+    update += rl == "flow_grpo" and bool(objective.grpo_beta)
+    return rollout.tasks * rollout.group * (steps + shown + objective.updates * objective.draws * update)
+
+
+def equal_steps(config, reference) -> int:
+    """Steps that cost as many forward passes as the reference's whole run."""
+    budget = sum(forwards(reference, step) for step in range(reference.steps))
+    step = 0
+    while budget >= 0.5 * forwards(config, step):
+        budget -= forwards(config, step)
+        step += 1
+    return max(1, step)
+
+
+def ablate(
+    variant_config,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    workdir: pathlib.Path,
+    reference: str,
+    orderings: Sequence[Ordering],
+) -> dict[str, Any]:
+    """Trains and scores every (variant, seed) that is not done yet, and compares them.
+
+    Args:
+      variant_config: (variant, seed) -> config.
+      variants: names.
+      seeds: of the runs.
+      workdir: folder of the ablation.
+      reference: the variant whose compute every other gets.
+      orderings: what to compare.
+
+    Returns:
+      rows (pooled over seeds), by_seed, orderings; also written to ablation.json, with ablation.md and ablation.html.
+    """
+    verdicts: dict[str, list[list[Verdict]]] = {}
+    steps: dict[str, int] = {}
+    total, done = len(seeds) * len(variants), 0
+    for seed in seeds:
+        data = workdir / "data" / str(seed)
+        prepare.make_records(variant_config(reference, seed), data)
+        for variant in variants:
+            config = variant_config(variant, seed)
+            with config.unlocked():
+                config.data = str(data)
+                config.steps = equal_steps(config, variant_config(reference, seed))
+            steps[variant] = config.steps
+            done += 1
+            arguments.say(f"run {done}/{total}: {variant}, seed {seed}, {config.steps} steps")
+            folder = workdir / "runs" / variant / str(seed)
+            roles = ("base", "demonstrator", "executor") if variant == variants[0] else ("executor",)
+            scores = _score(config, folder, roles)
+            for role in roles:
+                name = variant if role == "executor" else role
+                verdicts.setdefault(name, []).append([Verdict(**v) for v in scores["verdicts"][role]])
+    names = [n for n in ("base", "demonstrator", *variants) if n in verdicts]
+    result = {
+        "seeds": list(seeds),
+        "steps": steps,
+        "rows": [summarise(n, [v for seed in verdicts[n] for v in seed]) for n in names],
+        "by_seed": [
+            summarise(n, part) | {"seed": seed} for n in names for seed, part in zip(seeds, verdicts[n], strict=True)
+        ],
+        "orderings": [compare(o, verdicts) for o in orderings if o.better in verdicts and o.worse in verdicts],
+    }
+    arguments.write_json(workdir / "ablation.json", result)
+    lines = "\n".join(f"- {sentence(line)}" for line in result["orderings"])
+    arguments.write_text(workdir / "ablation.md", f"{table(result)}\n\n{lines}\n")
+    arguments.write_text(workdir / "ablation.html", html(result))
+    return result
+
+
+def _score(config, folder: pathlib.Path, roles: Sequence[str]) -> dict[str, Any]:
+    """The run's scores on the test tasks; trains it first where that is not done."""
+    path = folder / "results.json"
+    if path.exists():
+        scores = json.loads(path.read_text())
+        if scores["step"] == config.steps and set(roles) <= set(scores["verdicts"]):
+            return scores
+    train.train(config, folder)
+    scores = evaluate_roles(runs.open_run(folder), roles=roles, split="test")
+    arguments.write_json(path, scores)
+    return scores
+
+
+def values(verdicts: Sequence[Verdict], metric: str) -> np.ndarray:
+    """The metric of every clip [n]; NaN where the benchmark could not answer."""
+    scores = np.array([[v.scores[q] for q in QUESTIONS] for v in verdicts], np.float64)
+    if metric in QUESTIONS:
+        return scores[:, QUESTIONS.index(metric)]
+    return scores.mean(axis=1) if metric == "average" else np.where(np.isnan(scores).any(1), np.nan, scores.all(1))
+
+
+def compare(ordering: Ordering, verdicts: Mapping[str, list[list[Verdict]]]) -> dict[str, Any]:
+    """Paired difference over all seeds' test clips, with a bootstrap interval."""
+    a, b = (
+        np.concatenate([values(seed, ordering.metric) for seed in verdicts[name]])
+        for name in (ordering.better, ordering.worse)
+    )
+    both = np.isfinite(a) & np.isfinite(b)
+    difference, low, high = bootstrap_difference(a[both], b[both], samples=2000)
+    outcome = "holds" if low > 0 else "reversed" if high < 0 else "not resolved"
+    return dataclasses.asdict(ordering) | {
+        "difference": difference, "ci95": [low, high], "n": int(both.sum()), "outcome": outcome,
+    }  # fmt: skip
+
+
+def sentence(line: Mapping[str, Any]) -> str:
+    low, high = line["ci95"]
+    return (
+        f"{line['outcome']}: {line['claim']} ({line['better']} - {line['worse']}, {line['metric']}: "
+        f"{line['difference']:+.3f} [{low:+.3f}, {high:+.3f}])"
+    )
+
+
+def table(result: Mapping[str, Any]) -> str:
+    rows = [row | {"steps": result["steps"].get(row["name"], "–")} for row in result["rows"]]
+    return markdown(rows, first=("name", "steps"))
+
+
+def html(result: Mapping[str, Any]) -> str:
+    """The ablation as one page: bars for every metric, the anchor weights as a curve, the orderings."""
+    rows = {row["name"]: row for row in result["rows"]}
+    parts = []
+    for metric in METRICS:
+        items = [
+            charts.Bar(row["name"], row[metric], *row["ci95"][metric])
+            for row in rows.values()
+            if row[metric] is not None
+        ]
+        parts.append(page.chart(metric, charts.bars(items, title=f"{metric} of every variant")))
+    outcomes = "".join(page.paragraph(charts.escape(sentence(line))) for line in result["orderings"])
+    seeds = ", ".join(map(str, result["seeds"]))
+    body = page.section("rates", f"Variants, seeds {seeds}, at equal compute", "".join(parts))
+    body += page.section("orderings", "The paper's orderings", outcomes)
+    return page.document("Ablation", body)

@@ -1,0 +1,118 @@
+"""`world-distill benchmark`: how fast each part of a training step is, and what the loop adds to them.
+
+    rollout       the Executor's sampler steps and the decoding of clips
+    demonstrator  velocities at all visited states
+    judge         all questions about all clips, without the cache
+    update        the optimiser updates of one step
+    loop          a whole step, less the sum of the parts: data, cache, advantages, transfers
+
+Every part runs alone, after a warm-up, on the same batch, in turns; the median is shown. On a machine that other
+programs share, compare figures of one run only.
+"""
+
+import argparse
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from world_distill import arguments, components, prepare, runs
+from world_distill.collect import Collection, Collector
+from world_distill.config import section
+from world_distill.data.pipeline import task_batches
+from world_distill.data.records import RecordReader
+from world_distill.judges.rubric import load_rubric
+from world_distill.objectives import Objective, make_train_step
+
+HELP = """\
+Measure the speed of rollout, Demonstrator, judge and update, and the loop's overhead.
+
+Samples a second for each part at the config's sizes, and the share of a whole step that is none of them. Needs no
+training run: records are made in a temporary folder.
+
+  world-distill benchmark --config sandbox
+  world-distill benchmark --config sandbox --repeats 20 --json speed.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config(parser, default="sandbox")
+    parser.add_argument("--repeats", type=int, default=7, help="times that every part runs (default: 7)")
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = arguments.config_from(args)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(config, pathlib.Path(folder), args.repeats)
+    rows = result["rollouts_per_step"]
+    arguments.say(f"{result['device']}, {rows} rollouts a step, median of {args.repeats}")
+    for name, part in result["parts"].items():
+        arguments.say(f"{name:>13}  {part['seconds']:8.3f} s  {part['samples_per_second']:8.1f} samples/s")
+    arguments.say(
+        f"{'whole step':>13}  {result['step_seconds']:8.3f} s  {rows / result['step_seconds']:8.1f} samples/s"
+    )
+    arguments.say(f"{'loop':>13}  {100 * result['overhead']:7.1f} % of a step is none of the parts")
+    if args.json:
+        arguments.write_json(args.json, result)
+    return 0
+
+
+def measure(config, folder: pathlib.Path, repeats: int) -> dict:
+    """Seconds and samples a second of every part; see the module's text."""
+    mesh = components.start_devices(config)
+    family = components.make_family(config)
+    data = runs.data_folder(config, folder)
+    prepare.make_records(config, data)
+    base = components.load_base(family, config, mesh)
+    objective, collection = section(config.objective, Objective), Collection(**config.rollout.to_dict())
+    grid, diffusion = components.sampler_grid(config)
+    init, _ = runs.make_state(config, family, mesh, base)
+    state = init(base)
+    judge = components.make(config, "judge")
+    collector = Collector(
+        family, mesh, collection, objective, grid=grid, diffusion=diffusion, judge=judge, cache=None,
+        rubric=load_rubric(config.judge.rubric or None),
+    )  # fmt: skip
+    batches = task_batches(
+        RecordReader(data, "train"), tasks_per_step=collection.tasks, seed=config.seed,
+        text_length=config.text_length,
+    )  # fmt: skip
+    tasks = next(batches)
+    step = jax.jit(make_train_step(family, objective, runs.make_optimizer(config), grid, diffusion))
+    key = jax.random.key(config.seed)
+    parts = collector.parts(state, base, tasks, key)
+    batch, _ = collector(state, base, tasks, key, 0)
+    jobs = {
+        "rollout": lambda: jax.block_until_ready(parts.roll()),
+        "judge": parts.judge,
+        "update": lambda: jax.block_until_ready(step(state, base, batch)),
+    }
+    if parts.show is not None:
+        jobs["demonstrator"] = lambda: jax.block_until_ready(parts.show())
+
+    def whole():
+        made, _ = collector(state, base, next(batches), key, 0)
+        jax.block_until_ready(step(state, base, made))
+
+    jobs["step"] = whole
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(repeats + 1):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()
+            if turn:  # the first turn compiles
+                times[name].append(time.perf_counter() - started)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    total = seconds.pop("step")
+    rows = collection.tasks * collection.group
+    return {
+        "device": f"{len(mesh.devices.flat)} x {jax.devices()[0].device_kind}",
+        "rollouts_per_step": rows,
+        "parts": {n: {"seconds": s, "samples_per_second": rows / s} for n, s in seconds.items()},
+        "step_seconds": total,
+        "overhead": float(np.clip(1 - sum(seconds.values()) / total, -1, 1)),
+    }

@@ -1,0 +1,246 @@
+"""Collecting a batch of experience: the only place in a training step where host and device meet.
+
+    1. roll     every task `group` times: the Executor's own rollouts (or the Demonstrator's, for off-policy)
+    2. show     the Demonstrator's velocities at the visited states, and Eq. 9's reward from them
+    3. judge    decoded clips on the host, answers from the cache on disk where it has them
+    4. weigh    rewards to group-relative advantages, failed judgments masked
+
+A rollout depends on (seed, step, row) and the weights alone, so a resumed or repeated run makes the same clips, finds
+their judgments in the cache, and goes on bit for bit as before.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from world_distill.core import advantages, losses, sampling
+from world_distill.interfaces import Judge, ModelFamily
+from world_distill.judges.cache import JudgmentCache, judge_clips
+from world_distill.judges.rubric import Rubric
+from world_distill.objectives import Objective
+from world_distill.sharding import batch_sharding, replicated
+from world_distill.structs import Condition, Judgment, PyTree, Rollout, TrainBatch, TrainState
+
+DISTILL = "distill"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """Settings of a batch of experience.
+
+    Attributes:
+      tasks: tasks in a step.
+      group: rollouts of each task.
+      role: who rolls: "executor" (on-policy) or "demonstrator" (off-policy distillation).
+      weights: reward name -> lambda of Eq. 10; questions of the rubric, and "distill" for Eq. 9. 0 leaves one out.
+      clip: log-odds are clipped to +-clip before anything else; 0 does not clip.
+      normalise: divide each reward by its std over the "batch" or the "group", or by nothing ("none").
+      std: what the advantage is divided by: std of the "batch" or of the "group", or nothing ("none").
+      min_valid: groups with fewer valid judgments are left out.
+      negative_scale: factor on negative advantages; below 1 is steadier and learns less from failures.
+    """
+
+    tasks: int
+    group: int
+    role: str
+    weights: Mapping[str, float]
+    clip: float
+    normalise: str
+    std: str
+    min_valid: int
+    negative_scale: float
+
+    def __post_init__(self):
+        if self.role not in ("executor", "demonstrator"):
+            raise ValueError(f"rollout.role must be executor or demonstrator, got {self.role!r}")
+        if self.tasks < 1 or self.group < 1:
+            raise ValueError(f"rollout.tasks and rollout.group are at least 1, got {self.tasks} and {self.group}")
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """Questions that the judge has to answer."""
+        return tuple(name for name, weight in self.weights.items() if weight and name != DISTILL)
+
+
+class Parts(NamedTuple):
+    """The pieces of collecting a batch, as functions without arguments."""
+
+    roll: Callable[[], Any]
+    show: Callable[[], Any] | None
+    judge: Callable[[], Judgment]
+
+
+class Collector:
+    """Makes `TrainBatch`es. Holds jitted functions and settings, no weights."""
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        mesh: jax.sharding.Mesh,
+        settings: Collection,
+        objective: Objective,
+        *,
+        grid: np.ndarray,
+        diffusion: np.ndarray | None,
+        judge: Judge | None,
+        cache: JudgmentCache | None,
+        rubric: Rubric | None,
+    ):
+        self.settings, self.judge, self.cache, self.rubric = settings, judge, cache, rubric
+        self._rows, self._everywhere = batch_sharding(mesh), replicated(mesh)
+        self._objective = objective
+        self._needs_advantages = objective.rl != "none"
+        self._questions = settings.questions if self._needs_advantages else ()
+        distills = self._needs_advantages and settings.weights.get(DISTILL, 0.0) != 0
+        needs_states = objective.uses_visited or distills or objective.rl == "flow_grpo"
+        if diffusion is not None and objective.rl != "flow_grpo":
+            raise ValueError("sampler.eta above 0 is for objective.rl = flow_grpo; the others sample the ODE")
+        demonstrates = objective.uses_visited or distills
+        mask = family.free_frames
+
+        def roll(lora, base, task: Condition, solution: Condition, key, first_row):
+            def grow(tree):
+                tree = jax.tree.map(lambda x: jnp.repeat(x, settings.group, axis=0), tree)
+                return jax.lax.with_sharding_constraint(tree, self._rows)
+
+            task, solution = grow(task), grow(solution)
+            rows = first_row + jnp.arange(task.text.shape[0])
+            keys = sampling.sample_keys(key, rows)
+            executor = settings.role == "executor"
+            rollout = sampling.rollout(
+                family.denoise, base, lora if executor else None, task if executor else solution, keys,
+                times=grid, latent_shape=family.latent_shape, frame_mask=mask, diffusion=diffusion,
+                keep_states=needs_states,
+            )  # fmt: skip
+            return rollout, task, solution, family.decode(rollout.latents)
+
+        def show(base, rollout: Rollout, solution: Condition):
+            if settings.role == "demonstrator":
+                shown = rollout.velocities
+            else:
+
+                def at(state_and_time):
+                    x, t = state_and_time
+                    return family.denoise(base, None, x, jnp.full(x.shape[:1], t), solution)
+
+                shown = jax.lax.map(at, (rollout.states, jnp.asarray(grid[:-1], jnp.float32)))
+            return shown, losses.distillation_reward(rollout.velocities, shown, grid, mask)
+
+        self._roll = jax.jit(roll)
+        self._show = jax.jit(show) if demonstrates else None
+        self._keeps_log_probs = objective.rl == "flow_grpo"
+        self._finish = jax.jit(lambda r: jnp.concatenate([r.states, r.latents[None]])) if needs_states else None
+
+    def __call__(
+        self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int
+    ) -> tuple[TrainBatch, dict[str, float]]:
+        """One batch of experience for training step `step`, and host-side metrics.
+
+        Args:
+          state: the Executor is `state.lora`.
+          base: frozen weights.
+          tasks: a batch of `data.pipeline`.
+          key: typed PRNG key of the run; rollouts use fold_in(key, step).
+          step: finished steps.
+        """
+        started = time.perf_counter()
+        rollout, task, solution, clips = self._roll(state.lora, base, *self._conditions(tasks), *_key(key, step))
+        shown = reward = None
+        if self._show is not None:
+            shown, reward = self._show(base, rollout, solution)
+        (weighed, used), info = self._weigh(tasks, clips, reward, started, active=self._objective.rl_active(step))
+        batch = TrainBatch(
+            task=task,
+            solution=solution,
+            latents=rollout.latents,
+            states=None if self._finish is None else self._finish(rollout),
+            demonstrator=shown,
+            log_probs=rollout.log_probs if self._keeps_log_probs else None,
+            advantages=jax.device_put(weighed, self._rows),
+            valid=jax.device_put(used, self._rows),
+        )
+        return batch, info
+
+    def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array) -> Parts:
+        """The pieces of a call on one batch of tasks, each to be run alone (benchmarks)."""
+        conditions, at = self._conditions(tasks), _key(key, 0)
+        rollout, _, solution, clips = self._roll(state.lora, base, *conditions, *at)
+        frames = np.asarray(clips)
+        return Parts(
+            roll=lambda: self._roll(state.lora, base, *conditions, *at),
+            show=None if self._show is None else lambda: self._show(base, rollout, solution),
+            judge=lambda: self._ask(tasks, frames),
+        )
+
+    def _conditions(self, tasks: Mapping[str, Any]) -> tuple[Condition, Condition]:
+        # Every device gets every task: they are few and small, and need not divide by the devices as the rollouts do.
+        put = lambda name: jax.device_put(np.asarray(tasks[name]), self._everywhere)  # noqa: E731
+        scene = put("scene")
+        return (
+            Condition(put("task_text"), put("task_mask"), scene),
+            Condition(put("solution_text"), put("solution_mask"), scene),
+        )
+
+    def _ask(self, tasks: Mapping[str, Any], clips: np.ndarray) -> Judgment:
+        """The judge's answers about `group` clips of each task."""
+        repeat = lambda texts: [text for text in texts for _ in range(self.settings.group)]  # noqa: E731
+        return judge_clips(
+            self.judge, self.cache, clips, repeat(tasks["task"]), repeat(tasks["agent"]), self.rubric, self._questions
+        )
+
+    def _weigh(
+        self, tasks: Mapping[str, Any], clips: jax.Array, reward: jax.Array | None, started: float, *, active: bool
+    ) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
+        """((advantages [b] float32, used [b] bool), metrics)."""
+        group, count = self.settings.group, len(tasks["ids"])
+        rows = count * group
+        info: dict[str, float] = {}
+        scores: dict[str, np.ndarray] = {}
+        valid = np.ones(rows, bool)
+        if not active:
+            if reward is not None:
+                info["reward/distill"] = reward.mean()
+            return (np.zeros(rows, np.float32), valid), info
+        if reward is not None:
+            scores[DISTILL] = np.asarray(reward, np.float64)
+        if self._questions:
+            clips = np.asarray(clips)
+            rolled = time.perf_counter()
+            judgment = self._ask(tasks, clips)
+            scores |= judgment.scores
+            valid &= judgment.valid
+            info["time/rollout"] = rolled - started
+            info["time/judge"] = time.perf_counter() - rolled
+            for name in self._questions:
+                info[f"rate/{name}"] = _mean(judgment.scores[name][judgment.valid] > 0)
+        groups = np.repeat(np.arange(count), group)
+        settings = self.settings
+        limits = dict.fromkeys(self._questions, settings.clip) if settings.clip else None
+        weights = {name: weight for name, weight in settings.weights.items() if weight}
+        total = advantages.combine_rewards(
+            scores, weights, clip=limits, normalise=settings.normalise, groups=groups, valid=valid
+        )
+        weighed, used = advantages.group_advantages(
+            total, groups, valid, std=settings.std, min_valid=settings.min_valid,
+            negative_scale=settings.negative_scale,
+        )  # fmt: skip
+        for name, values in scores.items():
+            info[f"reward/{name}"] = _mean(values[valid])
+        info["reward/total"] = _mean(total[valid])
+        info["judge/invalid"] = float((~valid).mean())
+        info |= {f"reward/{k}": float(v) for k, v in advantages.group_statistics(total, groups, valid).items()}
+        return (weighed, used), info
+
+
+def _key(key: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
+    """A step's key, and the first row's number in it."""
+    return jax.random.fold_in(key, step), jnp.zeros((), jnp.int32)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

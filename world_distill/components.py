@@ -1,0 +1,125 @@
+"""From a config to the parts that it names: model family, base weights, mesh, annotator, judge, benchmark.
+
+A part that is not in this package is named by its import path, `factory = "package.module:function"`, with its keyword
+arguments in `options`. An option `"@world"` stands for the config's section `world`.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from world_distill import models
+from world_distill.checkpoints import load_weights
+from world_distill.config import UserError
+from world_distill.core import flow, sampling
+from world_distill.interfaces import ModelFamily
+from world_distill.sharding import make_mesh, tree_shardings
+from world_distill.structs import PyTree
+
+
+def make(config: ConfigDict, section: str) -> Any:
+    """Calls the factory of a section that has `factory` and `options`.
+
+    Raises:
+      UserError: the factory cannot be imported, or does not take the options.
+    """
+    try:
+        return make_partial(config, section)()
+    except TypeError as error:
+        raise UserError(f"config.{section}.options do not fit {config[section].factory}: {error}") from error
+
+
+def make_partial(config: ConfigDict, section: str) -> Callable[..., Any]:
+    """The factory of a section, with its options filled in; it takes more arguments when called.
+
+    Raises:
+      UserError: the factory cannot be imported.
+    """
+    path = config[section].factory
+    module, _, name = path.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"config.{section}.factory = {path!r} cannot be imported: {error}") from error
+    options = {}
+    for key, value in config[section].options.items():
+        if isinstance(value, str) and value.startswith("@"):
+            value = config[value[1:]]
+        options[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+    return functools.partial(factory, **options)
+
+
+def make_family(config: ConfigDict) -> ModelFamily:
+    """The model family, with the config's sizes and LoRA settings."""
+    sizes = {k: v for k, v in config.model.items() if k != "family"}
+    executor = config.executor
+    scale = executor.alpha / executor.rank if executor.rank else 1.0
+    try:
+        return models.build(config.model.family, **sizes, lora_targets=executor.targets, lora_scale=scale)
+    except TypeError as error:
+        raise UserError(f"config.model does not fit family {config.model.family!r}: {error}") from error
+
+
+def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of the config's devices; to be called before anything else touches JAX.
+
+    On a CPU, XLA runs the small operations of a small model on one thread a device, so the cores are used by splitting
+    the batch over `config.host_devices` CPU devices. Their number is part of the config and not of the machine: sums
+    over the batch are grouped by device, and a run should be the same everywhere.
+    """
+    if jax.config.jax_num_cpu_devices < config.host_devices and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # Too late if JAX is in use already (a notebook): then take the devices that there are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", config.host_devices)
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        devices = devices[: config.host_devices]
+    return make_mesh(**config.mesh.to_dict(), devices=devices)
+
+
+def load_base(family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh) -> PyTree:
+    """The frozen base, placed on the mesh: the one copy that serves Demonstrator and Executor.
+
+    Raises:
+      UserError: no weights are named and none ship with the family, or they do not fit the config's sizes.
+    """
+    path = config.base or family.default_base
+    if not path:
+        raise UserError(f"config.base names no weights, and none ship with model family {family.name}")
+    weights, _ = load_weights(path)
+    expected = jax.eval_shape(family.init_base, jax.random.key(0))
+    problems = _differences(weights, expected)
+    if problems:
+        raise UserError(f"the weights in {path} do not fit config.model:\n  " + "\n  ".join(problems))
+    return jax.device_put(weights, tree_shardings(mesh, family.base_axes(), expected))
+
+
+def _differences(weights: PyTree, expected: PyTree) -> list[str]:
+    """One line a leaf that is missing, unexpected or of another shape."""
+    have, want = (
+        {
+            jax.tree_util.keystr(p, simple=True, separator="."): x.shape
+            for p, x in jax.tree_util.tree_leaves_with_path(t)
+        }
+        for t in (weights, expected)
+    )
+    lines = [f"missing {name} {want[name]}" for name in sorted(want.keys() - have.keys())]
+    lines += [f"unexpected {name} {have[name]}" for name in sorted(have.keys() - want.keys())]
+    both = sorted(n for n in have.keys() & want.keys() if have[n] != want[n])
+    return lines + [f"{name} is {have[name]}, not {want[name]}" for name in both]
+
+
+def sampler_grid(config: ConfigDict) -> tuple[np.ndarray, np.ndarray | None]:
+    """The sampler's times [k + 1], and its diffusion coefficients [k] where it is stochastic."""
+    settings = config.sampler
+    grid = flow.sampling_times(settings.steps, settings.shift, settings.explicit or None)
+    if settings.eta == 0:
+        return grid, None
+    return grid, sampling.flow_grpo_diffusion(grid, settings.eta, tuple(settings.window) or None)

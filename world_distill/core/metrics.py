@@ -1,0 +1,131 @@
+"""How far two velocity fields are apart and in what way; means and rates with their uncertainty.
+
+The gap alone misleads: part of it cannot be learnt (the Demonstrator is told more than the Executor
+can infer), and the same size can mean a wrong direction, a shrunken length, or one constant colour
+offset. With e = v - v_ref:
+
+    cosine      <v, v_ref> / (|v| |v_ref|)
+    norm_ratio  |v| / |v_ref|
+    dc          share of the energy of e that lies in its per-channel means over frames and space
+
+Intervals: Wilson's score interval for rates, a normal one for means, a percentile bootstrap for
+paired differences.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from world_distill.core.flow import FrameMask, masked_mean
+
+
+def _ratio(top: Array, bottom: Array) -> Array:
+    """The quotient, and 0 where `bottom` is 0."""
+    return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), 0.0)
+
+
+def velocity_diagnostics(
+    v: Float[Array, "b f h w c"], v_ref: Float[Array, "b f h w c"], frame_mask: FrameMask | None
+) -> dict[str, Float[Array, " b"]]:
+    """Cosine, norm ratio and dc share over free frames, [b] each.
+
+    The formulas stand above; where a denominator is 0, so is the value.
+    """
+    v, v_ref = jnp.asarray(v, jnp.float32), jnp.asarray(v_ref, jnp.float32)
+    length = jnp.sqrt(masked_mean(v**2, frame_mask))
+    length_ref = jnp.sqrt(masked_mean(v_ref**2, frame_mask))
+    error = v - v_ref
+    # masked_mean averages channels as well, so each channel goes through it alone: [b c].
+    offset = jax.vmap(lambda e: masked_mean(e[..., None], frame_mask), -1, -1)(error)
+    return {
+        "cosine": _ratio(masked_mean(v * v_ref, frame_mask), length * length_ref),
+        "norm_ratio": _ratio(length, length_ref),
+        "dc": _ratio(jnp.mean(offset**2, axis=-1), masked_mean(error**2, frame_mask)),
+    }
+
+
+def binned_by_time(
+    values: Float[np.ndarray, " n"], t: Float[np.ndarray, " n"], edges: Sequence[float | int] | np.ndarray
+) -> tuple[Float[np.ndarray, " m"], np.ndarray]:
+    """Mean of `values` in bins of their times: (means [m], counts [m]).
+
+    Bin i is [edges[i], edges[i + 1]), the last one closed. An empty bin has mean NaN and count 0.
+
+    Raises:
+        ValueError: edges do not rise strictly, or a time lies outside of them.
+    """
+    values, t = np.asarray(values, np.float64), np.asarray(t, np.float64)
+    edges = np.asarray(edges, np.float64)
+    if len(edges) < 2 or not (np.diff(edges) > 0).all():
+        raise ValueError(f"edges must rise strictly, got {edges.tolist()}")
+    if not ((t >= edges[0]) & (t <= edges[-1])).all():
+        raise ValueError(f"times outside of [{edges[0]}, {edges[-1]}]")
+    bins = np.minimum(np.searchsorted(edges, t, side="right") - 1, len(edges) - 2)
+    counts = np.bincount(bins, minlength=len(edges) - 1)
+    sums = np.bincount(bins, weights=values, minlength=len(edges) - 1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), counts
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval (low, high) of a rate; (0, 1) when nothing was counted.
+
+    Raises:
+        ValueError: unless 0 <= successes <= n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"need 0 <= successes <= n, got {successes} of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    rate = successes / n
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[float, float, float]:
+    """(mean, low, high): the mean and z standard errors to either side.
+
+    The bounds of a single value are NaN.
+
+    Raises:
+        ValueError: without values, or if one is not finite.
+    """
+    values = np.asarray(values, np.float64)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"need finite values, got {values.size}, not all finite or none")
+    mean = float(values.mean())
+    half = z * float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
+def bootstrap_difference(
+    a: Float[np.ndarray, " n"],
+    b: Float[np.ndarray, " n"],
+    *,
+    level: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """(difference, low, high) of mean(a - b) for paired values.
+
+    A percentile bootstrap over the pairs, from a fixed seed.
+
+    Raises:
+        ValueError: if the two do not pair up, are empty, or are not finite.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 1 or a.shape != b.shape or a.size == 0:
+        raise ValueError(f"need two lists of one length, got {a.shape} and {b.shape}")
+    difference = a - b
+    if not np.isfinite(difference).all():
+        raise ValueError("values must be finite")
+    rng = np.random.default_rng(seed)
+    n = len(difference)
+    # One resample at a time: all at once would need samples * n numbers.
+    means = [difference[rng.integers(n, size=n)].mean() for _ in range(samples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(difference.mean()), float(low), float(high)

@@ -1,0 +1,79 @@
+"""Training times: where on the way from noise to data the losses look.
+
+AWM (arXiv 2509.25050) draws T times a step, one from each of T strata, so that every step sees the
+whole range:
+
+    discrete      indices of the sampler's own grid of N steps, cut at floor(lo + i (hi - lo) / T);
+                  lo = 1 leaves out pure noise, hi = floor(fraction N) the low-noise tail
+    logit-normal  u = (i + U) / T,  t = sigmoid(ndtri(u)), shifted, at least 0.01
+    uniform       u = (i + U) / T,  t = low + (1 - low) u, shifted
+
+A draw is shared by a batch (the noise is not); a batch that is spread over hosts must draw with the
+same key.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
+
+from world_distill.core.flow import shift_times
+
+_MIN_TIME = 0.01  # AWM's lower bound of logit-normal times
+_UNIT_MARGIN = 1e-6  # keeps the normal quantile finite
+
+
+def stratified_times(
+    key: Key[Array, ""],
+    times: Float[ArrayLike, " n"],
+    count: int,
+    *,
+    skip_first: bool,
+    keep_fraction: float,
+) -> Int[Array, " count"]:
+    """Indices into the sampler's grid, rising (noisiest first), one from each of `count` strata.
+
+    Every index between the cuts can be drawn. With fewer indices than strata, neighbours share one.
+
+    Args:
+        key: one typed PRNG key.
+        times: the sampler's grid [N + 1]; only its length counts.
+        count: number of strata, T.
+        skip_first: leave out index 0, where the latents are pure noise.
+        keep_fraction: share of the grid to keep, from the noisy end, in (0, 1].
+
+    Raises:
+        ValueError: if nothing of the grid is left, or an argument is out of range.
+    """
+    steps = np.shape(times)[0] - 1
+    if count < 1 or not 0 < keep_fraction <= 1:
+        raise ValueError(f"need count >= 1 and 0 < keep_fraction <= 1: {count=}, {keep_fraction=}")
+    low = int(skip_first)
+    high = math.floor(keep_fraction * steps + 1e-9)  # 0.29 * 100 is 28.999... in binary
+    if high - low < 1:
+        raise ValueError(f"no index left of {steps} steps: {skip_first=}, {keep_fraction=}")
+    # Whole numbers only, so that a cut cannot move by rounding.
+    cuts = low + (high - low) * np.arange(count + 1) // count
+    first, end = cuts[:-1], np.maximum(cuts[1:], cuts[:-1] + 1)
+    return jax.random.randint(key, (count,), jnp.asarray(first), jnp.asarray(end))
+
+
+def _stratified_units(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
+    if count < 1:
+        raise ValueError(f"need count >= 1, got {count}")
+    return (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(key, (count,))) / count
+
+
+def logit_normal_times(key: Key[Array, ""], count: int, shift: float) -> Float[Array, " count"]:
+    """Shifted logit-normal times in [0.01, 1), rising, from `count` equally likely strata."""
+    units = jnp.clip(_stratified_units(key, count), _UNIT_MARGIN, 1 - _UNIT_MARGIN)
+    t = jax.nn.sigmoid(jax.scipy.special.ndtri(units))
+    return jnp.maximum(shift_times(t, shift), _MIN_TIME)
+
+
+def uniform_times(key: Key[Array, ""], count: int, shift: float, low: float) -> Float[Array, " count"]:
+    """Shifted times of uniform ones in [low, 1], rising, from `count` equal strata."""
+    return shift_times(low + (1 - low) * _stratified_units(key, count), shift)

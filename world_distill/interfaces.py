@@ -1,0 +1,130 @@
+"""What the parts promise each other: model family, annotator, judge.
+
+A new model, annotator or judge is a class or a module with these members; nothing has to be inherited.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from world_distill.structs import Condition, PyTree
+
+
+class Denoise(Protocol):
+    """Velocity field: `v = eps - x_0` at `x_t = (1 - t) x_0 + t eps`."""
+
+    def __call__(
+        self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition
+    ) -> jax.Array:
+        """Velocity [b f h w c] fp32 at x_t [b f h w c], t [b] in [0, 1].
+
+        `lora=None` is the Demonstrator. Pinned frames (see `ModelFamily.free_frames`) come back with velocity 0.
+        """
+        ...
+
+
+class ModelFamily(Protocol):
+    """A video model with its latent codec and its text encoder, as the programs see it.
+
+    The base weights, and the LoRA, are pytrees that are passed in as arguments: a family holds sizes, not weights.
+    """
+
+    name: str
+    latent_shape: tuple[int, int, int, int]  # f h w c of one clip
+    free_frames: np.ndarray  # [f] float32: 1 where a latent frame is generated, 0 where it is pinned to the scene
+    fps: float  # frames a second of a decoded clip
+    default_base: pathlib.Path | None  # weights that ship with the package, if any
+
+    def denoise(
+        self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition
+    ) -> jax.Array: ...
+
+    def init_base(self, key: jax.Array) -> PyTree:
+        """Random base weights (traceable, for `eval_shape` and `jit(out_shardings=...)`)."""
+        ...
+
+    def base_axes(self) -> PyTree:
+        """Logical axis names of every base weight: a tree like the base with a tuple of names or None per leaf."""
+        ...
+
+    def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:
+        """An Executor that equals the Demonstrator: LoRA of `rank`, or full differences if `rank` is None."""
+        ...
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Clean latents [b f h w c] to RGB clips [b F H W 3] uint8 (traceable)."""
+        ...
+
+    def encode_scene(self, images: np.ndarray) -> np.ndarray:
+        """Scene images [b H W 3] uint8 to first-frame latents [b 1 h w c]."""
+        ...
+
+    def encode_text(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text to its encoder states [l d], true length, no padding."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskPair:
+    """What an annotator writes about one scene.
+
+    `task` is `[agent]: imperative.`; `solution` is one present-tense paragraph that narrates the clip.
+    """
+
+    task: str
+    solution: str
+    agent: str
+    kind: str  # free label for break-downs in tables (navigation, push, ...)
+
+
+class Annotator(Protocol):
+    name: str  # model and prompt version; goes into the data card
+
+    def annotate(self, image: np.ndarray, *, max_pairs: int, seed: int) -> list[TaskPair]:
+        """Tasks and solutions for one image [H W 3] uint8; [] when there is nothing to do in it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeRequest:
+    """One yes/no question about one clip."""
+
+    clip: np.ndarray  # [F H W 3] uint8
+    question: str  # the full text, task included
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeAnswer:
+    """log p(yes) - log p(no) of the first answer token, or why there is none."""
+
+    log_odds: float | None
+    error: str | None = None
+
+
+class Judge(Protocol):
+    name: str  # identifies model, version and sampling: part of the cache key
+
+    def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
+        """One answer a request, in order. A request that cannot be answered has `log_odds=None`, never a made-up 0."""
+        ...
+
+
+class Benchmark(Protocol):
+    """Verdicts for evaluation: kept apart from the judge whose answers are the reward."""
+
+    name: str
+    questions: tuple[str, ...]
+
+    def check(self, clips: np.ndarray, tasks: Sequence[str], images: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """Verdicts [b] float64 a question: 1 yes, 0 no, NaN where there is none.
+
+        Args:
+          clips: [b F H W 3] uint8.
+          tasks: [b] task texts.
+          images: [b] the scenes' PNG files.
+        """
+        ...

@@ -1,0 +1,82 @@
+"""Executors as pytrees beside the frozen base: LoRA factors, or full differences from the base.
+
+A LoRA tree mirrors the base's tree down to the layers that it adapts: `{..., "q": {"a": [i r], "b": [r o]}}`, with a
+leading layer axis where the base's layers are stacked. `b` starts at zero, so a fresh Executor *is* the Demonstrator.
+A full Executor is `{"full": differences}` with a leaf for every weight of the base, all zero at first. Both are what
+an optimiser updates, an EMA averages and a checkpoint holds; the base is never copied.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from world_distill.structs import PyTree
+
+
+def kernels(base: PyTree, prefix: str = "") -> dict[str, jax.Array]:
+    """Dotted path -> kernel of every linear layer in a nested dict of weights."""
+    found = {}
+    for name, value in base.items():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, dict):
+            if "kernel" in value:
+                found[path] = value["kernel"]
+            found.update(kernels({k: v for k, v in value.items() if isinstance(v, dict)}, path))
+    return found
+
+
+def init_lora(key: jax.Array, base: PyTree, *, rank: int, targets: str) -> PyTree:
+    """LoRA factors for every linear layer of `base` whose dotted path matches the pattern `targets`.
+
+    Args:
+      key: typed PRNG key.
+      base: nested dict of weights; linear layers hold `kernel` [i o] or, stacked, [layers i o].
+      rank: inner dimension of the factors.
+      targets: regular expression, matched against the whole path (`blocks.self_attention.(q|k|v|out)`).
+
+    Raises:
+      ValueError: the pattern matches no layer, or the rank is not below a matched layer's sizes.
+    """
+    found = {path: kernel for path, kernel in sorted(kernels(base).items()) if re.fullmatch(targets, path)}
+    if not found:
+        raise ValueError(f"LoRA targets {targets!r} match no layer; layers are: {', '.join(sorted(kernels(base)))}")
+    lora: PyTree = {}
+    for index, (path, kernel) in enumerate(found.items()):
+        *stack, inputs, outputs = kernel.shape
+        if not 0 < rank <= min(inputs, outputs):
+            raise ValueError(f"LoRA rank {rank} does not fit layer {path} of shape {tuple(kernel.shape)}")
+        noise = jax.random.normal(jax.random.fold_in(key, index), (*stack, inputs, rank), jnp.float32)
+        factors = {"a": noise / jnp.sqrt(inputs), "b": jnp.zeros((*stack, rank, outputs), jnp.float32)}
+        node = lora
+        *parents, last = path.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = factors
+    return lora
+
+
+def lora_axes(lora: PyTree, base_axes: PyTree) -> PyTree:
+    """Logical axis names for `init_lora`'s tree (or a full Executor), from those of the base."""
+    if "full" in lora:
+        return {"full": base_axes}
+    axes = {}
+    for name, value in lora.items():
+        if "a" in value and not isinstance(value["a"], dict):
+            *stack, inputs, outputs = base_axes[name]["kernel"]
+            axes[name] = {"a": (*stack, inputs, None), "b": (*stack, None, outputs)}
+        else:
+            axes[name] = lora_axes(value, base_axes[name])
+    return axes
+
+
+def init_full(base: PyTree) -> PyTree:
+    """A full Executor: float32 differences from every weight of the base, all zero."""
+    return {"full": jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), base)}
+
+
+def apply_full(base: PyTree, lora: PyTree | None) -> tuple[PyTree, PyTree | None]:
+    """(weights, LoRA) to compute with: a full Executor's differences are added to the base, LoRA is passed on."""
+    if lora is None or "full" not in lora:
+        return base, lora
+    return jax.tree.map(lambda w, d: w + d.astype(w.dtype), base, lora["full"]), None

@@ -1,0 +1,134 @@
+"""`interfaces.ModelFamily` for the small video DiT."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from world_distill.models import lora as lora_lib
+from world_distill.models.tiny import codec
+from world_distill.models.tiny.modeling import T_MIN, TinyConfig, TinyDiT
+from world_distill.models.tiny.text import encode_text
+from world_distill.structs import Condition, PyTree
+
+
+class TinyFamily:
+    """Sizes and pure functions; see `interfaces.ModelFamily` for the contract.
+
+    Args:
+      config: sizes of the network.
+      patch: pixels a latent cell is high and wide.
+      stride: frames in a latent frame (the first latent frame holds the scene alone).
+      fps: frames a second at which clips are shown.
+      lora_targets: pattern of the layers that LoRA adapts.
+      lora_scale: factor on the product of LoRA's factors (alpha / rank).
+    """
+
+    name = "tiny"
+    default_base = pathlib.Path(__file__).parent / "base.safetensors"
+
+    def __init__(
+        self,
+        config: TinyConfig,
+        *,
+        patch: int,
+        stride: int,
+        fps: float = 4.0,
+        lora_targets: str = r"blocks\..*",
+        lora_scale: float = 1.0,
+    ):
+        self.config, self.patch, self.stride, self.fps = config, patch, stride, fps
+        self.lora_targets, self.lora_scale = lora_targets, lora_scale
+        self.latent_shape = (*config.grid, config.channels)
+        self.free_frames = np.array([0.0] + [1.0] * (config.grid[0] - 1), np.float32)
+
+    @functools.cached_property
+    def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
+
+    def _make(self, key: jax.Array) -> TinyDiT:
+        # Placing parameters is the caller's business (jit with out_shardings), not the constructor's.
+        with nnx.use_eager_sharding(False):
+            return TinyDiT(self.config, rngs=nnx.Rngs(key))
+
+    def init_base(self, key: jax.Array) -> PyTree:
+        return nnx.to_pure_dict(nnx.state(self._make(key)))
+
+    def base_axes(self) -> PyTree:
+        return nnx.to_pure_dict(nnx.get_partition_spec(self._abstract[1]))
+
+    def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:
+        if rank is None:
+            return lora_lib.init_full(base)
+        return lora_lib.init_lora(key, base, rank=rank, targets=self.lora_targets)
+
+    def predict_clean(self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition):
+        """Clean latents [b f h w c] that the network sees in x_t; the scene's frame is passed through."""
+        weights, lora = lora_lib.apply_full(base, lora)
+        graph, state = self._abstract
+        state = jax.tree.map(lambda x: x, state)
+        nnx.replace_by_pure_dict(state, weights)
+        model = nnx.merge(graph, state)
+        x = jnp.concatenate([condition.scene, x_t[:, 1:]], axis=1)
+        times = t[:, None] * self.free_frames
+        clean = model(x, times, condition.text, condition.text_mask, lora, self.lora_scale)
+        return jnp.concatenate([condition.scene, clean[:, 1:]], axis=1)
+
+    def denoise(self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition):
+        clean = self.predict_clean(base, lora, x_t, t, condition)
+        velocity = (x_t - clean) / jnp.maximum(t, T_MIN)[:, None, None, None, None]
+        return velocity * self.free_frames[:, None, None, None]
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        return codec.decode(latents, self.patch, self.stride)
+
+    def encode_clips(self, clips: jax.Array) -> jax.Array:
+        """RGB clips [b F H W 3] uint8 to latents [b f h w c] (pretraining)."""
+        return codec.encode(clips, self.patch, self.stride)
+
+    def encode_scene(self, images: np.ndarray) -> np.ndarray:
+        _, height, width, _ = images.shape
+        expected = (self.config.grid[1] * self.patch, self.config.grid[2] * self.patch)
+        if (height, width) != expected:
+            raise ValueError(f"scene images are {height}x{width} pixels; this model takes {expected[0]}x{expected[1]}")
+        return np.asarray(codec.encode(jnp.asarray(images)[:, None], self.patch, self.stride))
+
+    def encode_text(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [encode_text(text, self.config.text_width) for text in texts]
+
+
+def build(
+    *,
+    size: int = 30,
+    frames: int = 9,
+    patch: int = 5,
+    stride: int = 4,
+    width: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    mlp: int = 3,
+    text_width: int = 64,
+    remat: bool = False,
+    unroll: int = 4,
+    lora_targets: str = r"blocks\..*",
+    lora_scale: float = 1.0,
+) -> TinyFamily:
+    """The family for square clips of `size` pixels and `frames` frames.
+
+    Raises:
+      ValueError: `size` is not a multiple of `patch`, or `frames` is not 1 + a multiple of `stride`.
+    """
+    if size % patch:
+        raise ValueError(f"model.size={size} is not a multiple of model.patch={patch}")
+    if (frames - 1) % stride:
+        raise ValueError(f"model.frames={frames} is not 1 + a multiple of model.stride={stride}")
+    grid = (1 + (frames - 1) // stride, size // patch, size // patch)
+    config = TinyConfig(
+        grid=grid, channels=3 * stride * patch * patch, text_width=text_width,
+        width=width, depth=depth, heads=heads, mlp=mlp, remat=remat, unroll=unroll,
+    )  # fmt: skip
+    return TinyFamily(config, patch=patch, stride=stride, lora_targets=lora_targets, lora_scale=lora_scale)

@@ -1,0 +1,308 @@
+"""The RL and distillation step as one pure function: (state, base, batch) -> (state, metrics).
+
+    L = w_RL L_RL + beta_d L_anchor [+ beta_old |v_E - v_old|^2] [+ beta_base |v_E - v_base|^2]
+
+L_anchor is WMSD's Eq. 11 (on visited states) or the same on re-noised clips; L_RL is AWM or Flow-GRPO; both are in
+`core/losses.py`. Every variant of the paper is a setting: without L_RL this is on-policy distillation, with rollouts of
+the Demonstrator (see `collect.py`) it is off-policy distillation, with beta_d = 0 RL alone. `beta_d` and `rl_weight`
+may be schedules over training steps.
+
+One step makes `updates` optimiser updates on one batch of rollouts, each from `draws` random times (one gradient
+accumulation each, and one per micro-batch of rows). All randomness comes from fold_in(state.key, state.step).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from world_distill.core import flow, losses, metrics, sampling, schedules, times
+from world_distill.interfaces import ModelFamily
+from world_distill.structs import PyTree, TrainBatch, TrainState
+
+Schedule = float | tuple[tuple[float, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Settings of a training step.
+
+    Attributes:
+      rl: "awm", "flow_grpo" or "none".
+      rl_weight: weight of L_RL; a number, or (step, value) points joined by straight lines.
+      beta_d: weight of the anchor; likewise.
+      anchor_states: "visited" (states of the rollout) or "renoised" (the AWM states; one forward serves both losses).
+      anchor_loss: "mse" (Eq. 11) or "decoupled" (length and direction apart, see `losses.decoupled_gap`).
+      updates: optimiser updates on one batch of rollouts.
+      draws: random times in one update.
+      micro_batch: rows in one forward; 0 takes all.
+      skip_first, keep_fraction: which part of the sampler's grid AWM's times are drawn from.
+      awm_weighting, awm_power: see `losses.awm_log_likelihood`.
+      awm_clip, awm_temperature: clip range of the ratio, and what divides its logarithm.
+      awm_old: policy in the ratio's denominator: "current" (ratio 1, plain gradient; exact with one update per batch),
+        "start" (the policy that made the rollouts) or "ema" (the fast average `lora_old`).
+      beta_old: weight of the squared distance to `lora_old`; its decay is min(old_maximum, old_slope step).
+      beta_base: weight of the squared distance to the base given the task.
+      grpo_clip, grpo_beta: Flow-GRPO's clip range, and weight of its exact KL to the base given the task.
+      ema_decay: of `lora_ema`, per update, warmed up as min(ema_decay, (1 + n) / (10 + n)).
+    """
+
+    rl: str
+    rl_weight: Schedule
+    beta_d: Schedule
+    anchor_states: str
+    anchor_loss: str
+    updates: int
+    draws: int
+    micro_batch: int
+    skip_first: bool
+    keep_fraction: float
+    awm_weighting: str
+    awm_power: float
+    awm_clip: float
+    awm_temperature: float
+    awm_old: str
+    beta_old: float
+    old_slope: float
+    old_maximum: float
+    beta_base: float
+    grpo_clip: float
+    grpo_beta: float
+    ema_decay: float
+
+    def __post_init__(self):
+        for field, allowed in {
+            "rl": ("awm", "flow_grpo", "none"),
+            "anchor_states": ("visited", "renoised"),
+            "anchor_loss": ("mse", "decoupled"),
+            "awm_old": ("current", "start", "ema"),
+        }.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"objective.{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        for field in ("updates", "draws"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"objective.{field} must be at least 1, got {getattr(self, field)}")
+
+    def rl_active(self, step: int) -> bool:
+        """Whether L_RL has a weight in this training step: if not, nothing needs to be judged."""
+        return self.rl != "none" and float(schedules.piecewise_linear(self.rl_weight)(step)) != 0
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the anchor ever has a weight."""
+        weights = [weight for _, weight in self.beta_d] if np.ndim(self.beta_d) else [self.beta_d]
+        return any(weights)
+
+    @property
+    def uses_visited(self) -> bool:
+        """Whether the step reads the rollout's states and the Demonstrator's velocities there."""
+        return self.anchor_states == "visited" and self.anchored
+
+    @property
+    def uses_renoised(self) -> bool:
+        """Whether the step looks at the rollouts' clips noised anew."""
+        return self.rl == "awm" or (self.anchor_states == "renoised" and self.anchored)
+
+
+def init_state(family: ModelFamily, base: PyTree, optimizer, key: jax.Array, *, rank: int | None) -> TrainState:
+    """A fresh Executor, equal to the Demonstrator's weights, with its averages and optimiser state."""
+    lora = family.init_lora(jax.random.fold_in(key, 0), base, rank=rank)
+    copy = lambda tree: jax.tree.map(lambda x: x + 0, tree)  # noqa: E731  (donation wants separate buffers)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        lora=lora,
+        lora_ema=copy(lora),
+        lora_old=copy(lora),
+        opt_state=optimizer.init(lora),
+        key=jax.random.fold_in(key, 1),
+    )
+
+
+def make_train_step(
+    family: ModelFamily,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    grid: np.ndarray,
+    diffusion: np.ndarray | None = None,
+) -> Callable[[TrainState, PyTree, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The training step for one sampler grid [k + 1] (and its diffusion coefficients [k], for Flow-GRPO).
+
+    Raises:
+      ValueError: Flow-GRPO without stochastic steps.
+    """
+    if objective.rl == "flow_grpo" and (diffusion is None or not np.any(diffusion)):
+        raise ValueError("objective.rl = flow_grpo needs stochastic steps: set sampler.eta above 0")
+    mask = family.free_frames
+    grid = jnp.asarray(grid, jnp.float32)
+    stochastic = np.flatnonzero(diffusion) if diffusion is not None else np.arange(0)
+    beta_d = schedules.piecewise_linear(objective.beta_d)
+    rl_weight = schedules.piecewise_linear(objective.rl_weight)
+    gap = losses.velocity_gap if objective.anchor_loss == "mse" else losses.decoupled_gap
+
+    def anchor_terms(v, v_d):
+        return gap(v, v_d, mask), metrics.velocity_diagnostics(v, v_d, mask)
+
+    def draw_loss(lora, base, others, rows: TrainBatch, key, indices, weights):
+        """Weighted sum over rows of all losses at one draw of times, with their per-row parts."""
+        start, old = others
+        index_visited, index_renoised, index_step = indices
+        valid = rows.valid.astype(jnp.float32)
+        total = jnp.zeros_like(rows.advantages)
+        out = {}
+
+        def v_at(weights_, x, t, condition):
+            return family.denoise(base, weights_, x, jnp.full(x.shape[:1], t), condition)
+
+        if objective.uses_visited:
+            # Not masked by `valid`: the anchor needs no judgment.
+            x = rows.states[index_visited]
+            v = v_at(lora, x, grid[index_visited], rows.task)
+            out["anchor"], diagnostics = anchor_terms(v, rows.demonstrator[index_visited])
+            out |= {f"velocity_{name}": value for name, value in diagnostics.items()}
+        if objective.uses_renoised:
+            t = grid[index_renoised]
+            eps = sampling.initial_noise(key, rows.task.scene, family.latent_shape, mask)
+            x_t = flow.interpolate(rows.latents, eps, jnp.full(rows.latents.shape[:1], t))
+            x_t = sampling.pin_frames(x_t, rows.task.scene, mask)
+            v = v_at(lora, x_t, t, rows.task)
+            if objective.anchor_states == "renoised" and objective.anchored:
+                v_d = jax.lax.stop_gradient(v_at(None, x_t, t, rows.solution))
+                out["anchor"], diagnostics = anchor_terms(v, v_d)
+                out |= {f"velocity_{name}": value for name, value in diagnostics.items()}
+            if objective.rl == "awm":
+                target = flow.velocity(rows.latents, eps)
+
+                def likelihood(velocity):
+                    m = losses.velocity_gap(velocity, target, mask)
+                    return losses.awm_log_likelihood(
+                        m, jnp.full_like(m, t), objective.awm_weighting, objective.awm_power
+                    )
+
+                new = likelihood(v)
+                reference = {"current": lambda: new, "start": lambda: likelihood(v_at(start, x_t, t, rows.task)),
+                             "ema": lambda: likelihood(v_at(old, x_t, t, rows.task))}[objective.awm_old]()  # fmt: skip
+                out["rl"], out["ratio"] = losses.awm_surrogate(
+                    new, reference, rows.advantages, objective.awm_clip, objective.awm_temperature
+                )
+            if objective.beta_old:
+                out["old"] = losses.velocity_gap(v, v_at(old, x_t, t, rows.task), mask)
+                total += objective.beta_old * out["old"]
+            if objective.beta_base:
+                out["base"] = losses.velocity_gap(v, v_at(None, x_t, t, rows.task), mask)
+                total += objective.beta_base * out["base"]
+        if objective.rl == "flow_grpo":
+            t, t_next = grid[index_step], grid[index_step + 1]
+            g = jnp.asarray(diffusion, jnp.float32)[index_step]
+            x, x_next = rows.states[index_step], rows.states[index_step + 1]
+            v = v_at(lora, x, t, rows.task)
+            _, mean, std = sampling.sde_step(x, v, t, t_next, g, None)
+            log_prob = sampling.gaussian_log_prob(x_next, mean, std, mask)
+            out["rl"], out["ratio"] = losses.flow_grpo_surrogate(
+                log_prob, rows.log_probs[index_step], rows.advantages, objective.grpo_clip
+            )
+            if objective.grpo_beta:
+                v_base = jax.lax.stop_gradient(v_at(None, x, t, rows.task))
+                _, mean_base, _ = sampling.sde_step(x, v_base, t, t_next, g, None)
+                out["kl"] = losses.flow_grpo_kl(mean, mean_base, std, mask)
+                total += objective.grpo_beta * out["kl"]
+        if "anchor" in out:
+            total += weights["beta_d"] * out["anchor"]
+        if "rl" in out:
+            total += weights["rl"] * valid * out["rl"]
+        return total.sum(), out
+
+    gradient = jax.grad(draw_loss, has_aux=True)
+
+    def update(carry, key, base, batch: TrainBatch, start, old, weights):
+        lora, lora_ema, opt_state, count = carry
+        rows = batch.advantages.shape[0]
+        micro = objective.micro_batch or rows
+        if rows % micro:
+            raise ValueError(f"objective.micro_batch = {micro} does not divide the {rows} rollouts of a step")
+        draws, parts = objective.draws, rows // micro
+        keys = jax.random.split(key, 4)
+        steps = grid.shape[0] - 1
+        visited = times.stratified_times(keys[0], grid, draws, skip_first=False, keep_fraction=1.0)
+        renoised = visited
+        if objective.uses_renoised:
+            renoised = times.stratified_times(
+                keys[1], grid, draws, skip_first=objective.skip_first, keep_fraction=objective.keep_fraction
+            )
+        chosen = jax.random.permutation(keys[2], jnp.asarray(stochastic if len(stochastic) else np.arange(steps)))
+        chosen = jnp.resize(chosen, (draws,))
+        noise_keys = sampling.sample_keys(keys[3], jnp.arange(rows))
+
+        def one(accumulated, job):
+            draw, part = job
+            take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, part * micro, micro, axis)  # noqa: E731
+            piece = batch if parts == 1 else _rows(batch, take)
+            key = jax.vmap(lambda k: jax.random.fold_in(k, draw))(noise_keys)
+            key = key if parts == 1 else take(key, 0)
+            indices = (visited[draw], renoised[draw], chosen[draw])
+            grads, out = gradient(lora, base, (start, old), piece, key, indices, weights)
+            return jax.tree.map(jnp.add, accumulated, grads), out
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), lora)
+        jobs = (jnp.repeat(jnp.arange(draws), parts), jnp.tile(jnp.arange(parts), draws))
+        grads, out = jax.lax.scan(one, zeros, jobs)
+        grads = jax.tree.map(lambda g: g / (rows * draws), grads)
+        changes, opt_state = optimizer.update(grads, opt_state, lora)
+        lora = optax.apply_updates(lora, changes)
+        decay = jnp.minimum(objective.ema_decay, (1.0 + count) / (10.0 + count))
+        lora_ema = schedules.ema_update(lora_ema, lora, decay)
+        seen = {name: value.mean() for name, value in out.items()}
+        if "ratio" in out:
+            clip = objective.awm_clip if objective.rl == "awm" else objective.grpo_clip
+            seen["ratio_max"] = out["ratio"].max()
+            seen["clip_fraction"] = (jnp.abs(out["ratio"] - 1) > clip).mean()
+        seen["gradient_norm"] = optax.global_norm(grads)
+        seen["update_norm"] = optax.global_norm(changes)
+        return (lora, lora_ema, opt_state, count + 1), seen
+
+    def train_step(state: TrainState, base: PyTree, batch: TrainBatch):
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), objective.updates)
+        weights = {"beta_d": beta_d(state.step), "rl": rl_weight(state.step)}
+        start, old = state.lora, state.lora_old
+        carry = (state.lora, state.lora_ema, state.opt_state, state.step * objective.updates)
+        carry, seen = jax.lax.scan(lambda c, key: update(c, key, base, batch, start, old, weights), carry, keys)
+        lora, lora_ema, opt_state, _ = carry
+        step = state.step + 1
+        old_decay = schedules.ema_decay_linear(step, objective.old_slope, objective.old_maximum)
+        seen = {f"train/{name}": value.mean() for name, value in seen.items()}
+        seen |= {f"train/{name}": value for name, value in weights.items()}
+        seen["train/lora_norm"] = optax.global_norm(lora)
+        new = TrainState(
+            step=step,
+            lora=lora,
+            lora_ema=lora_ema,
+            lora_old=schedules.ema_update(old, lora, old_decay),
+            opt_state=opt_state,
+            key=state.key,
+        )
+        return new, seen
+
+    return train_step
+
+
+def _rows(batch: TrainBatch, take: Callable) -> TrainBatch:
+    """A part of the batch's rows; `take(array, axis)` cuts along the batch axis."""
+
+    def first(tree):
+        return jax.tree.map(lambda x: take(x, 0), tree)
+
+    def second(x):
+        return None if x is None else take(x, 1)
+
+    return TrainBatch(
+        task=first(batch.task),
+        solution=first(batch.solution),
+        latents=first(batch.latents),
+        states=second(batch.states),
+        demonstrator=second(batch.demonstrator),
+        log_probs=second(batch.log_probs),
+        advantages=first(batch.advantages),
+        valid=first(batch.valid),
+    )

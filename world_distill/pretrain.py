@@ -1,0 +1,166 @@
+"""`world-distill pretrain`: trains the sandbox's base model, by plain flow matching on captioned clips.
+
+    loss = E |v(x_t, t | scene, caption) - (eps - x_0)|^2,    t = shift(u), u ~ U(0, 1) stratified over the batch
+
+The clips come from a factory that the config names, and are a pure function of (seed, step), so a run that is
+interrupted continues bit for bit. The result is the exponential average of the weights.
+"""
+
+import argparse
+import concurrent.futures
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+import world_distill
+from world_distill import arguments, components, optim
+from world_distill.checkpoints import Checkpointer, make_metadata, save_weights
+from world_distill.core import flow, losses, sampling, schedules
+from world_distill.data.pipeline import pad_texts
+from world_distill.interfaces import ModelFamily
+from world_distill.logs import MetricLog
+from world_distill.sharding import batch_sharding, replicated
+from world_distill.structs import Condition, PyTree
+
+HELP = """\
+Train the sandbox's base model from nothing, on clips of random motions with captions of what is seen.
+
+The base never sees a task phrase. Interrupt it and call it again: it continues where it stopped. The weights end up in
+WORKDIR/base.safetensors, with the command and the seed in the file's metadata, the log in WORKDIR/pretrain.jsonl.
+
+  world-distill pretrain --config sandbox --workdir runs/base
+  world-distill train --config sandbox --config.base=runs/base/base.safetensors --workdir runs/mine
+"""
+
+
+@struct.dataclass
+class PretrainState:
+    """What pretraining changes; `average` is what is kept in the end."""
+
+    step: jax.Array
+    weights: PyTree
+    average: PyTree
+    opt_state: PyTree
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config(parser, default="sandbox")
+    arguments.add_workdir(parser)
+    arguments.add_seed(parser)
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = arguments.config_from(args)
+    summary = pretrain(config, args.workdir, command=" ".join(["world-distill", *sys.argv[1:]]))
+    arguments.say(f"wrote {summary['weights']}: loss {summary['loss']:.4f} after {summary['steps']} steps")
+    if args.json:
+        arguments.write_json(args.json, summary)
+    return 0
+
+
+def make_step(family: ModelFamily, optimizer: optax.GradientTransformation, settings):
+    """(state, clips [b F H W 3] uint8, text [b l d], mask [b l], key) -> (state, metrics)."""
+
+    def step(state: PretrainState, clips, text, mask, key):
+        count = clips.shape[0]
+        time_key, noise_key = jax.random.split(jax.random.fold_in(key, state.step))
+        clean = family.encode_clips(clips)
+        condition = Condition(text, mask, clean[:, :1])
+        u = (jnp.arange(count) + jax.random.uniform(time_key, (count,))) / count
+        # A share of the batch is not shifted: the last sampling steps need the small times too.
+        plain = jnp.arange(count) % settings.plain_every == 0
+        t = flow.shift_times(u, jnp.where(plain, 1.0, settings.shift))
+        keys = sampling.sample_keys(noise_key, jnp.arange(count))
+        eps = sampling.initial_noise(keys, clean[:, :1], family.latent_shape, None)
+        x_t = sampling.pin_frames(flow.interpolate(clean, eps, t), clean[:, :1], family.free_frames)
+
+        def loss(weights):
+            v = family.denoise(weights, None, x_t, t, condition)
+            rows = losses.velocity_gap(v, flow.velocity(clean, eps), family.free_frames)
+            return rows.mean(), (rows * jnp.square(t)).mean()
+
+        (value, clean_error), gradients = jax.value_and_grad(loss, has_aux=True)(state.weights)
+        changes, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
+        weights = optax.apply_updates(state.weights, changes)
+        decay = jnp.minimum(settings.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        average = schedules.ema_update(state.average, weights, decay)
+        metrics = {"loss": value, "clean_error": clean_error, "gradient_norm": optax.global_norm(gradients)}
+        return PretrainState(state.step + 1, weights, average, opt_state), metrics
+
+    return step
+
+
+def pretrain(config, workdir, *, command: str) -> dict:
+    """Runs (or continues) pretraining; returns steps, last loss and the path of the weights."""
+    settings = config.pretrain
+    mesh = components.start_devices(config)
+    family = components.make_family(config)
+    source = components.make(config, "clips")
+    optimizer = optim.make_optimizer(
+        name=settings.optimizer, learning_rate=settings.learning_rate, grad_clip=settings.grad_clip,
+        warmup_steps=settings.warmup, decay_steps=settings.steps, axes=family.base_axes(),
+    )  # fmt: skip
+    key = jax.random.key(config.seed)
+    everywhere, rows = replicated(mesh), batch_sharding(mesh)
+
+    def init():
+        weights = family.init_base(jax.random.fold_in(key, 0))
+        return PretrainState(
+            jnp.zeros((), jnp.int32), weights, jax.tree.map(jnp.copy, weights), optimizer.init(weights)
+        )
+
+    # A base of this kind is small: every device holds all of it, the batch is split.
+    state = jax.jit(init, out_shardings=everywhere)()
+    step_fn = jax.jit(
+        make_step(family, optimizer, settings),
+        in_shardings=(everywhere, rows, rows, rows, everywhere), out_shardings=everywhere, donate_argnums=0,
+    )  # fmt: skip
+    workdir.mkdir(parents=True, exist_ok=True)
+    metadata = make_metadata(config.to_dict())
+    step_key = jax.random.fold_in(key, 1)
+
+    def load(step: int):
+        clips, captions = source.batch(config.seed, step, settings.batch)
+        return clips, *pad_texts(family.encode_text(captions), config.text_length)
+
+    with (
+        Checkpointer(workdir / "pretrain", keep=1, save_every=settings.save_every) as checkpointer,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        restored = checkpointer.restore_latest(state, expect=metadata)
+        if restored is not None:
+            state = restored[0]
+        first = int(state.step)
+        log = MetricLog(workdir, first, name="pretrain")
+        ahead = [pool.submit(load, step) for step in range(first, min(first + 3, settings.steps))]
+        window, started, loss = [], time.perf_counter(), float("nan")
+        for step in range(first, settings.steps):
+            batch = ahead.pop(0).result()
+            if step + 3 < settings.steps:
+                ahead.append(pool.submit(load, step + 3))
+            state, metrics = step_fn(state, *(jax.device_put(x, rows) for x in batch), step_key)
+            window.append(metrics)
+            if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
+                line = {name: float(np.mean([m[name] for m in jax.device_get(window)])) for name in metrics}
+                loss = line["loss"]
+                if not np.isfinite(loss):
+                    raise FloatingPointError(f"the pretraining loss is {loss} at step {step + 1}")
+                rate = len(window) * settings.batch / (time.perf_counter() - started)
+                arguments.say(
+                    f"step {step + 1}/{settings.steps}  loss {loss:.4f}  clean {line['clean_error']:.5f}  "
+                    f"{rate:.0f} clips/s"
+                )
+                log.write(step + 1, line)
+                window, started = [], time.perf_counter()
+            checkpointer.save(step + 1, state, b"{}", metadata, force=step + 1 == settings.steps)
+    log.close()
+    weights = workdir / "base.safetensors"
+    facts = {"command": command, "seed": config.seed, "steps": settings.steps, "version": world_distill.__version__}
+    save_weights(weights, jax.device_get(state.average), {k: str(v) for k, v in facts.items()})
+    return {"steps": settings.steps, "loss": loss, "weights": str(weights), "seed": config.seed}

@@ -1,0 +1,133 @@
+"""A run's folder: its config, its records, its state on the mesh, and what later programs need of it.
+
+`config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`, and `data/` where the config
+names no other records.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from world_distill import arguments, components, optim
+from world_distill.checkpoints import Checkpointer
+from world_distill.config import UserError, diff, from_json, to_json
+from world_distill.core.schedules import piecewise_linear
+from world_distill.interfaces import Benchmark, ModelFamily
+from world_distill.models.lora import lora_axes
+from world_distill.objectives import init_state
+from world_distill.scoring import Evaluator
+from world_distill.sharding import replicated, tree_shardings
+from world_distill.structs import PyTree, TrainState
+
+# What may change between two calls on the same folder: how long and how talkatively, not what is trained.
+FREE_KEYS = ("steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch")
+
+
+@dataclasses.dataclass
+class Run:
+    """A run's parts, as programs after training need them."""
+
+    config: Any
+    mesh: jax.sharding.Mesh
+    family: ModelFamily
+    base: PyTree
+    executor: PyTree | None  # the slow average of the trained weights; None before the first checkpoint
+    step: int
+    data: pathlib.Path
+
+    def evaluator(self, benchmark: Benchmark) -> Evaluator:
+        """An evaluator for this run's model."""
+        return make_evaluator(self.config, self.family, self.mesh, benchmark)
+
+
+def make_evaluator(config, family: ModelFamily, mesh: jax.sharding.Mesh, benchmark: Benchmark) -> Evaluator:
+    """The evaluator with the config's sampler and sizes."""
+    # Evaluation always samples the ODE: a stochastic sampler serves training only.
+    grid, _ = components.sampler_grid(config)
+    return Evaluator(
+        family, mesh, benchmark, grid=grid, batch=config.evaluate_batch, text_length=config.text_length,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def open_run(workdir: pathlib.Path) -> Run:
+    """Opens a run's folder: its config, the base, and the newest Executor.
+
+    Raises:
+      UserError: the folder holds no run.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} holds no run (no config.json); train one with `world-distill train --workdir`")
+    config = from_json(path.read_text())
+    mesh = components.start_devices(config)
+    family = components.make_family(config)
+    base = components.load_base(family, config, mesh)
+    _, abstract = make_state(config, family, mesh, base)
+    with Checkpointer(workdir / "checkpoints", keep=config.keep) as checkpointer:
+        restored = checkpointer.restore_latest(abstract)
+    state = None if restored is None else restored[0]
+    return Run(
+        config, mesh, family, base,
+        executor=None if state is None else state.lora_ema,
+        step=0 if state is None else int(state.step),
+        data=data_folder(config, workdir),
+    )  # fmt: skip
+
+
+def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:
+    """Where the run's encoded records are."""
+    return pathlib.Path(config.data) if config.data else workdir / "data"
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """The config's optimiser; its learning rate may be (training step, rate) points."""
+    settings = config.optimizer.to_dict()
+    if not isinstance(settings["learning_rate"], float):
+        by_step = piecewise_linear(settings["learning_rate"])
+        # The optimiser counts updates, several a step.
+        settings["learning_rate"] = lambda count: by_step(count // config.objective.updates)
+    return optim.make_optimizer(**settings)
+
+
+def make_state(
+    config, family: ModelFamily, mesh: jax.sharding.Mesh, base: PyTree
+) -> tuple[Callable[[PyTree], TrainState], TrainState]:
+    """(function that makes the first state on the mesh, the state's shapes and shardings)."""
+    optimizer = make_optimizer(config)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+
+    def init(base):
+        return init_state(family, base, optimizer, key, rank=config.executor.rank or None)
+
+    shapes = jax.eval_shape(init, base)
+    weights = tree_shardings(mesh, lora_axes(shapes.lora, family.base_axes()), shapes.lora)
+    everywhere = replicated(mesh)
+    moments = optax.tree.map_params(
+        optimizer, lambda _, sharding: sharding, shapes.opt_state, weights,
+        transform_non_params=lambda _: everywhere,
+    )  # fmt: skip
+    shardings = TrainState(everywhere, weights, weights, weights, moments, everywhere)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.jit(init, out_shardings=shardings), abstract
+
+
+def check_folder(config, workdir: pathlib.Path) -> None:
+    """Writes the config into a new folder; refuses the folder of another run.
+
+    Raises:
+      UserError: the folder's config differs in what is trained; every differing key is named.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        lines = [line for line in diff(from_json(path.read_text()), config) if line.split(":")[0] not in FREE_KEYS]
+        if lines:
+            raise UserError(
+                f"{workdir} holds a run of another config; take another --workdir, or the same settings:\n  "
+                + "\n  ".join(lines)
+            )
+    arguments.write_text(path, to_json(config) + "\n")

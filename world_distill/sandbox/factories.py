@@ -1,0 +1,52 @@
+"""What a config names to get the sandbox: `world_distill.sandbox.factories:oracle` and the like."""
+
+import numpy as np
+
+from world_distill.sandbox import checker
+from world_distill.sandbox.captions import Faults, sample_clips
+from world_distill.sandbox.oracle import Oracle
+from world_distill.sandbox.scenes import true_scene
+from world_distill.sandbox.tasks import KINDS
+from world_distill.sandbox.world import World
+
+
+def oracle(*, world: dict, kinds: tuple[str, ...] = KINDS) -> Oracle:
+    """Annotator and judge."""
+    return Oracle(World(**world), kinds=tuple(kinds))
+
+
+class Benchmark:
+    """`interfaces.Benchmark`: the checker's verdicts, from the layout in each record's PNG."""
+
+    name = "sandbox-checker-2"
+    questions = checker.QUESTIONS
+
+    def __init__(self, world: World):
+        self.world = world
+
+    def check(self, clips: np.ndarray, tasks: list[str], images: list[bytes]) -> dict[str, np.ndarray]:
+        verdicts = [
+            checker.check(self.world, true_scene(image), task, clip)
+            for clip, task, image in zip(clips, tasks, images, strict=True)
+        ]
+        return {q: np.array([v[q] for v in verdicts], np.float64) for q in self.questions}
+
+
+def benchmark(*, world: dict) -> Benchmark:
+    return Benchmark(World(**world))
+
+
+class RandomClips:
+    """Captioned clips of random motions, for pretraining: a pure function of (seed, step)."""
+
+    def __init__(self, world: World, faults: Faults):
+        self.world, self.faults = world, faults
+
+    def batch(self, seed: int, step: int, count: int) -> tuple[np.ndarray, list[str]]:
+        """Clips [count F H W 3] uint8 and their captions."""
+        made = sample_clips(self.world, self.faults, count, np.random.default_rng([seed, 3, step]))
+        return made.clips, made.captions
+
+
+def random_clips(*, world: dict, faults: dict) -> RandomClips:
+    return RandomClips(World(**world), Faults(**faults))

@@ -1,0 +1,151 @@
+"""Scoring a model on a record set: its clips, the benchmark's verdicts, rates with intervals.
+
+One clip a task. The benchmark says yes or no to each question: was the task completed, did the intended agent do it, is
+the clip physically and temporally consistent. `average` is the mean of the three rates, `all` the share of clips that
+pass all three. Intervals are at 95 %: Wilson's for rates, a normal one for the average.
+
+A clip depends on (seed, record, weights) alone: the same starting noise for every model that is compared.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from world_distill.core import metrics, sampling
+from world_distill.data.pipeline import fixed_batches
+from world_distill.data.records import RecordReader
+from world_distill.interfaces import Benchmark, ModelFamily
+from world_distill.sharding import batch_sharding
+from world_distill.structs import Condition, PyTree
+
+QUESTIONS = ("task", "agent", "consistency")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the benchmark said about one clip; NaN where it could not say."""
+
+    id: str
+    task: str
+    agent: str
+    kind: str
+    scores: dict[str, float]
+
+
+class Evaluator:
+    """Samples clips for the tasks of a record set and has the benchmark check them."""
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        mesh: jax.sharding.Mesh,
+        benchmark: Benchmark,
+        *,
+        grid: np.ndarray,
+        batch: int,
+        text_length: int,
+        seed: int,
+    ):
+        self._benchmark, self._batch, self._text_length = benchmark, batch, text_length
+        self._rows = batch_sharding(mesh)
+        self._key = jax.random.key(seed)
+
+        def sample(lora, base, condition, key, rows):
+            rollout = sampling.rollout(
+                family.denoise, base, lora, condition, sampling.sample_keys(key, rows),
+                times=grid, latent_shape=family.latent_shape, frame_mask=family.free_frames, keep_states=False,
+            )  # fmt: skip
+            return family.decode(rollout.latents)
+
+        self._sample = jax.jit(sample)
+
+    def run(
+        self,
+        reader: RecordReader,
+        base: PyTree,
+        lora: PyTree | None,
+        *,
+        text: str,
+        limit: int = 0,
+        keep: Callable[[str, np.ndarray], None] | None = None,
+    ) -> list[Verdict]:
+        """Verdicts on one clip a record.
+
+        Args:
+          reader: encoded records.
+          base: frozen weights.
+          lora: the Executor; None is the base model.
+          text: "task" or "solution": what the model is told.
+          limit: look at the first `limit` records only; 0 takes all.
+          keep: called with each record's id and its clip [F H W 3] uint8.
+        """
+        verdicts: list[Verdict] = []
+        total = min(limit or len(reader), len(reader))
+        for number, batch in enumerate(fixed_batches(reader, self._batch, text_length=self._text_length)):
+            if number * self._batch >= total:
+                break
+            put = lambda x: jax.device_put(x, self._rows)  # noqa: E731
+            condition = Condition(put(batch[f"{text}_text"]), put(batch[f"{text}_mask"]), put(batch["scene"]))
+            rows = jnp.arange(self._batch) + number * self._batch
+            clips = np.asarray(self._sample(lora, base, condition, self._key, rows))
+            count = min(int(batch["weight"].sum()), total - number * self._batch)
+            scores = self._benchmark.check(clips[:count], batch["task"][:count], batch["image_png"][:count])
+            for i in range(count):
+                answers = {q: float(scores[q][i]) for q in QUESTIONS}
+                verdicts.append(
+                    Verdict(batch["ids"][i], batch["task"][i], batch["agent"][i], batch["kind"][i], answers)
+                )
+                if keep is not None:
+                    keep(batch["ids"][i], clips[i])
+        return verdicts
+
+
+def summarise(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """One row of the table: rates, their average, `all`, the number of clips, and `ci95` of each.
+
+    Clips on which the benchmark could not answer a question are left out, and counted in `invalid`.
+    """
+    scores = np.array([[v.scores[q] for q in QUESTIONS] for v in verdicts], np.float64).reshape(-1, len(QUESTIONS))
+    valid = np.isfinite(scores).all(axis=1)
+    scores = scores[valid]
+    count = len(scores)
+    row: dict[str, Any] = {"name": name, "n": count, "invalid": int((~valid).sum())}
+    if not count:
+        return row | dict.fromkeys((*QUESTIONS, "average", "all")) | {"ci95": {}}
+    intervals = {}
+    for column, question in enumerate(QUESTIONS):
+        row[question] = float(scores[:, column].mean())
+        intervals[question] = metrics.wilson_interval(int(scores[:, column].sum()), count)
+    row["average"], *intervals["average"] = metrics.mean_interval(scores.mean(axis=1))
+    passed = scores.all(axis=1)
+    row["all"] = float(passed.mean())
+    intervals["all"] = metrics.wilson_interval(int(passed.sum()), count)
+    row["ci95"] = {k: [float(x) for x in v] for k, v in intervals.items()}
+    return row
+
+
+def breakdown(name: str, verdicts: Sequence[Verdict], by: str) -> list[dict[str, Any]]:
+    """One row for each value of the verdicts' field `by` ("kind" or "agent"), with the value as `group`."""
+    values = sorted({getattr(v, by) for v in verdicts})
+    return [summarise(name, [v for v in verdicts if getattr(v, by) == value]) | {"group": value} for value in values]
+
+
+def markdown(rows: Sequence[dict[str, Any]], first: Sequence[str] = ("name",)) -> str:
+    """A Markdown table of rows from `summarise`, with 95 % intervals."""
+    columns = (*QUESTIONS, "average", "all")
+    lines = ["| " + " | ".join((*first, *columns, "n")) + " |"]
+    lines.append("|" + "---|" * (len(first) + len(columns) + 1))
+    for row in rows:
+        cells = [str(row[f]) for f in first]
+        for column in columns:
+            if row[column] is None:
+                cells.append("–")
+                continue
+            low, high = row["ci95"][column]
+            cells.append(f"{row[column]:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append("| " + " | ".join([*cells, str(row["n"])]) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""Where every array lies: one table from logical axis names to the axes of the device mesh.
+
+A model names the axes of a parameter where the parameter is born (`"embed"`, `"mlp"`, ...) and knows
+nothing of devices. `RULES` maps the names to four mesh axes:
+
+    data     copies of the weights, another part of the batch each
+    fsdp     another part of the batch each, and the weights in parts, gathered layer by layer
+    context  parts of one clip's tokens
+    tensor   parts of the heads and of the hidden units
+
+Shardings have to be handed to `jax.jit(init, out_shardings=...)`: without them the result comes back
+replicated on every device, and nothing says so.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from world_distill.structs import PyTree
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+# Pairs, as `flax.nnx.logical_axis_rules` takes them. None: never split.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("length", "context"),  # tokens of a clip
+    ("embed", "fsdp"),  # the residual stream's width
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("head_dim", None),
+    ("channels", None),  # of latents or of patches
+    ("text", None),  # the text encoder's width
+    ("rank", None),  # of LoRA factors
+    ("layers", None),  # blocks stacked for scan
+)
+
+# Below this size a copy on every device costs less than an error would.
+SMALL_BYTES = 1 << 20
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of all devices (or of `devices`) with the axes `MESH_AXES`; one size may be -1, the rest.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, context, tensor]
+    asked = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh {asked}: sizes are positive, and at most one is -1 (the rest)")
+    if -1 in sizes:
+        others = -math.prod(sizes)
+        sizes[sizes.index(-1)] = len(devices) // others  # 0 where the others are too many
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"mesh {asked} does not fit {len(devices)} device(s)")
+    # Auto, since the default of jax.make_mesh (explicit axes) makes shardings a part of every type.
+    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def tree_shardings(mesh: Mesh, axes_tree: PyTree, shapes_tree: PyTree) -> PyTree:
+    """A NamedSharding for every leaf of `shapes_tree`.
+
+    Args:
+      mesh: from `make_mesh`.
+      axes_tree: like `shapes_tree`, with a tuple of logical names (or None) a dimension at each leaf,
+        or None where the whole leaf is replicated.
+      shapes_tree: arrays or `ShapeDtypeStruct`s, as from `jax.eval_shape`.
+
+    A dimension that its mesh axes do not divide is not split if the leaf is small (`SMALL_BYTES`).
+
+    Raises:
+      ValueError: a large leaf does not divide, a name is not in `RULES`, or a leaf has more or fewer
+        dimensions than names; every such leaf is named. Or the trees differ in structure.
+    """
+    problems: list[str] = []
+
+    def leaf_sharding(path, shape, names) -> NamedSharding:
+        try:
+            return NamedSharding(mesh, _spec(mesh, names, shape))
+        except ValueError as e:
+            problems.append(f"{jax.tree_util.keystr(path)} {shape.shape}: {e}")
+            return replicated(mesh)
+
+    shardings = jax.tree_util.tree_map_with_path(leaf_sharding, shapes_tree, axes_tree)
+    if problems:
+        raise ValueError("no sharding for " + "; ".join(problems))
+    return shardings
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Dimension `axis` is the batch, split over data and fsdp; every other one is whole."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, dict(RULES)["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _spec(mesh: Mesh, names: tuple[str | None, ...] | None, shape) -> PartitionSpec:
+    """The partition of one leaf. Raises ValueError saying what does not fit."""
+    if names is None:
+        return PartitionSpec()
+    if len(names) != len(shape.shape):
+        raise ValueError(f"{len(names)} axis names {names}")
+    rules, used, parts = dict(RULES), set(), []
+    for name, size in zip(names, shape.shape, strict=True):
+        if name is not None and name not in rules:
+            raise ValueError(f"unknown axis name {name!r} (the names are {', '.join(rules)})")
+        target = rules.get(name) if name else None
+        axes = (target,) if isinstance(target, str) else target or ()
+        axes = tuple(axis for axis in axes if axis not in used)  # one mesh axis splits one dimension
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        if size % ways:
+            nbytes = math.prod(shape.shape) * np.dtype(shape.dtype).itemsize
+            if nbytes >= SMALL_BYTES:
+                raise ValueError(f"{name} = {size} is not divisible by {'*'.join(axes)} = {ways}")
+            axes = ()
+        used.update(axes)
+        parts.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*parts)

@@ -1,0 +1,191 @@
+"""`world-distill train`: one loop for distillation, RL and both (WMSD), for every model family.
+
+    for every step:
+        collect     the Executor's rollouts, judged and weighed        (collect.py)
+        train_step  a pure function of (state, base, batch)            (objectives.py)
+
+A run is a folder: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`. Called again on
+its folder, it continues from the newest checkpoint, bit for bit as if it had not stopped.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from world_distill import arguments, components, runs
+from world_distill.checkpoints import Checkpointer, make_metadata
+from world_distill.collect import Collection, Collector
+from world_distill.config import section
+from world_distill.data.pipeline import task_batches
+from world_distill.data.records import RecordReader
+from world_distill.judges.cache import JudgmentCache
+from world_distill.judges.rubric import load_rubric
+from world_distill.logs import MetricLog
+from world_distill.objectives import Objective, make_train_step
+from world_distill.scoring import QUESTIONS, summarise
+from world_distill.sharding import replicated
+
+HELP = """\
+Train an Executor on task records: on- or off-policy distillation, RL from a judge, or both together (WMSD).
+
+The folder WORKDIR holds everything of the run. Called again on it, training continues from the newest checkpoint.
+Records come from config.data (or WORKDIR/data), as `world-distill encode` writes them.
+
+  world-distill train --config sandbox --workdir runs/mine
+  world-distill train --config sandbox:variant=on_policy --config.steps=100 --workdir runs/distilled
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config(parser)
+    arguments.add_workdir(parser)
+    arguments.add_seed(parser)
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    summary = train(arguments.config_from(args), args.workdir)
+    row = summary["validation"]
+    if row is not None:
+        arguments.say("validation: " + ", ".join(f"{q} {row[q]:.3f}" for q in (*QUESTIONS, "average", "all")))
+    if args.json:
+        arguments.write_json(args.json, summary)
+    return 0
+
+
+def train(config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs (or continues) training.
+
+    Returns:
+      steps, seconds, and `validation`: the last row of rates on the validation records (None if never evaluated).
+
+    Raises:
+      UserError: another run's folder, or settings that do not fit together.
+      RecordError: records that are missing or damaged.
+      FloatingPointError: a loss that is not finite; the step and its tasks are named.
+    """
+    # Devices, model, data -------------------------------------------------------------------------------------------
+    mesh = components.start_devices(config)
+    family = components.make_family(config)
+    folder = runs.data_folder(config, workdir)
+    reader = RecordReader(folder, "train")
+    objective = section(config.objective, Objective)
+    collection = Collection(**config.rollout.to_dict())
+    grid, diffusion = components.sampler_grid(config)
+    runs.check_folder(config, workdir)
+    base = components.load_base(family, config, mesh)
+    tasks = task_batches(
+        reader, tasks_per_step=collection.tasks, seed=config.seed, text_length=config.text_length,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+
+    # State: the newest checkpoint, or a fresh Executor --------------------------------------------------------------
+    init, abstract = runs.make_state(config, family, mesh, base)
+    metadata = make_metadata({k: v for k, v in config.to_dict().items() if k not in runs.FREE_KEYS})
+    checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep, save_every=config.save_every)
+    restored = checkpointer.restore_latest(abstract, expect=metadata)
+    if restored is None:
+        state = init(base)
+    else:
+        state, iterator_state, _ = restored
+        tasks.set_state(iterator_state)
+    first = int(state.step)
+    if restored is not None:
+        logging.info("continuing %s after step %d", workdir, first)
+
+    # Parts of a step ------------------------------------------------------------------------------------------------
+    judge = components.make(config, "judge") if collection.questions and objective.rl != "none" else None
+    cache = JudgmentCache(workdir / "judgments.sqlite") if judge is not None else None
+    collector = Collector(
+        family, mesh, collection, objective, grid=grid, diffusion=diffusion, judge=judge, cache=cache,
+        rubric=load_rubric(config.judge.rubric or None),
+    )  # fmt: skip
+    # While a schedule holds L_RL at weight 0, its forward passes are left out: a step function of its own.
+    step_fns = {
+        active: jax.jit(
+            make_train_step(
+                family, objective if active else dataclasses.replace(objective, rl="none"), runs.make_optimizer(config),
+                grid, diffusion,
+            ),
+            out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh)),
+            donate_argnums=0,
+        )
+        for active in (True, False)
+    }  # fmt: skip
+    evaluator = validation = None
+    if config.evaluate_every:
+        evaluator = runs.make_evaluator(config, family, mesh, components.make(config, "benchmark"))
+        validation = RecordReader(folder, "validation")
+
+    # The loop -------------------------------------------------------------------------------------------------------
+    log = MetricLog(workdir, first)
+    row, started = None, time.perf_counter()
+    key = jax.random.fold_in(jax.random.key(config.seed), 3)
+    progress = tqdm(total=config.steps, initial=first, unit="step", disable=not sys.stderr.isatty())
+    waiting: list[tuple] = []
+
+    def settle() -> None:
+        """Fetches and logs the oldest step's metrics; the device is busy with a later step meanwhile."""
+        step, info, metrics, ids, began = waiting.pop(0)
+        values = {**info, **jax.device_get(metrics)}
+        values = {name: float(value) for name, value in values.items()}
+        bad = [n for n in ("train/gradient_norm", "train/lora_norm") if not np.isfinite(values[n])]
+        if bad:
+            raise FloatingPointError(
+                f"{' and '.join(bad)} not finite in step {step}; its tasks: {', '.join(ids)}. "
+                f"The last checkpoint in {workdir / 'checkpoints'} is good."
+            )
+        values["time/step"] = time.perf_counter() - began
+        log.write(step, values)
+        progress.update(1)
+        progress.set_postfix(_short(values))
+        if step % config.log_every == 0 or step == config.steps:
+            text = "  ".join(f"{n} {v}" for n, v in _short(values).items())
+            (arguments.say if progress.disable else logging.debug)(f"step {step}/{config.steps}  {text}")
+
+    try:
+        for step in range(first, config.steps):
+            began = time.perf_counter()
+            batch_of_tasks = next(tasks)
+            batch, info = collector(state, base, batch_of_tasks, key, step)
+            state, metrics = step_fns[objective.rl_active(step)](state, base, batch)
+            waiting.append((step + 1, info, metrics, batch_of_tasks["ids"], began))
+            last = step + 1 == config.steps
+            saves = last or (step + 1) % config.save_every == 0
+            while len(waiting) > (0 if saves else 1):  # nothing that is not finite gets into a checkpoint
+                settle()
+            if evaluator is not None and (last or (step + 1) % config.evaluate_every == 0):
+                verdicts = evaluator.run(validation, base, state.lora_ema, text="task", limit=config.evaluate_tasks)
+                row = summarise("executor", verdicts)
+                log.write(step + 1, {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")})
+            if saves:
+                checkpointer.save(step + 1, state, tasks.get_state(), metadata, force=last)
+    finally:
+        progress.close()
+        log.close()
+        checkpointer.close()
+        if cache is not None:
+            cache.close()
+    return {"steps": config.steps, "seconds": time.perf_counter() - started, "validation": row}
+
+
+def _short(values: dict[str, float]) -> dict[str, str]:
+    """The few figures of a progress line."""
+    names = {
+        "anchor": "train/anchor",
+        "reward": "reward/total",
+        "task": "rate/task",
+        "agent": "rate/agent",
+        "consistency": "rate/consistency",
+        "ratio": "train/ratio",
+        "s": "time/step",
+    }
+    return {short: f"{values[name]:.3g}" for short, name in names.items() if name in values}
