@@ -70,7 +70,7 @@ setup(
     # The configs lie beside the package in a checkout, and inside it once installed.
     packages=[*find_packages(include=["world_distill", "world_distill.*"]), "world_distill.configs"],
     package_dir={"world_distill.configs": "configs"},
-    package_data={"world_distill": ["py.typed", "judges/rubric/*.txt", "sandbox/checkpoints/*"]},
+    package_data={"world_distill": ["py.typed", "judges/rubric/*.txt", "models/tiny/base.*"]},
     entry_points={"console_scripts": ["world-distill = world_distill.cli:main"]},
     zip_safe=False,
 )

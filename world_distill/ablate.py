@@ -10,6 +10,7 @@ steps as the reference variant's forwards pay for. Judging and decoding are not 
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -98,12 +99,23 @@ def forwards(config, step: int) -> float:
 
 def equal_steps(config, reference) -> int:
     """Steps that cost as many forward passes as the reference's whole run."""
-    budget = sum(forwards(reference, step) for step in range(reference.steps))
-    step = 0
-    while budget >= 0.5 * forwards(config, step):
-        budget -= forwards(config, step)
-        step += 1
-    return max(1, step)
+
+    def cost_by_step(c):
+        # A step costs what its losses cost, and those only depend on whether RL has a weight in it.
+        objective = section(c.objective, Objective)
+        costs: dict[bool, float] = {}
+        for step in itertools.count():
+            active = objective.rl_active(step)
+            if active not in costs:
+                costs[active] = forwards(c, step)
+            yield costs[active]
+
+    budget = sum(itertools.islice(cost_by_step(reference), reference.steps))
+    for step, cost in enumerate(cost_by_step(config)):
+        if budget < 0.5 * cost:
+            return max(1, step)
+        budget -= cost
+    raise AssertionError("unreachable: the costs go on for ever")
 
 
 def ablate(

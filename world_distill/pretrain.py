@@ -8,7 +8,6 @@ interrupted continues bit for bit. The result is the exponential average of the 
 
 import argparse
 import concurrent.futures
-import sys
 import time
 
 import jax
@@ -57,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = arguments.config_from(args)
-    summary = pretrain(config, args.workdir, command=" ".join(["world-distill", *sys.argv[1:]]))
+    changed = [f"--config.{key}={value}" for key, value in args.overrides.items()]
+    command = " ".join(["world-distill pretrain --config", args.config, *changed, f"--seed {config.seed}"])
+    summary = pretrain(config, args.workdir, command=command)
     arguments.say(f"wrote {summary['weights']}: loss {summary['loss']:.4f} after {summary['steps']} steps")
     if args.json:
         arguments.write_json(args.json, summary)
@@ -75,7 +76,7 @@ def make_step(family: ModelFamily, optimizer: optax.GradientTransformation, sett
         u = (jnp.arange(count) + jax.random.uniform(time_key, (count,))) / count
         # A share of the batch is not shifted: the last sampling steps need the small times too.
         plain = jnp.arange(count) % settings.plain_every == 0
-        t = flow.shift_times(u, jnp.where(plain, 1.0, settings.shift))
+        t = jnp.where(plain, u, flow.shift_times(u, settings.shift))
         keys = sampling.sample_keys(noise_key, jnp.arange(count))
         eps = sampling.initial_noise(keys, clean[:, :1], family.latent_shape, None)
         x_t = sampling.pin_frames(flow.interpolate(clean, eps, t), clean[:, :1], family.free_frames)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.tiny_inputs import base_weights, inputs, make_family, redraw
+from tests.models.tiny_inputs import base_weights, inputs, jit, make_family, redraw
 from world_distill.models import lora as lora_lib
 from world_distill.sharding import RULES
 
@@ -19,7 +19,7 @@ def base():
 
 @functools.cache
 def denoiser(scale=1.0):
-    return jax.jit(make_family(lora_scale=scale).denoise)
+    return jit(make_family(lora_scale=scale).denoise)
 
 
 def velocity(base, lora, scale=1.0):
@@ -103,7 +103,8 @@ def adapted(lora, prefix=""):
 
 def test_targets_choose_layers_by_their_whole_path(base):
     def chosen(targets):
-        return adapted(lora_lib.init_lora(jax.random.key(0), base, rank=2, targets=targets))
+        make = functools.partial(lora_lib.init_lora, base=base, rank=2, targets=targets)
+        return adapted(jax.eval_shape(make, jax.random.key(0)))
 
     assert chosen(r"blocks\.self_attention\.(q|v)") == {"blocks.self_attention.q", "blocks.self_attention.v"}
     assert chosen("text_in") == {"text_in"}
@@ -183,7 +184,7 @@ def test_gradients_reach_every_adapted_layer_and_no_other(base):
     lora = family.init_lora(jax.random.key(3), base, rank=2)
     x_t, t, condition = inputs()
 
-    @jax.jit
+    @jit
     def gradient(lora):
         return jax.grad(lambda w: jnp.square(family.denoise(base, w, x_t, t, condition)).mean())(lora)
 
