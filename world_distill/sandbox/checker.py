@@ -92,6 +92,12 @@ def _owners(scene: Scene, clip: np.ndarray) -> np.ndarray:
     return np.where((nearest < 0) | (distance.min(-1) > 75.0**2), -1, nearest % len(things))
 
 
+def _solid(mask: np.ndarray) -> np.ndarray:
+    """[H W] without single pixels and lines: where two things meet, their mix may have the colour of a third."""
+    thick = ndimage.binary_opening(mask, np.ones((2, 2)))
+    return mask & ndimage.binary_dilation(thick, np.ones((3, 3)))
+
+
 def _near(centre: np.ndarray, place: tuple[int, int]) -> bool:
     return bool(np.abs(centre - np.array(place) - 0.5).max() <= 0.4)
 
@@ -135,14 +141,12 @@ class Blob:
         for f in range(frames):
             mine = owners[f] == own
             if thing.shape != "ring":
-                # Where two other things meet, their mix may have this colour, in a line of single pixels.
-                solid = ndimage.binary_opening(mine, np.ones((2, 2)))
-                mine &= ndimage.binary_dilation(solid, np.ones((3, 3)))
+                mine = _solid(mine)
             labels, count = ndimage.label(mine, structure=np.ones((3, 3)))
             sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
             around = owners[f, max(0, y0) : y0 + span, max(0, x0) : x0 + span]
-            hidden[f] = ((around >= 0) & (around != own)).sum() >= 0.1 * cell**2
-            buried[f] = crate is not None and (around == crate).sum() >= 0.1 * cell**2
+            hidden[f] = _solid((around >= 0) & (around != own)).sum() >= 0.1 * cell**2
+            buried[f] = crate is not None and _solid(around == crate).sum() >= 0.1 * cell**2
             stayed[f] = (around == own).sum()
             strayed[f] = (owners[f] == own).sum() - stayed[f]
             if count:
@@ -170,7 +174,7 @@ class Blob:
             fine &= self.buried | (self.stayed >= 0.25 * self.stayed[0])
             return bool(fine.all() and (self.strayed <= 0.85 * self.area[0]).all())
         whole = self.there & (self.area <= 1.7 * self.area[0])
-        single = self.spare <= 0.35 * self.area[0]
+        single = self.spare <= 0.45 * self.area[0]
         steps = np.linalg.norm(np.diff(self.centre, axis=0), axis=-1)
         leaps = (steps > 0.75) & (steps > 0.5 * steps.sum())
         return bool(whole.all() and single.all() and not leaps.any())
