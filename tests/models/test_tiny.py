@@ -93,9 +93,8 @@ def plain_gradient():
     return value_and_gradient(unroll=1)
 
 
-@pytest.mark.parametrize("changes", [{"unroll": 2}, {"unroll": 1, "remat": True}], ids=["unroll", "remat"])
-def test_turns_of_the_scan_and_remat_change_neither_value_nor_gradient(changes, plain_gradient):
-    jax.tree.map(functools.partial(close, tolerance=1e-4), value_and_gradient(**changes), plain_gradient)
+def test_turns_of_the_scan_and_remat_change_neither_value_nor_gradient(plain_gradient):
+    jax.tree.map(functools.partial(close, tolerance=1e-4), value_and_gradient(unroll=2, remat=True), plain_gradient)
 
 
 def test_a_turn_of_the_scan_may_be_longer_than_the_model(base):
@@ -152,12 +151,12 @@ def test_padding_has_no_influence(base):
 
 
 def test_rows_are_independent(base):
-    x_t, t, condition = inputs(3)
+    x_t, t, condition = inputs()
     v = velocity(base, x_t, t, condition)
-    order = np.array([2, 0, 1])
+    order = np.array([1, 0])
     turned = velocity(base, x_t[order], t[order], jax.tree.map(lambda x: x[order], condition))
     np.testing.assert_allclose(turned, v[order], atol=1e-5)
-    one = inputs(3, seed=9)
+    one = inputs(seed=9)
     mixed = jax.tree.map(lambda mine, other: other.at[1].set(mine[1]), (x_t, t, condition), one)
     w = velocity(base, *mixed)
     np.testing.assert_allclose(w[1], v[1], atol=1e-5)
@@ -191,7 +190,7 @@ def test_weights_may_lie_in_parts(base):
     split = jax.device_put(base, tree_shardings(mesh, family.base_axes(), base))
     assert len(split["blocks"]["mlp"]["up"]["kernel"].sharding.shard_shape((2, 32, 64))) == 3
     assert split["blocks"]["mlp"]["up"]["kernel"].addressable_shards[0].data.shape == (2, 16, 32)
-    x_t, t, condition = inputs(4)
+    x_t, t, condition = inputs()
     close(np.asarray(denoiser()(split, None, x_t, t, condition)), velocity(base, x_t, t, condition), 1e-5)
 
 

@@ -140,6 +140,20 @@ def another_agent(it: Act, rng) -> bool:
     return bool(others)
 
 
+def both_move(it: Act, rng) -> bool:
+    """The named agent does what it should, and another one goes somewhere too."""
+    others = [d for d in deeds(WORLD, it.scene) if d.agent != it.deed.agent and d.kind in ("go", "beside")]
+    if others:
+        other = others[rng.integers(len(others))]
+        track = trajectories(WORLD, it.scene, other.motion)
+        moving = it.scene.index(other.agent)
+        it.track[:, moving] = track[:, moving]
+    # Not through one another: that would be a fault of its own.
+    solid = [n for n, t in enumerate(it.scene.things) if t.shape != "ring"]
+    gaps = [np.linalg.norm(it.track[:, i] - it.track[:, j], axis=-1).min() for i in solid for j in solid if i < j]
+    return bool(others) and min(gaps) > 0.95
+
+
 def frozen(it: Act, rng) -> bool:
     it.track = trajectories(WORLD, it.scene, None)
     return True
@@ -223,6 +237,7 @@ def crate_moves_alone(it: Act, rng) -> bool:
 FAULTS = {
     stop_short: (("task",), ("consistency",)),
     another_agent: (("task", "agent"), ("consistency",)),
+    both_move: (("agent",), ("task", "consistency")),
     frozen: (("task", "agent"), ("consistency",)),
     blink: (("consistency",), ()),
     vanish: (("consistency",), ()),

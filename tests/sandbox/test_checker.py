@@ -194,7 +194,7 @@ def test_oracle_and_checker_agree_and_are_not_the_same():
     agree = {q: [] for q in QUESTIONS}
     yes = {q: [] for q in QUESTIONS}
     oracle = Oracle(WORLD)
-    for it, clip in faulty_clips(250, 0):
+    for it, clip in faulty_clips(150, 0):
         odds, verdicts = ask(oracle, it.deed, clip), check(it.scene, it.deed, clip)
         for q in QUESTIONS:
             agree[q].append((odds[q] > 0) == verdicts[q])

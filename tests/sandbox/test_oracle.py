@@ -62,7 +62,7 @@ def test_brown_upon_cyan_is_not_green():
 def test_the_other_way_round_is_wrong():
     """The clip of one task is no answer to another with another goal."""
     wrong = 0
-    for scene, deed in some_deeds(8, 6):
+    for scene, deed in some_deeds(5, 6):
         clip = act(scene, deed).clip
         for other in deeds(WORLD, scene):
             if np.linalg.norm(np.subtract(other.goal[1], deed.goal[1])) >= 1 and other.goal[0] == deed.goal[0]:
@@ -71,7 +71,7 @@ def test_the_other_way_round_is_wrong():
                 wrong += 1
             elif other.agent != deed.agent:
                 assert ask(ORACLE, other, clip)["agent"] < 0
-    assert wrong > 40
+    assert wrong > 20
 
 
 # ---- Graded and bounded
