@@ -19,6 +19,7 @@ SMALL = {
     "rollout.tasks": 4,
     "rollout.group": 2,
     "objective.updates": 2,
+    "optimizer.name": "adam",
     "optimizer.learning_rate": ((0, 2e-3),),
     "objective.rl_weight": ((0, 1.0),),
     "scenes.train": 6,

@@ -2,29 +2,32 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from small import make_inputs, small_config
 
-from world_distill import ablate
+from world_distill import ablate, runs, train
 from world_distill.ablate import Ordering
-from world_distill.config import load_config
+from world_distill.config import UserError, load_config
+from world_distill.logs import read_log
 from world_distill.scoring import Verdict
 
 
 def test_forwards_are_counted():
+    sizes = {"sampler.steps": 6, "rollout.tasks": 8, "rollout.group": 8, "objective.updates": 4,
+             "objective.minibatches": 1, "objective.awm_old": "start"}  # fmt: skip
     # 64 rollouts; 6 steps of the Executor, 6 of the Demonstrator, 4 updates of forward and backward on visited states
-    distill = load_config("sandbox:on_policy", {"sampler.steps": 6, "rollout.tasks": 8, "rollout.group": 8})
+    distill = load_config("sandbox:on_policy", sizes)
     assert ablate.forwards(distill, 0) == 64 * (6 + 6 + 4 * 3)
+    # ... on half of the rows each
+    halves = load_config("sandbox:on_policy", sizes | {"objective.minibatches": 2})
+    assert ablate.forwards(halves, 0) == 64 * (6 + 6 + 2 * 3)
     # ... without the Demonstrator's own pass where it rolls out itself
-    off = load_config("sandbox:off_policy", {"sampler.steps": 6, "rollout.tasks": 8, "rollout.group": 8})
+    off = load_config("sandbox:off_policy", sizes)
     assert ablate.forwards(off, 0) == 64 * (6 + 4 * 3)
     # ... and with AWM's forward and backward, and the old policy's forward, once RL has begun
-    both = load_config(
-        "sandbox",
-        {"sampler.steps": 6, "rollout.tasks": 8, "rollout.group": 8, "objective.awm_old": "start",
-         "objective.updates": 4, "objective.draws": 1},
-    )  # fmt: skip
+    both = load_config("sandbox", sizes)
     assert ablate.forwards(both, 10_000) == 64 * (6 + 6 + 4 * (3 + 3 + 1))
     assert ablate.forwards(both, 0) == ablate.forwards(distill, 0)
 
@@ -85,6 +88,42 @@ def test_ablation_runs_and_continues(tmp_path, monkeypatch):
     assert run()["rows"] == result["rows"]
 
 
+def test_branches_are_the_runs_that_they_stand_for(tmp_path):
+    """A run that goes on from a shared beginning ends with the same bits as one that makes all its steps itself."""
+    make_inputs(tmp_path)
+    late = {"objective.rl_weight": ((1, 0.0), (2, 1.0)), "steps": 3}
+    first = small_config(tmp_path, **late)
+    branch = small_config(
+        tmp_path, **late, **{"objective.rl": "flow_grpo", "sampler.eta": 0.7, "objective.beta_d": ((1, 1.0), (2, 0.1))}
+    )
+    with first.unlocked():
+        first.objective.beta_d = ((0, 1.0),)
+    assert ablate.shared_steps(branch, first) == ablate.shared_steps(first, first) == 2
+    train.train(branch, tmp_path / "whole")
+    with first.unlocked():
+        first.steps = 2
+    train.train(first, tmp_path / "stem")
+    train.train(branch, tmp_path / "branch", stem=tmp_path / "stem")
+    whole, branched = (jax.tree.leaves(runs.open_run(tmp_path / name).executor) for name in ("whole", "branch"))
+    for a, b in zip(whole, branched, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    logs = [read_log(tmp_path / name / "metrics.jsonl") for name in ("whole", "branch")]
+    assert [line["train/anchor"] for line in logs[0]] == [line["train/anchor"] for line in logs[1]]
+    with pytest.raises(UserError, match="holds no checkpoint to branch off"):
+        train.train(branch, tmp_path / "other", stem=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"objective.rl_weight": ((0, 1.0),)}, {"sampler.steps": 4}, {"seed": 1}, {"objective.beta_d": ((0, 0.5),)},
+     {"optimizer.learning_rate": ((0, 1e-3),)}, {"rollout.role": "demonstrator"}],
+    ids=str,
+)  # fmt: skip
+def test_runs_that_begin_differently_share_nothing(tmp_path, change):
+    late = {"objective.rl_weight": ((1, 0.0), (2, 1.0)), "objective.beta_d": ((0, 1.0),)}
+    assert ablate.shared_steps(small_config(tmp_path, **late | change), small_config(tmp_path, **late)) == 0
+
+
 def test_benchmark_measures_every_part(tmp_path):
     from world_distill import benchmark
 
@@ -93,3 +132,4 @@ def test_benchmark_measures_every_part(tmp_path):
     assert set(result["parts"]) == {"rollout", "judge", "update", "demonstrator"}
     assert all(part["samples_per_second"] > 0 for part in result["parts"].values())
     assert result["step_seconds"] > 0
+    assert result["pretraining"]["samples_per_second"] > 0

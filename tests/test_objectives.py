@@ -40,7 +40,9 @@ def lora(family, base):
 
 def make_objective(**changes) -> objectives.Objective:
     settings = section(load_config("sandbox").objective, objectives.Objective)
-    return dataclasses.replace(settings, **{"rl_weight": 1.0, "awm_temperature": 1.0, **changes})
+    return dataclasses.replace(
+        settings, **{"rl_weight": 1.0, "awm_temperature": 1.0, "minibatches": 1, "tied": 0, **changes}
+    )
 
 
 def make_batch(family, base, lora, diffusion=None, advantages=None) -> TrainBatch:
@@ -144,6 +146,71 @@ def test_micro_batches_do_not_change_an_update(family, base, lora):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), results[0], other)
     with pytest.raises(ValueError, match="does not divide"):
         run(family, base, lora, batch, make_objective(micro_batch=4))
+
+
+def test_tied_rows_share_times_that_cover_the_grid(family, base, lora):
+    """Six equal rows in two blocks, two draws: four strata, so each of the four visited states counts once."""
+    batch = make_batch(family, base, lora)
+    equal = lambda x, axis: jnp.repeat(jax.lax.slice_in_dim(x, 0, 1, axis=axis), ROWS, axis=axis)  # noqa: E731
+    batch = objectives._rows(batch, equal)
+    apart = make_objective(rl="none", beta_d=1.0, updates=1, draws=2, tied=3)
+    full = make_objective(rl="none", beta_d=1.0, updates=1, draws=STEPS)
+    one, other = (run(family, base, lora, batch, objective)[0].lora for objective in (apart, full))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, other)
+    with pytest.raises(ValueError, match="tied = 4 does not divide"):
+        run(family, base, lora, batch, make_objective(tied=4))
+
+
+def test_tied_rows_get_a_time_each_block(family, base, lora, monkeypatch):
+    """Blocks of one update look at different times, rows of a block at the same."""
+    seen = []
+    real = objectives._each
+
+    def spy(values, indices):
+        jax.debug.callback(lambda i: seen.append(np.asarray(i)), indices)
+        return real(values, indices)
+
+    monkeypatch.setattr(objectives, "_each", spy)
+    objective = make_objective(rl="none", beta_d=1.0, updates=6, draws=1, tied=2)
+    jax.block_until_ready(run(family, base, lora, make_batch(family, base, lora), objective))
+    jax.effects_barrier()
+    assert len(seen) == 2 * 6  # the states, and the Demonstrator's velocities there
+    for indices in seen:
+        assert indices.shape == (ROWS,) and 0 <= indices.min() and indices.max() < STEPS
+        pairs = indices.reshape(3, 2)
+        assert (pairs[:, 0] == pairs[:, 1]).all()
+        assert len(set(pairs[:, 0])) >= 2
+    assert len({tuple(i) for i in seen}) > 2  # and not the same in every update
+
+
+def test_minibatches_take_turns(family, base, lora):
+    """For small steps, one update on each half is as good as two on the whole."""
+    batch = make_batch(family, base, lora)
+    results = []
+    for minibatches in (1, 2):
+        objective = make_objective(rl="none", beta_d=1.0, updates=2, draws=STEPS, minibatches=minibatches)
+        state, _ = run(family, base, lora, batch, objective, optimizer=optax.sgd(1e-3))
+        results.append(change(lora, state.lora))
+    whole, halves = (np.concatenate([x.ravel() for x in jax.tree.leaves(r)]) for r in results)
+    assert np.linalg.norm(halves - whole) < 1e-2 * np.linalg.norm(whole)
+    # One update alone sees its half only.
+    first = make_objective(rl="none", beta_d=1.0, updates=1, draws=STEPS, minibatches=2)
+    state, _ = run(family, base, lora, batch, first)
+    half = objectives._rows(batch, lambda x, axis: jnp.take(x, jnp.arange(0, ROWS, 2), axis=axis))
+    alone, _ = run(family, base, lora, half, make_objective(rl="none", beta_d=1.0, updates=1, draws=STEPS))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.lora, alone.lora)
+    with pytest.raises(ValueError, match="minibatches = 4 does not divide"):
+        run(family, base, lora, batch, make_objective(minibatches=4))
+
+
+@pytest.mark.parametrize("rl", ["awm", "flow_grpo"])
+def test_ratios_are_one_before_any_update_with_tied_minibatches(family, base, lora, rl):
+    diffusion = sampling.flow_grpo_diffusion(GRID, 0.7) if rl == "flow_grpo" else None
+    batch = make_batch(family, base, lora, diffusion)
+    objective = make_objective(rl=rl, updates=1, draws=2, tied=1, minibatches=2, micro_batch=1)
+    _, metrics = run(family, base, lora, batch, objective, diffusion)
+    assert abs(float(metrics["train/ratio"]) - 1) < 1e-6
+    assert abs(float(metrics["train/ratio_max"]) - 1) < 1e-6
 
 
 def test_awm_raises_the_likelihood_of_what_was_good(family, base, lora):

@@ -5,22 +5,26 @@ where it stopped and any run can be looked at by itself. Runs with the same seed
 starting noise of their test clips, so comparisons between variants are paired, clip by clip.
 
 Compute is counted in forward passes of the model a rollout (a backward pass counts as two); every variant gets as many
-steps as the reference variant's forwards pay for. Judging and decoding are not counted.
+steps as the reference variant's forwards pay for. Judging and decoding are not counted. Steps that several variants
+have in common (distillation before RL) are trained once and counted for each.
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from world_distill import arguments, charts, page, prepare, runs, train
-from world_distill.config import UserError, load_config, section
+from world_distill.config import UserError, diff, load_config, section
 from world_distill.core.metrics import bootstrap_difference
+from world_distill.core.schedules import piecewise_linear
 from world_distill.evaluate import evaluate_roles
 from world_distill.objectives import Objective
 from world_distill.scoring import QUESTIONS, Verdict, markdown, summarise
@@ -94,7 +98,8 @@ def forwards(config, step: int) -> float:
     update += rl == "awm" and objective.awm_old != "current"
     update += renoised * (bool(objective.beta_old) + bool(objective.beta_base))
     update += rl == "flow_grpo" and bool(objective.grpo_beta)
-    return rollout.tasks * rollout.group * (steps + shown + objective.updates * objective.draws * update)
+    updates = objective.updates * objective.draws / objective.minibatches * update
+    return rollout.tasks * rollout.group * (steps + shown + updates)
 
 
 def equal_steps(config, reference) -> int:
@@ -111,11 +116,34 @@ def equal_steps(config, reference) -> int:
             yield costs[active]
 
     budget = sum(itertools.islice(cost_by_step(reference), reference.steps))
-    for step, cost in enumerate(cost_by_step(config)):
-        if budget < 0.5 * cost:
-            return max(1, step)
+    steps, costs = 0, cost_by_step(config)
+    while budget >= 0.5 * (cost := next(costs)):
         budget -= cost
-    raise AssertionError("unreachable: the costs go on for ever")
+        steps += 1
+    return max(1, steps)
+
+
+# What has no effect on a training step in which L_RL has no weight.
+LATE = re.compile(
+    r"objective\.(rl|rl_weight|beta_d|beta_old|beta_base|awm_.*|grpo_.*|skip_first|keep_fraction)|judge\..*"
+    r"|rollout\.(weights\..*|clip|normalise|std|min_valid|negative_scale)|sampler\.(eta|window)"
+    r"|optimizer\.learning_rate|ablation\..*|" + "|".join(runs.FREE_KEYS)
+)
+
+
+def shared_steps(config, reference) -> int:
+    """First steps that are the same in both runs: before L_RL has a weight in either, with everything else equal."""
+    if any(not LATE.fullmatch(line.split(":")[0]) for line in diff(config, reference)):
+        return 0
+    both = (config, reference)
+    objectives = [section(c.objective, Objective) for c in both]
+    beta_d = [piecewise_linear(c.objective.beta_d) for c in both]
+    rate = [piecewise_linear(c.optimizer.learning_rate) for c in both]
+    for step in range(min(c.steps for c in both)):
+        same = all(float(a(step)) == float(b(step)) for a, b in (beta_d, rate))
+        if not same or any(o.rl_active(step) for o in objectives):
+            return step
+    return min(c.steps for c in both)
 
 
 def ablate(
@@ -145,17 +173,24 @@ def ablate(
     for seed in seeds:
         data = workdir / "data" / str(seed)
         prepare.make_records(variant_config(reference, seed), data)
-        for variant in variants:
-            config = variant_config(variant, seed)
+        first = variant_config(reference, seed)
+        configs = {variant: variant_config(variant, seed) for variant in variants}
+        for config in (first, *configs.values()):
             with config.unlocked():
                 config.data = str(data)
-                config.steps = equal_steps(config, variant_config(reference, seed))
+        # Runs that begin alike share their beginning: training is deterministic, so nothing but time changes.
+        stem, common = workdir / "stems" / str(seed), shared_steps(first, first)
+        branches = [v for v, config in configs.items() if 0 < common <= shared_steps(config, first)]
+        for variant, config in configs.items():
+            with config.unlocked():
+                config.steps = equal_steps(config, first)
             steps[variant] = config.steps
             done += 1
             arguments.say(f"run {done}/{total}: {variant}, seed {seed}, {config.steps} steps")
             folder = workdir / "runs" / variant / str(seed)
             roles = ("base", "demonstrator", "executor") if variant == variants[0] else ("executor",)
-            scores = _score(config, folder, roles)
+            shares = len(branches) > 1 and variant in branches
+            scores = _score(config, folder, roles, (first, stem, common) if shares else None)
             for role in roles:
                 name = variant if role == "executor" else role
                 verdicts.setdefault(name, []).append([Verdict(**v) for v in scores["verdicts"][role]])
@@ -176,14 +211,24 @@ def ablate(
     return result
 
 
-def _score(config, folder: pathlib.Path, roles: Sequence[str]) -> dict[str, Any]:
-    """The run's scores on the test tasks; trains it first where that is not done."""
+def _score(config, folder: pathlib.Path, roles: Sequence[str], beginning: tuple | None) -> dict[str, Any]:
+    """The run's scores on the test tasks; trains it first where that is not done.
+
+    `beginning` is the config, the folder and the number of steps that this run shares with others, or None.
+    """
     path = folder / "results.json"
     if path.exists():
         scores = json.loads(path.read_text())
         if scores["step"] == config.steps and set(roles) <= set(scores["verdicts"]):
             return scores
-    train.train(config, folder)
+    stem = None
+    if beginning is not None:
+        shared, stem, common = beginning
+        shared = copy.deepcopy(shared)
+        with shared.unlocked():
+            shared.steps, shared.evaluate_every = common, 0
+        train.train(shared, stem)  # returns at once where that is done
+    train.train(config, folder, stem=stem)
     scores = evaluate_roles(runs.open_run(folder), roles=roles, split="test")
     arguments.write_json(path, scores)
     return scores

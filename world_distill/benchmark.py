@@ -5,6 +5,7 @@
     judge         all questions about all clips, without the cache
     update        the optimiser updates of one step
     loop          a whole step, less the sum of the parts: data, cache, advantages, transfers
+    pretraining   one update of the base model, clips ready made
 
 Every part runs alone, after a warm-up, on the same batch, in turns; the median is shown. On a machine that other
 programs share, compare figures of one run only.
@@ -15,17 +16,20 @@ import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from world_distill import arguments, components, prepare, runs
+from world_distill import arguments, components, prepare, pretrain, runs
 from world_distill.collect import Collection, Collector
 from world_distill.config import section
-from world_distill.data.pipeline import task_batches
+from world_distill.data.pipeline import pad_texts, task_batches
 from world_distill.data.records import RecordReader
+from world_distill.interfaces import ModelFamily
 from world_distill.judges.rubric import load_rubric
 from world_distill.objectives import Objective, make_train_step
+from world_distill.sharding import batch_sharding
 
 HELP = """\
 Measure the speed of rollout, Demonstrator, judge and update, and the loop's overhead.
@@ -55,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     arguments.say(
         f"{'whole step':>13}  {result['step_seconds']:8.3f} s  {rows / result['step_seconds']:8.1f} samples/s"
     )
+    base = result["pretraining"]
+    arguments.say(f"{'pretraining':>13}  {base['seconds']:8.3f} s  {base['samples_per_second']:8.1f} samples/s")
     arguments.say(f"{'loop':>13}  {100 * result['overhead']:7.1f} % of a step is none of the parts")
     if args.json:
         arguments.write_json(args.json, result)
@@ -82,10 +88,11 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         text_length=config.text_length,
     )  # fmt: skip
     tasks = next(batches)
-    step = jax.jit(make_train_step(family, objective, runs.make_optimizer(config), grid, diffusion))
+    step = jax.jit(make_train_step(family, objective, runs.make_optimizer(config, family, base), grid, diffusion))
     key = jax.random.key(config.seed)
     parts = collector.parts(state, base, tasks, key)
-    batch, _ = collector(state, base, tasks, key, 0)
+    last = config.steps - 1  # of a schedule: with all losses in force
+    batch, _ = collector(state, base, tasks, key, last)
     jobs = {
         "rollout": lambda: jax.block_until_ready(parts.roll()),
         "judge": parts.judge,
@@ -95,10 +102,11 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         jobs["demonstrator"] = lambda: jax.block_until_ready(parts.show())
 
     def whole():
-        made, _ = collector(state, base, next(batches), key, 0)
+        made, _ = collector(state, base, next(batches), key, last)
         jax.block_until_ready(step(state, base, made))
 
     jobs["step"] = whole
+    jobs["pretraining"] = _pretraining(config, family, mesh)
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(repeats + 1):
         for name, job in jobs.items():
@@ -107,12 +115,29 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
             if turn:  # the first turn compiles
                 times[name].append(time.perf_counter() - started)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    total = seconds.pop("step")
-    rows = collection.tasks * collection.group
+    total, pretraining = seconds.pop("step"), seconds.pop("pretraining")
+    rows, clips = collection.tasks * collection.group, config.pretrain.batch
     return {
         "device": f"{len(mesh.devices.flat)} x {jax.devices()[0].device_kind}",
         "rollouts_per_step": rows,
         "parts": {n: {"seconds": s, "samples_per_second": rows / s} for n, s in seconds.items()},
         "step_seconds": total,
         "overhead": float(np.clip(1 - sum(seconds.values()) / total, -1, 1)),
+        "pretraining": {"clips": clips, "seconds": pretraining, "samples_per_second": clips / pretraining},
     }
+
+
+def _pretraining(config, family: ModelFamily, mesh: jax.sharding.Mesh) -> Callable[[], None]:
+    """One update of the base model, on the same clips every time."""
+    state, step = pretrain.make_training(config, family, mesh)
+    clips, captions = components.make(config, "clips").batch(config.seed, 0, config.pretrain.batch)
+    batch = (clips, *pad_texts(family.encode_text(captions), config.text_length))
+    batch = [jax.device_put(x, batch_sharding(mesh)) for x in batch]
+    key = jax.random.key(config.seed)
+
+    def job():
+        nonlocal state  # its buffers are given away
+        state, metrics = step(state, *batch, key)
+        jax.block_until_ready(metrics)
+
+    return job

@@ -10,6 +10,7 @@ their judgments in the cache, and goes on bit for bit as before.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -103,7 +104,7 @@ class Collector:
         demonstrates = objective.uses_visited or distills
         mask = family.free_frames
 
-        def roll(lora, base, task: Condition, solution: Condition, key, first_row):
+        def roll(lora, base, task: Condition, solution: Condition, key, first_row, *, diffusion):
             def grow(tree):
                 tree = jax.tree.map(lambda x: jnp.repeat(x, settings.group, axis=0), tree)
                 return jax.lax.with_sharding_constraint(tree, self._rows)
@@ -131,7 +132,11 @@ class Collector:
                 shown = jax.lax.map(at, (rollout.states, jnp.asarray(grid[:-1], jnp.float32)))
             return shown, losses.distillation_reward(rollout.velocities, shown, grid, mask)
 
-        self._roll = jax.jit(roll)
+        # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
+        self._roll = {
+            active: jax.jit(functools.partial(roll, diffusion=diffusion if active else None))
+            for active in (True, False)
+        }
         self._show = jax.jit(show) if demonstrates else None
         self._keeps_log_probs = objective.rl == "flow_grpo"
         self._finish = jax.jit(lambda r: jnp.concatenate([r.states, r.latents[None]])) if needs_states else None
@@ -149,18 +154,21 @@ class Collector:
           step: finished steps.
         """
         started = time.perf_counter()
-        rollout, task, solution, clips = self._roll(state.lora, base, *self._conditions(tasks), *_key(key, step))
+        active = self._objective.rl_active(step)
+        rollout, task, solution, clips = self._roll[active](
+            state.lora, base, *self._conditions(tasks), *_key(key, step)
+        )
         shown = reward = None
         if self._show is not None:
             shown, reward = self._show(base, rollout, solution)
-        (weighed, used), info = self._weigh(tasks, clips, reward, started, active=self._objective.rl_active(step))
+        (weighed, used), info = self._weigh(tasks, clips, reward, started, active=active)
         batch = TrainBatch(
             task=task,
             solution=solution,
             latents=rollout.latents,
             states=None if self._finish is None else self._finish(rollout),
             demonstrator=shown,
-            log_probs=rollout.log_probs if self._keeps_log_probs else None,
+            log_probs=rollout.log_probs if self._keeps_log_probs and active else None,
             advantages=jax.device_put(weighed, self._rows),
             valid=jax.device_put(used, self._rows),
         )
@@ -169,10 +177,11 @@ class Collector:
     def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array) -> Parts:
         """The pieces of a call on one batch of tasks, each to be run alone (benchmarks)."""
         conditions, at = self._conditions(tasks), _key(key, 0)
-        rollout, _, solution, clips = self._roll(state.lora, base, *conditions, *at)
+        roll = self._roll[True]
+        rollout, _, solution, clips = roll(state.lora, base, *conditions, *at)
         frames = np.asarray(clips)
         return Parts(
-            roll=lambda: self._roll(state.lora, base, *conditions, *at),
+            roll=lambda: roll(state.lora, base, *conditions, *at),
             show=None if self._show is None else lambda: self._show(base, rollout, solution),
             judge=lambda: self._ask(tasks, frames),
         )

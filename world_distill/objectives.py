@@ -7,8 +7,10 @@ L_anchor is WMSD's Eq. 11 (on visited states) or the same on re-noised clips; L_
 the Demonstrator (see `collect.py`) it is off-policy distillation, with beta_d = 0 RL alone. `beta_d` and `rl_weight`
 may be schedules over training steps.
 
-One step makes `updates` optimiser updates on one batch of rollouts, each from `draws` random times (one gradient
-accumulation each, and one per micro-batch of rows). All randomness comes from fold_in(state.key, state.step).
+One step makes `updates` optimiser updates on one batch of rollouts, each on one of `minibatches` parts of the rows and
+from `draws` random times (one gradient accumulation each, and one per micro-batch of rows). Large models on many chips
+take the whole batch at one time after another, as AWM does; small ones learn faster from many updates on few rows
+whose times are spread over the grid (`tied`). All randomness comes from fold_in(state.key, state.step).
 """
 
 import dataclasses
@@ -37,7 +39,10 @@ class Objective:
       anchor_states: "visited" (states of the rollout) or "renoised" (the AWM states; one forward serves both losses).
       anchor_loss: "mse" (Eq. 11) or "decoupled" (length and direction apart, see `losses.decoupled_gap`).
       updates: optimiser updates on one batch of rollouts.
-      draws: random times in one update.
+      minibatches: parts that the rows are dealt out to; each update takes the next one, with rollouts of every group.
+      draws: random times in one update, for each row.
+      tied: neighbouring rows of an update that share their times; 0: all. Rows of one group should: what their losses
+        have in common at one time cancels in a policy gradient.
       micro_batch: rows in one forward; 0 takes all.
       skip_first, keep_fraction: which part of the sampler's grid AWM's times are drawn from.
       awm_weighting, awm_power: see `losses.awm_log_likelihood`.
@@ -56,7 +61,9 @@ class Objective:
     anchor_states: str
     anchor_loss: str
     updates: int
+    minibatches: int
     draws: int
+    tied: int
     micro_batch: int
     skip_first: bool
     keep_fraction: float
@@ -82,9 +89,9 @@ class Objective:
         }.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"objective.{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        for field in ("updates", "draws"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"objective.{field} must be at least 1, got {getattr(self, field)}")
+        for field, least in {"updates": 1, "minibatches": 1, "draws": 1, "tied": 0, "micro_batch": 0}.items():
+            if getattr(self, field) < least:
+                raise ValueError(f"objective.{field} must be at least {least}, got {getattr(self, field)}")
 
     def rl_active(self, step: int) -> bool:
         """Whether L_RL has a weight in this training step: if not, nothing needs to be judged."""
@@ -146,7 +153,10 @@ def make_train_step(
         return gap(v, v_d, mask), metrics.velocity_diagnostics(v, v_d, mask)
 
     def draw_loss(lora, base, others, rows: TrainBatch, key, indices, weights):
-        """Weighted sum over rows of all losses at one draw of times, with their per-row parts."""
+        """Weighted sum over rows of all losses at one draw of times, with their per-row parts.
+
+        `indices` are three arrays [rows] of grid indices: of visited states, of re-noised ones, of sampler steps.
+        """
         start, old = others
         index_visited, index_renoised, index_step = indices
         valid = rows.valid.astype(jnp.float32)
@@ -154,18 +164,18 @@ def make_train_step(
         out = {}
 
         def v_at(weights_, x, t, condition):
-            return family.denoise(base, weights_, x, jnp.full(x.shape[:1], t), condition)
+            return family.denoise(base, weights_, x, t, condition)
 
         if objective.uses_visited:
             # Not masked by `valid`: the anchor needs no judgment.
-            x = rows.states[index_visited]
+            x = _each(rows.states, index_visited)
             v = v_at(lora, x, grid[index_visited], rows.task)
-            out["anchor"], diagnostics = anchor_terms(v, rows.demonstrator[index_visited])
+            out["anchor"], diagnostics = anchor_terms(v, _each(rows.demonstrator, index_visited))
             out |= {f"velocity_{name}": value for name, value in diagnostics.items()}
         if objective.uses_renoised:
             t = grid[index_renoised]
             eps = sampling.initial_noise(key, rows.task.scene, family.latent_shape, mask)
-            x_t = flow.interpolate(rows.latents, eps, jnp.full(rows.latents.shape[:1], t))
+            x_t = flow.interpolate(rows.latents, eps, t)
             x_t = sampling.pin_frames(x_t, rows.task.scene, mask)
             v = v_at(lora, x_t, t, rows.task)
             if objective.anchor_states == "renoised" and objective.anchored:
@@ -177,9 +187,7 @@ def make_train_step(
 
                 def likelihood(velocity):
                     m = losses.velocity_gap(velocity, target, mask)
-                    return losses.awm_log_likelihood(
-                        m, jnp.full_like(m, t), objective.awm_weighting, objective.awm_power
-                    )
+                    return losses.awm_log_likelihood(m, t, objective.awm_weighting, objective.awm_power)
 
                 new = likelihood(v)
                 reference = {"current": lambda: new, "start": lambda: likelihood(v_at(start, x_t, t, rows.task)),
@@ -196,12 +204,12 @@ def make_train_step(
         if objective.rl == "flow_grpo":
             t, t_next = grid[index_step], grid[index_step + 1]
             g = jnp.asarray(diffusion, jnp.float32)[index_step]
-            x, x_next = rows.states[index_step], rows.states[index_step + 1]
+            x, x_next = _each(rows.states, index_step), _each(rows.states, index_step + 1)
             v = v_at(lora, x, t, rows.task)
             _, mean, std = sampling.sde_step(x, v, t, t_next, g, None)
             log_prob = sampling.gaussian_log_prob(x_next, mean, std, mask)
             out["rl"], out["ratio"] = losses.flow_grpo_surrogate(
-                log_prob, rows.log_probs[index_step], rows.advantages, objective.grpo_clip
+                log_prob, _each(rows.log_probs, index_step), rows.advantages, objective.grpo_clip
             )
             if objective.grpo_beta:
                 v_base = jax.lax.stop_gradient(v_at(None, x, t, rows.task))
@@ -216,37 +224,60 @@ def make_train_step(
 
     gradient = jax.grad(draw_loss, has_aux=True)
 
-    def update(carry, key, base, batch: TrainBatch, start, old, weights):
-        lora, lora_ema, opt_state, count = carry
-        rows = batch.advantages.shape[0]
-        micro = objective.micro_batch or rows
-        if rows % micro:
-            raise ValueError(f"objective.micro_batch = {micro} does not divide the {rows} rollouts of a step")
-        draws, parts = objective.draws, rows // micro
-        keys = jax.random.split(key, 4)
-        steps = grid.shape[0] - 1
-        visited = times.stratified_times(keys[0], grid, draws, skip_first=False, keep_fraction=1.0)
-        renoised = visited
+    def draw_times(keys, rows: int):
+        """Grid indices [draws rows] of visited states, of re-noised states and of stochastic sampler steps."""
+        draws, tied = objective.draws, objective.tied or rows
+        if rows % tied:
+            raise ValueError(f"objective.tied = {tied} does not divide the {rows} rollouts of an update")
+        blocks = rows // tied
+        count = draws * blocks
+
+        def spread(key, indices):
+            # Strata rise with their number: dealt out in order, one task would only ever see noise.
+            indices = jax.random.permutation(key, indices) if blocks > 1 else indices
+            return jnp.repeat(indices.reshape(draws, blocks), tied, axis=1)
+
+        visited = times.stratified_times(keys[0], grid, count, skip_first=False, keep_fraction=1.0)
+        visited = renoised = spread(keys[1], visited)
         if objective.uses_renoised:
             renoised = times.stratified_times(
-                keys[1], grid, draws, skip_first=objective.skip_first, keep_fraction=objective.keep_fraction
+                keys[2], grid, count, skip_first=objective.skip_first, keep_fraction=objective.keep_fraction
             )
-        chosen = jax.random.permutation(keys[2], jnp.asarray(stochastic if len(stochastic) else np.arange(steps)))
-        chosen = jnp.resize(chosen, (draws,))
-        noise_keys = sampling.sample_keys(keys[3], jnp.arange(rows))
+            renoised = spread(keys[3], renoised)
+        steps = stochastic if len(stochastic) else np.arange(grid.shape[0] - 1)
+        chosen = jnp.resize(jax.random.permutation(keys[4], jnp.asarray(steps)), (count,))
+        return visited, renoised, spread(keys[5], chosen)
+
+    def update(carry, job, base, batch: TrainBatch, start, old, weights):
+        lora, lora_ema, opt_state, count = carry
+        key, index = job
+        rows, parts = batch.advantages.shape[0], objective.minibatches
+        if rows % parts:
+            raise ValueError(f"objective.minibatches = {parts} does not divide the {rows} rollouts of a step")
+        if parts > 1:
+            # Every parts-th row, and so rollouts of every group (and, on many devices, of every device).
+            batch = _rows(batch, lambda x, axis: _deal(x, axis, parts, index % parts))
+            rows //= parts
+        micro = objective.micro_batch or rows
+        if rows % micro:
+            raise ValueError(f"objective.micro_batch = {micro} does not divide the {rows} rollouts of an update")
+        draws, pieces = objective.draws, rows // micro
+        keys = jax.random.split(key, 7)
+        indices = draw_times(keys, rows)
+        noise_keys = sampling.sample_keys(keys[6], jnp.arange(rows))
 
         def one(accumulated, job):
             draw, part = job
             take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, part * micro, micro, axis)  # noqa: E731
-            piece = batch if parts == 1 else _rows(batch, take)
+            piece = batch if pieces == 1 else _rows(batch, take)
             key = jax.vmap(lambda k: jax.random.fold_in(k, draw))(noise_keys)
-            key = key if parts == 1 else take(key, 0)
-            indices = (visited[draw], renoised[draw], chosen[draw])
-            grads, out = gradient(lora, base, (start, old), piece, key, indices, weights)
+            at = tuple(index[draw] for index in indices)
+            key, at = (key, at) if pieces == 1 else jax.tree.map(lambda x: take(x, 0), (key, at))
+            grads, out = gradient(lora, base, (start, old), piece, key, at, weights)
             return jax.tree.map(jnp.add, accumulated, grads), out
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), lora)
-        jobs = (jnp.repeat(jnp.arange(draws), parts), jnp.tile(jnp.arange(parts), draws))
+        jobs = (jnp.repeat(jnp.arange(draws), pieces), jnp.tile(jnp.arange(pieces), draws))
         grads, out = jax.lax.scan(one, zeros, jobs)
         grads = jax.tree.map(lambda g: g / (rows * draws), grads)
         changes, opt_state = optimizer.update(grads, opt_state, lora)
@@ -267,7 +298,8 @@ def make_train_step(
         weights = {"beta_d": beta_d(state.step), "rl": rl_weight(state.step)}
         start, old = state.lora, state.lora_old
         carry = (state.lora, state.lora_ema, state.opt_state, state.step * objective.updates)
-        carry, seen = jax.lax.scan(lambda c, key: update(c, key, base, batch, start, old, weights), carry, keys)
+        jobs = (keys, jnp.arange(objective.updates))
+        carry, seen = jax.lax.scan(lambda c, job: update(c, job, base, batch, start, old, weights), carry, jobs)
         lora, lora_ema, opt_state, _ = carry
         step = state.step + 1
         old_decay = schedules.ema_decay_linear(step, objective.old_slope, objective.old_maximum)
@@ -285,6 +317,17 @@ def make_train_step(
         return new, seen
 
     return train_step
+
+
+def _each(values: jax.Array, indices: jax.Array) -> jax.Array:
+    """values[indices[b], b] for every row b, of values [k b ...]."""
+    return jax.vmap(lambda x, i: x[i], in_axes=(1, 0))(values, indices)
+
+
+def _deal(x: jax.Array, axis: int, parts: int, index: jax.Array) -> jax.Array:
+    """Every `parts`-th entry along an axis, from the index-th on."""
+    shape = x.shape[:axis] + (x.shape[axis] // parts, parts) + x.shape[axis + 1 :]
+    return jax.lax.dynamic_index_in_dim(x.reshape(shape), index, axis + 1, keepdims=False)
 
 
 def _rows(batch: TrainBatch, take: Callable) -> TrainBatch:

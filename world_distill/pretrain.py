@@ -97,21 +97,17 @@ def make_step(family: ModelFamily, optimizer: optax.GradientTransformation, sett
     return step
 
 
-def pretrain(config, workdir, *, command: str) -> dict:
-    """Runs (or continues) pretraining; returns steps, last loss and the path of the weights."""
+def make_training(config, family: ModelFamily, mesh: jax.sharding.Mesh):
+    """(first state, jitted step) of the config's pretraining, on the mesh; see `make_step`."""
     settings = config.pretrain
-    mesh = components.start_devices(config)
-    family = components.make_family(config)
-    source = components.make(config, "clips")
     optimizer = optim.make_optimizer(
         name=settings.optimizer, learning_rate=settings.learning_rate, grad_clip=settings.grad_clip,
         warmup_steps=settings.warmup, decay_steps=settings.steps, axes=family.base_axes(),
     )  # fmt: skip
-    key = jax.random.key(config.seed)
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
 
     def init():
-        weights = family.init_base(jax.random.fold_in(key, 0))
+        weights = family.init_base(jax.random.fold_in(jax.random.key(config.seed), 0))
         return PretrainState(
             jnp.zeros((), jnp.int32), weights, jax.tree.map(jnp.copy, weights), optimizer.init(weights)
         )
@@ -122,9 +118,20 @@ def pretrain(config, workdir, *, command: str) -> dict:
         make_step(family, optimizer, settings),
         in_shardings=(everywhere, rows, rows, rows, everywhere), out_shardings=everywhere, donate_argnums=0,
     )  # fmt: skip
+    return state, step_fn
+
+
+def pretrain(config, workdir, *, command: str) -> dict:
+    """Runs (or continues) pretraining; returns steps, last loss and the path of the weights."""
+    settings = config.pretrain
+    mesh = components.start_devices(config)
+    family = components.make_family(config)
+    source = components.make(config, "clips")
+    state, step_fn = make_training(config, family, mesh)
+    rows = batch_sharding(mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     metadata = make_metadata(config.to_dict())
-    step_key = jax.random.fold_in(key, 1)
+    step_key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
     def load(step: int):
         clips, captions = source.batch(config.seed, step, settings.batch)

@@ -20,7 +20,7 @@ from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.models.lora import lora_axes
 from world_distill.objectives import init_state
 from world_distill.scoring import Evaluator
-from world_distill.sharding import replicated, tree_shardings
+from world_distill.sharding import like_weights, replicated, tree_shardings
 from world_distill.structs import PyTree, TrainState
 
 # What may change between two calls on the same folder: how long and how talkatively, not what is trained.
@@ -84,21 +84,22 @@ def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(config.data) if config.data else workdir / "data"
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-    """The config's optimiser; its learning rate may be (training step, rate) points."""
+def make_optimizer(config, family: ModelFamily, base: PyTree) -> optax.GradientTransformation:
+    """The config's optimiser, for an Executor of `base`; its learning rate may be (training step, rate) points."""
     settings = config.optimizer.to_dict()
     if not isinstance(settings["learning_rate"], float):
         by_step = piecewise_linear(settings["learning_rate"])
         # The optimiser counts updates, several a step.
         settings["learning_rate"] = lambda count: by_step(count // config.objective.updates)
-    return optim.make_optimizer(**settings)
+    executor = jax.eval_shape(lambda: family.init_lora(jax.random.key(0), base, rank=config.executor.rank or None))
+    return optim.make_optimizer(**settings, axes=lora_axes(executor, family.base_axes()))
 
 
 def make_state(
     config, family: ModelFamily, mesh: jax.sharding.Mesh, base: PyTree
 ) -> tuple[Callable[[PyTree], TrainState], TrainState]:
     """(function that makes the first state on the mesh, the state's shapes and shardings)."""
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, family, base)
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
 
     def init(base):
@@ -107,10 +108,7 @@ def make_state(
     shapes = jax.eval_shape(init, base)
     weights = tree_shardings(mesh, lora_axes(shapes.lora, family.base_axes()), shapes.lora)
     everywhere = replicated(mesh)
-    moments = optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, shapes.opt_state, weights,
-        transform_non_params=lambda _: everywhere,
-    )  # fmt: skip
+    moments = like_weights(shapes.opt_state, shapes.lora, weights, everywhere)
     shardings = TrainState(everywhere, weights, weights, weights, moments, everywhere)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return jax.jit(init, out_shardings=shardings), abstract

@@ -122,3 +122,26 @@ def _spec(mesh: Mesh, names: tuple[str | None, ...] | None, shape) -> PartitionS
         used.update(axes)
         parts.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*parts)
+
+
+def like_weights(state: PyTree, weights: PyTree, shardings: PyTree, otherwise: jax.sharding.Sharding) -> PyTree:
+    """Shardings for an optimiser's state: a leaf that belongs to a weight lies where the weight does.
+
+    A leaf belongs to the weight whose path its own path ends with (as in `mu.blocks.q.kernel`) and whose shape it has;
+    counters and the like get `otherwise`. Unlike `optax.tree.map_params`, this also sees through the masks of
+    optimisers that treat some weights in another way (Muon).
+    """
+    known = {}
+    for (path, weight), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(weights), jax.tree.leaves(shardings), strict=True
+    ):
+        known[tuple(map(str, path))] = weight.shape, sharding
+
+    def place(path, leaf):
+        names = tuple(map(str, path))
+        for start in range(len(names)):
+            if names[start:] in known and known[names[start:]][0] == leaf.shape:
+                return known[names[start:]][1]
+        return otherwise
+
+    return jax.tree_util.tree_map_with_path(place, state)

@@ -11,6 +11,7 @@ its folder, it continues from the newest checkpoint, bit for bit as if it had no
 import argparse
 import dataclasses
 import pathlib
+import shutil
 import sys
 import time
 from typing import Any
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from world_distill import arguments, components, runs
 from world_distill.checkpoints import Checkpointer, make_metadata
 from world_distill.collect import Collection, Collector
-from world_distill.config import section
+from world_distill.config import UserError, section
 from world_distill.data.pipeline import task_batches
 from world_distill.data.records import RecordReader
 from world_distill.judges.cache import JudgmentCache
@@ -61,8 +62,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(config, workdir: pathlib.Path) -> dict[str, Any]:
+def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) -> dict[str, Any]:
     """Runs (or continues) training.
+
+    Args:
+      config: all settings.
+      workdir: the run's folder.
+      stem: folder of a run to branch off, at its newest checkpoint, where `workdir` has none yet. That its steps are
+        those that this config would have made is the caller's word.
 
     Returns:
       steps, seconds, and `validation`: the last row of rates on the validation records (None if never evaluated).
@@ -92,6 +99,12 @@ def train(config, workdir: pathlib.Path) -> dict[str, Any]:
     metadata = make_metadata({k: v for k, v in config.to_dict().items() if k not in runs.FREE_KEYS})
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep, save_every=config.save_every)
     restored = checkpointer.restore_latest(abstract, expect=metadata)
+    if restored is None and stem is not None:
+        with Checkpointer(stem / "checkpoints") as source:
+            restored = source.restore_latest(abstract)
+        if restored is None:
+            raise UserError(f"{stem} holds no checkpoint to branch off")
+        shutil.copy(stem / "metrics.jsonl", workdir)
     if restored is None:
         state = init(base)
     else:
@@ -108,12 +121,12 @@ def train(config, workdir: pathlib.Path) -> dict[str, Any]:
         family, mesh, collection, objective, grid=grid, diffusion=diffusion, judge=judge, cache=cache,
         rubric=load_rubric(config.judge.rubric or None),
     )  # fmt: skip
+    optimizer = runs.make_optimizer(config, family, base)
     # While a schedule holds L_RL at weight 0, its forward passes are left out: a step function of its own.
     step_fns = {
         active: jax.jit(
             make_train_step(
-                family, objective if active else dataclasses.replace(objective, rl="none"), runs.make_optimizer(config),
-                grid, diffusion,
+                family, objective if active else dataclasses.replace(objective, rl="none"), optimizer, grid, diffusion
             ),
             out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh)),
             donate_argnums=0,

@@ -105,15 +105,34 @@ def check(scene: Scene, deed: Deed, clip: np.ndarray) -> dict[str, bool]:
 # ---- Words
 
 
-def read_narration(text):
-    """(agent, displacement of each leg, displacement of what is pushed or None) from the words alone."""
+def read_narration(text, scene):
+    """(agent, displacement of each leg, displacement of what is pushed or None) from the words and the scene."""
     agent, rest = re.fullmatch(r"The ([a-z]+ [a-z]+) moves (.*), then stops\.", text).groups()
     pushed = None
     if ", pushing the " in rest:
         rest, what = rest.split(", pushing the ")
-        thing, steps = re.fullmatch(r"([a-z]+ crate) (.+)", what).groups()
+        thing, steps, ring = re.fullmatch(r"([a-z]+ crate) (.+?)(?: onto the ([a-z]+ ring))?", what).groups()
         pushed = thing, steps_of(steps)
-    return agent, [steps_of(leg) for leg in rest.split(", then moves ")], pushed
+        if ring:
+            assert np.add(place_of(scene, thing), pushed[1]).tolist() == place_of(scene, ring)
+    at, legs = place_of(scene, agent), []
+    for leg in rest.split(", then moves "):
+        steps, side, ring = re.fullmatch(r"(.*?) ?(?:to (?:just (.+?) )?the ([a-z]+ ring))?", leg).groups()
+        ways = [steps_of(steps)] if steps else []
+        if ring:
+            end = np.add(place_of(scene, ring), BESIDE[side] if side else 0)
+            ways.append(np.subtract(end, at).tolist())
+        assert ways and all(way == ways[0] for way in ways), leg  # steps and landmark say the same
+        legs.append(ways[0])
+        at = np.add(at, ways[0]).tolist()
+    return agent, legs, pushed
+
+
+BESIDE = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+def place_of(scene, name):
+    return list(scene.things[scene.index(name)].place)
 
 
 def steps_of(text):

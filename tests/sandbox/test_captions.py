@@ -9,7 +9,7 @@ from tests.sandbox.acting import WORLD, read_narration, scenes
 from world_distill.sandbox import captions
 from world_distill.sandbox.captions import Faults, sample_clips, sample_motion
 from world_distill.sandbox.factories import random_clips
-from world_distill.sandbox.narration import BESIDE, GO, PUSH, TWO, narrate, words
+from world_distill.sandbox.narration import BESIDE, GO, PUSH, STYLES, TWO, narrate, words
 from world_distill.sandbox.tasks import deeds
 from world_distill.sandbox.vision import read_scene, watch
 from world_distill.sandbox.world import World, leg_is_clear
@@ -25,7 +25,7 @@ def made(**faults):
     )
     for clip, caption in zip(clips.clips, clips.captions, strict=True):
         scene = read_scene(WORLD, clip[0])
-        agent, legs, pushed = read_narration(caption)
+        agent, legs, pushed = read_narration(caption, scene)
         yield scene, watch(WORLD, scene, clip), scene.index(agent), np.array(legs), pushed
 
 
@@ -72,9 +72,9 @@ def test_random_motions_are_feasible():
 def test_no_caption_holds_a_task():
     clips = sample_clips(WORLD, Faults(), 150, rng(2))
     told = " ".join(clips.captions).lower()
-    fixed = set(words(" ".join([GO, BESIDE, PUSH, TWO]))) - {"the", "then", "ring", "crate", "side", "second"}
-    assert fixed == {"go", "to", "stop", "just", "push", "onto"}
-    assert not (fixed | {"ring"}) & set(words(told))
+    orders = {words(phrase)[0] for phrase in (GO, BESIDE, PUSH, TWO)}
+    assert orders == {"go", "stop", "push"}
+    assert not orders & set(words(told))
     tasks = {d.instruction for s in scenes(40, 2) for d in deeds(WORLD, s)}
     assert not any(re.sub(r"\.$", "", t).lower() in told for t in tasks)
 
@@ -87,6 +87,30 @@ def test_motions_of_tasks_are_captions_too():
         told = {narrate(scene, sample_motion(WORLD, scene, generator)) for _ in range(12)}
         kinds |= {d.kind for d in deeds(WORLD, scene) if narrate(scene, d.motion) in told}
     assert {"go", "beside", "push"} <= kinds
+
+
+def test_styles_tell_the_same_motion_in_other_words():
+    generator = rng(6)
+    shown = {style: 0 for style in STYLES}
+    for scene in scenes(150, 6):
+        motion = sample_motion(WORLD, scene, generator)
+        told = {style: narrate(scene, motion, style) for style in STYLES}
+        assert all(read_narration(text, scene) == read_narration(told["steps"], scene) for text in told.values())
+        assert "ring" not in told["steps"]
+        for style in STYLES:
+            shown[style] += "ring" in told[style]
+    assert shown["landmarks"] == shown["both"] > 40
+
+
+def test_styles_are_as_frequent_as_asked_for():
+    def share(styles, pattern):
+        texts = sample_clips(WORLD, NONE, 200, rng(7), styles).captions
+        return np.mean([bool(re.search(pattern, t)) for t in texts])
+
+    assert share((1.0, 0.0, 0.0), "ring") == 0
+    assert share((0.0, 1.0, 0.0), "ring") > 0.4  # half of all motions lead to a ring
+    both = "step[^,]* to (the|just)"  # in one leg
+    assert share((0.0, 1.0, 0.0), both) == 0 < share((0.0, 0.0, 1.0), both)
 
 
 # ---- With faults
@@ -107,7 +131,7 @@ def test_in_other_clips_another_agent_moves():
         way = way_of(sight)
         if not pushed and way[agent] < 0.2:
             others += any(way[scene.index(a.name)] > 0.5 for a in scene.agents)
-    assert others > COUNT / 4  # wherever the lattice has room for it
+    assert others > COUNT / 5  # wherever the lattice has room for it; a quarter in the mean
 
 
 @pytest.mark.parametrize("fault", ["blink", "vanish"])

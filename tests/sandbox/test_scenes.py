@@ -84,6 +84,13 @@ def test_files_are_the_same_bytes_each_time(tmp_path):
     ]
 
 
+def test_scenes_of_another_seed_are_refused(tmp_path):
+    before = [p.read_bytes() for p in write_scenes(tmp_path, 2, split="train", seed=0, world=WORLD)]
+    with pytest.raises(ValueError, match=r"scene-00000\.png holds another scene"):
+        write_scenes(tmp_path, 2, split="train", seed=1, world=WORLD)
+    assert [p.read_bytes() for p in sorted(tmp_path.iterdir())] == before
+
+
 def test_drawing_again_keeps_what_is_there(tmp_path):
     first = write_scenes(tmp_path, 3, split="train", seed=0, world=WORLD)
     before = [p.stat().st_mtime_ns for p in first]

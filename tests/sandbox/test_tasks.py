@@ -8,7 +8,7 @@ from world_distill.sandbox import checker
 from world_distill.sandbox.narration import narrate, words
 from world_distill.sandbox.oracle import Oracle
 from world_distill.sandbox.tasks import KINDS, deeds
-from world_distill.sandbox.world import COLOURS, Scene, Thing, World, leg_is_clear
+from world_distill.sandbox.world import Scene, Thing, World, leg_is_clear
 
 # ---- Deeds
 
@@ -96,7 +96,7 @@ def test_beside_names_the_side_as_it_is_seen():
 
 def test_narrations_say_what_moves_where():
     for scene, deed in some_deeds(30, 2):
-        agent, legs, pushed = read_narration(narrate(scene, deed.motion))
+        agent, legs, pushed = read_narration(narrate(scene, deed.motion), scene)
         way = [list(p) for p in deed.motion.way]
         assert agent == deed.agent
         assert legs == [np.subtract(b, a).tolist() for a, b in zip(way, way[1:], strict=False)]
@@ -113,23 +113,22 @@ def test_numbers_suffice_for_larger_worlds():
     longest = 0
     for scene in scenes(40, 3, world):
         for deed in deeds(world, scene, ("go",)):
-            _, legs, _ = read_narration(narrate(scene, deed.motion))
+            _, legs, _ = read_narration(narrate(scene, deed.motion), scene)
             assert np.add(deed.motion.way[0], legs[0]).tolist() == list(deed.goal[1])
             longest = max(longest, *np.abs(legs[0]))
     assert longest == 8
 
 
-def test_narrations_never_speak_of_goals():
-    """The solution may tell what is seen, and no word that only tasks have."""
+def test_narrations_never_give_orders():
+    """The solution tells what is seen, and no order that only tasks give."""
     told, asked = set(), set()
     for pairs in deeds_by_kind(30, 3).values():
         for scene, deed in pairs:
             narration = narrate(scene, deed.motion)
             told |= set(words(narration))
             asked |= set(words(deed.instruction))
-            assert "ring" not in narration and deed.instruction.lower().rstrip(".") not in narration.lower()
-    assert told & asked <= {"the", "then", "crate", "left", "right", *COLOURS}
-    assert {"go", "stop", "push", "onto", "to", "ring"} <= asked
+            assert deed.instruction.lower().rstrip(".") not in narration.lower()
+    assert {"go", "stop", "push"} <= asked - told
 
 
 # ---- The annotator

@@ -25,7 +25,17 @@ from world_distill.sandbox.world import (
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"cells": 3}, {"size": 19}, {"frames": 2}, {"agents": (2, 4), "rings": (2, 3)}], ids=str
+    "sizes",
+    [
+        {"cells": 3},
+        {"size": 19},
+        {"frames": 3},
+        {"frames": 8},
+        {"shapes": ("disc", "star")},
+        {"shapes": ("disc", "disc")},
+        {"agents": (2, 4), "rings": (2, 3)},
+    ],
+    ids=str,
 )
 def test_worlds_that_cannot_be_are_refused(sizes):
     with pytest.raises(ValueError, match=r"World (needs|has)"):

@@ -36,7 +36,7 @@ def init_lora(key: jax.Array, base: PyTree, *, rank: int, targets: str) -> PyTre
       targets: regular expression, matched against the whole path (`blocks.self_attention.(q|k|v|out)`).
 
     Raises:
-      ValueError: the pattern matches no layer, or the rank is not below a matched layer's sizes.
+      ValueError: the pattern matches no layer, or the rank is above a matched layer's smaller size.
     """
     found = {path: kernel for path, kernel in sorted(kernels(base).items()) if re.fullmatch(targets, path)}
     if not found:

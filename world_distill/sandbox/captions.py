@@ -4,14 +4,20 @@ A video model that was trained on clips from the wild renders a detailed caption
 moves somebody else, lets things vanish and jump. The faults below put just that into the clips, unmentioned in the
 caption and decided per clip, so that the base model learns a *mixture* of clean and faulty clips. Averaging cannot
 undo that (the Demonstrator's own mean is faulty), while a reward can choose the clean ones.
+
+Captions are written in several styles, as they are in the wild: some count steps, some name the place where a motion
+ends. So the base learns what a "blue ring" is and where it lies, as a pretrained model has, though no caption ever asks
+for anything.
 """
 
 import dataclasses
 
 import numpy as np
 
-from world_distill.sandbox.narration import narrate
+from world_distill.sandbox.narration import STYLES, narrate
 from world_distill.sandbox.world import Motion, Scene, World, leg_is_clear, render, sample_scene, trajectories
+
+STYLE_SHARES = (0.3, 0.4, 0.3)  # of captions in each of `narration.STYLES`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Faults:
     """Probabilities, per clip, of what the caption does not say.
 
     Attributes:
-      short: the agent covers only a share of its way, uniform in `short_travel`.
+      short: the agent covers only a share of its (last) way, uniform in `short_travel`.
       other: another agent makes the motion.
       blink: a thing is invisible for one or two frames.
       jump: the agent waits at its start, then is at its end.
@@ -61,8 +67,15 @@ def sample_motion(world: World, scene: Scene, rng: np.random.Generator) -> Motio
         ]
         if not ends:
             return None
+        marked = [end for end in ends if any(_steps_between(end, ring.place) <= 1 for ring in scene.rings)]
+        if marked and rng.random() < 0.5:  # motions mostly lead somewhere
+            ends = marked
         way.append(ends[rng.integers(len(ends))])
     return Motion(agent.name, tuple(way))
+
+
+def _steps_between(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return abs(a[0] - b[0]) + abs(a[1] - b[1])
 
 
 def _pushes(world: World, scene: Scene, agent) -> list[Motion]:
@@ -88,15 +101,17 @@ def _pushes(world: World, scene: Scene, agent) -> list[Motion]:
     return ways
 
 
-def sample_clips(world: World, faults: Faults, count: int, rng: np.random.Generator) -> CaptionedClips:
-    """`count` random captioned clips, with faults."""
+def sample_clips(
+    world: World, faults: Faults, count: int, rng: np.random.Generator, styles: tuple[float, ...] = STYLE_SHARES
+) -> CaptionedClips:
+    """`count` random captioned clips, with faults; `styles` are the shares of `narration.STYLES`."""
     things, tracks, opacities, captions = [], [], [], []
     while len(captions) < count:
         scene = sample_scene(world, rng)
         motion = sample_motion(world, scene, rng)
         if motion is None:
             continue
-        captions.append(narrate(scene, motion))
+        captions.append(narrate(scene, motion, style=STYLES[rng.choice(len(STYLES), p=styles)]))
         track, opacity = _act_with_faults(world, scene, motion, faults, rng)
         things.append(scene.things)
         tracks.append(track)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from world_distill.sandbox import checker
-from world_distill.sandbox.captions import Faults, sample_clips
+from world_distill.sandbox.captions import STYLE_SHARES, Faults, sample_clips
 from world_distill.sandbox.oracle import Oracle
 from world_distill.sandbox.scenes import true_scene
 from world_distill.sandbox.tasks import KINDS
@@ -22,6 +22,8 @@ class Benchmark:
     questions = checker.QUESTIONS
 
     def __init__(self, world: World):
+        if world.size < 6 * world.cells:
+            raise ValueError(f"the checker needs 6 pixels a place, this world has {world.size}/{world.cells}")
         self.world = world
 
     def check(self, clips: np.ndarray, tasks: list[str], images: list[bytes]) -> dict[str, np.ndarray]:
@@ -39,14 +41,14 @@ def benchmark(*, world: dict) -> Benchmark:
 class RandomClips:
     """Captioned clips of random motions, for pretraining: a pure function of (seed, step)."""
 
-    def __init__(self, world: World, faults: Faults):
-        self.world, self.faults = world, faults
+    def __init__(self, world: World, faults: Faults, styles: tuple[float, ...]):
+        self.world, self.faults, self.styles = world, faults, styles
 
     def batch(self, seed: int, step: int, count: int) -> tuple[np.ndarray, list[str]]:
         """Clips [count F H W 3] uint8 and their captions."""
-        made = sample_clips(self.world, self.faults, count, np.random.default_rng([seed, 3, step]))
+        made = sample_clips(self.world, self.faults, count, np.random.default_rng([seed, 3, step]), self.styles)
         return made.clips, made.captions
 
 
-def random_clips(*, world: dict, faults: dict) -> RandomClips:
-    return RandomClips(World(**world), Faults(**faults))
+def random_clips(*, world: dict, faults: dict, styles: tuple[float, ...] = STYLE_SHARES) -> RandomClips:
+    return RandomClips(World(**world), Faults(**faults), tuple(styles))

@@ -48,14 +48,21 @@ def _owner(text: str) -> str:
 
 
 def write_scenes(folder: str, count: int, *, split: str, seed: int, world: dict | World) -> list[pathlib.Path]:
-    """Draws scenes and writes them as `scene-00000.png` ... into `folder`; existing files are kept as they are."""
+    """Draws scenes and writes them as `scene-00000.png` ... into `folder`; files that hold them already are kept.
+
+    Raises:
+      ValueError: as `draw_scenes`; or a file of that name holds another scene (another seed or world).
+    """
     world = world if isinstance(world, World) else World(**world)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, scene in enumerate(draw_scenes(world, count, split=split, seed=seed)):
         path = folder / f"scene-{index:05d}.png"
-        if not path.exists():
+        if path.exists():
+            if true_scene(path.read_bytes()) != scene:
+                raise ValueError(f"{path} holds another scene: of another seed or world? Take another folder")
+        else:
             temporary = path.with_suffix(".tmp")
             temporary.write_bytes(to_png(world, scene))
             temporary.replace(path)

@@ -40,6 +40,7 @@ class World:
       agents: fewest and most agents in a scene.
       rings: fewest and most rings in a scene.
       crate: probability that a scene has a crate set up for pushing.
+      shapes: of agents; no two agents in a scene have the same.
     """
 
     cells: int = 5
@@ -48,10 +49,17 @@ class World:
     agents: tuple[int, int] = (2, 2)
     rings: tuple[int, int] = (2, 2)
     crate: float = 0.35
+    shapes: tuple[str, ...] = AGENT_SHAPES
 
     def __post_init__(self):
-        if self.cells < 4 or self.size < 4 * self.cells or self.frames < 3:
-            raise ValueError(f"World needs cells >= 4, size >= 4 * cells and frames >= 3, got {self}")
+        if self.cells < 4 or self.size < 4 * self.cells or self.frames < 5 or self.frames % 2 == 0:
+            # With an even count no frame shows the turn between two legs.
+            raise ValueError(f"World needs cells >= 4, size >= 4 * cells and an odd number of frames >= 5, got {self}")
+        unknown = set(self.shapes) - set(AGENT_SHAPES)
+        if unknown or len(set(self.shapes)) < self.agents[1]:
+            raise ValueError(
+                f"World needs {self.agents[1]} different shapes of {', '.join(AGENT_SHAPES)}, got {self.shapes}"
+            )
         if self.agents[1] + self.rings[1] > len(AGENT_COLOURS):
             raise ValueError(
                 f"World has {len(AGENT_COLOURS)} colours, too few for agents {self.agents} + rings {self.rings}"
@@ -125,7 +133,7 @@ def sample_scene(world: World, rng: np.random.Generator) -> Scene:
     things = [Thing("ring", str(c), p) for c, p in zip(colours[n_agents:], ring_places, strict=True)]
     if crate is not None:
         things.append(Thing("crate", "brown", crate))
-    shapes = rng.permutation(AGENT_SHAPES)[:n_agents]
+    shapes = rng.permutation(world.shapes)[:n_agents]
     things += [Thing(str(s), str(c), p) for s, c, p in zip(shapes, colours[:n_agents], agent_places, strict=True)]
     return Scene(tuple(things))
 

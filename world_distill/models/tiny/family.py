@@ -75,8 +75,7 @@ class TinyFamily:
         model = nnx.merge(graph, state)
         x = jnp.concatenate([condition.scene, x_t[:, 1:]], axis=1)
         times = t[:, None] * self.free_frames
-        clean = model(x, times, condition.text, condition.text_mask, lora, self.lora_scale)
-        return jnp.concatenate([condition.scene, clean[:, 1:]], axis=1)
+        return model(x, times, condition.text, condition.text_mask, lora, self.lora_scale)
 
     def denoise(self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition):
         clean = self.predict_clean(base, lora, x_t, t, condition)

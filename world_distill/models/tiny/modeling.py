@@ -123,15 +123,17 @@ class TinyDiT(nnx.Module):
         lora: Lora = None,
         scale: float = 1.0,
     ) -> Float[Array, "b f h w c"]:
-        """Clean latents from noisy ones `x`, with one time a frame."""
+        """Clean latents from noisy ones `x`, with one time a frame; the first frame is returned as it is."""
         config = self.config
         b = x.shape[0]
         text = self.text_out(jax.nn.silu(self.text_in(text, sub(lora, "text_in"), scale)), sub(lora, "text_out"), scale)
         weights = text_mask[..., None] / jnp.maximum(text_mask.sum(-1), 1)[:, None, None]
         pooled = self.pooled(jnp.sum(text * weights, axis=1), sub(lora, "pooled"), scale)
-        time = self.time_out(jax.nn.silu(self.time_in(sinusoid(1000.0 * t, 256))))
+        time = jax.nn.silu(self.time_in(sinusoid(1000.0 * t, 256), sub(lora, "time_in"), scale))
+        time = self.time_out(time, sub(lora, "time_out"), scale)
         time = time + pooled[:, None]  # [b f d]
-        modulation = self.time_table(jax.nn.silu(time)).reshape(b, t.shape[1], 6, config.width)
+        modulation = self.time_table(jax.nn.silu(time), sub(lora, "time_table"), scale)
+        modulation = modulation.reshape(b, t.shape[1], 6, config.width)
         rope = rope_tables(config.grid, config.rope_dims, theta=100.0)
 
         graph, blocks = nnx.split(self.blocks)
@@ -143,13 +145,17 @@ class TinyDiT(nnx.Module):
 
         body = jax.checkpoint(body) if config.remat else body
         h = self.patch(x.reshape(b, -1, config.channels), sub(lora, "patch"), scale)
-        h = h + self.place(jnp.asarray(place_table(config)))
+        h = h + self.place(jnp.asarray(place_table(config)), sub(lora, "place"), scale)
         h, _ = jax.lax.scan(body, h, (blocks, sub(lora, "blocks")), unroll=config.unroll)
-        shift, gain = jnp.split(self.head_table(jax.nn.silu(time)), 2, axis=-1)
+        # The scene's own frame is known; only the others go through the head.
         tokens = h.shape[1] // t.shape[1]
+        h, time = h[:, tokens:], time[:, 1:]
+        table = self.head_table(jax.nn.silu(time), sub(lora, "head_table"), scale)
+        shift, gain = jnp.split(table, 2, axis=-1)
         h = modulate(h, jnp.repeat(gain, tokens, axis=1), jnp.repeat(shift, tokens, axis=1))
         h = jax.nn.gelu(self.head_in(h, sub(lora, "head_in"), scale))
-        return self.head(h, sub(lora, "head"), scale).reshape(x.shape)
+        h = self.head(h, sub(lora, "head"), scale).reshape(b, -1, *x.shape[2:])
+        return jnp.concatenate([x[:, :1], h], axis=1)
 
 
 def place_table(config: TinyConfig) -> np.ndarray:

@@ -1,8 +1,9 @@
 """A frozen text encoder with no weights: hashed n-grams.
 
 The state of a word is the sum of three fixed random vectors, seeded by the word, by it and the one before, and by it
-and the two before, plus a sinusoid of its place. Any text can be encoded; nothing is learned, so task phrases mean
-nothing to a model that never saw them in training, which is what the method starts from.
+and the two before, plus a sinusoid of its place. Any text can be encoded, and words that stand together look alike
+wherever they stand; but nothing is learned, so a phrase that a model never saw in training means no more to it than
+its parts.
 """
 
 import functools
