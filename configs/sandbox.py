@@ -90,6 +90,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.text_width = 64  # of the frozen text encoder's states
     c.model.remat = False  # recompute activations in the backward pass
     c.model.unroll = 4  # blocks a turn of the layer scan (all: a quarter faster on a CPU)
+    c.model.merge_lora = True  # add LoRA's product to the weights first: for small layers the faster way
     c.base = ""  # weights of the base model; empty: those that ship with the package
     c.text_length = 40  # tokens that texts are padded to
     c.host_devices = 2  # CPU devices to split batches over
@@ -197,7 +198,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # The run --------------------------------------------------------------------------------------------------------
     c.data = ""  # folder of encoded records (train, validation, test); empty: WORKDIR/data
-    c.steps = 140  # training steps
+    c.steps = 160  # training steps
     c.log_every = 10  # steps
     c.save_every = 20  # steps
     c.keep = 2  # checkpoints

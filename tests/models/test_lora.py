@@ -193,3 +193,24 @@ def test_gradients_reach_every_adapted_layer_and_no_other(base):
         assert np.all((size > 0) == (path[-1].key == "b")), jax.tree_util.keystr(path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(lora)):
         assert np.all(np.abs(leaf).max(axis=(-1, -2)) > 0), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("rank", [2, None], ids=["lora", "full"])
+def test_merged_weights_are_the_same_function_with_the_same_gradient(base, rank):
+    apart, merged = (make_family(lora_targets=".*", lora_scale=0.5, merge_lora=m) for m in (False, True))
+    lora = redraw(jax.eval_shape(lambda key: apart.init_lora(key, base, rank=rank), jax.random.key(0)), 8)
+    lora = jax.tree.map(lambda x: 0.3 * x, lora)
+    x_t, t, condition = inputs()
+
+    def loss(family):
+        return jit(jax.value_and_grad(lambda w: jnp.square(family.denoise(base, w, x_t, t, condition)).mean()))
+
+    (one, gradient), (other, expected) = loss(merged)(lora), loss(apart)(lora)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()))
+    plain = lora_lib.merge(base, lora, 0.5)
+    np.testing.assert_allclose(
+        jit(apart.denoise)(plain, None, x_t, t, condition), jit(apart.denoise)(base, lora, x_t, t, condition), atol=1e-4
+    )
+    assert lora_lib.merge(base, None, 0.5) is base

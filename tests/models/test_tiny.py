@@ -242,7 +242,7 @@ def test_the_shipped_base_fits_the_default_config():
 
 def test_weights_that_are_not_there_or_do_not_fit_are_named(tmp_path, base):
     small = {
-        f"model.{k}": v for k, v in {"size": 10, "frames": 5, "stride": 2, "width": 32, "depth": 2, "heads": 2}.items()
+        f"model.{k}": v for k, v in {"size": 12, "frames": 5, "stride": 2, "width": 32, "depth": 2, "heads": 2}.items()
     }
     path = tmp_path / "mine.safetensors"
     config = load_config("sandbox", {**small, "base": str(path)})

@@ -80,3 +80,18 @@ def apply_full(base: PyTree, lora: PyTree | None) -> tuple[PyTree, PyTree | None
     if lora is None or "full" not in lora:
         return base, lora
     return jax.tree.map(lambda w, d: w + d.astype(w.dtype), base, lora["full"]), None
+
+
+def merge(base: PyTree, lora: PyTree | None, scale: float) -> PyTree:
+    """The weights that an Executor amounts to: `W + scale a b` where LoRA adapts a layer, the base's own elsewhere.
+
+    A full Executor's differences are added as they are. Differentiable in `lora`. Products are made in float32.
+    """
+    if lora is None:
+        return base
+    if "full" in lora:
+        return apply_full(base, lora)[0]
+    if "a" in lora and not isinstance(lora["a"], dict):
+        change = scale * (lora["a"].astype(jnp.float32) @ lora["b"].astype(jnp.float32))
+        return base | {"kernel": (base["kernel"] + change).astype(base["kernel"].dtype)}
+    return base | {name: merge(base[name], part, scale) for name, part in lora.items()}
