@@ -29,8 +29,9 @@ VARIANTS = (
 )  # fmt: skip
 BETAS = ("beta_0", "beta_0.2", "beta_1", "beta_5", "beta_25")
 ANCHOR = 2.0  # weight of the anchor during RL
-DISTILL_STEPS = 100  # of the steps, at the start, are distillation alone
-DISTILL_RATE, RL_RATE = 4e-3, 1e-3  # learning rates of the two stages
+DISTILL_STEPS = 110  # of the steps, at the start, are distillation alone
+STEPS = 175  # in all
+DISTILL_RATE, RL_RATE, LAST_RATE = 4e-3, 1e-3, 1e-4  # learning rates of the two stages, and at the end
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -175,11 +176,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "muon"  # adam | adamw | muon
-    c.optimizer.learning_rate = (
-        (0, DISTILL_RATE),
-        (DISTILL_STEPS, DISTILL_RATE),
-        (DISTILL_STEPS + 1, RL_RATE),
-    )  # by step
+    c.optimizer.learning_rate = _rates(DISTILL_RATE, RL_RATE)  # by step
     c.optimizer.weight_decay = 0.0
     c.optimizer.grad_clip = 1.0  # global norm
     c.optimizer.b2 = 0.999
@@ -198,7 +195,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # The run --------------------------------------------------------------------------------------------------------
     c.data = ""  # folder of encoded records (train, validation, test); empty: WORKDIR/data
-    c.steps = 160  # training steps
+    c.steps = STEPS  # training steps
     c.log_every = 10  # steps
     c.save_every = 20  # steps
     c.keep = 2  # checkpoints
@@ -219,12 +216,18 @@ def _anchor(weight: float) -> tuple[tuple[int, float], ...]:
     return ((0, 1.0), (DISTILL_STEPS, 1.0), (DISTILL_STEPS + 1, weight))
 
 
+def _rates(first: float, then: float) -> tuple[tuple[int, float], ...]:
+    """Learning rates by step: one while distilling, another during RL, falling to the last one."""
+    return ((0, first), (DISTILL_STEPS, first), (DISTILL_STEPS + 1, then), (STEPS, LAST_RATE))
+
+
 def _apply(c: ConfigDict, variant: str) -> None:
     """Changes the config of `wmsd` into a variant's."""
     distilling = ("on_policy", "on_policy_reward", "off_policy")
     if variant in distilling:
         c.objective.beta_d = ((0, 1.0),)
         c.objective.rl = "none"
+        c.optimizer.learning_rate = _rates(DISTILL_RATE, DISTILL_RATE)
     if variant == "on_policy_reward":
         c.objective.rl = "awm"
         c.objective.rl_weight = ((0, 1.0),)
@@ -235,7 +238,7 @@ def _apply(c: ConfigDict, variant: str) -> None:
     elif variant == "rl_only":
         c.objective.beta_d = ((0, 0.0),)
         c.objective.rl_weight = ((0, 1.0),)
-        c.optimizer.learning_rate = ((0, RL_RATE),)
+        c.optimizer.learning_rate = _rates(RL_RATE, RL_RATE)
     elif variant == "wmsd_no_consistency":
         c.rollout.weights.consistency = 0.0
     elif variant == "wmsd_grpo":

@@ -5,8 +5,9 @@ where it stopped and any run can be looked at by itself. Runs with the same seed
 starting noise of their test clips, so comparisons between variants are paired, clip by clip.
 
 Compute is counted in forward passes of the model a rollout (a backward pass counts as two); every variant gets as many
-steps as the reference variant's forwards pay for. Judging and decoding are not counted. Steps that several variants
-have in common (distillation before RL) are trained once and counted for each.
+steps as the reference variant's forwards pay for, and the last point of its learning-rate schedule is moved to its own
+last step. Judging and decoding are not counted. Steps that several variants have in common (distillation before RL) are
+trained once and counted for each.
 """
 
 import argparse
@@ -146,6 +147,13 @@ def shared_steps(config, reference) -> int:
     return min(c.steps for c in both)
 
 
+def _until(rates, steps: int):
+    """A schedule of learning rates whose last point lies at the run's end: each run cools down in its own time."""
+    if np.ndim(rates) == 0 or len(rates) < 2 or rates[-2][0] >= steps:
+        return rates
+    return (*rates[:-1], (steps, rates[-1][1]))
+
+
 def ablate(
     variant_config,
     variants: Sequence[str],
@@ -184,6 +192,7 @@ def ablate(
         for variant, config in configs.items():
             with config.unlocked():
                 config.steps = equal_steps(config, first)
+                config.optimizer.learning_rate = _until(config.optimizer.learning_rate, config.steps)
             steps[variant] = config.steps
             done += 1
             arguments.say(f"run {done}/{total}: {variant}, seed {seed}, {config.steps} steps")

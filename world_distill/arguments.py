@@ -65,7 +65,8 @@ def add_seed(parser: argparse.ArgumentParser, default: int | None = None) -> Non
 
 def add_logging(parser: argparse.ArgumentParser) -> None:
     """`--log-level` and `--verbose`; every verb has them."""
-    parser.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="default: info")
+    text = "of this program and of Orbax, which has much to say (default: warning)"
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help=text)
     parser.add_argument("--verbose", action="store_true", help="on an error, show the traceback as well")
 
 

@@ -112,7 +112,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
         tasks.set_state(iterator_state)
     first = int(state.step)
     if restored is not None:
-        logging.info("continuing %s after step %d", workdir, first)
+        arguments.say(f"continuing {workdir} after step {first}")
 
     # Parts of a step ------------------------------------------------------------------------------------------------
     judge = components.make(config, "judge") if collection.questions and objective.rl != "none" else None
