@@ -246,6 +246,7 @@ def _apply(c: ConfigDict, variant: str) -> None:
         c.sampler.eta = 0.7
     elif variant == "full_weights":
         c.executor.rank = 0
+        c.optimizer.learning_rate = _rates(DISTILL_RATE / 2, RL_RATE / 2)
     elif variant == "full_kinds":
         c.annotator.options.kinds = KINDS["full"]
     elif variant.startswith("beta_"):

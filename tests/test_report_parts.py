@@ -198,7 +198,13 @@ def test_verb_writes_page_figures_and_clips(tmp_path, capsys):
     assert gifs == {f"{role}-r{i}.gif" for role in RATES for i in (0, 1)}
     with Image.open(tmp_path / "gifs/base-r0.gif") as image:
         assert image.size == (300, 300) and image.n_frames == 9
-    assert Image.open(tmp_path / "sheet.png").size[0] > 9 * 60
+    whole = Image.open(tmp_path / "sheet.png").size
+    assert whole[0] > 9 * 60
+    again = ["report", "--workdir", str(tmp_path / "run"), "--sheet", str(tmp_path / "sheet.png"), "--tasks"]
+    assert cli.main([*again, "r1"]) == 0
+    assert Image.open(tmp_path / "sheet.png").size[1] < whole[1]
+    assert cli.main([*again, "r1,nobody"]) == 2
+    assert "no clips of nobody were kept; there are: r0, r1" in capsys.readouterr().err
 
 
 def test_verb_without_clips_cannot_export_any(tmp_path, capsys):

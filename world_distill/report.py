@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sheet", metavar="PATH", type=pathlib.Path, help="also write one PNG with all frames of all clips"
     )
+    parser.add_argument("--tasks", metavar="IDS", default="", help="comma-separated records that the sheet is to show")
     arguments.add_json(parser)
 
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         if folder is not None:
             arguments.say(f"{report_clips.export(contents, folder, suffix)} clips in {folder}")
     if args.sheet is not None:
-        report_clips.export_sheet(contents, args.sheet)
+        report_clips.export_sheet(contents, args.sheet, tuple(filter(None, args.tasks.split(","))))
         arguments.say(str(args.sheet))
     if args.json:
         arguments.write_json(args.json, figures(contents) | {"page": path})

@@ -141,10 +141,19 @@ def export(contents: Contents, folder: pathlib.Path, suffix: str) -> int:
     return written
 
 
-def export_sheet(contents: Contents, path: pathlib.Path) -> None:
-    """Writes all frames of all kept clips into one PNG, one row a clip. Raises as `export` does."""
-    rows = [(clip, role) for clip in contents.clips for role, _ in SHOWN if role in clip.films]
+def export_sheet(contents: Contents, path: pathlib.Path, ids: tuple[str, ...] = ()) -> None:
+    """Writes all frames of the kept clips (of the tasks `ids`, if given) into one PNG, one row a clip.
+
+    Raises:
+      UserError: as `export`; or no clips were kept of a task.
+    """
     _need_clips(contents)
+    kept = {clip.id: clip for clip in contents.clips}
+    unknown = [i for i in ids if i not in kept]
+    if unknown:
+        raise UserError(f"no clips of {', '.join(unknown)} were kept; there are: {', '.join(kept)}")
+    chosen = [kept[i] for i in ids] if ids else contents.clips
+    rows = [(clip, role) for clip in chosen for role, _ in SHOWN if role in clip.films]
     frames = [clip.load(role) for clip, role in rows]
     labels = [f"{name_of(role)}: {clip.task}" for clip, role in rows]
     video_io.save_sheet(path, frames, labels, max(1, 60 // frames[0].shape[2]))
