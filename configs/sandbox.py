@@ -29,9 +29,9 @@ VARIANTS = (
 )  # fmt: skip
 BETAS = ("beta_0", "beta_0.2", "beta_1", "beta_5", "beta_25")
 ANCHOR = 2.0  # weight of the anchor during RL
-DISTILL_STEPS = 110  # of the steps, at the start, are distillation alone
-STEPS = 175  # in all
-DISTILL_RATE, RL_RATE, LAST_RATE = 4e-3, 1e-3, 1e-4  # learning rates of the two stages, and at the end
+DISTILL_STEPS = 90  # of the steps, at the start, are distillation alone
+STEPS = 150  # in all
+DISTILL_RATE, RL_RATE, LAST_RATE = 4e-3, 1e-3, 1e-4  # learning rates: at first, of RL, at the end
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -133,8 +133,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Experience -----------------------------------------------------------------------------------------------------
     c.rollout = ConfigDict()
-    c.rollout.tasks = 16  # tasks a step; distillation learns faster from more of them, RL needs groups
+    c.rollout.tasks = 16  # tasks a step
     c.rollout.group = 4  # rollouts a task (paper: 24)
+    c.rollout.spread = True  # a task for every rollout while there is no RL, which alone needs groups
     c.rollout.role = "executor"  # or demonstrator: off-policy distillation
     c.rollout.weights = ConfigDict()
     c.rollout.weights.task = 1.0  # lambda_task: was it done
@@ -154,10 +155,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective.beta_d = _anchor(ANCHOR)  # weight of the Demonstrator's anchor, by step
     c.objective.anchor_states = "visited"  # visited | renoised
     c.objective.anchor_loss = "mse"  # mse | decoupled
-    c.objective.updates = 8  # optimiser updates on one batch of rollouts
-    c.objective.minibatches = 2  # parts of the rollouts, one an update
+    c.objective.updates = 16  # optimiser updates on one batch of rollouts
+    c.objective.minibatches = 4  # parts of the rollouts, one an update
     c.objective.draws = 1  # random times an update, for each row
-    c.objective.tied = 2  # neighbouring rows that share their times; 0: all
+    c.objective.tied = 1  # neighbouring rows that share their times; 0: all
     c.objective.micro_batch = 0  # rows a forward; 0: all
     c.objective.skip_first = True  # leave pure noise out of AWM's times
     c.objective.keep_fraction = 1.0  # part of the grid that AWM's times come from (14 steps: 0.9)
@@ -176,7 +177,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "muon"  # adam | adamw | muon
-    c.optimizer.learning_rate = _rates(DISTILL_RATE, RL_RATE)  # by step
+    c.optimizer.learning_rate = _rates(DISTILL_RATE)  # by step
     c.optimizer.weight_decay = 0.0
     c.optimizer.grad_clip = 1.0  # global norm
     c.optimizer.b2 = 0.999
@@ -216,9 +217,9 @@ def _anchor(weight: float) -> tuple[tuple[int, float], ...]:
     return ((0, 1.0), (DISTILL_STEPS, 1.0), (DISTILL_STEPS + 1, weight))
 
 
-def _rates(first: float, then: float) -> tuple[tuple[int, float], ...]:
-    """Learning rates by step: one while distilling, another during RL, falling to the last one."""
-    return ((0, first), (DISTILL_STEPS, first), (DISTILL_STEPS + 1, then), (STEPS, LAST_RATE))
+def _rates(first: float) -> tuple[tuple[int, float], ...]:
+    """Learning rates by step: even at first, falling to RL's while distilling, and on to the last one."""
+    return ((0, first), (DISTILL_STEPS // 2, first), (DISTILL_STEPS, RL_RATE), (STEPS, LAST_RATE))
 
 
 def _apply(c: ConfigDict, variant: str) -> None:
@@ -227,7 +228,6 @@ def _apply(c: ConfigDict, variant: str) -> None:
     if variant in distilling:
         c.objective.beta_d = ((0, 1.0),)
         c.objective.rl = "none"
-        c.optimizer.learning_rate = _rates(DISTILL_RATE, DISTILL_RATE)
     if variant == "on_policy_reward":
         c.objective.rl = "awm"
         c.objective.rl_weight = ((0, 1.0),)
@@ -238,7 +238,7 @@ def _apply(c: ConfigDict, variant: str) -> None:
     elif variant == "rl_only":
         c.objective.beta_d = ((0, 0.0),)
         c.objective.rl_weight = ((0, 1.0),)
-        c.optimizer.learning_rate = _rates(RL_RATE, RL_RATE)
+        c.optimizer.learning_rate = _rates(RL_RATE)
     elif variant == "wmsd_no_consistency":
         c.rollout.weights.consistency = 0.0
     elif variant == "wmsd_grpo":
@@ -246,7 +246,7 @@ def _apply(c: ConfigDict, variant: str) -> None:
         c.sampler.eta = 0.7
     elif variant == "full_weights":
         c.executor.rank = 0
-        c.optimizer.learning_rate = _rates(DISTILL_RATE / 2, RL_RATE / 2)
+        c.optimizer.learning_rate = _rates(DISTILL_RATE / 2)
     elif variant == "full_kinds":
         c.annotator.options.kinds = KINDS["full"]
     elif variant.startswith("beta_"):

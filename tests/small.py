@@ -19,6 +19,7 @@ SMALL = {
     "rollout.tasks": 4,
     "rollout.group": 2,
     "objective.updates": 2,
+    "objective.minibatches": 2,
     "optimizer.name": "adam",
     "optimizer.learning_rate": ((0, 2e-3),),
     "objective.rl_weight": ((0, 1.0),),
@@ -42,6 +43,8 @@ VARIANTS = {
     "awm": {"objective.rl": "awm", "objective.awm_old": "start", "objective.beta_d": ((0, 0.1),)},
     "flow_grpo": {"objective.rl": "flow_grpo", "sampler.eta": 0.7, "objective.beta_d": ((0, 0.1),)},
 }
+# Two steps of distillation, each rollout with a task of its own; then RL on groups.
+STAGED = VARIANTS["flow_grpo"] | {"objective.rl_weight": ((1, 0.0), (2, 1.0))}
 
 
 def small_config(folder: pathlib.Path, **overrides):

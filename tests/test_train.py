@@ -10,7 +10,7 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-from small import VARIANTS, make_inputs, small_config
+from small import STAGED, VARIANTS, make_inputs, small_config
 
 from world_distill import components, objectives, runs, train
 from world_distill.checkpoints import Checkpointer, CheckpointError
@@ -43,9 +43,9 @@ def assert_same(a, b):
     assert a[1] == b[1]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "staged"])
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(variant, inputs, tmp_path):
-    config = small_config(inputs, **VARIANTS[variant])
+    config = small_config(inputs, **(VARIANTS | {"staged": STAGED})[variant])
     train.train(config, tmp_path / "whole")
     with config.unlocked():
         config.steps = 2

@@ -87,11 +87,12 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         RecordReader(data, "train"), tasks_per_step=collection.tasks, seed=config.seed,
         text_length=config.text_length,
     )  # fmt: skip
-    tasks = next(batches)
+    last = config.steps - 1  # of a schedule: with all losses in force
+    active = objective.rl_active(last)
+    tasks = collection.draw(batches, active)
     step = jax.jit(make_train_step(family, objective, runs.make_optimizer(config, family, base), grid, diffusion))
     key = jax.random.key(config.seed)
-    parts = collector.parts(state, base, tasks, key)
-    last = config.steps - 1  # of a schedule: with all losses in force
+    parts = collector.parts(state, base, tasks, key, last)
     batch, _ = collector(state, base, tasks, key, last)
     jobs = {
         "rollout": lambda: jax.block_until_ready(parts.roll()),
@@ -102,7 +103,7 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         jobs["demonstrator"] = lambda: jax.block_until_ready(parts.show())
 
     def whole():
-        made, _ = collector(state, base, next(batches), key, last)
+        made, _ = collector(state, base, collection.draw(batches, active), key, last)
         jax.block_until_ready(step(state, base, made))
 
     jobs["step"] = whole

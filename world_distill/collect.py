@@ -12,7 +12,7 @@ their judgments in the cache, and goes on bit for bit as before.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from world_distill.core import advantages, losses, sampling
+from world_distill.data.pipeline import Batch, concatenate
 from world_distill.interfaces import Judge, ModelFamily
 from world_distill.judges.cache import JudgmentCache, judge_clips
 from world_distill.judges.rubric import Rubric
@@ -37,6 +38,8 @@ class Collection:
     Attributes:
       tasks: tasks in a step.
       group: rollouts of each task.
+      spread: while L_RL has no weight, give each of the `tasks` x `group` rollouts a task of its own: RL compares
+        rollouts of one task, distillation learns the more from different ones.
       role: who rolls: "executor" (on-policy) or "demonstrator" (off-policy distillation).
       weights: reward name -> lambda of Eq. 10; questions of the rubric, and "distill" for Eq. 9. 0 leaves one out.
       clip: log-odds are clipped to +-clip before anything else; 0 does not clip.
@@ -48,6 +51,7 @@ class Collection:
 
     tasks: int
     group: int
+    spread: bool
     role: str
     weights: Mapping[str, float]
     clip: float
@@ -66,6 +70,14 @@ class Collection:
     def questions(self) -> tuple[str, ...]:
         """Questions that the judge has to answer."""
         return tuple(name for name, weight in self.weights.items() if weight and name != DISTILL)
+
+    def group_in(self, active: bool) -> int:
+        """Rollouts of each task in a step in which L_RL has a weight (`active`) or has none."""
+        return 1 if self.spread and not active else self.group
+
+    def draw(self, batches: Iterator[Batch], active: bool) -> Batch:
+        """The tasks of such a step, from batches of `tasks` tasks."""
+        return concatenate([next(batches) for _ in range(self.group // self.group_in(active))])
 
 
 class Parts(NamedTuple):
@@ -104,9 +116,9 @@ class Collector:
         demonstrates = objective.uses_visited or distills
         mask = family.free_frames
 
-        def roll(lora, base, task: Condition, solution: Condition, key, first_row, *, diffusion):
+        def roll(lora, base, task: Condition, solution: Condition, key, first_row, *, diffusion, group):
             def grow(tree):
-                tree = jax.tree.map(lambda x: jnp.repeat(x, settings.group, axis=0), tree)
+                tree = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
                 return jax.lax.with_sharding_constraint(tree, self._rows)
 
             task, solution = grow(task), grow(solution)
@@ -134,7 +146,9 @@ class Collector:
 
         # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
         self._roll = {
-            active: jax.jit(functools.partial(roll, diffusion=diffusion if active else None))
+            active: jax.jit(
+                functools.partial(roll, diffusion=diffusion if active else None, group=settings.group_in(active))
+            )
             for active in (True, False)
         }
         self._show = jax.jit(show) if demonstrates else None
@@ -149,7 +163,7 @@ class Collector:
         Args:
           state: the Executor is `state.lora`.
           base: frozen weights.
-          tasks: a batch of `data.pipeline`.
+          tasks: this step's, from `Collection.draw`.
           key: typed PRNG key of the run; rollouts use fold_in(key, step).
           step: finished steps.
         """
@@ -174,10 +188,10 @@ class Collector:
         )
         return batch, info
 
-    def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array) -> Parts:
-        """The pieces of a call on one batch of tasks, each to be run alone (benchmarks)."""
-        conditions, at = self._conditions(tasks), _key(key, 0)
-        roll = self._roll[True]
+    def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Parts:
+        """The pieces of a call, each to be run alone (benchmarks)."""
+        conditions, at = self._conditions(tasks), _key(key, step)
+        roll = self._roll[self._objective.rl_active(step)]
         rollout, _, solution, clips = roll(state.lora, base, *conditions, *at)
         frames = np.asarray(clips)
         return Parts(
@@ -206,7 +220,7 @@ class Collector:
         self, tasks: Mapping[str, Any], clips: jax.Array, reward: jax.Array | None, started: float, *, active: bool
     ) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
         """((advantages [b] float32, used [b] bool), metrics)."""
-        group, count = self.settings.group, len(tasks["ids"])
+        group, count = self.settings.group_in(active), len(tasks["ids"])
         rows = count * group
         info: dict[str, float] = {}
         scores: dict[str, np.ndarray] = {}

@@ -167,9 +167,10 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     try:
         for step in range(first, config.steps):
             began = time.perf_counter()
-            batch_of_tasks = next(tasks)
+            active = objective.rl_active(step)
+            batch_of_tasks = collection.draw(tasks, active)
             batch, info = collector(state, base, batch_of_tasks, key, step)
-            state, metrics = step_fns[objective.rl_active(step)](state, base, batch)
+            state, metrics = step_fns[active](state, base, batch)
             waiting.append((step + 1, info, metrics, batch_of_tasks["ids"], began))
             last = step + 1 == config.steps
             saves = last or (step + 1) % config.save_every == 0

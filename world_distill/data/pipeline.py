@@ -44,6 +44,17 @@ def collate(records: Sequence[EncodedRecord], text_length: int) -> Batch:
     return batch
 
 
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """One batch of the rows of several, in order."""
+    first = batches[0]
+    join = {name: np.concatenate if isinstance(value, np.ndarray) else _chain for name, value in first.items()}
+    return {name: join[name]([batch[name] for batch in batches]) for name in first}
+
+
+def _chain(lists: Sequence[list]) -> list:
+    return [item for part in lists for item in part]
+
+
 def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     """States [b length d] float32, zero behind each text's end, and the mask [b length] of what is real.
 
