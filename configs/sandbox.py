@@ -66,8 +66,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.pretrain = ConfigDict()
     c.pretrain.steps = 18_000  # updates
-    c.pretrain.batch = 32  # clips an update; as many clips in batches of 64 learn half as much
-    c.pretrain.optimizer = "muon"  # follows captions after a third of the steps that AdamW needs
+    c.pretrain.batch = 32  # clips an update
+    c.pretrain.optimizer = "muon"  # adam | adamw | muon
     c.pretrain.learning_rate = 0.01  # half cosine to 0
     c.pretrain.warmup = 100  # updates
     c.pretrain.grad_clip = 1.0  # global norm

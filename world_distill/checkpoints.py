@@ -257,7 +257,7 @@ class Checkpointer:
             self._manager.reload()
             # Looking closer is for all processes together, and the others may not have failed.
             good = self.latest_step() if jax.process_count() == 1 else max(self._manager.all_steps(), default=None)
-        except Exception:
+        except Exception:  # looking may fail as the writing did; the error at hand is the one to tell of
             good = None
         return CheckpointError(
             f"{self.directory}: {what} could not be written ({_first_line(error)}); last good checkpoint:"
