@@ -2,7 +2,9 @@
 
 Every run is an ordinary run of `train` in its own folder, WORKDIR/runs/VARIANT/SEED, so an interrupted ablation goes on
 where it stopped and any run can be looked at by itself. Runs with the same seed share scenes, tasks, test set and the
-starting noise of their test clips, so comparisons between variants are paired, clip by clip.
+starting noise of their test clips, so comparisons between variants are paired, clip by clip. A variant with records of
+its own (other kinds of task) is compared with the base and the Demonstrator on those: rows `base:VARIANT` and
+`demonstrator:VARIANT`.
 
 Compute is counted in forward passes of the model a rollout (a backward pass counts as two); every variant gets as many
 steps as the reference variant's forwards pay for, and the last point of its learning-rate schedule is moved to its own
@@ -124,6 +126,8 @@ def equal_steps(config, reference) -> int:
     return max(1, steps)
 
 
+# What records are made of: keys that start like this.
+RECORDS = re.compile(r"(seed|world|scenes|annotator|model|base|text_length)\b")
 # What has no effect on a training step in which L_RL has no weight.
 LATE = re.compile(
     r"objective\.(rl|rl_weight|beta_d|beta_old|beta_base|awm_.*|grpo_.*|skip_first|keep_fraction)|judge\..*"
@@ -175,17 +179,18 @@ def ablate(
     Returns:
       rows (pooled over seeds), by_seed, orderings; also written to ablation.json, with ablation.md and ablation.html.
     """
-    verdicts: dict[str, list[list[Verdict]]] = {}
+    verdicts: dict[str, list[list[Verdict]]] = {"base": [], "demonstrator": []}
     steps: dict[str, int] = {}
     total, done = len(seeds) * len(variants), 0
     for seed in seeds:
-        data = workdir / "data" / str(seed)
-        prepare.make_records(variant_config(reference, seed), data)
         first = variant_config(reference, seed)
         configs = {variant: variant_config(variant, seed) for variant in variants}
-        for config in (first, *configs.values()):
+        own = {v for v, config in configs.items() if any(RECORDS.match(line) for line in diff(config, first))}
+        data = {v: workdir / "data" / (f"{seed}-{v}" if v in own else str(seed)) for v in (*configs, reference)}
+        for variant, config in (*configs.items(), (reference, first)):
+            prepare.make_records(config, data[variant])
             with config.unlocked():
-                config.data = str(data)
+                config.data = str(data[variant])
         # Runs that begin alike share their beginning: training is deterministic, so nothing but time changes.
         stem, common = workdir / "stems" / str(seed), shared_steps(first, first)
         branches = [v for v, config in configs.items() if 0 < common <= shared_steps(config, first)]
@@ -197,13 +202,15 @@ def ablate(
             done += 1
             arguments.say(f"run {done}/{total}: {variant}, seed {seed}, {config.steps} steps")
             folder = workdir / "runs" / variant / str(seed)
-            roles = ("base", "demonstrator", "executor") if variant == variants[0] else ("executor",)
+            everyone = variant in own or variant == next((v for v in variants if v not in own), None)
+            roles = ("base", "demonstrator", "executor") if everyone else ("executor",)
             shares = len(branches) > 1 and variant in branches
             scores = _score(config, folder, roles, (first, stem, common) if shares else None)
             for role in roles:
-                name = variant if role == "executor" else role
+                other = f"{role}:{variant}" if variant in own else role
+                name = variant if role == "executor" else other
                 verdicts.setdefault(name, []).append([Verdict(**v) for v in scores["verdicts"][role]])
-    names = [n for n in ("base", "demonstrator", *variants) if n in verdicts]
+    names = [name for name, by_seed in verdicts.items() if by_seed]
     result = {
         "seeds": list(seeds),
         "steps": steps,
