@@ -27,6 +27,7 @@ EXTRAS = {
     "colab": ["ipywidgets>=8", "matplotlib>=3.9"],
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "beartype>=0.20",
         "hypothesis>=6.100",
         "nbclient>=0.10",

@@ -3,6 +3,8 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from world_distill import components, prepare
 from world_distill.checkpoints import save_weights
@@ -54,17 +56,15 @@ def small_config(folder: pathlib.Path, **overrides):
     return config
 
 
+def redraw(tree, seed: int, size: float = 0.15):
+    """Another tree of the same shapes, all random: layers that start at zero would hide what lies behind them."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * size, jnp.float32), tree)
+
+
 def random_weights(family, seed: int):
-    """Base weights with every parameter drawn anew: layers that start at zero would hide what lies behind them."""
-
-    @jax.jit
-    def draw(key):
-        leaves, tree = jax.tree.flatten(family.init_base(key))
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(tree, noisy)
-
-    return draw(jax.random.key(seed))
+    """Base weights of a family, all random."""
+    return redraw(jax.eval_shape(family.init_base, jax.random.key(0)), seed)
 
 
 def make_inputs(folder: pathlib.Path) -> None:

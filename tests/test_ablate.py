@@ -72,16 +72,27 @@ def test_ablation_runs_and_continues(tmp_path, monkeypatch):
         with config.unlocked():
             if variant == "distill":
                 config.objective.rl = "none"
+            if variant == "others":
+                config.annotator.options.kinds = ("push",)
         return config
 
     orderings = [Ordering("awm", "demonstrator", "task", "a claim")]
     run = lambda: ablate.ablate(  # noqa: E731
-        variant_config, ["awm", "distill"], [0, 1], tmp_path / "ablation", "awm", orderings
+        variant_config, ["awm", "distill", "others"], [0, 1], tmp_path / "ablation", "awm", orderings
     )
     result = run()
-    assert [row["name"] for row in result["rows"]] == ["base", "demonstrator", "awm", "distill"]
-    assert all(row["n"] == 8 for row in result["rows"])
+    rows = {row["name"]: row["n"] for row in result["rows"]}
+    # "others" has tasks of its own, and not every scene has something to push
+    shared = dict.fromkeys(["base", "demonstrator", "awm", "distill"], 8)
+    assert rows == shared | dict.fromkeys(["base:others", "demonstrator:others", "others"], rows["others"])
+    assert 0 < rows["others"] < 8
+    kinds = {
+        v["kind"]
+        for v in json.loads((tmp_path / "ablation/runs/others/0/results.json").read_text())["verdicts"]["executor"]
+    }
+    assert kinds == {"push"}
     assert result["steps"]["distill"] > result["steps"]["awm"] == 2
+    assert [name for _, name in result["sweep"]] == ["awm"]
     assert json.loads((tmp_path / "ablation" / "ablation.json").read_text())["rows"] == result["rows"]
     assert "a claim" in (tmp_path / "ablation" / "ablation.html").read_text()
     monkeypatch.setattr(ablate.train, "train", None)  # nothing is trained twice

@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from world_distill import arguments, charts, page, prepare, runs, train
+from world_distill import ablate_page, arguments, prepare, runs, train
 from world_distill.config import UserError, diff, load_config, section
 from world_distill.core.metrics import bootstrap_difference
 from world_distill.core.schedules import piecewise_linear
 from world_distill.evaluate import evaluate_roles
+from world_distill.logs import read_log
 from world_distill.objectives import Objective
 from world_distill.scoring import QUESTIONS, Verdict, markdown, summarise
 
@@ -41,8 +42,6 @@ page with plots (ablation.html) and ablation.json in WORKDIR. Interrupted, it co
   world-distill ablate --workdir runs/ablation
   world-distill ablate --seeds 0 --variants on_policy,wmsd --workdir runs/small
 """
-
-METRICS = (*QUESTIONS, "average", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +125,14 @@ def equal_steps(config, reference) -> int:
     return max(1, steps)
 
 
+VALIDATION = "validation/average"
 # What records are made of: keys that start like this.
 RECORDS = re.compile(r"(seed|world|scenes|annotator|model|base|text_length)\b")
 # What has no effect on a training step in which L_RL has no weight.
 LATE = re.compile(
     r"objective\.(rl|rl_weight|beta_d|beta_old|beta_base|awm_.*|grpo_.*|skip_first|keep_fraction)|judge\..*"
     r"|rollout\.(weights\..*|clip|normalise|std|min_valid|negative_scale)|sampler\.(eta|window)"
-    r"|optimizer\.learning_rate|ablation\..*|" + "|".join(runs.FREE_KEYS)
+    r"|optimizer\.learning_rate|" + "|".join(rf"{key}(\..*)?" for key in runs.FREE_KEYS)
 )
 
 
@@ -149,6 +149,24 @@ def shared_steps(config, reference) -> int:
         if not same or any(o.rl_active(step) for o in objectives):
             return step
     return min(c.steps for c in both)
+
+
+def _only_anchor(config, reference) -> bool:
+    """Whether two configs differ in nothing but the anchor's weight."""
+    return all(line.startswith("objective.beta_d:") for line in diff(config, reference))
+
+
+def _last_weight(config) -> float:
+    """The anchor's weight at the end of the run."""
+    return float(piecewise_linear(config.objective.beta_d)(config.steps))
+
+
+def _curve(folders: Sequence[pathlib.Path]) -> list[tuple[int, float]]:
+    """(step, average on validation tasks), mean over runs of one variant, at the steps that all of them have."""
+    logs = [read_log(folder / "metrics.jsonl") for folder in folders]
+    scores = [{line["step"]: line[VALIDATION] for line in log if line.get(VALIDATION) is not None} for log in logs]
+    steps = sorted(set.intersection(*map(set, scores)))
+    return [(step, float(np.mean([by_step[step] for by_step in scores]))) for step in steps]
 
 
 def _until(rates, steps: int):
@@ -177,14 +195,19 @@ def ablate(
       orderings: what to compare.
 
     Returns:
-      rows (pooled over seeds), by_seed, orderings; also written to ablation.json, with ablation.md and ablation.html.
+      rows (pooled over seeds), by_seed, orderings, steps of each variant, `sweep` (what differs in the anchor's weight
+      alone: weight and variant) and `curves` (step and average on validation tasks, mean of the seeds); also written to
+      ablation.json, with ablation.md and ablation.html.
     """
     verdicts: dict[str, list[list[Verdict]]] = {"base": [], "demonstrator": []}
     steps: dict[str, int] = {}
+    sweep: list[tuple[float, str]] = []
     total, done = len(seeds) * len(variants), 0
     for seed in seeds:
         first = variant_config(reference, seed)
         configs = {variant: variant_config(variant, seed) for variant in variants}
+        if not sweep:
+            sweep = sorted((_last_weight(config), v) for v, config in configs.items() if _only_anchor(config, first))
         own = {v for v, config in configs.items() if any(RECORDS.match(line) for line in diff(config, first))}
         data = {v: workdir / "data" / (f"{seed}-{v}" if v in own else str(seed)) for v in (*configs, reference)}
         for variant, config in (*configs.items(), (reference, first)):
@@ -213,17 +236,20 @@ def ablate(
     names = [name for name, by_seed in verdicts.items() if by_seed]
     result = {
         "seeds": list(seeds),
+        "reference": reference,
         "steps": steps,
         "rows": [summarise(n, [v for seed in verdicts[n] for v in seed]) for n in names],
         "by_seed": [
             summarise(n, part) | {"seed": seed} for n in names for seed, part in zip(seeds, verdicts[n], strict=True)
         ],
+        "sweep": sweep,
+        "curves": {v: _curve([workdir / "runs" / v / str(seed) for seed in seeds]) for v in variants},
         "orderings": [compare(o, verdicts) for o in orderings if o.better in verdicts and o.worse in verdicts],
     }
     arguments.write_json(workdir / "ablation.json", result)
     lines = "\n".join(f"- {sentence(line)}" for line in result["orderings"])
     arguments.write_text(workdir / "ablation.md", f"{table(result)}\n\n{lines}\n")
-    arguments.write_text(workdir / "ablation.html", html(result))
+    arguments.write_text(workdir / "ablation.html", ablate_page.document(result))
     return result
 
 
@@ -234,6 +260,7 @@ def _score(config, folder: pathlib.Path, roles: Sequence[str], beginning: tuple 
     """
     path = folder / "results.json"
     if path.exists():
+        runs.check_folder(config, folder)  # results of other settings are not these
         scores = json.loads(path.read_text())
         if scores["step"] == config.steps and set(roles) <= set(scores["verdicts"]):
             return scores
@@ -283,21 +310,3 @@ def sentence(line: Mapping[str, Any]) -> str:
 def table(result: Mapping[str, Any]) -> str:
     rows = [row | {"steps": result["steps"].get(row["name"], "–")} for row in result["rows"]]
     return markdown(rows, first=("name", "steps"))
-
-
-def html(result: Mapping[str, Any]) -> str:
-    """The ablation as one page: bars for every metric, the anchor weights as a curve, the orderings."""
-    rows = {row["name"]: row for row in result["rows"]}
-    parts = []
-    for metric in METRICS:
-        items = [
-            charts.Bar(row["name"], row[metric], *row["ci95"][metric])
-            for row in rows.values()
-            if row[metric] is not None
-        ]
-        parts.append(page.chart(metric, charts.bars(items, title=f"{metric} of every variant")))
-    outcomes = "".join(page.paragraph(charts.escape(sentence(line))) for line in result["orderings"])
-    seeds = ", ".join(map(str, result["seeds"]))
-    body = page.section("rates", f"Variants, seeds {seeds}, at equal compute", "".join(parts))
-    body += page.section("orderings", "The paper's orderings", outcomes)
-    return page.document("Ablation", body)

@@ -34,6 +34,7 @@ class Series:
       colour: CSS colour.
       dots: mark every point; for series of few points.
       dashed: for levels to compare with.
+      ranges: (x, low, high) of whiskers.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Series:
     colour: str = "currentColor"
     dots: bool = False
     dashed: bool = False
+    ranges: Sequence[tuple[float, float, float]] = ()
 
 
 def escape(text: object) -> str:
@@ -110,7 +112,8 @@ def is_noisy(points: Points) -> bool:
 
 def bars(items: Sequence[Bar], *, title: str, show: Callable[[float], str] = percent) -> str:
     """Horizontal bars from 0 to 1 with whiskers over their intervals, labels at the left, figures at the right."""
-    left, right, top, pitch, thick = 96, 262, 4, 28, 14
+    longest = max((len(bar.label) for bar in items), default=0)
+    left, right, top, pitch, thick = min(max(96, 7 * longest + 8), 160), 262, 4, 28, 14
     bottom = top + pitch * len(items)
     x = lambda value: left + min(max(value, 0.0), 1.0) * (right - left)  # noqa: E731
     out = [_open(320, bottom + 18, title)]
@@ -151,6 +154,7 @@ def lines(
     limits: tuple[float, float] | None = None,
     across: tuple[float, float] | None = None,
     x_label: str = "step",
+    x_ticks: Sequence[tuple[float, str]] | None = None,
     show: Callable[[float], str] = number,
 ) -> str:
     """Lines over a common x, with axes. Long noisy series get a faint line of all points and a strong smooth one.
@@ -161,6 +165,7 @@ def lines(
       limits: lowest and highest y; by default from the data.
       across: lowest and highest x; by default from the data.
       x_label: name of x.
+      x_ticks: (x, text) of the marks under the axis; by default round numbers.
       show: y values as text.
     """
     found = [(x, y) for s in series for x, y in s.points if y is not None and math.isfinite(y)]
@@ -177,9 +182,11 @@ def lines(
     for tick in y_ticks:
         out.append(_line(left, py(tick), right, py(tick), 0.35 if tick == low else 0.13))
         out.append(_text(left - 6, py(tick) + 3.5, show(tick).replace(".0\u00a0", "\u00a0"), 10, "end", 0.75))
-    for tick in (t for t in ticks(first, last, 4) if first <= t <= last and t == round(t)):
+    round_ticks = [(t, number(t)) for t in ticks(first, last, 4) if first <= t <= last and t == round(t)]
+    for tick, text in round_ticks if x_ticks is None else x_ticks:
         out.append(_line(px(tick), bottom, px(tick), bottom + 4, 0.5))
-        out.append(_text(px(tick), bottom + 15, number(tick), 10, "middle", 0.75))
+        out.append(_text(px(tick), bottom + 15, text, 10, "middle", 0.75))
+    names = dict(x_ticks or ())
     out.append(_text((left + right) / 2, bottom + 30, x_label, 10, "middle", 0.75))
     for one in series:
         points = thin([(x, y if y is not None and math.isfinite(y) else None) for x, y in one.points], 200)
@@ -189,11 +196,14 @@ def lines(
             points = smooth(points, max(2, len(points) // 20))
         dash = ' stroke-dasharray="5 4"' if one.dashed else ""
         out.append(f'<path d="{_path(points, px, py)}" {style} stroke-width="{1.5 if one.dashed else 2}"{dash}/>')
+        for x, low_end, high_end in one.ranges:
+            whisker = f"M{px(x) - 4:.1f} {py(low_end):.1f}h8M{px(x):.1f} {py(low_end):.1f}V{py(high_end):.1f}m-4 0h8"
+            out.append(f'<path d="{whisker}" {style} stroke-width="1.2"/>')
         stride = max(1, len(points) // 60)
         for x, y in [p for p in points if p[1] is not None][::stride]:
             dot = one.dots or len(points) == 1
             look = f'r="3" style="fill:{escape(one.colour)}"' if dot else 'r="6" fill="transparent"'
-            tip = f"{one.label}, {x_label} {number(x)}: {show(y)}"
+            tip = f"{one.label}, {x_label} {names.get(x) or number(x)}: {show(y)}"
             out.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" {look}><title>{escape(tip)}</title></circle>')
     return "".join([*out, "</svg>"])
 

@@ -6,6 +6,7 @@ names no other records.
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,9 @@ from world_distill.sharding import like_weights, replicated, tree_shardings
 from world_distill.structs import PyTree, TrainState
 
 # What may change between two calls on the same folder: how long and how talkatively, not what is trained.
-FREE_KEYS = ("steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch")
+FREE_KEYS = (
+    "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch", "ablation",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -122,7 +125,9 @@ def check_folder(config, workdir: pathlib.Path) -> None:
     """
     path = workdir / "config.json"
     if path.exists():
-        lines = [line for line in diff(from_json(path.read_text()), config) if line.split(":")[0] not in FREE_KEYS]
+        lines = [
+            line for line in diff(from_json(path.read_text()), config) if re.split("[.:]", line)[0] not in FREE_KEYS
+        ]
         if lines:
             raise UserError(
                 f"{workdir} holds a run of another config; take another --workdir, or the same settings:\n  "

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import redraw
 
-from tests.models.tiny_inputs import base_weights, inputs, jit, make_family, redraw
+from tests.models.tiny_inputs import base_weights, inputs, make_family
 from world_distill.models import lora as lora_lib
 from world_distill.sharding import RULES
 
@@ -19,7 +20,7 @@ def base():
 
 @functools.cache
 def denoiser(scale=1.0):
-    return jit(make_family(lora_scale=scale).denoise)
+    return jax.jit(make_family(lora_scale=scale).denoise)
 
 
 def velocity(base, lora, scale=1.0):
@@ -183,7 +184,7 @@ def test_gradients_reach_every_adapted_layer_and_no_other(base):
     fresh = jax.tree_util.tree_map_with_path(lambda path, x: 0 * x if path[-1].key == "b" else x, lora)
     x_t, t, condition = inputs()
 
-    @jit
+    @jax.jit
     def gradient(lora):
         return jax.grad(lambda w: jnp.square(family.denoise(base, w, x_t, t, condition)).mean())(lora)
 
@@ -203,7 +204,7 @@ def test_merged_weights_are_the_same_function_with_the_same_gradient(base, rank)
     x_t, t, condition = inputs()
 
     def loss(family):
-        return jit(jax.value_and_grad(lambda w: jnp.square(family.denoise(base, w, x_t, t, condition)).mean()))
+        return jax.jit(jax.value_and_grad(lambda w: jnp.square(family.denoise(base, w, x_t, t, condition)).mean()))
 
     (one, gradient), (other, expected) = loss(merged)(lora), loss(apart)(lora)
     np.testing.assert_allclose(one, other, rtol=1e-5)
@@ -211,6 +212,8 @@ def test_merged_weights_are_the_same_function_with_the_same_gradient(base, rank)
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()))
     plain = lora_lib.merge(base, lora, 0.5)
     np.testing.assert_allclose(
-        jit(apart.denoise)(plain, None, x_t, t, condition), jit(apart.denoise)(base, lora, x_t, t, condition), atol=1e-4
+        jax.jit(apart.denoise)(plain, None, x_t, t, condition),
+        jax.jit(apart.denoise)(base, lora, x_t, t, condition),
+        atol=1e-4,
     )
     assert lora_lib.merge(base, None, 0.5) is base

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import redraw
 
 from tests.models import plain_tiny
-from tests.models.tiny_inputs import CONFIG, base_weights, inputs, jit, make_family, redraw
+from tests.models.tiny_inputs import CONFIG, base_weights, inputs, make_family
 from world_distill import components, models
 from world_distill.checkpoints import CheckpointError, load_weights, save_weights
 from world_distill.config import UserError, load_config
@@ -26,12 +27,12 @@ def base():
 
 @functools.cache
 def denoiser(**changes):
-    return jit(make_family(dataclasses.replace(CONFIG, **changes)).denoise)
+    return jax.jit(make_family(dataclasses.replace(CONFIG, **changes)).denoise)
 
 
 @functools.cache
 def cleaner():
-    return jit(make_family().predict_clean)
+    return jax.jit(make_family().predict_clean)
 
 
 def velocity(base, x_t, t, condition, lora=None):
@@ -70,7 +71,7 @@ def test_the_network_with_lora_is_the_plain_one(base):
     lora = redraw(shapes, 3, 0.3)
     x_t, t, condition = inputs()
     expected = plain_velocity(base, x_t, t, condition, lora, 0.5)
-    close(jit(family.denoise)(base, lora, x_t, t, condition), expected)
+    close(jax.jit(family.denoise)(base, lora, x_t, t, condition), expected)
     assert not np.allclose(expected, plain_velocity(base, x_t, t, condition), atol=0.1)
 
 
@@ -79,7 +80,7 @@ def value_and_gradient(**changes):
     x_t, t, condition = inputs()
     denoise = make_family(dataclasses.replace(CONFIG, **changes)).denoise
     loss = lambda base, lora: jnp.square(denoise(base, lora, x_t, t, condition)).mean()  # noqa: E731
-    return jit(jax.value_and_grad(loss, argnums=(0, 1)))(base_weights(), some_lora())
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(base_weights(), some_lora())
 
 
 def some_lora():
@@ -217,7 +218,7 @@ def test_axes_name_every_dimension_of_every_weight():
 
 def test_a_new_base_is_a_function_of_its_key(base):
     family = make_family()
-    make = jit(family.init_base)
+    make = jax.jit(family.init_base)
     first, again, other = make(jax.random.key(0)), make(jax.random.key(0)), make(jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     up = first["blocks"]["mlp"]["up"]["kernel"]

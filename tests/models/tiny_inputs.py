@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small import redraw
 
 from world_distill.models.tiny.family import TinyFamily
 from world_distill.models.tiny.modeling import TinyConfig
@@ -12,19 +13,11 @@ from world_distill.structs import Condition
 
 # Three different sides, so that no two axes can be mixed up unseen.
 CONFIG = TinyConfig(grid=(3, 2, 4), channels=6, text_width=8, width=32, depth=2, heads=2, mlp=2)
-# Compiled in half the time; what it computes is the same.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TARGETS = r"blocks\..*|text_in|text_out"
 
 
 def make_family(config=CONFIG, **options):
     return TinyFamily(config, patch=1, stride=2, **({"lora_targets": TARGETS} | options))
-
-
-def redraw(tree, seed, size=0.15):
-    """Another tree of the same shapes, all random: layers that start at zero would hide what lies behind them."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * size, jnp.float32), tree)
 
 
 @functools.cache
