@@ -62,6 +62,10 @@ def test_orderings_hold_are_reversed_or_not_resolved():
     )
     assert line["difference"] == pytest.approx(exact)
     assert line["ci95"][0] < exact < line["ci95"][1]
+    both = {name: seeds * 2 for name, seeds in pool.items()}
+    line = ablate.compare(Ordering("high", "low", "all", "claim"), both)
+    assert line["by_seed"] == pytest.approx([exact, exact]) and line["n"] == 400
+    assert ablate.sentence(line).endswith(f"; by seed {exact:+.3f}, {exact:+.3f})")
 
 
 def test_ablation_runs_and_continues(tmp_path, monkeypatch):

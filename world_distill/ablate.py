@@ -286,16 +286,21 @@ def values(verdicts: Sequence[Verdict], metric: str) -> np.ndarray:
 
 
 def compare(ordering: Ordering, verdicts: Mapping[str, list[list[Verdict]]]) -> dict[str, Any]:
-    """Paired difference over all seeds' test clips, with a bootstrap interval."""
-    a, b = (
-        np.concatenate([values(seed, ordering.metric) for seed in verdicts[name]])
-        for name in (ordering.better, ordering.worse)
-    )
-    both = np.isfinite(a) & np.isfinite(b)
-    difference, low, high = bootstrap_difference(a[both], b[both], samples=2000)
+    """Paired difference over all seeds' test clips, with a bootstrap interval, and the difference of each seed.
+
+    The interval is over clips: how much another training run would change shows in the seeds' differences.
+    """
+    pairs = []
+    for better, worse in zip(verdicts[ordering.better], verdicts[ordering.worse], strict=True):
+        a, b = values(better, ordering.metric), values(worse, ordering.metric)
+        both = np.isfinite(a) & np.isfinite(b)
+        pairs.append((a[both], b[both]))
+    a, b = map(np.concatenate, zip(*pairs, strict=True))
+    difference, low, high = bootstrap_difference(a, b, samples=2000)
     outcome = "holds" if low > 0 else "reversed" if high < 0 else "not resolved"
     return dataclasses.asdict(ordering) | {
-        "difference": difference, "ci95": [low, high], "n": int(both.sum()), "outcome": outcome,
+        "difference": difference, "ci95": [low, high], "n": len(a), "outcome": outcome,
+        "by_seed": [float((a - b).mean()) if len(a) else None for a, b in pairs],
     }  # fmt: skip
 
 
@@ -303,8 +308,14 @@ def sentence(line: Mapping[str, Any]) -> str:
     low, high = line["ci95"]
     return (
         f"{line['outcome']}: {line['claim']} ({line['better']} - {line['worse']}, {line['metric']}: "
-        f"{line['difference']:+.3f} [{low:+.3f}, {high:+.3f}])"
+        f"{line['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{_seeds(line)})"
     )
+
+
+def _seeds(line: Mapping[str, Any]) -> str:
+    """The seeds' own differences, where there are several."""
+    found = ["–" if d is None else f"{d:+.3f}" for d in line["by_seed"]]
+    return f"; by seed {', '.join(found)}" if len(found) > 1 else ""
 
 
 def table(result: Mapping[str, Any]) -> str:

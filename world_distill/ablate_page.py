@@ -46,11 +46,13 @@ def _orderings(lines: Sequence[Mapping[str, Any]]) -> str:
     for line in lines:
         kind, sign = _OUTCOMES[line["outcome"]]
         low, high = line["ci95"]
+        by_seed = ", ".join("–" if d is None else f"{d:+.3f}" for d in line["by_seed"])
         claim = line["claim"][:1].upper() + line["claim"][1:]
         items.append(
             f'<li class="{kind}"><i>{sign}</i><b>{escape(claim)}</b>: {escape(line["outcome"])}'
             f'<br><span class="soft">{escape(line["better"])} \u2212 {escape(line["worse"])}, '
-            f"{escape(line['metric'])}: {line['difference']:+.3f} [{low:+.3f}, {high:+.3f}]</span></li>"
+            f"{escape(line['metric'])}: {line['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; "
+            f"by seed {by_seed}</span></li>"
         )
     note = (
         "Differences are paired, clip by clip, with bootstrap 95 % intervals; a claim holds if its interval is above 0."

@@ -289,8 +289,8 @@ def make_train_step(
             clip = objective.awm_clip if objective.rl == "awm" else objective.grpo_clip
             seen["ratio_max"] = out["ratio"].max()
             seen["clip_fraction"] = (jnp.abs(out["ratio"] - 1) > clip).mean()
-        seen["gradient_norm"] = optax.global_norm(grads)
-        seen["update_norm"] = optax.global_norm(changes)
+        seen["gradient_norm"] = optax.tree.norm(grads)
+        seen["update_norm"] = optax.tree.norm(changes)
         return (lora, lora_ema, opt_state, count + 1), seen
 
     def train_step(state: TrainState, base: PyTree, batch: TrainBatch):
@@ -305,7 +305,7 @@ def make_train_step(
         old_decay = schedules.ema_decay_linear(step, objective.old_slope, objective.old_maximum)
         seen = {f"train/{name}": value.mean() for name, value in seen.items()}
         seen |= {f"train/{name}": value for name, value in weights.items()}
-        seen["train/lora_norm"] = optax.global_norm(lora)
+        seen["train/lora_norm"] = optax.tree.norm(lora)
         new = TrainState(
             step=step,
             lora=lora,

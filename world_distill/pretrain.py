@@ -91,7 +91,7 @@ def make_step(family: ModelFamily, optimizer: optax.GradientTransformation, sett
         weights = optax.apply_updates(state.weights, changes)
         decay = jnp.minimum(settings.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         average = schedules.ema_update(state.average, weights, decay)
-        metrics = {"loss": value, "clean_error": clean_error, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {"loss": value, "clean_error": clean_error, "gradient_norm": optax.tree.norm(gradients)}
         return PretrainState(state.step + 1, weights, average, opt_state), metrics
 
     return step
