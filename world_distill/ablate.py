@@ -269,7 +269,7 @@ def _score(config, folder: pathlib.Path, roles: Sequence[str], beginning: tuple 
         shared, stem, common = beginning
         shared = copy.deepcopy(shared)
         with shared.unlocked():
-            shared.steps, shared.evaluate_every = common, 0
+            shared.steps = common
         train.train(shared, stem)  # returns at once where that is done
     train.train(config, folder, stem=stem)
     scores = evaluate_roles(runs.open_run(folder), roles=roles, split="test")
