@@ -236,11 +236,12 @@ def _apply(c: ConfigDict, variant: str) -> None:
         c.rollout.role = "demonstrator"
     elif variant == "on_policy_reward":
         c.objective.beta_d = ((0, 1.0),)
-        c.objective.rl_weight = _from_then_on(0.1)  # at 1, what little it tells apart is mostly noise, and the clips go
+        c.objective.rl_weight = _from_then_on(0.1)  # at 1 it drowns the anchor, and the clips fall apart
         c.rollout.weights = ConfigDict({"task": 0.0, "agent": 0.0, "consistency": 0.0, "distill": 1.0})
     elif variant == "rl_only":
         c.objective.beta_d = ((0, 0.0),)
         c.objective.rl_weight = ((0, 1.0),)
+        c.objective.beta_base = ANCHOR  # tied to the base as the others are to the Demonstrator: untied, it runs away
         c.optimizer.learning_rate = _rates(RL_RATE)
     elif variant == "wmsd_no_consistency":
         c.rollout.weights.consistency = 0.0

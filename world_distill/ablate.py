@@ -227,7 +227,7 @@ def ablate(
             folder = workdir / "runs" / variant / str(seed)
             everyone = variant in own or variant == next((v for v in variants if v not in own), None)
             roles = ("base", "demonstrator", "executor") if everyone else ("executor",)
-            shares = len(branches) > 1 and variant in branches
+            shares = variant in branches and (len(branches) > 1 or stem.exists())
             scores = _score(config, folder, roles, (first, stem, common) if shares else None)
             for role in roles:
                 other = f"{role}:{variant}" if variant in own else role
@@ -269,7 +269,7 @@ def _score(config, folder: pathlib.Path, roles: Sequence[str], beginning: tuple 
         shared, stem, common = beginning
         shared = copy.deepcopy(shared)
         with shared.unlocked():
-            shared.steps, shared.evaluate_every = common, 0
+            shared.steps = common
         train.train(shared, stem)  # returns at once where that is done
     train.train(config, folder, stem=stem)
     scores = evaluate_roles(runs.open_run(folder), roles=roles, split="test")
