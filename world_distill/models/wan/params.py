@@ -1,12 +1,79 @@
 """Names and layouts of Wan's weights in diffusers, beside ours."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from world_distill.models.params import Entry, same, transpose
 from world_distill.models.wan.modeling import WanConfig
 from world_distill.models.wan.vae import VaeConfig
+
+# What the networks here are built with, key and value in diffusers' config.json; another value is another network.
+_FIXED = {
+    "transformer": {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "image_dim": None,
+                    "added_kv_proj_dim": None, "pos_embed_seq_len": None},
+    "vae": {"attn_scales": [], "dropout": 0.0},
+}  # fmt: skip
+
+
+def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Entry]]]:
+    """(sizes as in a config's section `model`, entries of each part) from diffusers' two config.json.
+
+    Raises:
+      ValueError: a network that is not built here, or sizes that do not fit together.
+    """
+    for part, config in (("transformer", transformer), ("vae", vae)):
+        for key, value in _FIXED[part].items():
+            if config.get(key, value) != value:
+                raise ValueError(f"{part}/config.json has {key} = {config[key]}; only {value} is built here")
+    network, codec = transformer_config(transformer), vae_config(vae)
+    if transformer["in_channels"] != transformer["out_channels"]:
+        raise ValueError("its input has more channels than its output: such conditioning is not built here")
+    if network.channels != codec.channels:
+        raise ValueError(f"its transformer has {network.channels} latent channels, its vae {codec.channels}")
+    sizes = {
+        "channels": network.channels, "width": network.width, "depth": network.depth, "heads": network.heads,
+        "mlp": network.mlp, "text_width": network.text_width, "time_width": network.time_width,
+        "vae": dataclasses.asdict(codec),
+    }  # fmt: skip
+    return sizes, {"transformer": list(transformer_entries(network)), "vae": list(vae_entries(codec))}
+
+
+def transformer_config(config: Mapping[str, Any]) -> WanConfig:
+    """Ours, from transformer/config.json."""
+    patch = tuple(config["patch_size"])
+    if patch[0] != 1 or patch[1] != patch[2]:
+        raise ValueError(f"transformer/config.json has patch_size = {patch}; only (1, p, p) is built here")
+    return WanConfig(
+        channels=config["in_channels"],
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+        depth=config["num_layers"],
+        heads=config["num_attention_heads"],
+        mlp=config["ffn_dim"],
+        text_width=config["text_dim"],
+        time_width=config["freq_dim"],
+        patch=patch[1],
+        eps=config["eps"],
+    )
+
+
+def vae_config(config: Mapping[str, Any]) -> VaeConfig:
+    """Ours, from vae/config.json."""
+    return VaeConfig(
+        channels=config["z_dim"],
+        encoder_width=config["base_dim"],
+        decoder_width=config.get("decoder_base_dim") or config["base_dim"],
+        multiples=tuple(config["dim_mult"]),
+        blocks=config["num_res_blocks"],
+        halve_time=tuple(config["temperal_downsample"]),
+        patch=config.get("patch_size") or 1,
+        shortcuts=bool(config.get("is_residual", False)),
+        mean=tuple(config["latents_mean"]),
+        std=tuple(config["latents_std"]),
+    )
+
 
 # Linear layers: our path, and its name in diffusers and in the original checkpoints (which ComfyUI uses).
 LINEARS = {
