@@ -18,7 +18,7 @@ WORDS = {"", "structs", "interfaces", "config"}
 PARTS = {"models", "judges", "data", "sandbox", "sharding", "checkpoints", "optim", "video_io"}
 
 # What families share; the other folders of models/ know nothing of each other.
-SHARED_BY_MODELS = {"models", "models.layers", "models.lora"}
+SHARED_BY_MODELS = {"models", "models.functional", "models.layers", "models.lora", "models.params"}
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 MAY_USE_TORCH = {"data.encode", "judges.local"}  # and every models/**/params.py; inside functions

@@ -38,7 +38,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*n i"], lora: Lora = None, scale: float = 1.0) -> Float[Array, "*n o"]:
         y = x @ self.kernel[...]
         if lora is not None:
-            y = y + scale * ((x @ lora["a"]) @ lora["b"])
+            y = y + scale * ((x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -49,6 +49,28 @@ def rms_norm(
     x32 = x.astype(jnp.float32)
     y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (y if weight is None else y * weight).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
+    """LayerNorm over the last axis without scale and bias (Ba et al., arXiv 1607.06450), in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with scale and bias."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        ones = nnx.with_partitioning(jax.nn.initializers.ones, ("embed",))
+        zeros = nnx.with_partitioning(jax.nn.initializers.zeros, ("embed",))
+        self.scale = nnx.Param(ones(rngs.params(), (width,)))
+        self.bias = nnx.Param(zeros(rngs.params(), (width,)))
+
+    def __call__(self, x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
+        y = layer_norm(x.astype(jnp.float32), eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 def modulate(x: Float[Array, "b n d"], scale, shift) -> Float[Array, "b n d"]:

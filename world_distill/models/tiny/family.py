@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from world_distill.models import lora as lora_lib
+from world_distill.models.functional import Functional
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN, TinyConfig, TinyDiT
 from world_distill.models.tiny.text import encode_text
@@ -50,19 +50,15 @@ class TinyFamily:
         self.free_frames = np.array([0.0] + [1.0] * (config.grid[0] - 1), np.float32)
 
     @functools.cached_property
-    def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
-        return nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
-
-    def _make(self, key: jax.Array) -> TinyDiT:
-        # Placing parameters is the caller's business (jit with out_shardings), not the constructor's.
-        with nnx.use_eager_sharding(False):
-            return TinyDiT(self.config, rngs=nnx.Rngs(key))
+    def network(self) -> Functional:
+        """The transformer as a function of its weights."""
+        return Functional(lambda rngs: TinyDiT(self.config, rngs=rngs))
 
     def init_base(self, key: jax.Array) -> PyTree:
-        return nnx.to_pure_dict(nnx.state(self._make(key)))
+        return self.network.init(key)
 
     def base_axes(self) -> PyTree:
-        return nnx.to_pure_dict(nnx.get_partition_spec(self._abstract[1]))
+        return self.network.axes()
 
     def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:
         if rank is None:
@@ -75,13 +71,9 @@ class TinyFamily:
             weights, lora = lora_lib.merge(base, lora, self.lora_scale), None
         else:
             weights, lora = lora_lib.apply_full(base, lora)
-        graph, state = self._abstract
-        state = jax.tree.map(lambda x: x, state)
-        nnx.replace_by_pure_dict(state, weights)
-        model = nnx.merge(graph, state)
         x = jnp.concatenate([condition.scene, x_t[:, 1:]], axis=1)
         times = t[:, None] * self.free_frames
-        return model(x, times, condition.text, condition.text_mask, lora, self.lora_scale)
+        return self.network(weights, x, times, condition.text, condition.text_mask, lora, self.lora_scale)
 
     def denoise(self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition):
         clean = self.predict_clean(base, lora, x_t, t, condition)

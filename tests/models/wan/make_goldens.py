@@ -1,0 +1,111 @@
+"""Writes goldens/ from diffusers: random weights, inputs, what diffusers makes of them, and the full size's names.
+
+    pip install -e '.[torch]' && python tests/models/wan/make_goldens.py
+
+Every parameter is drawn anew: tables and gates that start at zero would hide what lies behind them.
+"""
+
+import gzip
+import json
+import pathlib
+
+import diffusers
+import numpy as np
+import torch
+
+FOLDER = pathlib.Path(__file__).parent / "goldens"
+TRANSFORMER = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 20, "freq_dim": 32,
+    "ffn_dim": 48, "num_layers": 2, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
+    "rope_max_seq_len": 64, "in_channels": 6, "out_channels": 6,
+}  # fmt: skip
+
+VAES = {
+    "2.1": {
+        "base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
+    },
+    "2.2": {
+        "base_dim": 4, "decoder_base_dim": 6, "z_dim": 6, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True], "is_residual": True, "in_channels": 12, "out_channels": 12,
+        "patch_size": 2, "scale_factor_temporal": 4, "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 6, "latents_std": [1.0] * 6,
+    },
+}  # fmt: skip
+
+
+def redraw(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The module with matrices of unit gain, norm gains near 1 and small biases, all random."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(1 + 0.1 * noise if name.endswith(("weight", "gamma")) else 0.1 * noise)
+    return module.eval()
+
+
+def transformer(seed: int, grid: tuple[int, int, int], tokens: int) -> dict[str, np.ndarray]:
+    """Weights (`w:NAME`), inputs and the velocity for latents of a grid, the first frame at time 0."""
+    model = redraw(diffusers.WanTransformer3DModel(**TRANSFORMER), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    f, h, w = grid
+    x = torch.randn(2, TRANSFORMER["in_channels"], f, h, w, generator=generator)
+    text = torch.randn(2, tokens, TRANSFORMER["text_dim"], generator=generator)
+    t = torch.tensor([0.9375, 0.41])
+    times = torch.cat([torch.zeros(2, 1), t[:, None].expand(2, f - 1)], dim=1)
+    by_token = (1000 * times).repeat_interleave((h // 2) * (w // 2), dim=1)
+    with torch.no_grad():
+        v = model(hidden_states=x, timestep=by_token, encoder_hidden_states=text).sample
+    arrays = {"x": x, "t": t, "text": text, "v": v}
+    return {k: a.numpy() for k, a in arrays.items()} | {f"w:{k}": a.numpy() for k, a in model.state_dict().items()}
+
+
+def vae(version: str, seed: int, clip: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Weights, a clip, its latents, and the clip that these decode to."""
+    model = redraw(diffusers.AutoencoderKLWan(**VAES[version]), seed)
+    # Weights that float16 holds exactly: the file is half as large, and nothing is lost.
+    model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(1, 3, *clip, generator=generator).clamp(-1, 1)
+    with torch.no_grad():
+        z = model.encode(x).latent_dist.mode()
+        y = model.decode(z).sample
+    arrays = {"x": x, "z": z, "y": y}
+    weights = {f"w:{k}": v.half().numpy() for k, v in model.state_dict().items()}
+    return {k: a.numpy() for k, a in arrays.items()} | weights
+
+
+def official_shapes() -> dict[str, dict[str, list[int]]]:
+    """Name -> shape of every tensor of Wan2.2-TI2V-5B, built without weights."""
+    transformer = {
+        "num_attention_heads": 24, "attention_head_dim": 128, "in_channels": 48, "out_channels": 48, "text_dim": 4096,
+        "freq_dim": 256, "ffn_dim": 14336, "num_layers": 30, "cross_attn_norm": True, "rope_max_seq_len": 1024,
+    }  # fmt: skip
+    autoencoder = VAES["2.2"] | {
+        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "num_res_blocks": 2,
+        "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+    }  # fmt: skip
+    with torch.device("meta"):
+        models = {
+            "transformer": diffusers.WanTransformer3DModel(**transformer),
+            "vae": diffusers.AutoencoderKLWan(**autoencoder),
+        }
+    return {part: {k: list(v.shape) for k, v in model.state_dict().items()} for part, model in models.items()}
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for seed, grid, tokens in ((0, (3, 4, 6), 11), (1, (2, 10, 4), 5)):
+        f, h, w = grid
+        np.savez_compressed(FOLDER / f"transformer_{f}x{h}x{w}.npz", **transformer(seed, grid, tokens))
+    for version, seed, clip in (("2.1", 2, (9, 16, 24)), ("2.2", 3, (13, 32, 48))):
+        np.savez_compressed(FOLDER / f"vae_{version}.npz", **vae(version, seed, clip))
+    text = json.dumps(official_shapes(), separators=(",", ":"))
+    (FOLDER / "ti2v_5b_shapes.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The transformer against diffusers, from goldens that `make_goldens.py` wrote."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from world_distill.models.functional import Functional
+from world_distill.models.params import assemble, check_names
+from world_distill.models.wan.modeling import WanConfig, WanDiT
+from world_distill.models.wan.params import transformer_entries
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+CONFIG = WanConfig(channels=6, width=32, depth=2, heads=2, mlp=48, text_width=20, time_width=32, remat="none")
+
+
+def load(name):
+    """The golden's arrays, and its weights as our tree."""
+    with np.load(GOLDENS / name) as file:
+        arrays = dict(file)
+    theirs = {key[2:]: arrays.pop(key) for key in list(arrays) if key.startswith("w:")}
+    return arrays, assemble(transformer_entries(CONFIG), theirs), theirs
+
+
+def network(config):
+    return Functional(lambda rngs: WanDiT(config, rngs=rngs))
+
+
+def inputs(arrays):
+    x = np.moveaxis(arrays["x"], 1, -1)
+    times = np.concatenate([np.zeros((len(x), 1)), np.repeat(arrays["t"][:, None], x.shape[1] - 1, 1)], 1)
+    return x, times.astype(np.float32), arrays["text"]
+
+
+@pytest.mark.parametrize("name", ["transformer_3x4x6.npz", "transformer_2x10x4.npz"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_velocity_is_that_of_diffusers(name, remat):
+    arrays, weights, _ = load(name)
+    v = jax.jit(network(dataclasses.replace(CONFIG, remat=remat)))(weights, *inputs(arrays))
+    np.testing.assert_allclose(v, np.moveaxis(arrays["v"], 1, -1), atol=5e-5)
+
+
+def test_the_map_is_one_to_one():
+    _, weights, theirs = load("transformer_3x4x6.npz")
+    back = {}
+    for entry in transformer_entries(CONFIG):
+        node = weights
+        for part in entry.path.split("."):
+            node = node[part]
+        back |= entry.scatter(node)
+    assert back.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(back[name], tensor)
+
+
+def test_our_own_weights_have_the_mapped_shapes():
+    made = jax.eval_shape(network(CONFIG).init, jax.random.key(0))
+    _, weights, _ = load("transformer_3x4x6.npz")
+    assert jax.tree.map(lambda x: x.shape, made) == jax.tree.map(lambda x: x.shape, weights)
+
+
+def test_what_does_not_fit_is_listed():
+    _, _, theirs = load("transformer_3x4x6.npz")
+    shapes = {name: tensor.shape for name, tensor in theirs.items()}
+    del shapes["proj_out.bias"]
+    shapes["other"] = (1,)
+    shapes["patch_embedding.weight"] = (32, 6, 1, 4, 4)
+    assert check_names(transformer_entries(CONFIG), shapes) == [
+        "missing: proj_out.bias [24]",
+        "unexpected: other [1]",
+        "shape: patch_embedding.weight is [32, 6, 1, 4, 4], expected [32, 6, 1, 2, 2]",
+    ]
+
+
+def test_sizes_that_cannot_be_cut_into_patches_are_refused():
+    arrays, weights, _ = load("transformer_3x4x6.npz")
+    x, times, text = inputs(arrays)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        network(CONFIG)(weights, *map(jnp.asarray, (x[:, :, :3], times, text)))

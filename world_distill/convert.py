@@ -1,0 +1,111 @@
+"""`world-distill convert`: published weights in diffusers' layout to a checkpoint that any mesh restores.
+
+Tensors are read one at a time, stacked, and written as soon as there are a few hundred megabytes: memory holds the
+largest array of ours and little more.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from tqdm import tqdm
+
+from world_distill import arguments, published
+from world_distill.config import UserError
+from world_distill.models.params import check_names
+from world_distill.tensor_files import TensorFileError, TensorFiles
+
+HELP = """\
+Convert a model in diffusers' layout (a folder of safetensors) to a checkpoint of this project.
+
+DEST is complete or not there: what an interrupted conversion leaves is cleared away by the next. `--config.base=DEST`
+then trains on it. Weights are stored in --dtype (default: as published).
+
+  world-distill convert Wan2.2-TI2V-5B-Diffusers weights/wan22-5b --dtype bfloat16
+"""
+
+DTYPES = ("keep", "float32", "bfloat16")
+BATCH_BYTES = 256 * 2**20  # small arrays are written together: each write costs a round of files
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=pathlib.Path, help="folder with model_index.json, transformer/ and vae/")
+    parser.add_argument("dest", type=pathlib.Path, help="folder of the checkpoint; must not exist")
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the stored weights (default: keep)")
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        summary = convert(args.source, args.dest, dtype=args.dtype)
+    except TensorFileError as error:
+        raise UserError(str(error)) from error
+    arguments.say(f"{args.dest}: {summary['arrays']} arrays, {summary['gigabytes']:.2f} GB, family {summary['family']}")
+    if args.json:
+        arguments.write_json(args.json, summary)
+    return 0
+
+
+def convert(source: pathlib.Path, dest: pathlib.Path, *, dtype: str = "keep") -> dict[str, Any]:
+    """Writes the checkpoint DEST from the diffusers folder SOURCE.
+
+    Returns:
+      family, sizes (as in a config's section `model`), arrays, gigabytes.
+
+    Raises:
+      UserError: DEST exists, SOURCE is of no family that is known, or its tensors are not those of its config: all
+        that are missing, not expected or of another shape are listed.
+      TensorFileError: files that are missing, damaged, or no safetensors.
+    """
+    if dest.exists():
+        raise UserError(f"{dest} exists already; remove it, or name another folder")
+    family, sizes, parts = published.describe(source)
+    files, problems = {}, []
+    for part, entries in parts.items():
+        files[part] = TensorFiles(source / part)
+        problems += [f"{part}: {line}" for line in check_names(entries, files[part].shapes)]
+    if problems:
+        raise UserError(f"the weights in {source} are not those of its config:\n  " + "\n  ".join(problems))
+
+    dest = dest.resolve()
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in dest.parent.glob(f"{dest.name}.partial_save*"):
+        shutil.rmtree(leftover)
+    cast = _caster(dtype)
+    count = total = 0
+    metadata = {"family": family, "model": sizes, "source": source.name}
+    batch: dict[str, np.ndarray] = {}
+
+    def write() -> None:
+        ocp.partial.save(dest, batch, custom_metadata=metadata)
+        batch.clear()
+
+    with tqdm(total=sum(len(e) for e in parts.values()), unit="array", disable=None) as progress:
+        for part, entries in parts.items():
+            for entry in entries:
+                array = entry.gather(lambda name, part=part: cast(files[part][name]))
+                if batch and sum(x.nbytes for x in batch.values()) + array.nbytes > BATCH_BYTES:
+                    write()
+                batch[f"{part}.{entry.path}"] = array
+                count, total = count + 1, total + array.nbytes
+                progress.update(1)
+    write()
+    ocp.partial.finalize(dest)
+    return {"family": family, "sizes": sizes, "arrays": count, "gigabytes": total / 1e9}
+
+
+def _caster(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    if dtype == "keep":
+        return lambda x: x
+    return lambda x: x.astype(jnp.dtype(dtype))
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, Any]:
+    """What `convert` noted about a checkpoint."""
+    return json.loads(json.dumps(ocp.metadata(path).custom_metadata))

@@ -1,0 +1,226 @@
+"""The transformer of Wan2.2-TI2V-5B (Wan et al., arXiv 2503.20314).
+
+Tokens are 1x2x2 patches of the latents. A block is self-attention with 3-D RoPE, cross-attention to the text and an
+MLP. The timestep modulates self-attention and MLP through one projection that all blocks share plus a table of each
+block's own. The first latent frame is the scene: its tokens are clean and have time 0, so times differ by frame.
+
+Norms, modulation and gates are computed in float32 whatever the weights are in, and the residual stream is kept in the
+weights' type in between: bfloat16 differs visibly otherwise.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from world_distill.models.layers import (
+    LayerNorm,
+    Linear,
+    Lora,
+    Mlp,
+    apply_rope,
+    layer_norm,
+    rms_norm,
+    rope_tables,
+    sinusoid,
+    sub,
+)
+
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of the network; the defaults are those of Wan2.2-TI2V-5B.
+
+    Attributes:
+      channels: latent channels, in and out.
+      width, depth, heads, mlp: hidden width, blocks, attention heads, hidden width of the MLP.
+      text_width: width of the text encoder's states.
+      time_width: features of a timestep.
+      patch: latent pixels a token is high and wide.
+      eps: of all norms.
+      theta: of RoPE.
+      remat: what the backward pass computes again: "none", all but matrix products ("dots"), or each block ("full").
+      attention: what computes attention: None (JAX decides), "xla", or "cudnn".
+    """
+
+    channels: int = 48
+    width: int = 3072
+    depth: int = 30
+    heads: int = 24
+    mlp: int = 14336
+    text_width: int = 4096
+    time_width: int = 256
+    patch: int = 2
+    eps: float = 1e-6
+    theta: float = 10_000.0
+    remat: Remat = "full"
+    attention: Literal["xla", "cudnn"] | None = None
+
+    @property
+    def rope_dims(self) -> tuple[int, int, int]:
+        """Rotary dimensions of a head for time, height, width."""
+        head = self.width // self.heads
+        space = 2 * (head // 6)
+        return head - 2 * space, space, space
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with RMSNorm on queries and keys over all heads at once."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width = config.width
+        self.q = Linear(width, width, ("embed", "heads"), rngs=rngs)
+        self.k = Linear(width, width, ("embed", "heads"), rngs=rngs)
+        self.v = Linear(width, width, ("embed", "heads"), rngs=rngs)
+        self.out = Linear(width, width, ("heads", "embed"), rngs=rngs)
+        ones = nnx.with_partitioning(jax.nn.initializers.ones, ("heads",))
+        self.q_norm = nnx.Param(ones(rngs.params(), (width,)))
+        self.k_norm = nnx.Param(ones(rngs.params(), (width,)))
+
+    def __call__(
+        self, x: Float[Array, "b n d"], context: Float[Array, "b m d"], rope: tuple | None, lora: Lora, scale: float
+    ) -> Float[Array, "b n d"]:
+        heads, eps = self.config.heads, self.config.eps
+        q = rms_norm(self.q(x, sub(lora, "q"), scale), self.q_norm[...], eps)
+        k = rms_norm(self.k(context, sub(lora, "k"), scale), self.k_norm[...], eps)
+        v = self.v(context, sub(lora, "v"), scale)
+        q, k, v = (y.reshape(*y.shape[:2], heads, -1) for y in (q, k, v))
+        if rope is not None:
+            q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))
+        y = jax.nn.dot_product_attention(q, k, v, implementation=self.config.attention)
+        return self.out(y.reshape(*x.shape[:2], -1), sub(lora, "out"), scale)
+
+
+class Block(nnx.Module):
+    """Self-attention, text cross-attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.self_attention = Attention(config, rngs=rngs)
+        self.cross_norm = LayerNorm(config.width, rngs=rngs)
+        self.cross_attention = Attention(config, rngs=rngs)
+        self.mlp = Mlp(config.width, config.mlp, rngs=rngs)
+        normal = nnx.with_partitioning(jax.nn.initializers.normal(config.width**-0.5), (None, "embed"))
+        self.table = nnx.Param(normal(rngs.params(), (6, config.width)))
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        modulation: Float[Array, "b f 6 d"],
+        text: Float[Array, "b l d"],
+        rope: tuple,
+        lora: Lora,
+        scale: float,
+    ) -> Float[Array, "b n d"]:
+        eps = self.config.eps
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(
+            self.table[...].astype(jnp.float32) + modulation.astype(jnp.float32), 2, 0
+        )
+        h = _modulate(x, scale1, shift1, eps)
+        h = self.self_attention(h, h, rope, sub(lora, "self_attention"), scale)
+        x = _gated(x, h, gate1)
+        h = self.cross_norm(x, eps)
+        x = x + self.cross_attention(h, text, None, sub(lora, "cross_attention"), scale)
+        h = self.mlp(_modulate(x, scale2, shift2, eps), sub(lora, "mlp"), scale)
+        return _gated(x, h, gate2)
+
+
+class WanDiT(nnx.Module):
+    """The transformer; blocks are stacked along a leading layer axis and scanned over."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, patch = config.width, config.patch**2 * config.channels
+        self.patch = Linear(patch, width, (None, "embed"), rngs=rngs)
+        self.text_in = Linear(config.text_width, width, (None, "embed"), rngs=rngs)
+        self.text_out = Linear(width, width, ("embed", None), rngs=rngs)
+        self.time_in = Linear(config.time_width, width, (None, "embed"), rngs=rngs)
+        self.time_out = Linear(width, width, ("embed", None), rngs=rngs)
+        self.time_table = Linear(width, 6 * width, ("embed", None), rngs=rngs)
+
+        @nnx.split_rngs(splits=config.depth)
+        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        normal = nnx.with_partitioning(jax.nn.initializers.normal(width**-0.5), (None, "embed"))
+        self.table = nnx.Param(normal(rngs.params(), (2, width)))
+        self.head = Linear(width, patch, ("embed", None), rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b f h w c"],
+        t: Float[Array, "b f"],
+        text: Float[Array, "b l e"],
+        lora: Lora = None,
+        scale: float = 1.0,
+    ) -> Float[Array, "b f h w c"]:
+        """Velocity `eps - x_0` of every latent frame, in float32.
+
+        Args:
+          x: noisy latents, the scene's frame clean.
+          t: time of each frame, 1 noise, 0 clean.
+          text: states of the text encoder, padded with zeros to the length that the model was trained with: what is
+            padded attends like any other token.
+          lora: factors, a tree like the weights.
+          scale: of LoRA's product.
+
+        Raises:
+          ValueError: a height or width that is not a multiple of the patch.
+        """
+        config = self.config
+        b, f, height, width, _ = x.shape
+        p = config.patch
+        if height % p or width % p:
+            raise ValueError(f"latents are {height}x{width}; both must be multiples of {p}")
+        grid = (f, height // p, width // p)
+        dtype = self.patch.kernel.dtype
+        text = jax.nn.gelu(self.text_in(text.astype(dtype), sub(lora, "text_in"), scale))
+        text = self.text_out(text, sub(lora, "text_out"), scale)
+        time = sinusoid(1000.0 * t.astype(jnp.float32), config.time_width).astype(dtype)
+        time = jax.nn.silu(self.time_in(time, sub(lora, "time_in"), scale))
+        time = self.time_out(time, sub(lora, "time_out"), scale)  # [b f d]
+        modulation = self.time_table(jax.nn.silu(time), sub(lora, "time_table"), scale).reshape(b, f, 6, -1)
+        rope = rope_tables(grid, config.rope_dims, theta=config.theta)
+
+        h = x.astype(dtype).reshape(b, f, grid[1], p, grid[2], p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
+        h = self.patch(h.reshape(b, f * grid[1] * grid[2], -1), sub(lora, "patch"), scale)
+        graph, blocks = nnx.split(self.blocks)
+
+        def body(h, layer):
+            weights, layer_lora = layer
+            return nnx.merge(graph, weights)(h, modulation, text, rope, layer_lora, scale), None
+
+        if config.remat != "none":
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, policy=dots if config.remat == "dots" else None)
+        h, _ = jax.lax.scan(body, h, (blocks, sub(lora, "blocks")))
+        shift, gain = jnp.moveaxis(self.table[...].astype(jnp.float32) + time.astype(jnp.float32)[:, :, None], 2, 0)
+        h = self.head(_modulate(h, gain, shift, config.eps), sub(lora, "head"), scale)
+        h = h.reshape(b, f, grid[1], grid[2], p, p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
+        return h.reshape(x.shape).astype(jnp.float32)
+
+
+def _modulate(x: Float[Array, "b n d"], scale: Float[Array, "b f d"], shift: Float[Array, "b f d"], eps: float):
+    """`norm(x) (1 + scale) + shift` with the scale and shift of each token's frame."""
+    h = layer_norm(x.astype(jnp.float32), eps)
+    h = _frames(h, scale) * (1 + scale[:, :, None]) + shift[:, :, None]
+    return h.reshape(x.shape).astype(x.dtype)
+
+
+def _gated(x: Float[Array, "b n d"], h: Float[Array, "b n d"], gate: Float[Array, "b f d"]):
+    """`x + gate h` with the gate of each token's frame."""
+    y = _frames(x.astype(jnp.float32), gate) + _frames(h.astype(jnp.float32), gate) * gate[:, :, None]
+    return y.reshape(x.shape).astype(x.dtype)
+
+
+def _frames(x: Float[Array, "b n d"], by_frame: Float[Array, "b f d"]) -> Float[Array, "b f m d"]:
+    b, f, d = by_frame.shape
+    return x.reshape(b, f, -1, d)

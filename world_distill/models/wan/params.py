@@ -1,0 +1,216 @@
+"""Names and layouts of Wan's weights in diffusers, beside ours."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from world_distill.models.params import Entry, same, transpose
+from world_distill.models.wan.modeling import WanConfig
+from world_distill.models.wan.vae import VaeConfig
+
+# What the networks here are built with, key and value in diffusers' config.json; another value is another network.
+_FIXED = {
+    "transformer": {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "image_dim": None,
+                    "added_kv_proj_dim": None, "pos_embed_seq_len": None},
+    "vae": {"attn_scales": [], "dropout": 0.0},
+}  # fmt: skip
+
+
+def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Entry]]]:
+    """(sizes as in a config's section `model`, entries of each part) from diffusers' two config.json.
+
+    Raises:
+      ValueError: a network that is not built here, or sizes that do not fit together.
+    """
+    for part, config in (("transformer", transformer), ("vae", vae)):
+        for key, value in _FIXED[part].items():
+            if config.get(key, value) != value:
+                raise ValueError(f"{part}/config.json has {key} = {config[key]}; only {value} is built here")
+    network, codec = transformer_config(transformer), vae_config(vae)
+    if transformer["in_channels"] != transformer["out_channels"]:
+        raise ValueError("its input has more channels than its output: such conditioning is not built here")
+    if network.channels != codec.channels:
+        raise ValueError(f"its transformer has {network.channels} latent channels, its vae {codec.channels}")
+    sizes = {
+        "channels": network.channels, "width": network.width, "depth": network.depth, "heads": network.heads,
+        "mlp": network.mlp, "text_width": network.text_width, "time_width": network.time_width,
+        "vae": dataclasses.asdict(codec),
+    }  # fmt: skip
+    return sizes, {"transformer": list(transformer_entries(network)), "vae": list(vae_entries(codec))}
+
+
+def transformer_config(config: Mapping[str, Any]) -> WanConfig:
+    """Ours, from transformer/config.json."""
+    patch = tuple(config["patch_size"])
+    if patch[0] != 1 or patch[1] != patch[2]:
+        raise ValueError(f"transformer/config.json has patch_size = {patch}; only (1, p, p) is built here")
+    return WanConfig(
+        channels=config["in_channels"],
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+        depth=config["num_layers"],
+        heads=config["num_attention_heads"],
+        mlp=config["ffn_dim"],
+        text_width=config["text_dim"],
+        time_width=config["freq_dim"],
+        patch=patch[1],
+        eps=config["eps"],
+    )
+
+
+def vae_config(config: Mapping[str, Any]) -> VaeConfig:
+    """Ours, from vae/config.json."""
+    return VaeConfig(
+        channels=config["z_dim"],
+        encoder_width=config["base_dim"],
+        decoder_width=config.get("decoder_base_dim") or config["base_dim"],
+        multiples=tuple(config["dim_mult"]),
+        blocks=config["num_res_blocks"],
+        halve_time=tuple(config["temperal_downsample"]),
+        patch=config.get("patch_size") or 1,
+        shortcuts=bool(config.get("is_residual", False)),
+        mean=tuple(config["latents_mean"]),
+        std=tuple(config["latents_std"]),
+    )
+
+
+# Linear layers: our path, and its name in diffusers and in the original checkpoints (which ComfyUI uses).
+LINEARS = {
+    "text_in": ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    "text_out": ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    "time_in": ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    "time_out": ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    "time_table": ("condition_embedder.time_proj", "time_projection.1"),
+    "head": ("proj_out", "head.head"),
+    "blocks.self_attention.q": ("blocks.{n}.attn1.to_q", "blocks.{n}.self_attn.q"),
+    "blocks.self_attention.k": ("blocks.{n}.attn1.to_k", "blocks.{n}.self_attn.k"),
+    "blocks.self_attention.v": ("blocks.{n}.attn1.to_v", "blocks.{n}.self_attn.v"),
+    "blocks.self_attention.out": ("blocks.{n}.attn1.to_out.0", "blocks.{n}.self_attn.o"),
+    "blocks.cross_attention.q": ("blocks.{n}.attn2.to_q", "blocks.{n}.cross_attn.q"),
+    "blocks.cross_attention.k": ("blocks.{n}.attn2.to_k", "blocks.{n}.cross_attn.k"),
+    "blocks.cross_attention.v": ("blocks.{n}.attn2.to_v", "blocks.{n}.cross_attn.v"),
+    "blocks.cross_attention.out": ("blocks.{n}.attn2.to_out.0", "blocks.{n}.cross_attn.o"),
+    "blocks.mlp.up": ("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0"),
+    "blocks.mlp.down": ("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2"),
+}
+
+
+def transformer_entries(config: WanConfig) -> Iterator[Entry]:
+    """Every array of the transformer."""
+    width, patch, channels = config.width, config.patch, config.channels
+    sizes = {
+        "text_in": (config.text_width, width),
+        "time_in": (config.time_width, width),
+        "time_table": (width, 6 * width),
+        "head": (width, patch**2 * channels),
+        "blocks.mlp.up": (width, config.mlp),
+        "blocks.mlp.down": (config.mlp, width),
+    }
+    for path, (name, _) in LINEARS.items():
+        inputs, outputs = sizes.get(path, (width, width))
+        yield _entry(config, f"{path}.kernel", f"{name}.weight", (outputs, inputs), transpose, transpose)
+        yield _entry(config, f"{path}.bias", f"{name}.bias", (outputs,))
+    for attention, name in (("self_attention", "attn1"), ("cross_attention", "attn2")):
+        for part in ("q", "k"):
+            yield _entry(config, f"blocks.{attention}.{part}_norm", f"blocks.{{n}}.{name}.norm_{part}.weight", (width,))
+    yield _entry(config, "blocks.cross_norm.scale", "blocks.{n}.norm2.weight", (width,))
+    yield _entry(config, "blocks.cross_norm.bias", "blocks.{n}.norm2.bias", (width,))
+    first, again = lambda x: x[0], lambda x: x[None]
+    yield _entry(config, "blocks.table", "blocks.{n}.scale_shift_table", (1, 6, width), first, again)
+    yield _entry(config, "table", "scale_shift_table", (1, 2, width), first, again)
+    # A convolution over patches there, [out, channel, 1, row, column]; a linear layer over (row, column, channel) here.
+    yield _entry(
+        config, "patch.kernel", "patch_embedding.weight", (width, channels, 1, patch, patch),
+        lambda x: x[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+        lambda x: x.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1)[:, :, None],
+    )  # fmt: skip
+    yield _entry(config, "patch.bias", "patch_embedding.bias", (width,))
+
+
+def _entry(config: WanConfig, path: str, name: str, shape: tuple[int, ...], ours=same, theirs=same) -> Entry:
+    return Entry(path, name, shape, ours, theirs, config.depth if "{n}" in name else 0)
+
+
+def vae_entries(config: VaeConfig) -> Iterator[Entry]:
+    """Every array of the autoencoder."""
+    levels = len(config.multiples)
+    pixels = 3 * config.patch**2
+
+    # Encoder
+    widths = [config.encoder_width * m for m in (1, *config.multiples)]
+    yield from _conv("encoder.conv_in", "encoder.conv_in", pixels, widths[0])
+    place = 0  # the 2.1 encoder's blocks lie in one list
+    for level in range(levels):
+        width = widths[level]
+        for i in range(config.blocks):
+            name = f"down_blocks.{level}.resnets.{i}" if config.shortcuts else f"down_blocks.{place}"
+            yield from _residual(f"encoder.down_{level}.res_{i}", f"encoder.{name}", width, widths[level + 1])
+            width, place = widths[level + 1], place + 1
+        if level < levels - 1:
+            name = f"encoder.down_blocks.{level}.downsampler" if config.shortcuts else f"encoder.down_blocks.{place}"
+            yield from _conv(f"encoder.down_{level}.space", f"{name}.resample.1", width, width, (3, 3))
+            if config.halve_time[level]:
+                yield from _conv(f"encoder.down_{level}.time", f"{name}.time_conv", width, width, (3, 1, 1))
+            place += 1
+    yield from _ends("encoder", width, 2 * config.channels)
+
+    # Decoder
+    widths = [config.decoder_width * m for m in (config.multiples[-1], *reversed(config.multiples))]
+    yield from _conv("decoder.conv_in", "decoder.conv_in", config.channels, widths[0])
+    for level in range(levels):
+        # Without shortcuts (2.1) the step to a higher resolution halves the channels.
+        width = widths[level] if config.shortcuts or not level else widths[level] // 2
+        block = f"decoder.up_blocks.{level}"
+        for i in range(config.blocks + 1):
+            name = f"{block}.resnets.{i}"
+            yield from _residual(f"decoder.up_{level}.res_{i}", name, width, widths[level + 1])
+            width = widths[level + 1]
+        if level < levels - 1:
+            name = f"{block}.upsampler" if config.shortcuts else f"{block}.upsamplers.0"
+            out = width if config.shortcuts else width // 2
+            yield from _conv(f"decoder.up_{level}.space", f"{name}.resample.1", width, out, (3, 3))
+            if config.halve_time[levels - 2 - level]:
+                yield from _conv(f"decoder.up_{level}.time", f"{name}.time_conv", width, 2 * width, (3, 1, 1))
+    yield from _ends("decoder", width, pixels, middle=widths[0])
+
+    yield from _conv("quant", "quant_conv", 2 * config.channels, 2 * config.channels, (1, 1, 1))
+    yield from _conv("post_quant", "post_quant_conv", config.channels, config.channels, (1, 1, 1))
+
+
+def _ends(side: str, width: int, outputs: int, middle: int | None = None) -> Iterator[Entry]:
+    """The middle block and the last layers of encoder or decoder."""
+    inner = width if middle is None else middle
+    for i in range(2):
+        yield from _residual(f"{side}.mid_{i}", f"{side}.mid_block.resnets.{i}", inner, inner)
+    yield from _gain(f"{side}.attention.norm", f"{side}.mid_block.attentions.0.norm", inner, 2)
+    yield from _conv(f"{side}.attention.qkv", f"{side}.mid_block.attentions.0.to_qkv", inner, 3 * inner, (1, 1))
+    yield from _conv(f"{side}.attention.out", f"{side}.mid_block.attentions.0.proj", inner, inner, (1, 1))
+    yield from _gain(f"{side}.norm_out", f"{side}.norm_out", width, 3)
+    yield from _conv(f"{side}.conv_out", f"{side}.conv_out", width, outputs)
+
+
+def _residual(path: str, name: str, inputs: int, outputs: int) -> Iterator[Entry]:
+    yield from _gain(f"{path}.norm1", f"{name}.norm1", inputs, 3)
+    yield from _conv(f"{path}.conv1", f"{name}.conv1", inputs, outputs)
+    yield from _gain(f"{path}.norm2", f"{name}.norm2", outputs, 3)
+    yield from _conv(f"{path}.conv2", f"{name}.conv2", outputs, outputs)
+    if inputs != outputs:
+        yield from _conv(f"{path}.shortcut", f"{name}.conv_shortcut", inputs, outputs, (1, 1, 1))
+
+
+def _conv(path: str, name: str, inputs: int, outputs: int, size: tuple[int, ...] = (3, 3, 3)) -> Iterator[Entry]:
+    """Kernels [out in (t) h w] there, [t h w in out] here, with t = 1 for those of images."""
+    flat = len(size) == 2
+    yield Entry(
+        f"{path}.kernel", f"{name}.weight", (outputs, inputs, *size),
+        lambda x: np.moveaxis(x[:, :, None] if flat else x, (0, 1), (4, 3)),
+        lambda x: np.moveaxis(x, (4, 3), (0, 1))[:, :, 0] if flat else np.moveaxis(x, (4, 3), (0, 1)),
+    )  # fmt: skip
+    yield Entry(f"{path}.bias", f"{name}.bias", (outputs,))
+
+
+def _gain(path: str, name: str, width: int, axes: int) -> Iterator[Entry]:
+    """Gains of a norm, there with an axis for each of the pixels'."""
+    shape = (width, *[1] * axes)
+    yield Entry(f"{path}.gain", f"{name}.gamma", shape, lambda x: x.reshape(-1), lambda x: x.reshape(shape))
