@@ -5,7 +5,6 @@ largest array of ours and little more.
 """
 
 import argparse
-import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -108,4 +107,4 @@ def _caster(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
 
 def read_metadata(path: pathlib.Path) -> dict[str, Any]:
     """What `convert` noted about a checkpoint."""
-    return json.loads(json.dumps(ocp.metadata(path).custom_metadata))
+    return ocp.metadata(path).custom_metadata
