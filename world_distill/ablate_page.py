@@ -55,7 +55,8 @@ def _orderings(lines: Sequence[Mapping[str, Any]]) -> str:
             f"by seed {by_seed}</span></li>"
         )
     note = (
-        "Differences are paired, clip by clip, with bootstrap 95 % intervals; a claim holds if its interval is above 0."
+        "Differences are paired, clip by clip, with bootstrap 95 % intervals over clips; a claim holds if its interval "
+        "is above 0. How much another training run would change shows in the differences of the seeds."
     )
     return page.paragraph(note, "soft") + f'<ul class="changes">{"".join(items)}</ul>'
 
