@@ -77,7 +77,7 @@ def test_ablation_runs_and_continues(tmp_path, monkeypatch):
             if variant == "distill":
                 config.objective.rl = "none"
             if variant == "others":
-                config.annotator.options.kinds = ("push",)
+                config.annotator.options.kinds = ("beside",)
         return config
 
     orderings = [Ordering("awm", "demonstrator", "task", "a claim")]
@@ -86,21 +86,25 @@ def test_ablation_runs_and_continues(tmp_path, monkeypatch):
     )
     result = run()
     rows = {row["name"]: row["n"] for row in result["rows"]}
-    # "others" has tasks of its own, and not every scene has something to push
-    shared = dict.fromkeys(["base", "demonstrator", "awm", "distill"], 8)
-    assert rows == shared | dict.fromkeys(["base:others", "demonstrator:others", "others"], rows["others"])
-    assert 0 < rows["others"] < 8
-    kinds = {
-        v["kind"]
-        for v in json.loads((tmp_path / "ablation/runs/others/0/results.json").read_text())["verdicts"]["executor"]
-    }
-    assert kinds == {"push"}
+    names = ["base", "demonstrator", "awm", "distill", "base:others", "demonstrator:others", "others"]
+    assert rows == dict.fromkeys(names, 8)
+    scores = json.loads((tmp_path / "ablation/runs/others/0/results.json").read_text())
+    assert {verdict["kind"] for verdict in scores["verdicts"]["executor"]} == {"beside"}
     assert result["steps"]["distill"] > result["steps"]["awm"] == 2
     assert [name for _, name in result["sweep"]] == ["awm"]
     assert json.loads((tmp_path / "ablation" / "ablation.json").read_text())["rows"] == result["rows"]
     assert "a claim" in (tmp_path / "ablation" / "ablation.html").read_text()
     monkeypatch.setattr(ablate.train, "train", None)  # nothing is trained twice
     assert run()["rows"] == result["rows"]
+
+    def other_config(variant, seed):
+        config = variant_config(variant, seed)
+        with config.unlocked():
+            config.rollout.group = 4
+        return config
+
+    with pytest.raises(UserError, match=r"rollout\.group"):  # results of other settings are not taken for these
+        ablate.ablate(other_config, ["awm"], [0], tmp_path / "ablation", "awm", orderings)
 
 
 def test_branches_are_the_runs_that_they_stand_for(tmp_path):
