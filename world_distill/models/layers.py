@@ -5,6 +5,8 @@ factors are not part of a module: they come in as an argument, a dict that mirro
 base weights serves the Demonstrator (None) and any number of Executors.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,17 @@ class Linear(nnx.Module):
         if lora is not None:
             y = y + scale * ((x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...]
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` modules of one kind as one, their weights stacked along a leading axis "layers", for a scan over them."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def build(rngs):
+        return make(rngs)
+
+    return build(rngs)
 
 
 def rms_norm(

@@ -17,7 +17,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from world_distill.models.layers import Attention, Linear, Lora, Mlp, modulate, rms_norm, rope_tables, sinusoid, sub
+from world_distill.models.layers import (
+    Attention,
+    Linear,
+    Lora,
+    Mlp,
+    modulate,
+    rms_norm,
+    rope_tables,
+    sinusoid,
+    stack,
+    sub,
+)
 
 # The velocity's denominator is bounded below, so that an error in x_0 is not blown up without limit as t -> 0.
 T_MIN = 0.05
@@ -101,13 +112,7 @@ class TinyDiT(nnx.Module):
         self.time_in = Linear(256, config.width, (None, "embed"), rngs=rngs)
         self.time_out = Linear(config.width, config.width, ("embed", None), rngs=rngs)
         self.time_table = Linear(config.width, 6 * config.width, ("embed", None), rngs=rngs)
-
-        @nnx.split_rngs(splits=config.depth)
-        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-        def stack(rngs):
-            return Block(config, rngs=rngs)
-
-        self.blocks = stack(rngs)
+        self.blocks = stack(lambda rngs: Block(config, rngs=rngs), config.depth, rngs=rngs)
         self.head_table = Linear(config.width, 2 * config.width, ("embed", None), rngs=rngs, zero=True)
         # A patch of a moving thing has more degrees of freedom than the residual stream is wide: 95 % of its variance
         # lies in 96 dimensions. A hidden layer lets the head draw on a curved set of patches.

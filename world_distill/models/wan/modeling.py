@@ -26,6 +26,7 @@ from world_distill.models.layers import (
     rms_norm,
     rope_tables,
     sinusoid,
+    stack,
     sub,
 )
 
@@ -143,13 +144,7 @@ class WanDiT(nnx.Module):
         self.time_in = Linear(config.time_width, width, (None, "embed"), rngs=rngs)
         self.time_out = Linear(width, width, ("embed", None), rngs=rngs)
         self.time_table = Linear(width, 6 * width, ("embed", None), rngs=rngs)
-
-        @nnx.split_rngs(splits=config.depth)
-        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-        def stack(rngs):
-            return Block(config, rngs=rngs)
-
-        self.blocks = stack(rngs)
+        self.blocks = stack(lambda rngs: Block(config, rngs=rngs), config.depth, rngs=rngs)
         normal = nnx.with_partitioning(jax.nn.initializers.normal(width**-0.5), (None, "embed"))
         self.table = nnx.Param(normal(rngs.params(), (2, width)))
         self.head = Linear(width, patch, ("embed", None), rngs=rngs)
