@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
-from world_distill import cli, convert
+from world_distill import cli, convert, converted
 from world_distill.config import UserError
 from world_distill.models.params import assemble
 from world_distill.tensor_files import TensorFileError
@@ -55,13 +55,12 @@ def make_source(folder, *, transformer=TRANSFORMER, vae=VAE, change=lambda weigh
 
 
 def expected(source):
-    _, _, parts = convert.published.describe(source)
+    _, model = convert.published.describe(source)
     trees = {
-        "transformer": assemble(parts["transformer"], tensors("transformer_3x4x6.npz")),
-        "vae": assemble(parts["vae"], tensors("vae_2.2.npz")),
+        "transformer": assemble(model.entries["transformer"], tensors("transformer_3x4x6.npz")),
+        "vae": assemble(model.entries["vae"], tensors("vae_2.2.npz")),
     }
-    flat = jax.tree_util.tree_leaves_with_path(trees)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+    return converted.by_name(trees) | model.constants
 
 
 def test_every_array_arrives_on_a_mesh(tmp_path):
@@ -78,18 +77,21 @@ def test_every_array_arrives_on_a_mesh(tmp_path):
     found = ocp.load(tmp_path / "dest", {name: place(x) for name, x in want.items()})
     for name, x in want.items():
         np.testing.assert_array_equal(np.asarray(found[name]), x, err_msg=name)
-    metadata = convert.read_metadata(tmp_path / "dest")
-    assert metadata["family"] == "wan" and metadata["model"]["vae"]["mean"] == [0.5] * 6
+    shapes, metadata = converted.describe(tmp_path / "dest")
+    assert shapes == {name: x.shape for name, x in want.items()}
+    assert metadata["family"] == "wan" and metadata["model"]["width"] == 32
+    np.testing.assert_array_equal(np.asarray(found["vae.mean"]), np.full(6, 0.5, np.float32))
 
 
-def test_types_can_be_changed(tmp_path):
+def test_the_type_of_the_transformer_can_be_changed(tmp_path):
     source = make_source(tmp_path / "source")
     convert.convert(source, tmp_path / "dest", dtype="bfloat16")
     want = expected(source)
     found = ocp.load(tmp_path / "dest")
     for name, x in want.items():
-        assert found[name].dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(np.asarray(found[name]), x.astype(ml_dtypes.bfloat16))
+        x = x.astype(ml_dtypes.bfloat16) if name.startswith("transformer") else x
+        assert found[name].dtype == x.dtype
+        np.testing.assert_array_equal(np.asarray(found[name]), x)
 
 
 def test_an_interrupted_conversion_leaves_nothing_that_loads(tmp_path, monkeypatch):
@@ -103,8 +105,8 @@ def test_an_interrupted_conversion_leaves_nothing_that_loads(tmp_path, monkeypat
         return save(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "BATCH_BYTES", 2**17)
-        patch.setattr(convert.ocp.partial, "save", dying)
+        patch.setattr(converted, "BATCH_BYTES", 2**17)
+        patch.setattr(converted.ocp.partial, "save", dying)
         with pytest.raises(KeyboardInterrupt):
             convert.convert(source, tmp_path / "dest")
     assert not (tmp_path / "dest").exists()

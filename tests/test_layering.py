@@ -2,7 +2,7 @@
 
 L0 words      structs  interfaces  config
 L1 maths      core/
-L2 parts      models/  judges/  data/  sandbox/  sharding  checkpoints  optim  video_io
+L2 parts      models/  judges/  data/  sandbox/  sharding  checkpoints  converted  optim  video_io
 L3 programs   every other module
 """
 
@@ -15,10 +15,10 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "world_distill"
 
 WORDS = {"", "structs", "interfaces", "config"}
-PARTS = {"models", "judges", "data", "sandbox", "sharding", "checkpoints", "optim", "video_io"}
+PARTS = {"models", "judges", "data", "sandbox", "sharding", "checkpoints", "converted", "optim", "video_io"}
 
 # What families share; the other folders of models/ know nothing of each other.
-SHARED_BY_MODELS = {"models", "models.functional", "models.layers", "models.lora", "models.params"}
+SHARED_BY_MODELS = {"models", "models.functional", "models.layers", "models.lora", "models.params", "models.words"}
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 MAY_USE_TORCH = {"data.encode", "judges.local"}  # and every models/**/params.py; inside functions

@@ -116,7 +116,7 @@ class Collector:
         demonstrates = objective.uses_visited or distills
         mask = family.free_frames
 
-        def roll(lora, base, task: Condition, solution: Condition, key, first_row, *, diffusion, group):
+        def roll(lora, base, task: Condition, solution: Condition, key, first_row, *, diffusion, group, decode):
             def grow(tree):
                 tree = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
                 return jax.lax.with_sharding_constraint(tree, self._rows)
@@ -130,7 +130,7 @@ class Collector:
                 times=grid, latent_shape=family.latent_shape, frame_mask=mask, diffusion=diffusion,
                 keep_states=needs_states,
             )  # fmt: skip
-            return rollout, task, solution, family.decode(rollout.latents)
+            return rollout, task, solution, family.decode(base, rollout.latents) if decode else None
 
         def show(base, rollout: Rollout, solution: Condition):
             if settings.role == "demonstrator":
@@ -147,7 +147,12 @@ class Collector:
         # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
         self._roll = {
             active: jax.jit(
-                functools.partial(roll, diffusion=diffusion if active else None, group=settings.group_in(active))
+                functools.partial(
+                    roll,
+                    diffusion=diffusion if active else None,
+                    group=settings.group_in(active),
+                    decode=active and bool(self._questions),  # what nobody looks at stays latent
+                )  # fmt: skip
             )
             for active in (True, False)
         }

@@ -8,14 +8,15 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from world_distill import models
+from world_distill import converted, models
 from world_distill.checkpoints import load_weights
 from world_distill.config import UserError
 from world_distill.core import flow, sampling
@@ -43,6 +44,8 @@ def make_partial(config: ConfigDict, section: str) -> Callable[..., Any]:
       UserError: the factory cannot be imported.
     """
     path = config[section].factory
+    if not path:
+        raise UserError(f"config.{section}.factory names nothing: set it to package.module:function (README.md)")
     module, _, name = path.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name)
@@ -58,7 +61,7 @@ def make_partial(config: ConfigDict, section: str) -> Callable[..., Any]:
 
 def make_family(config: ConfigDict) -> ModelFamily:
     """The model family, with the config's sizes and LoRA settings."""
-    sizes = {k: v for k, v in config.model.items() if k != "family"}
+    sizes = {k: v for k, v in config.model.to_dict().items() if k != "family"}
     executor = config.executor
     scale = executor.alpha / executor.rank if executor.rank else 1.0
     try:
@@ -84,32 +87,71 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
     return make_mesh(**config.mesh.to_dict(), devices=devices)
 
 
-def load_base(family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh) -> PyTree:
+RANDOM = "random"
+
+
+def load_base(
+    family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh, *, parts: Sequence[str] | None = None
+) -> PyTree:
     """The frozen base, placed on the mesh: the one copy that serves Demonstrator and Executor.
+
+    `config.base` is a checkpoint of `world-distill convert`, a weight file of `world-distill pretrain`, "random" for
+    untrained weights, or empty for those that ship with the family. With `parts`, only these of the base's outermost
+    keys.
 
     Raises:
       UserError: no weights are named and none ship with the family, or they do not fit the config's sizes.
     """
+    if parts is not None and not parts:
+        return {}
     path = config.base or family.default_base
     if not path:
         raise UserError(f"config.base names no weights, and none ship with model family {family.name}")
-    weights, _ = load_weights(path)
+
+    def chosen(tree):
+        return tree if parts is None else {part: tree[part] for part in parts}
+
     expected = jax.eval_shape(family.init_base, jax.random.key(0))
-    problems = _differences(weights, expected)
+    shardings = chosen(tree_shardings(mesh, family.base_axes(), expected))
+    if path == RANDOM:
+        return jax.jit(lambda key: chosen(family.init_base(key)), out_shardings=shardings)(jax.random.key(0))
+    if pathlib.Path(path).is_dir():
+        return _load_converted(pathlib.Path(path), family, expected, shardings)
+    weights, _ = load_weights(path)
+    _check_weights(path, {name: x.shape for name, x in converted.by_name(weights).items()}, expected)
+    return jax.device_put(chosen(weights), shardings)
+
+
+def _load_converted(path: pathlib.Path, family: ModelFamily, expected: PyTree, shardings: PyTree) -> PyTree:
+    """The arrays that have a sharding, read straight into it."""
+    shapes, metadata = converted.describe(path)
+    if metadata.get("family") != family.name:
+        raise UserError(
+            f"{path} holds a model of family {metadata.get('family')}, config.model.family is {family.name}"
+        )
+    _check_weights(path, shapes, expected)
+    wanted = {
+        part: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), expected[part], places)
+        for part, places in shardings.items()
+    }
+    return converted.load(path, wanted)
+
+
+def _check_weights(path: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...]], expected: PyTree) -> None:
+    problems = _differences(shapes, {name: x.shape for name, x in converted.by_name(expected).items()})
     if problems:
         raise UserError(f"the weights in {path} do not fit config.model:\n  " + "\n  ".join(problems))
-    return jax.device_put(weights, tree_shardings(mesh, family.base_axes(), expected))
 
 
-def _differences(weights: PyTree, expected: PyTree) -> list[str]:
-    """One line a leaf that is missing, unexpected or of another shape."""
-    have, want = (
-        {
-            jax.tree_util.keystr(p, simple=True, separator="."): x.shape
-            for p, x in jax.tree_util.tree_leaves_with_path(t)
-        }
-        for t in (weights, expected)
-    )
+def load_codec(family: ModelFamily, config: ConfigDict) -> PyTree:
+    """The parts of the base that decode clips and encode scenes; nothing is read where the codec has no weights."""
+    if not family.codec_parts:
+        return {}
+    return load_base(family, config, start_devices(config), parts=family.codec_parts)
+
+
+def _differences(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line an array that is missing, unexpected or of another shape."""
     lines = [f"missing {name} {want[name]}" for name in sorted(want.keys() - have.keys())]
     lines += [f"unexpected {name} {have[name]}" for name in sorted(have.keys() - want.keys())]
     both = sorted(n for n in have.keys() & want.keys() if have[n] != want[n])

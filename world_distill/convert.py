@@ -6,16 +6,14 @@ largest array of ours and little more.
 
 import argparse
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 from tqdm import tqdm
 
-from world_distill import arguments, published
+from world_distill import arguments, converted, published
 from world_distill.config import UserError
 from world_distill.models.params import check_names
 from world_distill.tensor_files import TensorFileError, TensorFiles
@@ -24,19 +22,18 @@ HELP = """\
 Convert a model in diffusers' layout (a folder of safetensors) to a checkpoint of this project.
 
 DEST is complete or not there: what an interrupted conversion leaves is cleared away by the next. `--config.base=DEST`
-then trains on it. Weights are stored in --dtype (default: as published).
+then trains on it. The transformer is stored in --dtype (default: as published), the autoencoder as published.
 
   world-distill convert Wan2.2-TI2V-5B-Diffusers weights/wan22-5b --dtype bfloat16
 """
 
 DTYPES = ("keep", "float32", "bfloat16")
-BATCH_BYTES = 256 * 2**20  # small arrays are written together: each write costs a round of files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=pathlib.Path, help="folder with model_index.json, transformer/ and vae/")
     parser.add_argument("dest", type=pathlib.Path, help="folder of the checkpoint; must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the stored weights (default: keep)")
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the transformer's weights (default: keep)")
     arguments.add_json(parser)
 
 
@@ -64,47 +61,30 @@ def convert(source: pathlib.Path, dest: pathlib.Path, *, dtype: str = "keep") ->
     """
     if dest.exists():
         raise UserError(f"{dest} exists already; remove it, or name another folder")
-    family, sizes, parts = published.describe(source)
+    family, model = published.describe(source)
     files, problems = {}, []
-    for part, entries in parts.items():
+    for part, entries in model.entries.items():
         files[part] = TensorFiles(source / part)
         problems += [f"{part}: {line}" for line in check_names(entries, files[part].shapes)]
     if problems:
         raise UserError(f"the weights in {source} are not those of its config:\n  " + "\n  ".join(problems))
 
-    dest = dest.resolve()
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in dest.parent.glob(f"{dest.name}.partial_save*"):
-        shutil.rmtree(leftover)
     cast = _caster(dtype)
-    count = total = 0
-    metadata = {"family": family, "model": sizes, "source": source.name}
-    batch: dict[str, np.ndarray] = {}
-
-    def write() -> None:
-        ocp.partial.save(dest, batch, custom_metadata=metadata)
-        batch.clear()
-
-    with tqdm(total=sum(len(e) for e in parts.values()), unit="array", disable=None) as progress:
-        for part, entries in parts.items():
+    writer = converted.Writer(dest, {"family": family, "model": model.sizes, "source": source.name})
+    with tqdm(total=sum(len(e) for e in model.entries.values()), unit="array", disable=None) as progress:
+        for name, array in model.constants.items():
+            writer.add(name, array)
+        for part, entries in model.entries.items():
+            # The autoencoder is small, and clips show what it loses.
+            change = cast if part == "transformer" else lambda x: x
             for entry in entries:
-                array = entry.gather(lambda name, part=part: cast(files[part][name]))
-                if batch and sum(x.nbytes for x in batch.values()) + array.nbytes > BATCH_BYTES:
-                    write()
-                batch[f"{part}.{entry.path}"] = array
-                count, total = count + 1, total + array.nbytes
+                writer.add(f"{part}.{entry.path}", entry.gather(lambda name, p=part, c=change: c(files[p][name])))
                 progress.update(1)
-    write()
-    ocp.partial.finalize(dest)
-    return {"family": family, "sizes": sizes, "arrays": count, "gigabytes": total / 1e9}
+    writer.finish()
+    return {"family": family, "sizes": model.sizes, "arrays": writer.arrays, "gigabytes": writer.bytes / 1e9}
 
 
 def _caster(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     if dtype == "keep":
         return lambda x: x
     return lambda x: x.astype(jnp.dtype(dtype))
-
-
-def read_metadata(path: pathlib.Path) -> dict[str, Any]:
-    """What `convert` noted about a checkpoint."""
-    return ocp.metadata(path).custom_metadata

@@ -37,6 +37,8 @@ class ModelFamily(Protocol):
     latent_shape: tuple[int, int, int, int]  # f h w c of one clip
     free_frames: np.ndarray  # [f] float32: 1 where a latent frame is generated, 0 where it is pinned to the scene
     fps: float  # frames a second of a decoded clip
+    image_size: tuple[int, int] | None  # (height, width) that scenes are cut to; None: they have to fit already
+    codec_parts: tuple[str, ...]  # parts of the base (its outermost keys) that `decode` and `encode_scene` read
     default_base: pathlib.Path | None  # weights that ship with the package, if any
 
     def denoise(
@@ -55,11 +57,15 @@ class ModelFamily(Protocol):
         """An Executor that equals the Demonstrator: LoRA of `rank`, or full differences if `rank` is None."""
         ...
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def lora_axes(self, lora: PyTree) -> PyTree:
+        """Logical axis names of `init_lora`'s tree."""
+        ...
+
+    def decode(self, base: PyTree, latents: jax.Array) -> jax.Array:
         """Clean latents [b f h w c] to RGB clips [b F H W 3] uint8 (traceable)."""
         ...
 
-    def encode_scene(self, images: np.ndarray) -> np.ndarray:
+    def encode_scene(self, base: PyTree, images: np.ndarray) -> np.ndarray:
         """Scene images [b H W 3] uint8 to first-frame latents [b 1 h w c]."""
         ...
 

@@ -8,6 +8,7 @@ Every stage writes its result in one step and can be called again after an inter
 """
 
 import argparse
+import functools
 import glob
 import pathlib
 
@@ -34,11 +35,13 @@ def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None
                 paths, components.make(config, "annotator"), folder,
                 name=f"{split}_annotated", max_pairs=pairs, seed=config.seed, shards=1,
             )  # fmt: skip
-        family = family or components.make_family(config)
+        if family is None:
+            family = components.make_family(config)
+            codec = components.load_codec(family, config)
         reader = RecordReader(folder, f"{split}_annotated")
         encode_records(
-            reader, folder, name=split, encode_scene=family.encode_scene, encode_text=family.encode_text,
-            shards=1, batch=64,
+            reader, folder, name=split, encode_scene=functools.partial(family.encode_scene, codec),
+            encode_text=family.encode_text, shards=1, batch=64, size=family.image_size,
         )  # fmt: skip
         say(f"{split}: {len(paths)} scenes, {len(reader)} tasks")
 
@@ -142,10 +145,11 @@ def encode_add_arguments(parser: argparse.ArgumentParser) -> None:
 def encode_run(args: argparse.Namespace) -> int:
     config = arguments.config_from(args)
     family = components.make_family(config)
+    codec = components.load_codec(family, config)
     reader = RecordReader(args.records, f"{args.name}_annotated")
     encode_records(
-        reader, args.records, name=args.name, encode_scene=family.encode_scene, encode_text=family.encode_text,
-        shards=args.shards, batch=args.batch,
+        reader, args.records, name=args.name, encode_scene=functools.partial(family.encode_scene, codec),
+        encode_text=family.encode_text, shards=args.shards, batch=args.batch, size=family.image_size,
     )  # fmt: skip
     arguments.say(f"encoded {len(reader)} records into {args.records}")
     return 0

@@ -2,18 +2,17 @@
 
 import json
 import pathlib
-from typing import Any
 
 from world_distill.config import UserError
-from world_distill.models.params import Entry
+from world_distill.models.params import Published
 from world_distill.models.wan import params as wan
 
 # Class of the transformer in diffusers -> family, and what reads its folder.
 _READERS = {"WanTransformer3DModel": ("wan", wan.describe)}
 
 
-def describe(folder: pathlib.Path) -> tuple[str, dict[str, Any], dict[str, list[Entry]]]:
-    """(family, sizes as in a config's section `model`, entries of each subfolder) of a diffusers folder.
+def describe(folder: pathlib.Path) -> tuple[str, Published]:
+    """(family, what there is to convert) of a diffusers folder.
 
     Raises:
       UserError: no diffusers folder, or of no family that is known, or with parts that are not built here.
@@ -35,7 +34,7 @@ def describe(folder: pathlib.Path) -> tuple[str, dict[str, Any], dict[str, list[
         raise UserError(f"{folder}/transformer is a {kind}; what can be converted: {known}")
     family, read = _READERS[kind]
     try:
-        sizes, parts = read(configs["transformer"], configs["vae"])
+        model = read(configs["transformer"], configs["vae"])
     except (KeyError, ValueError) as error:
         raise UserError(f"{folder}: {error}") from error
-    return family, sizes, parts
+    return family, model

@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 import optax
+from ml_collections import ConfigDict
 
 from world_distill import arguments, components, optim
 from world_distill.checkpoints import Checkpointer
 from world_distill.config import UserError, diff, from_json, to_json
 from world_distill.core.schedules import piecewise_linear
 from world_distill.interfaces import Benchmark, ModelFamily
-from world_distill.models.lora import lora_axes
 from world_distill.objectives import init_state
 from world_distill.scoring import Evaluator
 from world_distill.sharding import like_weights, replicated, tree_shardings
@@ -57,29 +57,40 @@ def make_evaluator(config, family: ModelFamily, mesh: jax.sharding.Mesh, benchma
     )  # fmt: skip
 
 
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The config of a run's folder. Raises UserError where there is no run."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} holds no run (no config.json); train one with `world-distill train --workdir`")
+    return from_json(path.read_text())
+
+
 def open_run(workdir: pathlib.Path) -> Run:
     """Opens a run's folder: its config, the base, and the newest Executor.
 
     Raises:
       UserError: the folder holds no run.
     """
-    path = workdir / "config.json"
-    if not path.exists():
-        raise UserError(f"{workdir} holds no run (no config.json); train one with `world-distill train --workdir`")
-    config = from_json(path.read_text())
+    config = read_config(workdir)
     mesh = components.start_devices(config)
     family = components.make_family(config)
     base = components.load_base(family, config, mesh)
+    executor, step = load_executor(config, family, mesh, workdir)
+    return Run(config, mesh, family, base, executor=executor, step=step, data=data_folder(config, workdir))
+
+
+def load_executor(
+    config, family: ModelFamily, mesh: jax.sharding.Mesh, workdir: pathlib.Path
+) -> tuple[PyTree | None, int]:
+    """(slow average of a run's trained weights, its step); (None, 0) before the first checkpoint. Needs no base."""
+    base = jax.eval_shape(family.init_base, jax.random.key(0))
     _, abstract = make_state(config, family, mesh, base)
     with Checkpointer(workdir / "checkpoints", keep=config.keep) as checkpointer:
         restored = checkpointer.restore_latest(abstract)
-    state = None if restored is None else restored[0]
-    return Run(
-        config, mesh, family, base,
-        executor=None if state is None else state.lora_ema,
-        step=0 if state is None else int(state.step),
-        data=data_folder(config, workdir),
-    )  # fmt: skip
+    if restored is None:
+        return None, 0
+    state, _, _ = restored
+    return state.lora_ema, int(state.step)
 
 
 def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:
@@ -95,7 +106,7 @@ def make_optimizer(config, family: ModelFamily, base: PyTree) -> optax.GradientT
         # The optimiser counts updates, several a step.
         settings["learning_rate"] = lambda count: by_step(count // config.objective.updates)
     executor = jax.eval_shape(lambda: family.init_lora(jax.random.key(0), base, rank=config.executor.rank or None))
-    return optim.make_optimizer(**settings, axes=lora_axes(executor, family.base_axes()))
+    return optim.make_optimizer(**settings, axes=family.lora_axes(executor))
 
 
 def make_state(
@@ -109,7 +120,7 @@ def make_state(
         return init_state(family, base, optimizer, key, rank=config.executor.rank or None)
 
     shapes = jax.eval_shape(init, base)
-    weights = tree_shardings(mesh, lora_axes(shapes.lora, family.base_axes()), shapes.lora)
+    weights = tree_shardings(mesh, family.lora_axes(shapes.lora), shapes.lora)
     everywhere = replicated(mesh)
     moments = like_weights(shapes.opt_state, shapes.lora, weights, everywhere)
     shardings = TrainState(everywhere, weights, weights, weights, moments, everywhere)

@@ -59,7 +59,7 @@ class Evaluator:
                 family.denoise, base, lora, condition, sampling.sample_keys(key, rows),
                 times=grid, latent_shape=family.latent_shape, frame_mask=family.free_frames, keep_states=False,
             )  # fmt: skip
-            return family.decode(rollout.latents)
+            return family.decode(base, rollout.latents)
 
         self._sample = jax.jit(sample)
 

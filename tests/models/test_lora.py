@@ -161,7 +161,7 @@ def test_shapes_are_known_without_weights(base):
 def test_axes_mirror_the_tree(base, rank):
     family = make_family(lora_targets=".*")
     lora = jax.eval_shape(lambda key: family.init_lora(key, base, rank=rank), jax.random.key(0))
-    axes = lora_lib.lora_axes(lora, family.base_axes())
+    axes = family.lora_axes(lora)
     names = {name for name, _ in RULES}
 
     def check(leaf, leaf_axes):

@@ -16,7 +16,7 @@ from world_distill.checkpoints import CheckpointError, load_weights, save_weight
 from world_distill.config import UserError, load_config
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN
-from world_distill.models.tiny.text import encode_text
+from world_distill.models.words import encode_text
 from world_distill.sharding import RULES, make_mesh, tree_shardings
 
 
@@ -331,16 +331,16 @@ def test_decoding_clips_what_no_byte_can_hold():
 def test_scenes_are_encoded_like_first_frames():
     family = models.build("tiny", size=20, frames=5, patch=5, stride=2, width=32, heads=2)
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), np.uint8)
-    scenes = family.encode_scene(images)
+    scenes = family.encode_scene({}, images)
     assert isinstance(scenes, np.ndarray) and scenes.shape == (2, 1, 4, 4, 150) and scenes.dtype == np.float32
     clips = np.repeat(images[:, None], 5, axis=1)
     np.testing.assert_array_equal(family.encode_clips(jnp.asarray(clips))[:, :1], scenes)
     latents = jnp.concatenate([scenes, jnp.zeros((2, 2, 4, 4, 150))], axis=1)
-    assert family.decode(latents).shape == (2, 5, 20, 20, 3)
-    np.testing.assert_array_equal(family.decode(latents)[:, 0], images)
+    assert family.decode({}, latents).shape == (2, 5, 20, 20, 3)
+    np.testing.assert_array_equal(family.decode({}, latents)[:, 0], images)
     for height, width in ((25, 25), (20, 25)):
         with pytest.raises(ValueError, match=f"{height}x{width} pixels; this model takes 20x20"):
-            family.encode_scene(np.zeros((1, height, width, 3), np.uint8))
+            family.encode_scene({}, np.zeros((1, height, width, 3), np.uint8))
 
 
 # ---- Text

@@ -65,8 +65,10 @@ def encode_records(
             pngs = {r.image_id: r.image_png for r in records}
             images = {i: decode_png(png) for i, png in pngs.items()}
             if size is not None:
-                images = {i: fit_image(image, size) for i, image in images.items()}
-                pngs = {i: encode_png(image) for i, image in images.items()}
+                fitted = {i: fit_image(image, size) for i, image in images.items()}
+                # A file that needs no change stays as it is, with whatever its text chunks say.
+                pngs = {i: pngs[i] if fitted[i] is images[i] else encode_png(fitted[i]) for i in images}
+                images = fitted
             scenes = _scenes(images, encode_scene, batch)
             texts = _texts([t for r in records for t in (r.task, r.solution)], encode_text, batch)
             for k, record in enumerate(records):

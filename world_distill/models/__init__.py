@@ -2,7 +2,7 @@
 
 import importlib
 
-FAMILIES = ("tiny",)
+FAMILIES = ("tiny", "wan")
 
 
 def build(family: str, **sizes):

@@ -6,6 +6,7 @@ its name). Nothing here reads files or needs torch: entries turn numpy arrays ov
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,21 @@ class Entry:
         return {name: np.ascontiguousarray(self.theirs(part)) for name, part in zip(self.names, parts, strict=True)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A model as published, in terms of this project.
+
+    Attributes:
+      sizes: as in a config's section `model`.
+      entries: of each part of the base, whose tensors lie in a folder of that name.
+      constants: arrays of the base by dotted path that are no tensors there, but stand in a config.
+    """
+
+    sizes: dict[str, Any]
+    entries: dict[str, list[Entry]]
+    constants: dict[str, np.ndarray]
+
+
 def check_names(entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What does not fit, a line each: tensors that are missing, not expected, or of another shape.
 
@@ -80,6 +96,15 @@ def check_names(entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]]) 
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != shape
     ]
+
+
+def our_shapes(entries: Iterable[Entry]) -> PyTree:
+    """Our tree with the shape of each array, a tuple."""
+    tree: PyTree = {}
+    for entry in entries:
+        shape = entry.ours(np.broadcast_to(np.float32(0), entry.shape)).shape  # takes no memory
+        put(tree, entry.path, (entry.blocks, *shape) if entry.blocks else shape)
+    return tree
 
 
 def put(tree: PyTree, path: str, value: object) -> None:

@@ -27,6 +27,7 @@ def case(request):
     theirs = {key[2:]: arrays.pop(key).astype(np.float32) for key in list(arrays) if key.startswith("w:")}
     config = CONFIGS[request.param]
     weights = jax.tree.map(jnp.asarray, assemble(vae_entries(config), theirs))
+    weights |= {"mean": jnp.zeros(config.channels), "std": jnp.ones(config.channels)}
     return config, weights, *(jnp.moveaxis(jnp.asarray(arrays[name]), 1, -1) for name in "xzy")
 
 

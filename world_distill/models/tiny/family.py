@@ -12,7 +12,7 @@ from world_distill.models import lora as lora_lib
 from world_distill.models.functional import Functional
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN, TinyConfig, TinyDiT
-from world_distill.models.tiny.text import encode_text
+from world_distill.models.words import encode_text
 from world_distill.structs import Condition, PyTree
 
 
@@ -32,6 +32,8 @@ class TinyFamily:
 
     name = "tiny"
     default_base = pathlib.Path(__file__).parent / "base.safetensors"
+    image_size = None
+    codec_parts = ()  # the codec has no weights
 
     def __init__(
         self,
@@ -65,6 +67,9 @@ class TinyFamily:
             return lora_lib.init_full(base)
         return lora_lib.init_lora(key, base, rank=rank, targets=self.lora_targets)
 
+    def lora_axes(self, lora: PyTree) -> PyTree:
+        return lora_lib.lora_axes(lora, self.base_axes())
+
     def predict_clean(self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition):
         """Clean latents [b f h w c] that the network sees in x_t; the scene's frame is passed through."""
         if self.merge_lora:
@@ -80,14 +85,14 @@ class TinyFamily:
         velocity = (x_t - clean) / jnp.maximum(t, T_MIN)[:, None, None, None, None]
         return velocity * self.free_frames[:, None, None, None]
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, base: PyTree, latents: jax.Array) -> jax.Array:
         return codec.decode(latents, self.patch, self.stride)
 
     def encode_clips(self, clips: jax.Array) -> jax.Array:
         """RGB clips [b F H W 3] uint8 to latents [b f h w c] (pretraining)."""
         return codec.encode(clips, self.patch, self.stride)
 
-    def encode_scene(self, images: np.ndarray) -> np.ndarray:
+    def encode_scene(self, base: PyTree, images: np.ndarray) -> np.ndarray:
         _, height, width, _ = images.shape
         expected = (self.config.grid[1] * self.patch, self.config.grid[2] * self.patch)
         if (height, width) != expected:

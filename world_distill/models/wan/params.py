@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from world_distill.models.params import Entry, same, transpose
+from world_distill.models.params import Entry, Published, same, transpose
 from world_distill.models.wan.modeling import WanConfig
 from world_distill.models.wan.vae import VaeConfig
 
@@ -18,8 +18,8 @@ _FIXED = {
 }  # fmt: skip
 
 
-def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Entry]]]:
-    """(sizes as in a config's section `model`, entries of each part) from diffusers' two config.json.
+def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Published:
+    """What there is to convert, from diffusers' two config.json.
 
     Raises:
       ValueError: a network that is not built here, or sizes that do not fit together.
@@ -36,9 +36,16 @@ def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[di
     sizes = {
         "channels": network.channels, "width": network.width, "depth": network.depth, "heads": network.heads,
         "mlp": network.mlp, "text_width": network.text_width, "time_width": network.time_width,
-        "vae": dataclasses.asdict(codec),
+        "patch": network.patch, "eps": network.eps, "vae": dataclasses.asdict(codec),
     }  # fmt: skip
-    return sizes, {"transformer": list(transformer_entries(network)), "vae": list(vae_entries(codec))}
+    return Published(
+        sizes=sizes,
+        entries={"transformer": list(transformer_entries(network)), "vae": list(vae_entries(codec))},
+        constants={
+            f"vae.{ours}": np.array(vae[theirs], np.float32)
+            for ours, theirs in (("mean", "latents_mean"), ("std", "latents_std"))
+        },
+    )
 
 
 def transformer_config(config: Mapping[str, Any]) -> WanConfig:
@@ -70,9 +77,28 @@ def vae_config(config: Mapping[str, Any]) -> VaeConfig:
         halve_time=tuple(config["temperal_downsample"]),
         patch=config.get("patch_size") or 1,
         shortcuts=bool(config.get("is_residual", False)),
-        mean=tuple(config["latents_mean"]),
-        std=tuple(config["latents_std"]),
     )
+
+
+def published_configs(network: WanConfig, codec: VaeConfig, mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
+    """diffusers' config.json of transformer and vae, from ours: what `describe` reads."""
+    pixels = 3 * codec.patch**2
+    transformer = {
+        "_class_name": "WanTransformer3DModel", "patch_size": [1, network.patch, network.patch],
+        "num_attention_heads": network.heads, "attention_head_dim": network.width // network.heads,
+        "in_channels": network.channels, "out_channels": network.channels, "text_dim": network.text_width,
+        "freq_dim": network.time_width, "ffn_dim": network.mlp, "num_layers": network.depth, "eps": network.eps,
+        **_FIXED["transformer"], "rope_max_seq_len": 1024,
+    }  # fmt: skip
+    autoencoder = {
+        "_class_name": "AutoencoderKLWan", "base_dim": codec.encoder_width, "decoder_base_dim": codec.decoder_width,
+        "z_dim": codec.channels, "dim_mult": list(codec.multiples), "num_res_blocks": codec.blocks,
+        "temperal_downsample": list(codec.halve_time), "is_residual": codec.shortcuts, "in_channels": pixels,
+        "out_channels": pixels, "patch_size": codec.patch if codec.patch > 1 else None,
+        "scale_factor_temporal": codec.time, "scale_factor_spatial": codec.space, **_FIXED["vae"],
+        "latents_mean": np.asarray(mean, float).tolist(), "latents_std": np.asarray(std, float).tolist(),
+    }  # fmt: skip
+    return {"transformer": transformer, "vae": autoencoder}
 
 
 # Linear layers: our path, and its name in diffusers and in the original checkpoints (which ComfyUI uses).

@@ -31,7 +31,6 @@ class VaeConfig:
       halve_time: whether each step to the next lower resolution halves the frame rate, too.
       patch: pixels folded into channels before the first and after the last convolution.
       shortcuts: whether resolutions are bridged by averages and repeats (2.2).
-      mean, std: of each latent channel.
     """
 
     channels: int = 48
@@ -42,8 +41,6 @@ class VaeConfig:
     halve_time: tuple[bool, ...] = (False, True, True)
     patch: int = 2
     shortcuts: bool = True
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
 
     @property
     def space(self) -> int:
@@ -69,7 +66,7 @@ def encode(
     """Clips in [-1, 1] to normalised latents (the mode of the posterior).
 
     Args:
-      weights: `encoder` and `quant` are used.
+      weights: `encoder`, `quant`, and each latent channel's `mean` and `std` are used.
       clips: 1 + 4k frames.
       config: sizes.
       piece: latent frames worked on at a time after the first; 0: all at once.
@@ -83,17 +80,17 @@ def encode(
     x = clips.reshape(b, frames, height // p, p, width // p, p, c).transpose(0, 1, 2, 4, 6, 5, 3)
     x = x.reshape(b, frames, height // p, width // p, c * p * p)
     moments = _in_pieces(lambda x, tape: _encoder(weights, x, config, tape), x, piece * config.time)
-    mean, std = _statistics(config)
-    return (moments[..., : config.channels] - mean) / std
+    moments = moments[..., : config.channels].astype(jnp.float32)
+    return (moments - weights["mean"]) / weights["std"]
 
 
 def decode(
     weights: PyTree, latents: Float[Array, "b f h w c"], config: VaeConfig, *, piece: int = 0
 ) -> Float[Array, "b F H W 3"]:
     """Normalised latents to clips in [-1, 1]; arguments as for `encode`."""
-    mean, std = _statistics(config)
     p = config.patch
-    x = _in_pieces(lambda z, tape: _decoder(weights, z, config, tape), latents * std + mean, piece)
+    z = (latents.astype(jnp.float32) * weights["std"] + weights["mean"]).astype(weights["post_quant"]["kernel"].dtype)
+    x = _in_pieces(lambda z, tape: _decoder(weights, z, config, tape), z, piece)
     b, frames, height, width, c = x.shape
     x = x.reshape(b, frames, height, width, c // (p * p), p, p).transpose(0, 1, 2, 6, 3, 5, 4)
     return jnp.clip(x.reshape(b, frames, height * p, width * p, -1), -1.0, 1.0)
@@ -261,8 +258,3 @@ def _norm(p: PyTree, x: Array) -> Array:
     x32 = x.astype(jnp.float32)
     length = jnp.sqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True))
     return (x32 / jnp.maximum(length, 1e-12) * np.sqrt(x.shape[-1])).astype(x.dtype) * p["gain"].astype(x.dtype)
-
-
-def _statistics(config: VaeConfig) -> tuple[np.ndarray, np.ndarray]:
-    mean = np.array(config.mean or [0.0] * config.channels, np.float32)
-    return mean, np.array(config.std or [1.0] * config.channels, np.float32)

@@ -1,0 +1,201 @@
+"""World Model Self-Distillation of Wan2.2-TI2V-5B.
+
+Commands:  world-distill convert Wan2.2-TI2V-5B-Diffusers weights/wan22-5b --dtype bfloat16
+           world-distill annotate / encode --config wan22_5b …      (see README.md)
+           world-distill train --config wan22_5b[:VARIANT] --config.data=data --workdir runs/wan
+Hardware:  not measured yet. The weights are 10 GB in bfloat16, and the autoencoder 2.8 GB in float32.
+Result:    not measured yet.
+
+Variants, `--config wan22_5b:VARIANT`:
+  distill   on-policy distillation (Eq. 11): needs no judge; the default
+  wmsd      distillation with RL (AWM) from a VLM judge, which `judge.factory` has to name
+  debug     the same code on a tiny untrained network, in the sandbox's world: minutes on a CPU, no downloads
+"""
+
+from ml_collections import ConfigDict
+
+from world_distill.config import UserError, parse_arg
+
+VARIANTS = ("distill", "wmsd", "debug")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config of a variant; see the module's text."""
+    variant = parse_arg(arg, variant="distill").variant
+    if variant not in VARIANTS:
+        raise UserError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)}")
+    c = ConfigDict()
+    c.seed = 0  # of tasks, rollouts and training
+
+    # Model: sizes as published --------------------------------------------------------------------------------------
+    c.model = ConfigDict()
+    c.model.family = "wan"
+    c.model.size = (480, 832)  # height and width of a clip in pixels, multiples of 32
+    c.model.frames = 49  # of a clip: 1 + a multiple of 4
+    c.model.fps = 24.0  # frames a second
+    c.model.channels = 48  # of latents
+    c.model.width = 3072  # hidden width
+    c.model.depth = 30  # blocks
+    c.model.heads = 24  # attention heads
+    c.model.mlp = 14336  # hidden width of the MLP
+    c.model.text_width = 4096  # of the text encoder's states
+    c.model.time_width = 256  # features of a timestep
+    c.model.vae = ConfigDict()
+    c.model.vae.channels = 48  # of latents
+    c.model.vae.encoder_width = 160  # channels at the highest resolution
+    c.model.vae.decoder_width = 256
+    c.model.vae.multiples = (1, 2, 4, 4)  # of these, by resolution
+    c.model.vae.blocks = 2  # residual blocks a resolution
+    c.model.vae.halve_time = (False, True, True)  # steps down in resolution that halve the frame rate
+    c.model.vae.patch = 2  # pixels folded into channels
+    c.model.vae.shortcuts = True  # averages and repeats around each resolution
+    c.model.dtype = "bfloat16"  # of the transformer's weights
+    c.model.vae_dtype = "float32"  # of the autoencoder's
+    c.model.remat = "full"  # what the backward pass computes again: none | dots | full
+    c.model.attention = None  # what computes attention: none (JAX decides) | xla | cudnn
+    c.model.piece = 2  # latent frames decoded at a time; 0: all
+    c.model.rows = 0  # clips decoded at a time, over all devices; 0: all
+    c.model.text_encoder = ""  # for `encode` and `generate`: folder with text_encoder/ and tokenizer/
+    c.base = ""  # checkpoint of `world-distill convert`; "random": untrained
+    c.text_length = 512  # tokens that texts are padded to, as the model was trained
+    c.encode_batch = 4  # scenes that `encode` takes at once
+    c.host_devices = 1  # CPU devices to split batches over, where there is no accelerator
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1  # batch rows
+    c.mesh.fsdp = -1  # weights and rows; -1 takes the devices that are left
+    c.mesh.context = 1  # tokens of one clip
+    c.mesh.tensor = 1  # heads and hidden widths
+
+    # Scenes, tasks and solutions ------------------------------------------------------------------------------------
+    c.annotator = ConfigDict()
+    c.annotator.factory = ""  # package.module:function
+    c.annotator.options = ConfigDict()
+    c.annotator.pairs = 8  # tasks a scene, at most (paper: 8)
+    c.annotator.test_pairs = 1  # tasks a scene in validation and test
+
+    # Executor -------------------------------------------------------------------------------------------------------
+    c.executor = ConfigDict()
+    c.executor.rank = 32  # of the LoRA factors; 0 trains full differences from the base
+    c.executor.alpha = 32.0  # LoRA's product is scaled by alpha / rank
+    c.executor.targets = (
+        r"blocks\.(self_attention|cross_attention)\.(q|k|v|out)|blocks\.mlp\.(up|down)"  # layers, by path
+    )
+    c.executor.start = ""  # LoRA file (diffusers' or ComfyUI's layout) to start from
+
+    c.sampler = ConfigDict()
+    c.sampler.steps = 12  # of a rollout
+    c.sampler.shift = 5.0  # of the uniform grid of times, the model's own
+    c.sampler.explicit = ()  # times instead of a shifted grid, noisiest first
+    c.sampler.eta = 0.0  # noise of the SDE steps (Flow-GRPO: 0.7); 0 samples the ODE
+    c.sampler.window = ()  # (start, length) of the steps that stay stochastic; empty: all but the last
+
+    # Experience -----------------------------------------------------------------------------------------------------
+    c.rollout = ConfigDict()
+    c.rollout.tasks = 8  # tasks a step
+    c.rollout.group = 8  # rollouts a task (paper: 24)
+    c.rollout.spread = True  # a task for every rollout while there is no RL, which alone needs groups
+    c.rollout.role = "executor"  # or demonstrator: off-policy distillation
+    c.rollout.weights = ConfigDict()
+    c.rollout.weights.task = 1.0  # lambda_task: was it done
+    c.rollout.weights.agent = 1.0  # lambda_agent: by the one who was to do it
+    c.rollout.weights.consistency = 1.0  # lambda_cons: physically and temporally consistent
+    c.rollout.weights.distill = 0.0  # lambda_distill: Eq. 9
+    c.rollout.clip = 0.0  # log-odds are clipped to +-clip; 0: not
+    c.rollout.normalise = "batch"  # divide each reward by its std over the batch | group | none
+    c.rollout.std = "group"  # std that advantages are divided by: batch | group | none
+    c.rollout.min_valid = 2  # valid judgments that a group needs
+    c.rollout.negative_scale = 1.0  # factor on negative advantages
+
+    # Objective ------------------------------------------------------------------------------------------------------
+    c.objective = ConfigDict()
+    c.objective.rl = "awm" if variant == "wmsd" else "none"  # awm | flow_grpo | none
+    c.objective.rl_weight = ((0, 1.0),)  # of the RL loss, by step: (step, value) points
+    c.objective.beta_d = ((0, 0.01 if variant == "wmsd" else 1.0),)  # of the Demonstrator's anchor (paper's best: .01)
+    c.objective.anchor_states = "visited"  # visited | renoised
+    c.objective.anchor_loss = "mse"  # mse | decoupled
+    c.objective.updates = 4  # optimiser updates on one batch of rollouts
+    c.objective.minibatches = 4  # parts of the rollouts, one an update
+    c.objective.draws = 2  # random times an update, for each row
+    c.objective.tied = 1  # neighbouring rows that share their times; 0: all
+    c.objective.micro_batch = 0  # rows a forward; 0: all
+    c.objective.skip_first = True  # leave pure noise out of AWM's times
+    c.objective.keep_fraction = 1.0  # part of the grid that AWM's times come from (14 steps: 0.9)
+    c.objective.awm_weighting = "uniform"  # uniform | t | t2 | huber | ghuber
+    c.objective.awm_power = 0.25  # of ghuber
+    c.objective.awm_clip = 0.2  # clip range of the ratio
+    c.objective.awm_temperature = 0.005  # divides the log-ratio, so that the clip engages; scales the RL gradient, too
+    c.objective.awm_old = "start"  # ratio's denominator: current | start | ema
+    c.objective.beta_old = 0.0  # trust region: distance to a fast average of the Executor (AWM: 1)
+    c.objective.old_slope = 0.001  # that average's decay grows by this a step
+    c.objective.old_maximum = 0.3  # up to this
+    c.objective.beta_base = 0.0  # distance to the base given the task
+    c.objective.grpo_clip = 1e-3  # Flow-GRPO's clip range
+    c.objective.grpo_beta = 0.0  # Flow-GRPO's exact KL to the base given the task
+    c.objective.ema_decay = 0.98  # per update, of the weights that are evaluated
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adam | adamw | muon
+    c.optimizer.learning_rate = ((0, 1e-4),)  # by step
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.grad_clip = 1.0  # global norm
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+
+    # Judge and benchmark --------------------------------------------------------------------------------------------
+    c.judge = ConfigDict()
+    c.judge.factory = ""  # package.module:function; `wmsd` asks it, `distill` does not
+    c.judge.options = ConfigDict()
+    c.judge.rubric = ""  # folder of question files; empty: those that ship with the package
+    c.benchmark = ConfigDict()
+    c.benchmark.factory = ""  # package.module:function; `evaluate` asks it
+    c.benchmark.options = ConfigDict()
+
+    # The run --------------------------------------------------------------------------------------------------------
+    c.data = ""  # folder of encoded records (train, validation, test); empty: WORKDIR/data
+    c.steps = 100  # training steps (paper: 100)
+    c.log_every = 1  # steps
+    c.save_every = 10  # steps
+    c.keep = 2  # checkpoints
+    c.evaluate_every = 0  # steps; 0: never
+    c.evaluate_tasks = 64  # validation tasks looked at each time
+    c.evaluate_batch = 8  # clips sampled at once
+    if variant == "debug":
+        _shrink(c)
+    return c
+
+
+def _shrink(c: ConfigDict) -> None:
+    """Makes everything tiny, and puts the sandbox's world in the place of pictures and VLMs."""
+    c.model.size = (96, 96)
+    c.model.frames = 9
+    c.model.fps = 8.0
+    c.model.channels = c.model.vae.channels = 6
+    c.model.width, c.model.depth, c.model.heads, c.model.mlp = 32, 2, 2, 48
+    c.model.text_width, c.model.time_width = 20, 32
+    c.model.vae.encoder_width, c.model.vae.decoder_width, c.model.vae.blocks = 4, 6, 1
+    c.model.dtype = "float32"
+    c.model.piece = 0
+    c.model.text_encoder = "words"  # states without weights
+    c.base = "random"
+    c.text_length = 64
+    c.encode_batch = 8
+    c.executor.rank, c.executor.alpha = 4, 4.0
+    c.optimizer.learning_rate = ((0, 1e-3),)
+    c.sampler.steps = 4
+    c.rollout.tasks, c.rollout.group = 4, 2
+    c.objective.rl = "awm"
+    c.steps, c.save_every, c.evaluate_tasks = 4, 2, 8
+
+    c.world = ConfigDict()
+    c.world.size = 96  # pixels a side
+    c.world.frames = 9  # of a clip, the scene included
+    c.scenes = ConfigDict()
+    c.scenes.factory = "world_distill.sandbox.scenes:write_scenes"
+    c.scenes.options = ConfigDict({"world": "@world"})
+    c.scenes.train, c.scenes.validation, c.scenes.test = 6, 2, 4  # scene images
+    for part, name in (("annotator", "oracle"), ("benchmark", "benchmark")):
+        c[part].factory = f"world_distill.sandbox.factories:{name}"
+        c[part].options = ConfigDict({"world": "@world"})
+    # The oracle could not tell what an untrained network's clips show; this judge can.
+    c.judge.factory = "world_distill.judges.brightness:Brightness"
