@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from world_distill.core.guidance import guided
+from world_distill.structs import Condition
+
+B, L, D = 2, 3, 5
+MASK = np.array([True, True, False])
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def inputs():
+    condition = Condition(text=draw(0, B, L, D), text_mask=jnp.ones((B, L), bool), scene=draw(1, B, 1, 2, 2, 4))
+    return jnp.float32(0.8), None, draw(2, B, 3, 2, 2, 4), jnp.float32([0.9, 0.3]), condition
+
+
+def denoise(base, lora, x, t, condition):
+    """Depends on everything that it is told, row by row."""
+    hint = jnp.sum(condition.text * condition.text_mask[..., None], axis=(1, 2)) + t
+    return base * jnp.sin(x + hint[:, None, None, None, None]) + condition.scene
+
+
+def test_guidance_is_the_formula_in_one_call():
+    rows = []
+
+    def counted(base, lora, x, *rest):
+        rows.append(len(x))
+        return denoise(base, lora, x, *rest)
+
+    negative = draw(3, L, D)
+    base, lora, x, t, condition = inputs()
+    v = jax.jit(guided(counted, 5.0, negative, jnp.asarray(MASK)))(base, lora, x, t, condition)
+    assert rows == [2 * B]
+    without = condition.replace(text=jnp.stack([negative] * B), text_mask=jnp.asarray(np.stack([MASK] * B)))
+    v_text, v_negative = (jax.jit(denoise)(base, lora, x, t, c) for c in (condition, without))
+    np.testing.assert_allclose(v, -4 * v_negative + 5 * v_text, atol=1e-5)
+    assert np.abs(v - v_text).max() > 0.1
+
+
+def test_velocities_are_combined_in_float32():
+    def coarse(*inputs):
+        return denoise(*inputs).astype(jnp.bfloat16)
+
+    v = jax.jit(guided(coarse, 1.7, draw(3, L, D), jnp.asarray(MASK)))(*inputs())
+    assert v.dtype == jnp.float32
+    assert (v != v.astype(jnp.bfloat16)).mean() > 0.5
+
+
+def test_scale_1_is_the_denoiser_itself():
+    assert guided(denoise, 1.0, draw(3, L, D), jnp.asarray(MASK)) is denoise
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.99, -2.0, float("inf"), float("nan")])
+def test_bad_scales_are_refused(scale):
+    with pytest.raises(ValueError, match="at least 1, which turns guidance off"):
+        guided(denoise, scale, draw(3, L, D), jnp.asarray(MASK))
+
+
+def test_texts_of_other_lengths_are_refused():
+    call = guided(denoise, 5.0, draw(3, L + 1, D), jnp.ones(L + 1, bool))
+    with pytest.raises(ValueError, match=r"\(3, 5\).*\(4, 5\).*pad them"):
+        call(*inputs())
