@@ -10,8 +10,13 @@ import json
 import pathlib
 
 import diffusers
+import jax
+import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import torch
+
+from world_distill.core import sampling
 
 FOLDER = pathlib.Path(__file__).parent / "goldens"
 TRANSFORMER = {
@@ -32,6 +37,25 @@ VAES = {
         "latents_mean": [0.0] * 6, "latents_std": [1.0] * 6,
     },
 }  # fmt: skip
+
+# (steps, shift) of the schedules that are kept.
+SCHEDULES = ((1, 5.0), (2, 5.0), (8, 5.0), (50, 5.0), (20, 3.0), (10, 1.0))
+
+
+class Euler(diffusers.FlowMatchEulerDiscreteScheduler):
+    """Euler on the even grid, shifted once: left alone, diffusers shifts a grid that is shifted already."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(sigmas=np.linspace(1, 0, num_inference_steps + 1)[:-1], device=device)
+
+
+def scheduler(name: str, shift: float) -> diffusers.SchedulerMixin:
+    """Wan's default ("unipc"), or Euler's method ("euler")."""
+    if name == "euler":
+        return Euler(shift=shift)
+    return diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
+    )
 
 
 def redraw(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -78,6 +102,51 @@ def vae(version: str, seed: int, clip: tuple[int, int, int]) -> dict[str, np.nda
     return {k: a.numpy() for k, a in arrays.items()} | weights
 
 
+def schedules() -> dict[str, np.ndarray]:
+    """`NAME_STEPS_SHIFT:sigmas` and `:timesteps` of both solvers."""
+    arrays = {}
+    for name in ("euler", "unipc"):
+        for steps, shift in SCHEDULES:
+            solver = scheduler(name, shift)
+            solver.set_timesteps(steps)
+            arrays[f"{name}_{steps}_{shift}:sigmas"] = solver.sigmas.numpy()
+            arrays[f"{name}_{steps}_{shift}:timesteps"] = solver.timesteps.numpy()
+    return arrays
+
+
+def loops(seed: int, grid: tuple[int, int, int], tokens: int, steps: int = 8) -> tuple[dict, dict]:
+    """Clips of diffusers' pipeline, one scene with two texts; and the transformer's weights.
+
+    Returns:
+      (noise, text, negative text, `NAME_SCALE` for the latents of each solver with guidance of that scale; weights).
+      The noise is that of our own rollouts with the key `seed`. Frame 0 of the latents is the scene.
+    """
+    model = redraw(diffusers.WanTransformer3DModel(**TRANSFORMER), seed)
+    codec = redraw(diffusers.AutoencoderKLWan(**VAES["2.2"]), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    f, h, w = grid
+    keys = sampling.sample_keys(jax.random.key(seed, impl="threefry2x32"), np.arange(2))
+    shape = (f, h, w, TRANSFORMER["in_channels"])
+    noise = np.moveaxis(np.array(sampling.initial_noise(keys, jnp.zeros((2, 1, *shape[1:])), shape, None)), -1, 1)
+    text = torch.randn(2, tokens, TRANSFORMER["text_dim"], generator=generator)
+    negative = torch.randn(1, tokens, TRANSFORMER["text_dim"], generator=generator)
+    image = np.random.default_rng(seed).integers(256, size=(16 * h, 16 * w, 3), dtype=np.uint8)
+    arrays = {"noise": noise, "text": text.numpy(), "negative": negative[0].numpy()}
+    for name in ("euler", "unipc"):
+        pipeline = diffusers.WanImageToVideoPipeline(
+            tokenizer=None, text_encoder=None, vae=codec, transformer=model, scheduler=scheduler(name, 5.0),
+            expand_timesteps=True,
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        for scale in (1, 5):
+            arrays[f"{name}_{scale}"] = pipeline(
+                image=PIL.Image.fromarray(image), height=16 * h, width=16 * w, num_frames=4 * f - 3,
+                num_inference_steps=steps, guidance_scale=float(scale), latents=torch.from_numpy(noise),
+                prompt_embeds=text, negative_prompt_embeds=negative.expand(2, -1, -1), output_type="latent",
+            ).frames.numpy()  # fmt: skip
+    return arrays, {name: array.numpy() for name, array in model.state_dict().items()}
+
+
 def official_shapes() -> dict[str, dict[str, list[int]]]:
     """Name -> shape of every tensor of Wan2.2-TI2V-5B, built without weights."""
     transformer = {
@@ -101,6 +170,8 @@ def main() -> None:
     for seed, grid, tokens in ((0, (3, 4, 6), 11), (1, (2, 10, 4), 5)):
         f, h, w = grid
         np.savez_compressed(FOLDER / f"transformer_{f}x{h}x{w}.npz", **transformer(seed, grid, tokens))
+    # The weights are those of transformer_3x4x6.npz, which has the same seed.
+    np.savez_compressed(FOLDER / "samplers.npz", **schedules(), **loops(0, (3, 4, 6), 11)[0])
     for version, seed, clip in (("2.1", 2, (9, 16, 24)), ("2.2", 3, (13, 32, 48))):
         np.savez_compressed(FOLDER / f"vae_{version}.npz", **vae(version, seed, clip))
     text = json.dumps(official_shapes(), separators=(",", ":"))
