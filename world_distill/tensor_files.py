@@ -1,6 +1,7 @@
 """Tensors of a folder of safetensors files, read one at a time."""
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -31,7 +32,7 @@ class TensorFiles:
         self._file: dict[str, pathlib.Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path, expected in _files(folder).items():
-            with _open(path) as file:
+            with open_tensors(path) as file:
                 found = set(file.keys())
                 if expected is not None and (lost := sorted(expected - found)):
                     raise TensorFileError(f"{path} lacks {len(lost)} tensors of its index, {lost[0]} for one")
@@ -40,7 +41,7 @@ class TensorFiles:
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> np.ndarray:
-        with _open(self._file[name]) as file:
+        with open_tensors(self._file[name]) as file:
             return file.get_tensor(name)
 
 
@@ -75,7 +76,8 @@ def _files(folder: pathlib.Path) -> Mapping[pathlib.Path, set[str] | None]:
     raise TensorFileError(f"{folder} holds no safetensors files")
 
 
-def _open(path: pathlib.Path):
+def open_tensors(path: str | os.PathLike):
+    """An open safetensors file. Raises TensorFileError if it is missing, cut off or something else."""
     try:
         return safetensors.safe_open(path, "numpy")
     except (OSError, safetensors.SafetensorError) as error:

@@ -7,6 +7,7 @@ an optimiser updates, an EMA averages and a checkpoint holds; the base is never 
 """
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from world_distill.structs import PyTree
 
 
-def kernels(base: PyTree, prefix: str = "") -> dict[str, jax.Array]:
-    """Dotted path -> kernel of every linear layer in a nested dict of weights."""
+def kernels(base: PyTree, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> kernel of every linear layer in a nested dict of weights, or of their shapes."""
     found = {}
     for name, value in base.items():
         path = f"{prefix}.{name}" if prefix else name

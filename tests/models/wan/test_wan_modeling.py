@@ -1,38 +1,15 @@
 """The transformer against diffusers, from goldens that `make_goldens.py` wrote."""
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from world_distill.models.functional import Functional
-from world_distill.models.params import assemble, check_names
-from world_distill.models.wan.modeling import WanConfig, WanDiT
+from tests.models.wan.small_wan import CONFIG, inputs, load, network
+from world_distill.models.params import check_names
 from world_distill.models.wan.params import transformer_entries
-
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
-CONFIG = WanConfig(channels=6, width=32, depth=2, heads=2, mlp=48, text_width=20, time_width=32, remat="none")
-
-
-def load(name):
-    """The golden's arrays, and its weights as our tree."""
-    with np.load(GOLDENS / name) as file:
-        arrays = dict(file)
-    theirs = {key[2:]: arrays.pop(key) for key in list(arrays) if key.startswith("w:")}
-    return arrays, assemble(transformer_entries(CONFIG), theirs), theirs
-
-
-def network(config):
-    return Functional(lambda rngs: WanDiT(config, rngs=rngs))
-
-
-def inputs(arrays):
-    x = np.moveaxis(arrays["x"], 1, -1)
-    times = np.concatenate([np.zeros((len(x), 1)), np.repeat(arrays["t"][:, None], x.shape[1] - 1, 1)], 1)
-    return x, times.astype(np.float32), arrays["text"]
 
 
 @pytest.mark.parametrize("name", ["transformer_3x4x6.npz", "transformer_2x10x4.npz"])
