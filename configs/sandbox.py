@@ -123,6 +123,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.executor.rank = 16  # of the LoRA factors; 0 trains full differences from the base
     c.executor.alpha = 16.0  # LoRA's product is scaled by alpha / rank
     c.executor.targets = r"blocks\..*|text_in|text_out|pooled"  # layers that LoRA adapts, by their path
+    c.executor.start = ""  # LoRA file to start from, for families that are published
 
     c.sampler = ConfigDict()
     c.sampler.steps = 6  # of a rollout

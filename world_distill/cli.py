@@ -43,6 +43,8 @@ VERBS = {
     "convert": Verb("world_distill.convert", "turn published PyTorch weights into a checkpoint"),
     "pretrain": Verb("world_distill.pretrain", "train the sandbox's base model"),
     "train": Verb("world_distill.train", "train an Executor: distillation, RL, or both (WMSD)"),
+    "generate": Verb("world_distill.generate", "make clips from images and texts"),
+    "export": Verb("world_distill.export", "write the trained Executor as LoRA or weights for diffusers and ComfyUI"),
     "evaluate": Verb("world_distill.evaluate", "score models on held-out tasks"),
     "report": Verb("world_distill.report", "make one HTML page of a run, with its clips"),
     "ablate": Verb("world_distill.ablate", "train the paper's variants and compare them"),

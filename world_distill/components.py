@@ -138,7 +138,7 @@ def _load_converted(path: pathlib.Path, family: ModelFamily, expected: PyTree, s
 
 
 def _check_weights(path: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...]], expected: PyTree) -> None:
-    problems = _differences(shapes, {name: x.shape for name, x in converted.by_name(expected).items()})
+    problems = differences(shapes, {name: x.shape for name, x in converted.by_name(expected).items()})
     if problems:
         raise UserError(f"the weights in {path} do not fit config.model:\n  " + "\n  ".join(problems))
 
@@ -150,7 +150,7 @@ def load_codec(family: ModelFamily, config: ConfigDict) -> PyTree:
     return load_base(family, config, start_devices(config), parts=family.codec_parts)
 
 
-def _differences(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> list[str]:
+def differences(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> list[str]:
     """One line an array that is missing, unexpected or of another shape."""
     lines = [f"missing {name} {want[name]}" for name in sorted(want.keys() - have.keys())]
     lines += [f"unexpected {name} {have[name]}" for name in sorted(have.keys() - want.keys())]

@@ -5,7 +5,7 @@ A new model, annotator or judge is a class or a module with these members; nothi
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -38,6 +38,7 @@ class ModelFamily(Protocol):
     free_frames: np.ndarray  # [f] float32: 1 where a latent frame is generated, 0 where it is pinned to the scene
     fps: float  # frames a second of a decoded clip
     image_size: tuple[int, int] | None  # (height, width) that scenes are cut to; None: they have to fit already
+    linears: Mapping[str, tuple[str, str]] | None  # layers' names in diffusers and in the original code, if published
     codec_parts: tuple[str, ...]  # parts of the base (its outermost keys) that `decode` and `encode_scene` read
     default_base: pathlib.Path | None  # weights that ship with the package, if any
 
@@ -59,6 +60,10 @@ class ModelFamily(Protocol):
 
     def lora_axes(self, lora: PyTree) -> PyTree:
         """Logical axis names of `init_lora`'s tree."""
+        ...
+
+    def kernel_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every kernel that LoRA may adapt, by dotted path."""
         ...
 
     def decode(self, base: PyTree, latents: jax.Array) -> jax.Array:

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from world_distill import arguments, components, optim
+from world_distill import arguments, components, converted, optim
 from world_distill.checkpoints import Checkpointer
 from world_distill.config import UserError, diff, from_json, to_json
 from world_distill.core.schedules import piecewise_linear
 from world_distill.interfaces import Benchmark, ModelFamily
+from world_distill.lora_files import read_lora
 from world_distill.objectives import init_state
 from world_distill.scoring import Evaluator
 from world_distill.sharding import like_weights, replicated, tree_shardings
@@ -96,6 +98,28 @@ def load_executor(
 def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:
     """Where the run's encoded records are."""
     return pathlib.Path(config.data) if config.data else workdir / "data"
+
+
+def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -> TrainState:
+    """A fresh state whose Executor is that of a LoRA file, in diffusers' or ComfyUI's layout.
+
+    Raises:
+      UserError: a family or an Executor without LoRA, or other layers or another rank than the config's.
+      TensorFileError: no LoRA file, or one of another model.
+    """
+    if family.linears is None or not config.executor.rank:
+        raise UserError(f"config.executor.start = {path!r}: only LoRA of a published family can be read from a file")
+    found = read_lora(path, family.linears, family.kernel_shapes(), scale=family.lora_scale)
+    have, want = ({n: x.shape for n, x in converted.by_name(tree).items()} for tree in (found, state.lora))
+    if lines := components.differences(have, want):
+        raise UserError(
+            f"the LoRA in {path} is not of the layers and the rank that config.executor says:\n  " + "\n  ".join(lines)
+        )
+    # Three copies, since the training step gives its buffers away.
+    lora, ema, old = (
+        jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), found, state.lora) for _ in range(3)
+    )
+    return dataclasses.replace(state, lora=lora, lora_ema=ema, lora_old=old)
 
 
 def make_optimizer(config, family: ModelFamily, base: PyTree) -> optax.GradientTransformation:

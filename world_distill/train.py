@@ -107,6 +107,8 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
         shutil.copy(stem / "metrics.jsonl", workdir)
     if restored is None:
         state = init(base)
+        if config.executor.start:
+            state = runs.start_from_file(config.executor.start, config, family, state)
     else:
         state, iterator_state, _ = restored
         tasks.set_state(iterator_state)

@@ -82,6 +82,14 @@ def save_gif(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int =
         )  # fmt: skip
 
 
+def require_mp4() -> None:
+    """Raises UserError where `save_mp4` will not work."""
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        raise UserError("writing MP4 needs PyAV, which is in the extra `vlm`: pip install -e '.[vlm]'") from error
+
+
 def save_mp4(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int = 1) -> None:
     """Writes H.264 in yuv420p, which every player knows; sides are made even by repeating the last row or column.
 
@@ -90,10 +98,9 @@ def save_mp4(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int =
       ValueError: not a clip, or not a speed or scale.
     """
     clip = _checked(clip, fps, scale)
-    try:
-        import av
-    except ImportError as error:
-        raise UserError("writing MP4 needs PyAV, which is in the extra `vlm`: pip install -e '.[vlm]'") from error
+    require_mp4()
+    import av
+
     clip = _enlarged(clip, scale)
     clip = np.pad(clip, ((0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)), mode="edge")
     with _replacing(path) as file, av.open(file, "w", format="mp4") as container:

@@ -27,6 +27,11 @@ def kernels(base: PyTree, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def kernel_shapes(base: PyTree) -> dict[str, tuple[int, ...]]:
+    """Dotted path -> shape of every linear layer's kernel."""
+    return {path: tuple(kernel.shape) for path, kernel in kernels(base).items()}
+
+
 def init_lora(key: jax.Array, base: PyTree, *, rank: int, targets: str) -> PyTree:
     """LoRA factors for every linear layer of `base` whose dotted path matches the pattern `targets`.
 

@@ -33,6 +33,7 @@ class TinyFamily:
     name = "tiny"
     default_base = pathlib.Path(__file__).parent / "base.safetensors"
     image_size = None
+    linears = None
     codec_parts = ()  # the codec has no weights
 
     def __init__(
@@ -69,6 +70,9 @@ class TinyFamily:
 
     def lora_axes(self, lora: PyTree) -> PyTree:
         return lora_lib.lora_axes(lora, self.base_axes())
+
+    def kernel_shapes(self) -> dict[str, tuple[int, ...]]:
+        return lora_lib.kernel_shapes(jax.eval_shape(self.init_base, jax.random.key(0)))
 
     def predict_clean(self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition):
         """Clean latents [b f h w c] that the network sees in x_t; the scene's frame is passed through."""

@@ -117,6 +117,9 @@ class WanFamily:
     def lora_axes(self, lora: PyTree) -> PyTree:
         return lora_lib.lora_axes(lora, self.network.axes())
 
+    def kernel_shapes(self) -> dict[str, tuple[int, ...]]:
+        return lora_lib.kernel_shapes(jax.eval_shape(self.network.init, jax.random.key(0)))
+
     def denoise(self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition):
         weights, lora = lora_lib.apply_full(base["transformer"], lora)
         x = jnp.concatenate([condition.scene, x_t[:, 1:]], axis=1)
