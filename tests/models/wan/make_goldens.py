@@ -8,11 +8,13 @@ Every parameter is drawn anew: tables and gates that start at zero would hide wh
 import gzip
 import json
 import pathlib
+from typing import Any
 
 import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import PIL.Image
 import torch
 
@@ -147,6 +149,49 @@ def loops(seed: int, grid: tuple[int, int, int], tokens: int, steps: int = 8) ->
     return arrays, {name: array.numpy() for name, array in model.state_dict().items()}
 
 
+# A change a B of strength alpha / rank in a few layers: the two blocks differ in what is adapted.
+LORA = {"r": 3, "lora_alpha": 6, "target_modules": [
+    "condition_embedder.text_embedder.linear_1", "blocks.0.attn1.to_q", "blocks.0.attn2.to_v", "blocks.0.ffn.net.2",
+    "blocks.1.attn1.to_q", "blocks.1.attn1.to_out.0", "blocks.1.attn2.to_k", "blocks.1.ffn.net.0.proj",
+]}  # fmt: skip
+
+
+def lora_gradients(golden: dict[str, np.ndarray], seed: int, lora: dict[str, Any] = LORA) -> dict[str, np.ndarray]:
+    """LoRA factors (`KEY`), random weights of the velocity (`weights`), its weighted sum's gradients (`grad:KEY`).
+
+    Args:
+      golden: what `transformer` returned; its network and inputs are used.
+      seed: of factors and weights.
+      lora: settings of PEFT.
+    """
+    model = diffusers.WanTransformer3DModel(**TRANSFORMER)
+    model.load_state_dict({key[2:]: torch.from_numpy(x) for key, x in golden.items() if key.startswith("w:")})
+    model.add_adapter(peft.LoraConfig(**lora))
+    generator = torch.Generator().manual_seed(seed)
+    factors = {k.replace(".default", ""): p for k, p in model.named_parameters() if "lora_" in k}
+    with torch.no_grad():
+        for factor in factors.values():
+            factor.copy_(torch.randn(factor.shape, generator=generator) / factor.shape[1] ** 0.5)
+    x, t, text = (torch.from_numpy(golden[key]) for key in ("x", "t", "text"))
+    times = torch.cat([torch.zeros(len(x), 1), t[:, None].expand(-1, x.shape[2] - 1)], dim=1)
+    by_token = (1000 * times).repeat_interleave((x.shape[3] // 2) * (x.shape[4] // 2), dim=1)
+    weights = torch.randn(x.shape, generator=generator)
+    v = model(hidden_states=x, timestep=by_token, encoder_hidden_states=text).sample
+    (v * weights).sum().backward()
+    arrays = factors | {f"grad:{key}": factor.grad for key, factor in factors.items()} | {"weights": weights}
+    return {key: x.detach().numpy() for key, x in arrays.items()}
+
+
+def rope(grid: tuple[int, int, int], rows: int, seed: int) -> dict[str, np.ndarray]:
+    """Random rows of the rotary tables for heads of 128, a column for each pair, with the rows' numbers."""
+    f, h, w = grid
+    embed = diffusers.models.transformers.transformer_wan.WanRotaryPosEmbed(128, (1, 2, 2), 1024)
+    cos, sin = (x[0, :, 0, ::2].numpy() for x in embed(torch.empty(1, 48, f, 2 * h, 2 * w)))
+    row = np.sort(np.random.default_rng(seed).choice(f * h * w, rows, replace=False))
+    row[-1] = f * h * w - 1
+    return {"row": row, "cos": cos[row], "sin": sin[row]}
+
+
 def official_shapes() -> dict[str, dict[str, list[int]]]:
     """Name -> shape of every tensor of Wan2.2-TI2V-5B, built without weights."""
     transformer = {
@@ -174,6 +219,9 @@ def main() -> None:
     np.savez_compressed(FOLDER / "samplers.npz", **schedules(), **loops(0, (3, 4, 6), 11)[0])
     for version, seed, clip in (("2.1", 2, (9, 16, 24)), ("2.2", 3, (13, 32, 48))):
         np.savez_compressed(FOLDER / f"vae_{version}.npz", **vae(version, seed, clip))
+    with np.load(FOLDER / "transformer_3x4x6.npz") as golden:
+        np.savez_compressed(FOLDER / "lora_gradients.npz", **lora_gradients(dict(golden), seed=4))
+    np.savez_compressed(FOLDER / "rope_31x22x40.npz", **rope((31, 22, 40), rows=200, seed=5))
     text = json.dumps(official_shapes(), separators=(",", ":"))
     (FOLDER / "ti2v_5b_shapes.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 

@@ -25,13 +25,8 @@ def weights():
     return load("transformer_3x4x6.npz")[1]
 
 
-@functools.cache
-def kernel_shapes():
-    return shapes()
-
-
 def read(path, scale=1.0):
-    return read_lora(path, LINEARS, kernel_shapes(), scale=scale)
+    return read_lora(path, LINEARS, shapes(), scale=scale)
 
 
 def save(path, tensors, **settings):
