@@ -21,7 +21,7 @@ PARTS = {"models", "judges", "data", "sandbox", "sharding", "checkpoints", "conv
 SHARED_BY_MODELS = {"models", "models.functional", "models.layers", "models.lora", "models.params", "models.words"}
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
-MAY_USE_TORCH = {"data.encode", "judges.local"}  # and every models/**/params.py; inside functions
+MAY_USE_TORCH = {"judges.local"}  # and every models/**/params.py and models/**/text.py; inside functions
 
 NOT_IN_CORE = {
     "flax.nnx", "os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "socket", "subprocess",
@@ -139,10 +139,10 @@ def internal(module: str, target: str) -> str | None:
 
 
 def external(module: str, item: Import) -> str | None:
-    is_converter = module.startswith("models.") and module.split(".")[-1] == "params"
+    of_a_family = module.startswith("models.") and module.split(".")[-1] in ("params", "text")
     if under(item.name, TORCH):
-        if not (is_converter or module in MAY_USE_TORCH):
-            return f"imports {item.name}; torch is for converters, data.encode and judges.local"
+        if not (of_a_family or module in MAY_USE_TORCH):
+            return f"imports {item.name}; torch is for converters, text encoders and judges.local"
         if not item.in_function:
             return f"imports {item.name} outside a function; the base install has no torch"
     if under(item.name, {"ml_collections"}) and layer(module) != 3 and module != "config":
@@ -185,7 +185,9 @@ GOOD = {
     "models.wan.modeling": "from world_distill.models import layers\nfrom world_distill.models.lora import x",
     "models.wan.params": "def convert():\n    import torch",
     "data.__init__": "",
-    "data.encode": "def encode():\n    from diffusers import x",
+    "models.wan.text": "def encode():\n    import torch\n    from world_distill.models import words",
+    "models.words": "",
+    "data.encode": "",
     "judges.__init__": "",
     "judges.rubric": "",
     "judges.local": "from world_distill.judges.rubric import questions",
@@ -228,6 +230,8 @@ def test_good_tree_passes(tmp_path):
         ("models.ltx2", "from world_distill.models.wan import modeling", "imports models.wan.modeling, another"),
         ("models.wan.modeling", "def f():\n    import torch", "torch is for converters"),
         ("models.wan.params", "import torch", "imports torch outside a function"),
+        ("models.wan.text", "import torch", "imports torch outside a function"),
+        ("data.encode", "def f():\n    import torch", "torch is for converters"),
         ("train", "def f():\n    from diffusers.models import x", "torch is for converters"),
         ("train", "from world_distill.sandbox import world", "do not know the sandbox's name"),
         ("train", "import world_distill.cli", "import cycle among cli, train"),

@@ -41,6 +41,7 @@ class ModelFamily(Protocol):
     linears: Mapping[str, tuple[str, str]] | None  # layers' names in diffusers and in the original code, if published
     codec_parts: tuple[str, ...]  # parts of the base (its outermost keys) that `decode` and `encode_scene` read
     default_base: pathlib.Path | None  # weights that ship with the package, if any
+    text_encoder: str  # names what `encode_text` is: encoded records of another one are not reused
 
     def denoise(
         self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition
