@@ -20,7 +20,7 @@ PyTree = Any
 class Condition:
     """What a denoiser is told besides the noisy latents: the scene and one text (a task or a solution)."""
 
-    text: jax.Array  # [b l d] frozen text-encoder states
+    text: jax.Array  # [b l d] frozen text-encoder states, in the type that they were stored in; 0 behind the end
     text_mask: jax.Array  # [b l] bool, True where a token is real
     scene: jax.Array  # [b 1 h w c] clean latent of the first frame
 

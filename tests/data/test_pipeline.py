@@ -1,7 +1,10 @@
 """Batches: the same for ever, whatever the threads, the processes and the interruptions."""
 
+import dataclasses
 import itertools
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -136,6 +139,23 @@ def test_arguments_are_checked_before_the_first_batch(reader, tmp_path):
     write_records(tmp_path, "raw", [record])
     with pytest.raises(RecordError, match="encode it first"):
         start(RecordReader(tmp_path, "raw"))
+
+
+def test_text_states_stay_in_bfloat16_up_to_the_device(tmp_path):
+    def narrow(i):
+        record = make(i)
+        texts = {f"{t}_text": getattr(record, f"{t}_text").astype(ml_dtypes.bfloat16) for t in ("task", "solution")}
+        return dataclasses.replace(record, **texts)
+
+    write_records(tmp_path, "set", (narrow(i) for i in range(4)), 2)
+    batch = next(fixed_batches(RecordReader(tmp_path, "set"), 4, text_length=512))
+    assert batch["scene"].dtype == np.float32
+    for name in ("task", "solution"):
+        text, mask = batch[f"{name}_text"], batch[f"{name}_mask"]
+        assert text.shape == (4, 512, 4) and text.dtype == jax.device_put(text).dtype == ml_dtypes.bfloat16
+        for i in range(4):
+            assert text[i][mask[i]].tobytes() == getattr(narrow(i), f"{name}_text").tobytes()
+        assert not text[~mask].view(np.uint16).any()  # +0, bit for bit: some networks attend to what is behind the end
 
 
 def test_collate_never_cuts():

@@ -18,7 +18,7 @@ from world_distill.data.records import EncodedRecord, RecordError, RecordReader
 #   ids image_ids task solution agent kind   [str] * b
 #   image_png                                [bytes] * b
 #   scene                                    [b 1 h w c] float32
-#   task_text solution_text                  [b l d] float32, zero where the mask is False
+#   task_text solution_text                  [b l d] in the type of the records, zero where the mask is False
 #   task_mask solution_mask                  [b l] bool
 Batch = dict[str, Any]
 
@@ -56,14 +56,15 @@ def _chain(lists: Sequence[list]) -> list:
 
 
 def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """States [b length d] float32, zero behind each text's end, and the mask [b length] of what is real.
+    """States [b length d] in the texts' own type, zero behind each text's end, and the mask [b length] of what is real.
 
     Raises ValueError if a text is longer.
     """
     longest = max(map(len, texts))
     if longest > length:
         raise ValueError(f"a text of {longest} tokens does not fit into {length}")
-    padded = np.zeros((len(texts), length, texts[0].shape[1]), np.float32)
+    dtype = np.result_type(*{text.dtype for text in texts})
+    padded = np.zeros((len(texts), length, texts[0].shape[1]), dtype)
     mask = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts):
         padded[row, : len(text)] = text
