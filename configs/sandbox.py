@@ -93,6 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.unroll = 4  # blocks a turn of the layer scan (all: a quarter faster on a CPU)
     c.model.merge_lora = True  # add LoRA's product to the weights first: for small layers the faster way
     c.base = ""  # weights of the base model; empty: those that ship with the package
+    c.encode_batch = 64  # scenes, and texts, that `encode` takes at once
     c.text_length = 40  # tokens that texts are padded to
     c.host_devices = 2  # CPU devices to split batches over
 

@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.text_encoder = ""  # for `encode` and `generate`: folder with text_encoder/ and tokenizer/
     c.base = ""  # checkpoint of `world-distill convert`; "random": untrained
     c.text_length = 512  # tokens that texts are padded to, as the model was trained
-    c.encode_batch = 4  # scenes that `encode` takes at once
+    c.encode_batch = 4  # scenes, and texts, that `encode` takes at once
     c.host_devices = 1  # CPU devices to split batches over, where there is no accelerator
 
     c.mesh = ConfigDict()

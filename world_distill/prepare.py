@@ -4,19 +4,25 @@
     annotate  images -> tasks   a VLM writes tasks and solutions (`NAME_annotated` records)
     encode    tasks -> arrays   scene latents and text states (`NAME` records)
 
-Every stage writes its result in one step and can be called again after an interruption.
+Every stage can be called again after an interruption, and then goes on.
 """
 
 import argparse
+import contextlib
 import functools
 import glob
 import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
 
 from world_distill import arguments, components
 from world_distill.config import UserError
 from world_distill.data.annotate import annotate_images
 from world_distill.data.encode import encode_records
 from world_distill.data.records import RecordError, RecordReader
+from world_distill.interfaces import ModelFamily
 
 SPLITS = ("train", "validation", "test")
 
@@ -35,15 +41,42 @@ def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None
                 paths, components.make(config, "annotator"), folder,
                 name=f"{split}_annotated", max_pairs=pairs, seed=config.seed, shards=1,
             )  # fmt: skip
-        if family is None:
-            family = components.make_family(config)
-            codec = components.load_codec(family, config)
+        family = family or components.make_family(config)
         reader = RecordReader(folder, f"{split}_annotated")
-        encode_records(
-            reader, folder, name=split, encode_scene=functools.partial(family.encode_scene, codec),
-            encode_text=family.encode_text, shards=1, batch=64, size=family.image_size,
-        )  # fmt: skip
+        encode(config, family, reader, folder, name=split, batch=config.encode_batch)
         say(f"{split}: {len(paths)} scenes, {len(reader)} tasks")
+
+
+def encode(
+    config, family: ModelFamily, reader: RecordReader, folder: pathlib.Path, *, name: str, **options
+) -> dict[str, int]:
+    """`encode_records` with the family's encoders; its other `options` and its counts."""
+    size = family.image_size
+    codec = components.load_codec(family, config)
+    metadata = {
+        "family": family.name,
+        "weights": pathlib.Path(config.base or family.default_base or "").name,
+        "text_encoder": pathlib.Path(family.text_encoder).name,
+        "image_size": "x".join(map(str, size)) if size else "as annotated",  # height x width
+        "scene": "x".join(map(str, family.latent_shape[1:])),  # h w c of its latent
+    }
+    return encode_records(
+        reader, folder, name=name, encode_scene=functools.partial(family.encode_scene, codec), encode_text=family.encode_text, size=size,
+        metadata=metadata, **options,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of (done, all) that draws a bar on a terminal; what is done at its first call costs no time."""
+    with tqdm(unit=unit, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.total, bar.initial, bar.n = total, done, done
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def is_complete(folder: pathlib.Path, name: str) -> bool:
@@ -128,9 +161,16 @@ def annotate_run(args: argparse.Namespace) -> int:
 ENCODE_HELP = """\
 Turn annotated records into what training reads: scene latents and text-encoder states.
 
-Reads NAME_annotated in the folder, writes NAME beside it.
+Reads NAME_annotated in the folder, writes NAME beside it, a shard after the other. Called again after an interruption
+it goes on at the first shard that is not finished, and does nothing where all are. It counts as the same work if the
+annotated records, the number of shards, the names of model family, weights and text encoder, and the sizes are the
+same; any other work of that NAME is replaced. To have it done anew, delete NAME-*.note.
+
+Several machines that share the folder do a shard each with --shard I/N, I from 0 to N - 1; the last of them to finish
+makes the set whole. An image is encoded once for each shard that holds a task of it.
 
   world-distill encode --config sandbox --records data --name train
+  world-distill encode --config sandbox --records data --name train --shard 0/4     # and 1/4, 2/4, 3/4 elsewhere
 """
 
 
@@ -138,18 +178,57 @@ def encode_add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser, default="sandbox")
     parser.add_argument("--records", type=pathlib.Path, required=True, help="folder of the annotated records")
     parser.add_argument("--name", default="train", help="name of the record set (default: train)")
-    parser.add_argument("--shards", type=int, default=1, help="files to spread the records over (default: 1)")
-    parser.add_argument("--batch", type=int, default=64, help="images and texts encoded at once (default: 64)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--shards", type=int, default=1, help="files to spread the records over (default: 1)")
+    which.add_argument("--shard", metavar="I/N", help="write shard I (from 0) of N only")
+    parser.add_argument("--batch", type=int, help="images and texts encoded at once (default: config.encode_batch)")
+    arguments.add_json(parser)
 
 
 def encode_run(args: argparse.Namespace) -> int:
+    only, shards = parse_shard(args.shard) if args.shard else (None, args.shards)
     config = arguments.config_from(args)
-    family = components.make_family(config)
-    codec = components.load_codec(family, config)
+    batch = config.encode_batch if args.batch is None else args.batch
+    if shards < 1 or batch < 1:
+        raise UserError("--shards and --batch are at least 1")
     reader = RecordReader(args.records, f"{args.name}_annotated")
-    encode_records(
-        reader, args.records, name=args.name, encode_scene=functools.partial(family.encode_scene, codec),
-        encode_text=family.encode_text, shards=args.shards, batch=args.batch, size=family.image_size,
-    )  # fmt: skip
-    arguments.say(f"encoded {len(reader)} records into {args.records}")
+    family = components.make_family(config)
+    with progress_bar("record") as show:
+        counts = encode(
+            config, family, reader, args.records, name=args.name, shards=shards, only=only, batch=batch,
+            progress=show,
+        )  # fmt: skip
+    arguments.say(describe_encoding(counts, args.records / args.name))
+    if args.json:
+        arguments.write_json(args.json, counts)
     return 0
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(shard, shards) from "I/N".
+
+    Raises:
+      UserError: not two numbers, or I is not in 0 ... N - 1.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise UserError(f"--shard {text}: give I/N, such as 0/4 for the first of four")
+    shard, shards = int(match[1]), int(match[2])
+    if shard >= shards:
+        raise UserError(f"--shard {text}: shards are counted from 0, so N = {shards} has {_span(shards)}")
+    return shard, shards
+
+
+def _span(shards: int) -> str:
+    return f"0/{shards} to {shards - 1}/{shards}" if shards else "none"
+
+
+def describe_encoding(counts: dict[str, int], where: pathlib.Path) -> str:
+    """One line about the counts of `encode_records`."""
+    missing = counts["shards_missing"]
+    if missing:
+        rest = f"{missing} of {counts['shards']} shards of {where} are still to be written"
+        return f"encoded {counts['encoded']} records; {rest}"
+    if counts["encoded"]:
+        return f"encoded {counts['encoded']} records; {where} is complete with {counts['records']}"
+    return f"{where} is complete with {counts['records']} records: nothing to do"

@@ -43,10 +43,36 @@ class Encoder:
 
 
 def run(reader, folder, encoder=None, **changes):
+    count(reader, folder, encoder, **changes)
+    return RecordReader(folder, changes.get("name", "set"), EncodedRecord)
+
+
+def count(reader, folder, encoder=None, **changes):
+    """The counts of a call that may leave the data set unfinished."""
     encoder = encoder or Encoder()
     options = dict(name="set", encode_scene=encoder.scene, encode_text=encoder.text, batch=2) | changes
-    encode_records(reader, folder, **options)
-    return RecordReader(folder, options["name"], EncodedRecord)
+    return encode_records(reader, folder, **options)
+
+
+def contents(folder, name="set"):
+    return [record.to_bytes() for record in RecordReader(folder, name, EncodedRecord)]
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches SIGKILL."""
+
+
+class Mortal(Encoder):
+    """Dies at the text with number `last`, from 0."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def text(self, texts):
+        if sum(self.texts) + len(texts) > self.last:
+            raise Killed
+        return super().text(texts)
 
 
 def test_each_record_gets_its_own(reader, tmp_path):
@@ -63,9 +89,16 @@ def test_each_record_gets_its_own(reader, tmp_path):
         for text, states in ((raw.task, new.task_text), (raw.solution, new.solution_text)):
             assert states.dtype == np.float16
             assert "".join(chr(int(c)) for c in states[:, 0]) == text
-    assert encoder.batches == [(2, 8, 12, 3)] * 3  # one shape, so one compilation; 5 runs of one image
+    # Each shard holds a task of every image, the first and the second two of the fifth run: 5 images, 5 and 4.
+    assert encoder.batches == [(2, 8, 12, 3)] * (3 + 3 + 2)  # one shape, so one compilation
     assert sum(encoder.texts) == 2 * COUNT and max(encoder.texts) == 2
-    assert seen == [(6, COUNT), (12, COUNT), (14, COUNT)]
+    assert seen == [(n, COUNT) for n in (0, 2, 4, 5, 7, 9, 10, 12, 14)]
+
+
+def test_an_image_is_encoded_once_for_its_neighbouring_tasks(reader, tmp_path):
+    encoder = Encoder()
+    run(reader, tmp_path, encoder, batch=1)
+    assert encoder.batches == [(1, 8, 12, 3)] * 5  # 5 runs of one image, 14 records
 
 
 def test_images_are_brought_to_size(reader, tmp_path):
@@ -100,3 +133,80 @@ def test_mistakes_are_named(reader, tmp_path):
     with pytest.raises(RecordError, match="images of different sizes .* give `size`"):
         run(RecordReader(tmp_path, "mixed"), tmp_path, name="x")
     assert not list(tmp_path.glob("x*")) and not list(tmp_path.glob(".x*"))
+
+
+# ---- Shard after shard
+
+
+@pytest.fixture
+def whole(reader, tmp_path):
+    """What the set of three shards has to hold."""
+    run(reader, tmp_path / "whole", shards=3)
+    return contents(tmp_path / "whole")
+
+
+def test_a_killed_job_goes_on_at_the_first_unfinished_shard(reader, whole, tmp_path):
+    with pytest.raises(Killed):
+        count(reader, tmp_path, Mortal(2 * 5 + 4), shards=3)  # in the second shard
+    with pytest.raises(RecordError, match="shards are there, so its writing was cut off"):
+        RecordReader(tmp_path, "set")
+    encoder, seen = Encoder(), []
+    counts = count(reader, tmp_path, encoder, shards=3, progress=lambda *a: seen.append(a))
+    assert counts == {"records": 14, "encoded": 9, "shards": 3, "shards_kept": 1, "shards_missing": 0}
+    assert sum(encoder.texts) == 2 * 9 and seen[0] == (5, 14) and seen[-1] == (14, 14)
+    assert contents(tmp_path) == whole
+
+
+def test_each_shard_by_a_call_of_its_own_in_any_order(reader, whole, tmp_path):
+    for shard, left in ((2, 2), (0, 1), (1, 0)):
+        with pytest.raises(RecordError, match="no readable index"):
+            RecordReader(tmp_path, "set")
+        counts = count(reader, tmp_path, shards=3, only=shard)
+        assert (counts["encoded"], counts["shards_missing"]) == ([5, 5, 4][shard], left)
+    assert contents(tmp_path) == whole
+    assert RecordReader(tmp_path, "set").longest_text == RecordReader(tmp_path / "whole", "set").longest_text
+
+
+def test_what_is_complete_is_left_alone(reader, tmp_path):
+    run(reader, tmp_path, shards=2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    encoder = Encoder()
+    counts = count(reader, tmp_path, encoder, shards=2)
+    assert counts == {"records": 14, "encoded": 0, "shards": 2, "shards_kept": 2, "shards_missing": 0}
+    assert not encoder.texts and not encoder.batches
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    (tmp_path / "set.json").unlink()  # a job that died between the last note and the index
+    assert count(reader, tmp_path, shards=2, only=0)["encoded"] == 0
+    assert len(RecordReader(tmp_path, "set")) == COUNT
+
+
+@pytest.mark.parametrize("change", ["size", "metadata", "annotated", "shards"])
+def test_shards_of_another_request_are_not_taken(reader, tmp_path, change):
+    count(reader, tmp_path, shards=3, metadata={"weights": "a"})
+    options = {"shards": 3, "metadata": {"weights": "a"}}
+    if change == "annotated":
+        write_records(tmp_path, "raw", [annotated(i, i) for i in range(COUNT)], 2)
+        reader = RecordReader(tmp_path, "raw")
+    else:
+        options[change] = {"size": (4, 4), "metadata": {"weights": "b"}, "shards": 2}[change]
+    counts = count(reader, tmp_path, **options, only=0)
+    assert counts["shards_kept"] == 0 and counts["shards_missing"] == options["shards"] - 1
+    with pytest.raises(RecordError, match="no readable index"):  # nor is the old set mixed with the new shard
+        RecordReader(tmp_path, "set")
+    count(reader, tmp_path, **options)
+    encoded = RecordReader(tmp_path, "set")
+    encoded.verify()
+    assert encoded.metadata == options["metadata"]
+    assert [r.id for r in encoded] == [r.id for r in reader]
+    assert len(list(tmp_path.glob("set-*"))) == 2 * options["shards"]  # shards and notes of no other number
+
+
+def test_shards_have_to_be_among_those_there_are(reader, tmp_path):
+    for only in (-1, 3):
+        with pytest.raises(RecordError, match=f"no shard {only} among 3: they are counted from 0 to 2"):
+            count(reader, tmp_path, shards=3, only=only)
+
+
+def test_more_shards_than_records(reader, tmp_path):
+    assert len(run(reader, tmp_path, shards=COUNT + 2)) == COUNT
+    assert count(reader, tmp_path, shards=COUNT + 2)["encoded"] == 0

@@ -1,0 +1,101 @@
+"""The verb `encode`: shards, what it says about them, and which calls it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from world_distill import cli, prepare
+from world_distill.data.record_types import encode_png
+from world_distill.data.records import AnnotatedRecord, EncodedRecord, RecordReader, write_records
+
+COUNT = 6
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(i):
+        image = np.random.default_rng(i // 2).integers(0, 256, (30, 30, 3), np.uint8)
+        return AnnotatedRecord(f"r{i}", f"i{i // 2}", encode_png(image), f"task {i}", "It goes.", "a", "k", {})
+
+    write_records(tmp_path, "train_annotated", [make(i) for i in range(COUNT)])
+    return tmp_path
+
+
+def encode(capsys, folder, *flags):
+    """What the verb says, and its figures."""
+    figures = folder / "figures.json"
+    code = cli.main(["encode", "--records", str(folder), "--json", str(figures), "--batch", "2", *flags])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")  # no progress bar off a terminal
+    return out.strip(), json.loads(figures.read_text())
+
+
+def refusal(capsys, folder, *flags):
+    assert cli.main(["encode", "--records", str(folder), *flags]) == 2
+    return capsys.readouterr().err.strip()
+
+
+def test_encode_and_again(capsys, folder):
+    said, counts = encode(capsys, folder, "--shards", "2")
+    assert said == f"encoded 6 records; {folder}/train is complete with 6"
+    assert counts == {"records": 6, "encoded": 6, "shards": 2, "shards_kept": 0, "shards_missing": 0}
+    reader = RecordReader(folder, "train", EncodedRecord)
+    assert reader.metadata == {
+        "family": "tiny", "weights": "base.safetensors", "text_encoder": "words-64", "image_size": "as annotated",
+        "scene": "5x5x432",
+    }  # fmt: skip
+    said, counts = encode(capsys, folder, "--shards", "2")
+    assert said == f"{folder}/train is complete with 6 records: nothing to do" and counts["encoded"] == 0
+    _, counts = encode(capsys, folder, "--shards", "2", "--config.model.text_width=32")
+    assert counts["encoded"] == 6  # states of another encoder
+
+
+def test_shards_by_several_machines(capsys, folder):
+    encode(capsys, folder, "--shards", "3")
+    whole = [record.to_bytes() for record in RecordReader(folder, "train")]
+    for path in folder.glob("train-*"):
+        path.unlink()
+    for shard, left in ((2, 2), (0, 1)):
+        said, _ = encode(capsys, folder, "--shard", f"{shard}/3")
+        assert said == f"encoded 2 records; {left} of 3 shards of {folder}/train are still to be written"
+        assert not prepare.is_complete(folder, "train")
+    assert "is complete with 6" in encode(capsys, folder, "--shard", "1/3")[0]
+    assert [record.to_bytes() for record in RecordReader(folder, "train")] == whole
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--shard", "4/4"], "--shard 4/4: shards are counted from 0, so N = 4 has 0/4 to 3/4"),
+        (["--shard", "0/0"], "--shard 0/0: shards are counted from 0, so N = 0 has none"),
+        (["--shard", "2"], "--shard 2: give I/N, such as 0/4 for the first of four"),
+        (["--shard=-1/4"], "--shard -1/4: give I/N, such as 0/4 for the first of four"),
+        (["--shards", "0"], "--shards and --batch are at least 1"),
+        (["--batch", "0"], "--shards and --batch are at least 1"),
+    ],
+)
+def test_wrong_calls(capsys, folder, flags, message):
+    assert refusal(capsys, folder, *flags) == f"error: {message}"
+
+
+def test_shard_and_shards_exclude_each_other(capsys, folder):
+    with pytest.raises(SystemExit):
+        cli.main(["encode", "--records", str(folder), "--shards", "2", "--shard", "0/2"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_bar_starts_where_the_work_does(monkeypatch):
+    bars = []
+    plain = prepare.tqdm
+
+    def on_a_terminal(**options):
+        assert options.pop("disable") is None
+        bars.append(plain(**options, disable=False))
+        return bars[0]
+
+    monkeypatch.setattr(prepare, "tqdm", on_a_terminal)
+    with prepare.progress_bar("record") as show:
+        for done in (4, 6, 9):
+            show(done, 10)
+    assert (bars[0].initial, bars[0].n, bars[0].total) == (4, 9, 10)
