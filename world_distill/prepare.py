@@ -61,8 +61,8 @@ def encode(
         "scene": "x".join(map(str, family.latent_shape[1:])),  # h w c of its latent
     }
     return encode_records(
-        reader, folder, name=name, encode_scene=functools.partial(family.encode_scene, codec), encode_text=family.encode_text, size=size,
-        metadata=metadata, **options,
+        reader, folder, name=name, encode_scene=functools.partial(family.encode_scene, codec),
+        encode_text=family.encode_text, size=size, metadata=metadata, **options,
     )  # fmt: skip
 
 
