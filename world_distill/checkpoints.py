@@ -28,6 +28,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from world_distill.config import UserError
 from world_distill.structs import PyTree
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "world-distill")
@@ -35,7 +36,7 @@ _DTYPES = {"bool", "bfloat16", "float16", "float32", "float64"}
 _DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or read, or is of another run. The message names the folder and what to do."""
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from world_distill import arguments, converted, published
 from world_distill.config import UserError
 from world_distill.models.params import check_names
-from world_distill.tensor_files import TensorFileError, TensorFiles
+from world_distill.tensor_files import TensorFiles
 
 HELP = """\
 Convert a model in diffusers' layout (a folder of safetensors) to a checkpoint of this project.
@@ -38,10 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        summary = convert(args.source, args.dest, dtype=args.dtype)
-    except TensorFileError as error:
-        raise UserError(str(error)) from error
+    summary = convert(args.source, args.dest, dtype=args.dtype)
     arguments.say(f"{args.dest}: {summary['arrays']} arrays, {summary['gigabytes']:.2f} GB, family {summary['family']}")
     if args.json:
         arguments.write_json(args.json, summary)

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
+from world_distill.config import UserError
 from world_distill.structs import PyTree
 
 BATCH_BYTES = 256 * 2**20  # small arrays are written together: each write costs a round of files
 
 
-class ConvertedError(RuntimeError):
+class ConvertedError(UserError):
     """A converted model that cannot be read. The message names the folder and what to do."""
 
 

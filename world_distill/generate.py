@@ -104,12 +104,12 @@ def generate(args: argparse.Namespace, config) -> tuple[int, int]:
       UserError: flags or files that do not fit together, or clips of other settings in the folder.
     """
     video_io.require_mp4()
+    settings = _settings(args, config)
     mesh = components.start_devices(config)
     family = components.make_family(config)
     base = components.load_base(family, config, mesh)
     lora = _load_executor(args.executor, config, family, mesh)
     rows = args.batch or len(mesh.devices.flat)
-    settings = _settings(args, config)
     jobs = list(_jobs(args, family, base))
     waiting = [job for job in jobs if not _is_done(args.out, job, settings)]
     sample = make_sampler(family, mesh, settings, _negative(args, family, config.text_length))
@@ -160,6 +160,8 @@ def _size(text: str) -> tuple[int, int]:
 def _settings(args: argparse.Namespace, config) -> dict[str, Any]:
     """All that decides a clip, besides its scene and its text."""
     sampler = config.sampler
+    if args.guidance < 1:
+        raise UserError(f"--guidance {args.guidance}: the scale is at least 1, which is no guidance")
     settings = {
         "sampler": args.sampler,
         "steps": args.steps or sampler.steps,

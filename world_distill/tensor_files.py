@@ -8,10 +8,12 @@ from collections.abc import Mapping
 import numpy as np
 import safetensors
 
+from world_distill.config import UserError
+
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_lora_weights")
 
 
-class TensorFileError(RuntimeError):
+class TensorFileError(UserError):
     """Files that cannot be read, named."""
 
 

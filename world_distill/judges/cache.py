@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from absl import logging
 
+from world_distill.config import UserError
 from world_distill.interfaces import Judge, JudgeRequest
 from world_distill.judges.rubric import Rubric
 from world_distill.structs import Judgment
@@ -27,7 +28,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS judgments (
     key TEXT PRIMARY KEY, log_odds REAL NOT NULL, judge TEXT NOT NULL, created REAL NOT NULL) WITHOUT ROWID"""
 
 
-class CacheError(RuntimeError):
+class CacheError(UserError):
     """The cache's file cannot be used. The message names it and says what to do."""
 
 

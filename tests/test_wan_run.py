@@ -1,0 +1,242 @@
+"""Wan from scenes to a LoRA file, on 8 devices: encode, train, evaluate, export, import, generate."""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from world_distill import cli, components, converted, evaluate, export, generate, prepare, runs, train
+from world_distill.config import UserError, load_config
+from world_distill.data.records import RecordReader
+from world_distill.lora_files import read_lora
+from world_distill.models.lora import merge
+from world_distill.structs import Condition
+from world_distill.tensor_files import TensorFileError
+
+SMALL = {
+    "model.size": (64, 64), "world.size": 64, "model.depth": 2, "sampler.steps": 2, "steps": 2, "save_every": 1,
+    "objective.updates": 1, "objective.minibatches": 1, "objective.draws": 1, "host_devices": 8, "mesh.data": 2,
+    "scenes.train": 3, "scenes.validation": 1, "scenes.test": 2, "annotator.pairs": 2, "evaluate_batch": 8,
+    "encode_batch": 2,
+}  # fmt: skip
+
+
+def config_of(**changes):
+    return load_config("wan22_5b:debug", SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder of a finished run."""
+    folder = tmp_path_factory.mktemp("wan")
+    prepare.make_records(config_of(), folder / "data")
+    train.train(config_of(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return runs.open_run(run)
+
+
+@pytest.fixture(scope="module")
+def files(run):
+    """LoRA files of the run's Executor, in both layouts."""
+    paths = {layout: run / f"{layout}.safetensors" for layout in ("diffusers", "comfy")}
+    for layout, path in paths.items():
+        assert cli.main(["export", "--workdir", str(run), "--format", layout, "--out", str(path)]) == 0
+    return paths
+
+
+@pytest.fixture(scope="module")
+def merged(run):
+    """The Executor merged into the base, in diffusers' layout, and that converted back."""
+    export.export_merged(run, run / "merged")
+    assert cli.main(["convert", str(run / "merged"), str(run / "converted")]) == 0
+    return run / "merged", run / "converted"
+
+
+def call(*flags, out):
+    """`world-distill generate` with these flags."""
+    return cli.main(["generate", *map(str, flags), "--out", str(out)])
+
+
+def test_training_moves_the_executor_and_leaves_the_base_in_parts(opened):
+    lora = jax.tree.leaves(opened.executor)
+    assert all(np.isfinite(x).all() for x in lora) and any(np.abs(x).max() > 0 for x in lora)
+    kernel = opened.base["transformer"]["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4  # fsdp = 4
+    assert {x.sharding.num_devices for x in jax.tree.leaves(opened.base)} == {8}
+
+
+def test_records_hold_scenes_of_the_model(run, opened):
+    record = RecordReader(run / "data", "train")[0]
+    assert record.scene.shape == (1, 4, 4, 6)
+    image = np.asarray(Image.open(next((run / "data" / "scenes" / "train").glob("*.png"))).convert("RGB"))
+    assert image.shape == (64, 64, 3)
+
+
+def test_the_judge_saw_the_clips_and_evaluation_runs(run, opened):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["judge/invalid"] for line in lines if "judge/invalid" in line] == [0, 0]
+    rows = evaluate.evaluate_roles(opened, roles=("demonstrator", "executor"), split="test")["rows"]
+    assert [row["n"] for row in rows] == [2, 2]
+
+
+def test_one_device_and_eight_agree(opened):
+    family, base = opened.family, opened.base
+    x = jax.random.normal(jax.random.key(1), (8, *family.latent_shape))
+    text = jax.random.normal(jax.random.key(2), (8, 64, 20))
+    condition = condition_of(text, x[:, :1])
+
+    def loss(lora, base, x):
+        v = family.denoise(base, lora, x, jnp.full(8, 0.5), condition)
+        return (v**2).mean()
+
+    one = jax.devices()[0]
+    alone = jax.jit(jax.value_and_grad(loss))(*jax.device_put((opened.executor, base, x), one))
+    spread = jax.jit(jax.value_and_grad(loss))(opened.executor, base, x)
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def condition_of(text, scene):
+    return Condition(text, jnp.ones(text.shape[:2], bool), scene)
+
+
+def test_clips_decoded_a_few_at_a_time_are_the_same(opened):
+    latents = jax.random.normal(jax.random.key(3), (4, *opened.family.latent_shape))
+    base = jax.device_put(opened.base, jax.devices()[0])
+    whole = jax.jit(opened.family.decode)(base, latents)
+    family = components.make_family(config_of(**{"model.rows": 2}))
+    np.testing.assert_allclose(jax.jit(family.decode)(base, latents).astype(int), whole.astype(int), atol=1)
+    with pytest.raises(ValueError, match="does not divide 3 clips"):
+        family.decode(base, latents[:3])
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "comfy"])
+def test_an_exported_lora_is_an_executor_to_start_from(opened, files, layout):
+    path = str(files[layout])
+    found = read_lora(path, opened.family.linears, opened.family.kernel_shapes(), scale=opened.family.lora_scale)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, jax.device_get(opened.executor))
+    config = config_of(**{"executor.start": path})
+    init, _ = runs.make_state(config, opened.family, opened.mesh, opened.base)
+    state = runs.start_from_file(path, config, opened.family, init(opened.base))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.lora), found)
+    config = config_of(**{"executor.rank": 2})
+    init, _ = runs.make_state(config, components.make_family(config), opened.mesh, opened.base)
+    with pytest.raises(UserError, match=r"blocks.cross_attention.k.a is \(2, 32, 4\), not \(2, 32, 2\)"):
+        runs.start_from_file(path, config, opened.family, init(opened.base))
+
+
+def test_merged_weights_are_base_plus_executor(opened, merged):
+    want = merge(opened.base["transformer"], opened.executor, opened.family.lora_scale)
+    config = config_of(base=str(merged[1]))
+    found = components.load_base(opened.family, config, opened.mesh)
+    want = converted.by_name({"transformer": want, "vae": opened.base["vae"]})
+    for name, array in converted.by_name(found).items():
+        np.testing.assert_allclose(array, want[name], atol=1e-6, err_msg=name)
+        assert array.sharding == converted.by_name(opened.base)[name].sharding
+    with pytest.raises(UserError, match="exists already"):
+        export.export_merged(opened.data.parent, merged[0])
+    with pytest.raises(UserError, match="missing transformer.blocks|is .* not"):
+        components.load_base(components.make_family(config_of(**{"model.mlp": 64})), config, opened.mesh)
+
+
+def test_large_models_are_written_in_shards_with_an_index(run, merged, monkeypatch):
+    monkeypatch.setattr(export, "SHARD_BYTES", 30_000)
+    export.export_merged(run, run / "sharded")
+    assert len(list((run / "sharded" / "transformer").glob("*-of-*.safetensors"))) > 2
+    assert cli.main(["convert", str(run / "sharded"), str(run / "converted_sharded")]) == 0
+    assert converted.describe(run / "converted_sharded") == (
+        converted.describe(run / "converted")[0],
+        converted.describe(run / "converted")[1] | {"source": "sharded"},
+    )
+
+
+def test_clips_are_made_once_and_interrupted_calls_go_on(run, files, merged, tmp_path, capsys):
+    common = ("--records", run / "data", "--limit", 1, "--steps", 2, "--batch", 2, "--count", 2)
+    assert call("--executor", run, *common, "--text", "both", out=tmp_path / "a") == 0
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    record = RecordReader(run / "data", "test")[0]
+    wanted = [f"{record.id}.{role}.{k}" for role in ("demonstrator", "executor") for k in range(2)]
+    assert names == sorted(f"{name}.{suffix}" for name in wanted for suffix in ("json", "mp4", "png"))
+    settings = json.loads((tmp_path / "a" / f"{wanted[2]}.json").read_text())
+    assert settings["prompt"] == record.task and settings["steps"] == 2 and settings["frames"] == 9
+    before = (tmp_path / "a" / f"{wanted[3]}.mp4").read_bytes()
+    (tmp_path / "a" / f"{wanted[3]}.json").unlink()
+    capsys.readouterr()
+    assert call("--executor", run, *common, "--text", "both", out=tmp_path / "a") == 0
+    assert "1 clips made, 3 were there" in capsys.readouterr().out
+    assert (tmp_path / "a" / f"{wanted[3]}.mp4").read_bytes() == before
+    assert call("--executor", run, *common, "--seed", 1, "--text", "both", out=tmp_path / "a") == 2
+    assert "seed 0 -> 1" in capsys.readouterr().err
+
+
+def test_images_guidance_and_every_kind_of_executor(run, files, merged, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(generate, "_write", lambda folder, job, clip, *rest: seen.setdefault((folder, job.name), clip))
+    images = sorted((run / "data" / "scenes" / "test").glob("*.png"))
+    flags = ["--image", images[0], "--image", images[1], "--task", "[red disc]: Go to the blue ring.", "--batch", 1]
+    flags += ["--sampler", "unipc", "--guidance", 3, "--negative", "a still picture"]
+    changes = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    assert call(*flags, "--executor", run, out="a") == 0
+    for out, path in (("b", files["diffusers"]), ("c", files["comfy"])):
+        assert call(*flags, "--config", "wan22_5b:debug", *changes, "--executor", path, out=out) == 0
+    base = f"--config.base={merged[1]}"
+    assert call(*flags, "--config", "wan22_5b:debug", *changes, base, out="d") == 0
+    clips = {(str(folder), name): clip.astype(int) for (folder, name), clip in seen.items()}
+    for i, image in enumerate(images[:2]):
+        want = clips["a", f"{image.stem}.executor.0"]
+        assert want.shape == (9, 64, 64, 3) and want.std() > 0
+        for out, role in (("b", "executor"), ("c", "executor"), ("d", "base")):
+            np.testing.assert_allclose(clips[out, f"{image.stem}.{role}.0"], want, atol=1, err_msg=f"{out} {i}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--size", "60x64"], "multiples of 32"),
+        (["--frames", "8"], r"8 frames: their number must be 1 \+ a multiple of 4"),
+        (["--size", "64"], "expected HEIGHTxWIDTH"),
+        (["--guidance", "0.5"], "scale is at least 1"),
+        (["--sigmas", "1,0.5", "--sampler", "unipc"], "is for --sampler euler"),
+        (["--sigmas", "1,a"], "expected numbers"),
+        (["--executor", "nothing.safetensors"], "nothing.safetensors"),
+        (["--task", "a", "--task", "b", "--task", "c"], "3 --task for 1 --image"),
+        (["--task", "[a]: b.", "--records", "data"], "either --image"),
+    ],
+)
+def test_flags_that_do_not_fit_are_explained(run, tmp_path, capsys, flags, text):
+    changes = [
+        f"--config.{key}={value}" for key, value in SMALL.items() if key != "model.size" or "--size" not in flags
+    ]
+    image = next((run / "data" / "scenes" / "test").glob("*.png"))
+    if "--task" not in flags:
+        flags = [*flags, "--task", "[red disc]: Go."]
+    assert call("--config", "wan22_5b:debug", *changes, "--image", image, *flags, out=tmp_path) == 2
+    assert re.search(text, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_are_none_and_runs_without_checkpoint_are_named(run, tmp_path, capsys):
+    (tmp_path / "picture.png").write_text("no picture")
+    assert call("--executor", run, "--image", tmp_path / "picture.png", "--task", "[a]: b.", out=tmp_path / "o") == 2
+    assert "picture.png: not a whole image" in capsys.readouterr().err
+    shutil.copy(run / "config.json", tmp_path)
+    for verb in (["export"], ["export", "--format", "merged"]):
+        assert cli.main([*verb, "--workdir", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+        assert "no checkpoint yet" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.json", "picture.png"]
+
+
+def test_lora_of_another_model_is_refused(files):
+    config = config_of(**{"model.width": 64})
+    family = components.make_family(config)
+    with pytest.raises(TensorFileError, match=r"comfy\.safetensors"):
+        read_lora(files["comfy"], family.linears, family.kernel_shapes(), scale=1.0)
