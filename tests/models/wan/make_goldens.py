@@ -17,6 +17,7 @@ import numpy as np
 import peft
 import PIL.Image
 import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 from world_distill.core import sampling
 
@@ -185,7 +186,7 @@ def lora_gradients(golden: dict[str, np.ndarray], seed: int, lora: dict[str, Any
 def rope(grid: tuple[int, int, int], rows: int, seed: int) -> dict[str, np.ndarray]:
     """Random rows of the rotary tables for heads of 128, a column for each pair, with the rows' numbers."""
     f, h, w = grid
-    embed = diffusers.models.transformers.transformer_wan.WanRotaryPosEmbed(128, (1, 2, 2), 1024)
+    embed = WanRotaryPosEmbed(128, (1, 2, 2), 1024)
     cos, sin = (x[0, :, 0, ::2].numpy() for x in embed(torch.empty(1, 48, f, 2 * h, 2 * w)))
     row = np.sort(np.random.default_rng(seed).choice(f * h * w, rows, replace=False))
     row[-1] = f * h * w - 1
