@@ -28,7 +28,7 @@ class Functional:
             return self._make(nnx.Rngs(key))
 
     @functools.cached_property
-    def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
+    def _abstract(self) -> tuple[Any, nnx.State]:  # (graph, shapes)
         return nnx.split(nnx.eval_shape(lambda: self._module(jax.random.key(0))))
 
     def init(self, key: jax.Array) -> PyTree:

@@ -4,16 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.models.wan.small_wan import CONFIG, network
 from world_distill.core import flow, sampling, unipc
 from world_distill.core.guidance import guided
-from world_distill.models.functional import Functional
 from world_distill.models.params import assemble
-from world_distill.models.wan.modeling import WanConfig, WanDiT
 from world_distill.models.wan.params import transformer_entries
 from world_distill.structs import Condition
 
-CONFIG = WanConfig(channels=6, width=32, depth=2, heads=2, mlp=48, text_width=20, time_width=32, remat="none")
-NETWORK = Functional(lambda rngs: WanDiT(CONFIG, rngs=rngs))
+NETWORK = network(CONFIG)
 CASES = [(name, scale) for name in ("euler", "unipc") for scale in (1.0, 5.0)]
 ATOL = 5e-5
 
