@@ -1,6 +1,7 @@
 """The training step, through a real small model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,12 @@ from world_distill.structs import Condition, TrainBatch
 
 ROWS, STEPS = 6, 4
 GRID = flow.sampling_times(STEPS, 3.0)
+DIFFUSION = sampling.flow_grpo_diffusion(GRID, 0.7)
 
 
 @pytest.fixture(scope="module")
 def family():
-    return models.build("tiny", size=10, frames=5, width=32, depth=2, heads=2, text_width=8, unroll=1)
+    return models.build("tiny", size=10, frames=5, width=32, depth=1, heads=2, text_width=8, unroll=1)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,19 @@ def make_objective(**changes) -> objectives.Objective:
     )
 
 
-def make_batch(family, base, lora, diffusion=None, advantages=None) -> TrainBatch:
-    if advantages is None:
-        advantages = jnp.array([1.0, -1.0, 0.5, -0.5, 0.2, -0.2])
+@pytest.fixture(scope="module")
+def batch(family, base, lora) -> TrainBatch:
+    """Rollouts along the ODE."""
+    return make_batch(family, base, lora)
 
+
+@pytest.fixture(scope="module")
+def noisy(family, base, lora) -> TrainBatch:
+    """Rollouts by Flow-GRPO's stochastic steps."""
+    return make_batch(family, base, lora, DIFFUSION)
+
+
+def make_batch(family, base, lora, diffusion=None) -> TrainBatch:
     @jax.jit
     def make(base, lora, key):
         f, h, w, c = family.latent_shape
@@ -68,7 +79,8 @@ def make_batch(family, base, lora, diffusion=None, advantages=None) -> TrainBatc
         return TrainBatch(
             task=task, solution=solution, latents=rollout.latents,
             states=jnp.concatenate([rollout.states, rollout.latents[None]]), demonstrator=shown,
-            log_probs=rollout.log_probs, advantages=advantages, valid=jnp.ones(ROWS, bool),
+            log_probs=rollout.log_probs, advantages=jnp.array([1.0, -1.0, 0.5, -0.5, 0.2, -0.2]),
+            valid=jnp.ones(ROWS, bool),
         )  # fmt: skip
 
     return make(base, lora, jax.random.key(5))
@@ -81,10 +93,16 @@ def make_state(optimizer, lora):
     )
 
 
-def run(family, base, lora, batch, objective, diffusion=None, optimizer=None):
-    optimizer = optimizer or optax.sgd(1.0)
-    step = jax.jit(objectives.make_train_step(family, objective, optimizer, GRID, diffusion))
-    return step(make_state(optimizer, lora), base, batch)
+@functools.cache
+def make_step(family, objective, rate, diffuses):
+    """The jitted training step, with plain gradient descent; one for all tests of the same settings."""
+    return jax.jit(
+        objectives.make_train_step(family, objective, optax.sgd(rate), GRID, DIFFUSION if diffuses else None)
+    )
+
+
+def run(family, base, lora, batch, objective, rate=1.0, diffuses=False):
+    return make_step(family, objective, rate, diffuses)(make_state(optax.sgd(rate), lora), base, batch)
 
 
 def change(before, after):
@@ -93,30 +111,27 @@ def change(before, after):
 
 @pytest.mark.parametrize("old", ["current", "start", "ema"])
 @pytest.mark.parametrize("micro_batch", [0, 3])
-def test_awm_ratio_is_one_before_any_update(family, base, lora, old, micro_batch):
+def test_awm_ratio_is_one_before_any_update(family, base, lora, batch, old, micro_batch):
     objective = make_objective(rl="awm", awm_old=old, updates=1, draws=3, micro_batch=micro_batch)
-    _, metrics = run(family, base, lora, make_batch(family, base, lora), objective)
+    _, metrics = run(family, base, lora, batch, objective)
     assert abs(float(metrics["train/ratio"]) - 1) < 1e-6
     assert abs(float(metrics["train/ratio_max"]) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("micro_batch", [0, 2])
-def test_flow_grpo_ratio_is_one_before_any_update(family, base, lora, micro_batch):
-    diffusion = sampling.flow_grpo_diffusion(GRID, 0.7)
-    batch = make_batch(family, base, lora, diffusion)
+def test_flow_grpo_ratio_is_one_before_any_update(family, base, lora, noisy, micro_batch):
     objective = make_objective(rl="flow_grpo", updates=1, draws=STEPS - 1, micro_batch=micro_batch)
-    _, metrics = run(family, base, lora, batch, objective, diffusion)
+    _, metrics = run(family, base, lora, noisy, objective, diffuses=True)
     assert abs(float(metrics["train/ratio"]) - 1) < 1e-6
     assert abs(float(metrics["train/ratio_max"]) - 1) < 1e-6
     # It is not one for another policy's rollouts: the test could fail.
     other = jax.tree.map(lambda x: 1.5 * x, lora)
-    _, metrics = run(family, base, other, batch, objective, diffusion)
+    _, metrics = run(family, base, other, noisy, objective, diffuses=True)
     assert abs(float(metrics["train/ratio"]) - 1) > 1e-4
 
 
-def test_anchor_alone_is_the_gradient_of_equation_11(family, base, lora):
+def test_anchor_alone_is_the_gradient_of_equation_11(family, base, lora, batch):
     objective = make_objective(rl="none", beta_d=2.0, updates=1, draws=STEPS)
-    batch = make_batch(family, base, lora)
     state, metrics = run(family, base, lora, batch, objective)
 
     def direct(lora):
@@ -136,8 +151,7 @@ def test_anchor_alone_is_the_gradient_of_equation_11(family, base, lora):
     assert float(metrics["train/anchor"]) == pytest.approx(float(value), rel=1e-5)
 
 
-def test_micro_batches_do_not_change_an_update(family, base, lora):
-    batch = make_batch(family, base, lora)
+def test_micro_batches_do_not_change_an_update(family, base, lora, batch):
     results = []
     for micro_batch in (0, 2, 3):
         objective = make_objective(rl="awm", beta_d=0.5, updates=1, draws=2, micro_batch=micro_batch)
@@ -148,9 +162,8 @@ def test_micro_batches_do_not_change_an_update(family, base, lora):
         run(family, base, lora, batch, make_objective(micro_batch=4))
 
 
-def test_tied_rows_share_times_that_cover_the_grid(family, base, lora):
+def test_tied_rows_share_times_that_cover_the_grid(family, base, lora, batch):
     """Six equal rows in two blocks, two draws: four strata, so each of the four visited states counts once."""
-    batch = make_batch(family, base, lora)
     equal = lambda x, axis: jnp.repeat(jax.lax.slice_in_dim(x, 0, 1, axis=axis), ROWS, axis=axis)  # noqa: E731
     batch = objectives._rows(batch, equal)
     apart = make_objective(rl="none", beta_d=1.0, updates=1, draws=2, tied=3)
@@ -161,7 +174,7 @@ def test_tied_rows_share_times_that_cover_the_grid(family, base, lora):
         run(family, base, lora, batch, make_objective(tied=4))
 
 
-def test_tied_rows_get_a_time_each_block(family, base, lora, monkeypatch):
+def test_tied_rows_get_a_time_each_block(family, base, lora, batch, monkeypatch):
     """Blocks of one update look at different times, rows of a block at the same."""
     seen = []
     real = objectives._each
@@ -172,7 +185,7 @@ def test_tied_rows_get_a_time_each_block(family, base, lora, monkeypatch):
 
     monkeypatch.setattr(objectives, "_each", spy)
     objective = make_objective(rl="none", beta_d=1.0, updates=6, draws=1, tied=2)
-    jax.block_until_ready(run(family, base, lora, make_batch(family, base, lora), objective))
+    jax.block_until_ready(run(family, base, lora, batch, objective))
     jax.effects_barrier()
     assert len(seen) == 2 * 6  # the states, and the Demonstrator's velocities there
     for indices in seen:
@@ -183,13 +196,12 @@ def test_tied_rows_get_a_time_each_block(family, base, lora, monkeypatch):
     assert len({tuple(i) for i in seen}) > 2  # and not the same in every update
 
 
-def test_minibatches_take_turns(family, base, lora):
+def test_minibatches_take_turns(family, base, lora, batch):
     """For small steps, one update on each half is as good as two on the whole."""
-    batch = make_batch(family, base, lora)
     results = []
     for minibatches in (1, 2):
         objective = make_objective(rl="none", beta_d=1.0, updates=2, draws=STEPS, minibatches=minibatches)
-        state, _ = run(family, base, lora, batch, objective, optimizer=optax.sgd(1e-3))
+        state, _ = run(family, base, lora, batch, objective, rate=1e-3)
         results.append(change(lora, state.lora))
     whole, halves = (np.concatenate([x.ravel() for x in jax.tree.leaves(r)]) for r in results)
     assert np.linalg.norm(halves - whole) < 1e-2 * np.linalg.norm(whole)
@@ -204,19 +216,17 @@ def test_minibatches_take_turns(family, base, lora):
 
 
 @pytest.mark.parametrize("rl", ["awm", "flow_grpo"])
-def test_ratios_are_one_before_any_update_with_tied_minibatches(family, base, lora, rl):
-    diffusion = sampling.flow_grpo_diffusion(GRID, 0.7) if rl == "flow_grpo" else None
-    batch = make_batch(family, base, lora, diffusion)
+def test_ratios_are_one_before_any_update_with_tied_minibatches(family, base, lora, batch, noisy, rl):
+    diffuses = rl == "flow_grpo"
     objective = make_objective(rl=rl, updates=1, draws=2, tied=1, minibatches=2, micro_batch=1)
-    _, metrics = run(family, base, lora, batch, objective, diffusion)
+    _, metrics = run(family, base, lora, noisy if diffuses else batch, objective, diffuses=diffuses)
     assert abs(float(metrics["train/ratio"]) - 1) < 1e-6
     assert abs(float(metrics["train/ratio_max"]) - 1) < 1e-6
 
 
-def test_awm_raises_the_likelihood_of_what_was_good(family, base, lora):
-    batch = make_batch(family, base, lora)
+def test_awm_raises_the_likelihood_of_what_was_good(family, base, lora, batch):
     objective = make_objective(rl="awm", beta_d=0.0, updates=1, draws=3, skip_first=True)
-    state, _ = run(family, base, lora, batch, objective, optimizer=optax.sgd(0.05))
+    state, _ = run(family, base, lora, batch, objective, rate=0.05)
 
     @jax.jit
     def errors(weights):
@@ -233,9 +243,8 @@ def test_awm_raises_the_likelihood_of_what_was_good(family, base, lora):
     assert np.dot(gain, np.asarray(batch.advantages)) > 0
 
 
-def test_invalid_rows_and_zero_advantages_do_not_count(family, base, lora):
+def test_invalid_rows_and_zero_advantages_do_not_count(family, base, lora, batch):
     objective = make_objective(rl="awm", beta_d=0.0, updates=1, draws=2)
-    batch = make_batch(family, base, lora)
     state, _ = run(family, base, lora, batch.replace(advantages=jnp.zeros(ROWS)), objective)
     assert max(np.abs(x).max() for x in jax.tree.leaves(change(lora, state.lora))) == 0
     state, _ = run(family, base, lora, batch.replace(valid=jnp.zeros(ROWS, bool)), objective)
@@ -248,21 +257,19 @@ def test_invalid_rows_and_zero_advantages_do_not_count(family, base, lora):
     jax.tree.map(np.testing.assert_array_equal, one.lora, other.lora)
 
 
-def test_schedules_follow_the_step(family, base, lora):
+def test_schedules_follow_the_step(family, base, lora, batch):
     objective = make_objective(rl="none", beta_d=((0, 4.0), (10, 0.0)), updates=1)
-    optimizer = optax.sgd(0.0)
-    step = jax.jit(objectives.make_train_step(family, objective, optimizer, GRID))
-    batch = make_batch(family, base, lora)
+    step = make_step(family, objective, 0.0, False)
     for count, expected in ((0, 4.0), (5, 2.0), (50, 0.0)):
-        state = make_state(optimizer, lora).replace(step=jnp.asarray(count, jnp.int32))
+        state = make_state(optax.sgd(0.0), lora).replace(step=jnp.asarray(count, jnp.int32))
         state, metrics = step(state, base, batch)
         assert float(metrics["train/beta_d"]) == pytest.approx(expected)
         assert int(state.step) == count + 1
 
 
-def test_averages_trail_the_weights(family, base, lora):
+def test_averages_trail_the_weights(family, base, lora, batch):
     objective = make_objective(rl="none", beta_d=1.0, updates=3, ema_decay=0.5, old_slope=0.2, old_maximum=0.3)
-    state, _ = run(family, base, lora, make_batch(family, base, lora), objective, optimizer=optax.sgd(0.1))
+    state, _ = run(family, base, lora, batch, objective, rate=0.1)
     leaf = lambda tree: np.asarray(tree["blocks"]["mlp"]["up"]["a"])  # noqa: E731
     moved = np.abs(leaf(state.lora) - leaf(lora)).max()
     assert 0 < np.abs(leaf(state.lora_ema) - leaf(state.lora)).max() < moved
@@ -271,12 +278,11 @@ def test_averages_trail_the_weights(family, base, lora):
 
 
 @pytest.mark.parametrize("field", ["beta_old", "beta_base", "grpo_beta"])
-def test_other_anchors_pull_towards_their_reference(family, base, lora, field):
+def test_other_anchors_pull_towards_their_reference(family, base, lora, noisy, field):
     rl = "flow_grpo" if field == "grpo_beta" else "awm"
-    diffusion = sampling.flow_grpo_diffusion(GRID, 0.7)
-    batch = make_batch(family, base, lora, diffusion, advantages=jnp.zeros(ROWS))
+    batch = noisy.replace(advantages=jnp.zeros(ROWS))
     objective = make_objective(rl=rl, beta_d=0.0, updates=1, draws=2, **{field: 1.0})
-    step = jax.jit(objectives.make_train_step(family, objective, optax.sgd(0.01), GRID, diffusion))
+    step = make_step(family, objective, 0.01, True)
     state = make_state(optax.sgd(0.01), lora)
     state = state.replace(lora_old=jax.tree.map(jnp.zeros_like, lora))
     name = {"beta_old": "old", "beta_base": "base", "grpo_beta": "kl"}[field]
