@@ -134,7 +134,7 @@ def test_only_so_many_tasks_go_in(tmp_path):
 
 
 def test_large_clips_are_made_smaller(tmp_path):
-    make_run(tmp_path, kept=1, clip=(40, 60, 400))
+    make_run(tmp_path, kept=1, clip=(40, 39, 260))
     text = report.build(tmp_path).read_text()
     assert "aspect-ratio:240/36" in text and "--n:16" in text and "data:image/webp" in text
     assert 'class="frame film"' in text, "not enlarged to squares"
