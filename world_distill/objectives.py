@@ -95,7 +95,11 @@ class Objective:
 
     def rl_active(self, step: int) -> bool:
         """Whether L_RL has a weight in this training step: if not, nothing needs to be judged."""
-        return self.rl != "none" and float(schedules.piecewise_linear(self.rl_weight)(step)) != 0
+        if self.rl == "none":
+            return False
+        points = self.rl_weight if np.ndim(self.rl_weight) else [(0, self.rl_weight)]
+        # By NumPy: an operation of JAX would wait for the device, which is busy with the step before.
+        return bool(np.interp(step, *np.transpose(points)) != 0)
 
     @property
     def anchored(self) -> bool:
