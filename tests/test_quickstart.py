@@ -16,19 +16,25 @@ def base(tmp_path_factory):
     return str(folder / "base.safetensors")
 
 
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """The folder of a run that nothing interrupted, and its results."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, quickstart.quickstart(config_of(base), folder)
+
+
 def config_of(base, **overrides):
     return load_config("sandbox", {**SMALL, "base": base, "steps": 2, **overrides})
 
 
-def test_quickstart_writes_results_and_report_and_continues(base, tmp_path, monkeypatch):
-    config = config_of(base)
-    results = quickstart.quickstart(config, tmp_path)
-    assert results == json.loads((tmp_path / "results.json").read_text())
+def test_quickstart_writes_results_and_report_and_continues(base, whole, monkeypatch):
+    folder, results = whole
+    assert results == json.loads((folder / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["base", "demonstrator", "executor"]
     for row in results["rows"]:
         assert row["n"] == 4
         assert set(row["ci95"]) == {"task", "agent", "consistency", "average", "all"}
-    page = (tmp_path / "report.html").read_text()
+    page = (folder / "report.html").read_text()
     assert "<html" in page and "emonstrator" in page
 
     # Done is done: nothing is trained or sampled again.
@@ -37,12 +43,11 @@ def test_quickstart_writes_results_and_report_and_continues(base, tmp_path, monk
 
     monkeypatch.setattr(train.Collector, "__call__", again)
     monkeypatch.setattr(quickstart, "evaluate_roles", again)
-    assert quickstart.quickstart(config, tmp_path)["rows"] == results["rows"]
+    assert quickstart.quickstart(config_of(base), folder)["rows"] == results["rows"]
 
 
-def test_interrupted_after_training_it_only_scores(base, tmp_path, monkeypatch):
+def test_interrupted_after_training_it_only_scores(base, whole, tmp_path, monkeypatch):
     config = config_of(base)
-    whole = quickstart.quickstart(config, tmp_path / "whole")
 
     def dies(*args, **kwargs):
         raise KeyboardInterrupt
@@ -50,14 +55,13 @@ def test_interrupted_after_training_it_only_scores(base, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(quickstart, "score", dies)
         with pytest.raises(KeyboardInterrupt):
-            quickstart.quickstart(config, tmp_path / "parts")
-    assert quickstart.quickstart(config, tmp_path / "parts")["rows"] == whole["rows"]
+            quickstart.quickstart(config, tmp_path)
+    assert quickstart.quickstart(config, tmp_path)["rows"] == whole[1]["rows"]
 
 
-def test_the_seed_changes_scenes_and_a_used_folder_is_refused(base, tmp_path):
-    quickstart.quickstart(config_of(base), tmp_path / "a")
+def test_the_seed_changes_scenes_and_a_used_folder_is_refused(base, whole, tmp_path):
     with pytest.raises(UserError, match="seed"):
-        quickstart.quickstart(config_of(base, seed=1), tmp_path / "a")
-    quickstart.quickstart(config_of(base, seed=1), tmp_path / "b")
-    scenes = [{p.read_bytes() for p in (tmp_path / run / "data" / "scenes").rglob("*.png")} for run in ("a", "b")]
+        quickstart.quickstart(config_of(base, seed=1), whole[0])
+    quickstart.quickstart(config_of(base, seed=1), tmp_path)
+    scenes = [{p.read_bytes() for p in (run / "data" / "scenes").rglob("*.png")} for run in (whole[0], tmp_path)]
     assert scenes[0] and scenes[1] and not scenes[0] & scenes[1]

@@ -1,5 +1,6 @@
 """The loop: resuming, repeating, sharding, tracing, memory, and what it says to bad input."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -26,16 +27,32 @@ def inputs(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def final_state(config, workdir):
-    """Every array of the newest checkpoint, on the host."""
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """A function from a variant's name to its config and the folder of its uninterrupted run, made once."""
+
+    @functools.cache
+    def run(variant):
+        config = small_config(inputs, **(VARIANTS | {"staged": STAGED})[variant])
+        folder = tmp_path_factory.mktemp(variant)
+        train.train(config, folder)
+        return config, folder
+
+    return run
+
+
+def final_states(config, *workdirs):
+    """Every array of each folder's newest checkpoint, on the host, and the state of its data."""
     mesh = components.start_devices(config)
     family = components.make_family(config)
     base = components.load_base(family, config, mesh)
     _, abstract = runs.make_state(config, family, mesh, base)
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
-        state, iterator, _ = checkpointer.restore_latest(abstract)
-    state = state.replace(key=jax.random.key_data(state.key))
-    return jax.device_get(state), iterator
+    found = []
+    for workdir in workdirs:
+        with Checkpointer(workdir / "checkpoints") as checkpointer:
+            state, iterator, _ = checkpointer.restore_latest(abstract)
+        found.append((jax.device_get(state.replace(key=jax.random.key_data(state.key))), iterator))
+    return found
 
 
 def assert_same(a, b):
@@ -44,21 +61,20 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "staged"])
-def test_resumed_training_equals_uninterrupted_training_bit_for_bit(variant, inputs, tmp_path):
-    config = small_config(inputs, **(VARIANTS | {"staged": STAGED})[variant])
-    train.train(config, tmp_path / "whole")
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(variant, whole, tmp_path):
+    config, folder = whole(variant)
+    config = config.copy_and_resolve_references()
     with config.unlocked():
         config.steps = 2
-    train.train(config, tmp_path / "parts")
+    train.train(config, tmp_path)
     with config.unlocked():
         config.steps = 4
-    train.train(config, tmp_path / "parts")
-    whole = final_state(config, tmp_path / "whole")
-    assert int(whole[0].step) == 4
-    assert_same(whole, final_state(config, tmp_path / "parts"))
+    train.train(config, tmp_path)
+    one, other = final_states(config, folder, tmp_path)
+    assert int(one[0].step) == 4
+    assert_same(one, other)
     logs = [
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("whole", "parts")
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, tmp_path)
     ]
     for one, other in zip(*logs, strict=True):
         assert {k: v for k, v in one.items() if "time/" not in k} == {
@@ -66,9 +82,8 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(variant, inp
         }
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(inputs, tmp_path):
-    config = small_config(inputs, **VARIANTS["awm"])
-    train.train(config, tmp_path / "whole")
+def test_a_killed_run_goes_on_as_if_it_had_not_been(inputs, whole, tmp_path):
+    config, folder = whole("awm")
     # A process that dies in step 4, after the checkpoint of step 2, with its judgments already in the cache.
     code = f"""
         import os, pathlib, sys
@@ -90,15 +105,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(inputs, tmp_path):
     )
     assert process.returncode == -9
     train.train(config, tmp_path / "killed")
-    assert_same(final_state(config, tmp_path / "whole"), final_state(config, tmp_path / "killed"))
+    assert_same(*final_states(config, folder, tmp_path / "killed"))
 
 
-def test_a_second_run_and_a_replay_from_the_cache_are_the_same(inputs, tmp_path, monkeypatch):
-    config = small_config(inputs, **VARIANTS["awm"])
-    train.train(config, tmp_path / "one")
+def test_a_second_run_and_a_replay_from_the_cache_are_the_same(whole, tmp_path, monkeypatch):
+    config, folder = whole("awm")
     train.train(config, tmp_path / "two")
-    first = final_state(config, tmp_path / "one")
-    assert_same(first, final_state(config, tmp_path / "two"))
 
     # With the cache and a judge that knows nothing, the same weights come out.
     class Silent:
@@ -110,9 +122,11 @@ def test_a_second_run_and_a_replay_from_the_cache_are_the_same(inputs, tmp_path,
     make = components.make
     monkeypatch.setattr(components, "make", lambda c, s: Silent() if s == "judge" else make(c, s))
     (tmp_path / "three").mkdir()
-    shutil.copy(tmp_path / "one" / "judgments.sqlite", tmp_path / "three")
+    shutil.copy(folder / "judgments.sqlite", tmp_path / "three")
     train.train(config, tmp_path / "three")
-    assert_same(first, final_state(config, tmp_path / "three"))
+    one, two, three = final_states(config, folder, tmp_path / "two", tmp_path / "three")
+    assert_same(one, two)
+    assert_same(one, three)
     # Without the cache every judgment is missing: nothing is made up, and no reward moves the weights.
     train.train(config, tmp_path / "four")
     lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
@@ -131,7 +145,7 @@ def test_devices_and_mesh_do_not_change_the_result(variant, inputs, tmp_path):
     }.items():
         config = small_config(inputs, **VARIANTS[variant], **smooth, steps=2, **overrides)
         train.train(config, tmp_path / name)
-        states.append(final_state(config, tmp_path / name)[0])
+        states.append(final_states(config, tmp_path / name)[0][0])
     one, eight = states
     for a, b in zip(jax.tree.leaves(one.lora), jax.tree.leaves(eight.lora), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -145,33 +159,30 @@ def test_muon_trains_full_weights_on_a_mesh(inputs, tmp_path):
         **{"mesh.data": 4, "mesh.fsdp": 2, "executor.rank": 0, "optimizer.name": "muon"},
     )  # fmt: skip
     train.train(config, tmp_path / "run")
-    state, _ = final_state(config, tmp_path / "run")
+    [(state, _)] = final_states(config, tmp_path / "run")
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.lora))
     assert np.abs(state.lora["full"]["blocks"]["mlp"]["up"]["kernel"]).max() > 0
     assert np.abs(state.lora["full"]["blocks"]["table"]).max() > 0
 
 
-def test_one_trace_over_many_steps(inputs, tmp_path, monkeypatch):
+def test_one_trace_of_each_step_function_over_many_steps(inputs, tmp_path, monkeypatch):
     traces = []
     make = objectives.make_train_step
 
-    def counting(*args, **kwargs):
-        step = make(*args, **kwargs)
+    def counting(family, objective, *args):
+        step = make(family, objective, *args)
 
         def traced(state, base, batch):
-            traces.append(1)
+            traces.append(objective.rl)
             return step(state, base, batch)
 
         return traced
 
     monkeypatch.setattr(train, "make_train_step", counting)
-    train.train(small_config(inputs, **VARIANTS["awm"], steps=5), tmp_path / "one")
-    assert len(traces) == 1
     # A schedule that begins with distillation alone has a second step function, and no more.
     staged = {**VARIANTS["awm"], "objective.rl_weight": ((2, 0.0), (3, 1.0)), "evaluate_every": 2}
-    traces.clear()
-    train.train(small_config(inputs, **staged, steps=6), tmp_path / "two")
-    assert len(traces) == 2
+    train.train(small_config(inputs, **staged, steps=6), tmp_path)
+    assert traces == ["none", "awm"]
 
 
 def test_the_base_is_held_once(inputs, tmp_path, monkeypatch):
@@ -197,7 +208,7 @@ def test_the_base_is_held_once(inputs, tmp_path, monkeypatch):
 def test_a_full_executor_trains_too(inputs, tmp_path):
     config = small_config(inputs, **VARIANTS["awm"], **{"executor.rank": 0}, steps=2)
     train.train(config, tmp_path)
-    state, _ = final_state(config, tmp_path)
+    [(state, _)] = final_states(config, tmp_path)
     assert set(state.lora) == {"full"}
     assert max(np.abs(x).max() for x in jax.tree.leaves(state.lora)) > 1e-4
 
