@@ -12,6 +12,7 @@ from world_distill.core import sampling
 from world_distill.data.pipeline import pad_texts
 from world_distill.lora_files import FILE_NAME
 
+pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="torch is in the extra `torch`")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
 pytest.importorskip("peft", reason="peft is in the extra `torch`")

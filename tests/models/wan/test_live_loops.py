@@ -4,6 +4,7 @@ import pytest
 
 from tests.models.wan.wan_loops import CASES, compare
 
+pytestmark = pytest.mark.torch
 pytest.importorskip("torch", reason="torch is in the extra `torch`")
 pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
 

@@ -9,9 +9,10 @@ from tests.models.wan.small_wan import CONFIG, check_gradients, inputs, load, ne
 from world_distill.lora_files import FILE_NAME, read_lora, write_lora
 from world_distill.models.wan.params import LINEARS
 
-diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
-torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch", reason="torch is in the extra `torch`")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
+peft = pytest.importorskip("peft", reason="peft is in the extra `torch`")
 
 from tests.models.wan import make_goldens  # noqa: E402 (needs torch)
 

@@ -11,6 +11,7 @@ from world_distill.models.params import assemble
 from world_distill.models.wan import vae
 from world_distill.models.wan.params import transformer_entries, vae_entries
 
+pytestmark = pytest.mark.torch
 pytest.importorskip("torch", reason="torch is in the extra `torch`")
 pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
 

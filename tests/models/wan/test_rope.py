@@ -22,8 +22,9 @@ def test_sampled_rows_are_those_of_diffusers(tables):
             np.testing.assert_allclose(ours[golden["row"]], golden[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.torch
 def test_all_rows_are_those_of_diffusers(tables):
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
     from tests.models.wan.make_goldens import rope
 
     live = rope(GRID, rows=31 * 22 * 40, seed=0)

@@ -13,6 +13,7 @@ from world_distill.config import UserError
 from world_distill.data.pipeline import pad_texts
 from world_distill.models.wan.text import UMT5TextEncoder, clean
 
+pytestmark = pytest.mark.torch
 TEXTS = [
     "[red disc]: Go to the blue ring.",
     "The  red disc\n moves three steps right &amp;amp; one step up, then it stops beside the ring.",
@@ -99,6 +100,7 @@ def test_texts_are_never_cut(folder):
         UMT5TextEncoder(folder, max_length=length - 1).encode(TEXTS[:1])
     with pytest.raises(ValueError, match="without characters"):
         UMT5TextEncoder(folder).encode([" \n"])
+    assert [len(states) for states in UMT5TextEncoder(folder).encode([""])] == [1]  # what guidance leads away from
 
 
 def test_what_is_missing_is_named(folder, tmp_path):

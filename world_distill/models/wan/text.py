@@ -72,7 +72,7 @@ class UMT5TextEncoder:
         """
         cleaned = [clean(text) for text in texts]
         for text, tidy in zip(texts, cleaned, strict=True):
-            if not tidy:
+            if not tidy and text:  # the empty text has a meaning, to guidance: its state is the closing token's
                 raise ValueError(f"cannot encode a text without characters: {text!r}")
             if (length := len(self._tokenizer(tidy).input_ids)) > self.max_length:
                 raise ValueError(
