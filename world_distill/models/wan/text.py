@@ -10,12 +10,12 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from world_distill.config import UserError
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 
 
 def clean(text: str) -> str:
