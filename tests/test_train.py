@@ -155,8 +155,8 @@ def test_devices_and_mesh_do_not_change_the_result(variant, inputs, tmp_path):
 def test_muon_trains_full_weights_on_a_mesh(inputs, tmp_path):
     """Its state holds no moments where a weight is not a matrix, and the placing on devices has to see through that."""
     config = small_config(
-        inputs, **VARIANTS["distill"], steps=2, host_devices=8,
-        **{"mesh.data": 4, "mesh.fsdp": 2, "executor.rank": 0, "optimizer.name": "muon"},
+        inputs, **VARIANTS["distill"], steps=2, host_devices=4,
+        **{"mesh.data": 2, "mesh.fsdp": 2, "executor.rank": 0, "optimizer.name": "muon"},
     )  # fmt: skip
     train.train(config, tmp_path / "run")
     [(state, _)] = final_states(config, tmp_path / "run")
