@@ -240,3 +240,27 @@ def test_lora_of_another_model_is_refused(files):
     family = components.make_family(config)
     with pytest.raises(TensorFileError, match=r"comfy\.safetensors"):
         read_lora(files["comfy"], family.linears, family.kernel_shapes(), scale=1.0)
+
+
+def test_the_full_size_takes_its_place_on_a_mesh():
+    config = load_config("wan22_5b:wmsd", {"host_devices": 8})
+    mesh, family = components.start_devices(config), components.make_family(config)
+    base = jax.eval_shape(family.init_base, jax.random.key(0))
+    count = sum(x.size for x in jax.tree.leaves(base["transformer"]))
+    assert round(count / 1e9, 2) == 5.0 and base["transformer"]["head"]["kernel"].dtype == jnp.bfloat16
+    shardings = components.tree_shardings(mesh, family.base_axes(), base)
+    assert shardings["transformer"]["blocks"]["mlp"]["up"]["kernel"].spec[1] == "fsdp"
+    _, state = runs.make_state(config, family, mesh, base)
+    assert state.lora["blocks"]["self_attention"]["q"]["a"].shape == (30, 3072, 32)
+    assert family.latent_shape == (13, 30, 52, 48)
+    condition = Condition(
+        *(jax.ShapeDtypeStruct(s, d) for s, d in (((2, 512, 4096), jnp.bfloat16), ((2, 512), bool))),
+        scene=jax.ShapeDtypeStruct((2, 1, 30, 52, 48), jnp.float32),
+    )  # fmt: skip
+    x, t = jax.ShapeDtypeStruct((2, *family.latent_shape), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    v = jax.eval_shape(family.denoise, base, state.lora, x, t, condition)
+    assert (v.shape, v.dtype) == (x.shape, jnp.float32)
+    clips = jax.eval_shape(family.decode, base, x)
+    assert (clips.shape, clips.dtype) == ((2, 49, 480, 832, 3), jnp.uint8)
+    with pytest.raises(UserError, match="config.judge.factory names nothing"):
+        components.make(config, "judge")
