@@ -168,6 +168,7 @@ def test_clips_are_made_once_and_interrupted_calls_go_on(run, files, merged, tmp
     assert names == sorted(f"{name}.{suffix}" for name in wanted for suffix in ("json", "mp4", "png"))
     settings = json.loads((tmp_path / "a" / f"{wanted[2]}.json").read_text())
     assert settings["prompt"] == record.task and settings["steps"] == 2 and settings["frames"] == 9
+    assert settings["executor"] == {"run": str(run), "step": 2}
     before = (tmp_path / "a" / f"{wanted[3]}.mp4").read_bytes()
     (tmp_path / "a" / f"{wanted[3]}.json").unlink()
     capsys.readouterr()

@@ -108,7 +108,7 @@ def generate(args: argparse.Namespace, config) -> tuple[int, int]:
     mesh = components.start_devices(config)
     family = components.make_family(config)
     base = components.load_base(family, config, mesh)
-    lora = _load_executor(args.executor, config, family, mesh)
+    lora, settings["executor"] = _load_executor(args.executor, config, family, mesh)
     rows = args.batch or len(mesh.devices.flat)
     jobs = list(_jobs(args, family, base))
     waiting = [job for job in jobs if not _is_done(args.out, job, settings)]
@@ -172,7 +172,6 @@ def _settings(args: argparse.Namespace, config) -> dict[str, Any]:
         "seed": args.seed,
         "model": config.model.to_dict(),
         "base": config.base,
-        "executor": str(args.executor) if args.executor else None,
         "version": world_distill.__version__,
     }
     if args.steps or args.shift is not None:
@@ -248,18 +247,22 @@ def _negative(args: argparse.Namespace, family: ModelFamily, length: int) -> tup
     return states[0], mask[0]
 
 
-def _load_executor(path: pathlib.Path | None, config, family: ModelFamily, mesh: jax.sharding.Mesh) -> PyTree | None:
+def _load_executor(
+    path: pathlib.Path | None, config, family: ModelFamily, mesh: jax.sharding.Mesh
+) -> tuple[PyTree | None, dict[str, Any] | None]:
+    """(weights, what tells them from any others)."""
     if path is None:
-        return None
+        return None, None
     if path.is_dir():
-        lora, _ = runs.load_executor(runs.read_config(path), family, mesh, path)
+        lora, step = runs.load_executor(runs.read_config(path), family, mesh, path)
         if lora is None:
             raise UserError(f"{path} has no checkpoint yet: there is no Executor")
-        return lora
+        return lora, {"run": str(path), "step": step}
     if family.linears is None:
         raise UserError(f"--executor {path}: model family {family.name} has no LoRA files; name the folder of a run")
     lora = read_lora(path, family.linears, family.kernel_shapes(), scale=family.lora_scale)
-    return jax.device_put(lora, tree_shardings(mesh, family.lora_axes(lora), lora))
+    placed = jax.device_put(lora, tree_shardings(mesh, family.lora_axes(lora), lora))
+    return placed, {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 # ---- Sampling
