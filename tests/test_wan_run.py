@@ -169,12 +169,14 @@ def test_clips_are_made_once_and_interrupted_calls_go_on(run, files, merged, tmp
     settings = json.loads((tmp_path / "a" / f"{wanted[2]}.json").read_text())
     assert settings["prompt"] == record.task and settings["steps"] == 2 and settings["frames"] == 9
     assert settings["executor"] == {"run": str(run), "step": 2}
-    before = (tmp_path / "a" / f"{wanted[3]}.mp4").read_bytes()
+    sheet = tmp_path / "a" / f"{wanted[3]}.png"
+    before = np.asarray(Image.open(sheet)).astype(int)
     (tmp_path / "a" / f"{wanted[3]}.json").unlink()
     capsys.readouterr()
     assert call("--executor", run, *common, "--text", "both", out=tmp_path / "a") == 0
     assert "1 clips made, 3 were there" in capsys.readouterr().out
-    assert (tmp_path / "a" / f"{wanted[3]}.mp4").read_bytes() == before
+    # In another place of a batch, rounding may differ.
+    np.testing.assert_allclose(np.asarray(Image.open(sheet)).astype(int), before, atol=1)
     assert call("--executor", run, *common, "--seed", 1, "--text", "both", out=tmp_path / "a") == 2
     assert "seed 0 -> 1" in capsys.readouterr().err
 
