@@ -2,7 +2,11 @@
 
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 
+import huggingface_hub
 import jax
 import ml_dtypes
 import numpy as np
@@ -16,6 +20,7 @@ from world_distill.config import UserError
 from world_distill.models.params import assemble
 from world_distill.tensor_files import TensorFileError
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDENS = pathlib.Path(__file__).parent / "models" / "wan" / "goldens"
 TRANSFORMER = {
     "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 2,
@@ -25,7 +30,8 @@ TRANSFORMER = {
 VAE = {
     "base_dim": 4, "decoder_base_dim": 6, "z_dim": 6, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": [],
     "temperal_downsample": [False, True, True], "is_residual": True, "patch_size": 2,
-    "latents_mean": [0.5] * 6, "latents_std": [2.0] * 6,
+    "latents_mean": [0.5] * 6, "latents_std": [2.0] * 6, "in_channels": 12, "out_channels": 12,
+    "scale_factor_temporal": 4, "scale_factor_spatial": 16,
 }  # fmt: skip
 
 
@@ -49,7 +55,7 @@ def make_source(folder, *, transformer=TRANSFORMER, vae=VAE, change=lambda weigh
         safetensors.numpy.save_file(part, folder / "transformer" / file)
         index |= dict.fromkeys(part, file)
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": index}))
+    path.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": index}))
     safetensors.numpy.save_file(tensors("vae_2.2.npz"), folder / "vae" / "diffusion_pytorch_model.safetensors")
     return folder
 
@@ -105,14 +111,67 @@ def test_an_interrupted_conversion_leaves_nothing_that_loads(tmp_path, monkeypat
         return save(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(converted, "BATCH_BYTES", 2**17)
+        patch.setattr(converted, "BATCH_BYTES", 2**16)
         patch.setattr(converted.ocp.partial, "save", dying)
         with pytest.raises(KeyboardInterrupt):
             convert.convert(source, tmp_path / "dest")
-    assert not (tmp_path / "dest").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from world_distill import convert, converted
+module, name, count = sys.argv[1:4]
+target = {"partial": converted.ocp.partial, "os": os}[module]
+real, calls = getattr(target, name), []
+
+def dying(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+
+setattr(target, name, dying)
+converted.BATCH_BYTES = 2**16
+convert.convert(pathlib.Path(sys.argv[4]), pathlib.Path(sys.argv[5]))
+"""
+
+
+@pytest.mark.parametrize("instant", [("partial", "save", 4), ("os", "rename", 25)], ids=["writing", "finalizing"])
+def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, instant):
+    source = make_source(tmp_path / "source")
+    words = [*map(str, instant), str(source), str(tmp_path / "dest")]
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [p.name for p in tmp_path.glob("dest*")] == ["dest.partial_save"]
+    with pytest.raises(converted.ConvertedError):
+        converted.describe(tmp_path / "dest.partial_save")
     convert.convert(source, tmp_path / "dest")
     assert set(ocp.load(tmp_path / "dest")) == set(expected(source))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dest", "source"]
+
+
+def test_a_lost_piece_of_a_checkpoint_is_an_error(tmp_path):
+    source = make_source(tmp_path / "source")
+    convert.convert(source, tmp_path / "dest")
+    shape = converted.describe(tmp_path / "dest")[0]["transformer.blocks.mlp.up.kernel"]
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {"transformer.blocks.mlp.up.kernel": jax.ShapeDtypeStruct(shape, np.float32, sharding=place)}
+    converted.load(tmp_path / "dest", wanted)
+    chunks = [p for p in (tmp_path / "dest").glob("*/transformer.blocks.mlp.up.kernel/*") if p.name[0] != "."]
+    chunks[0].unlink()
+    with pytest.raises(converted.ConvertedError, match="damaged"):
+        converted.load(tmp_path / "dest", wanted)
+
+
+def test_large_arrays_are_kept_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(converted, "CHUNK_BYTES", 2**12)
+    source = make_source(tmp_path / "source")
+    convert.convert(source, tmp_path / "dest")
+    found = ocp.load(tmp_path / "dest")
+    for name, x in expected(source).items():
+        np.testing.assert_array_equal(np.asarray(found[name]), x, err_msg=name)
+    assert len(list((tmp_path / "dest").glob("*/transformer.blocks.mlp.up.kernel/*"))) > 2
 
 
 def test_the_command_prints_what_it_made(tmp_path, capsys):
@@ -146,12 +205,117 @@ def test_all_names_that_do_not_fit_are_listed(tmp_path):
         ({"in_channels": 12}, {}, "more channels than its output"),
         ({"patch_size": [2, 2, 2]}, {}, "patch_size"),
         ({}, {"z_dim": 4}, "6 latent channels, its vae 4"),
+        ({"num_layers": "two"}, {}, "source: "),
     ],
 )
 def test_models_of_another_kind_are_refused(tmp_path, transformer, vae, text):
     source = make_source(tmp_path / "source", transformer=TRANSFORMER | transformer, vae=VAE | vae)
     with pytest.raises(UserError, match=text):
         convert.convert(source, tmp_path / "dest")
+    assert not list(tmp_path.glob("dest*"))
+
+
+def test_a_model_of_two_transformers_is_refused(tmp_path):
+    source = make_source(tmp_path / "source")
+    index = source / "model_index.json"
+    index.write_text(json.dumps({"transformer_2": ["diffusers", "WanTransformer3DModel"]}))
+    with pytest.raises(UserError, match="two transformers"):
+        convert.convert(source, tmp_path / "dest")
+    index.write_text(json.dumps({"transformer_2": [None, None]}))
+    convert.convert(source, tmp_path / "dest")
+
+
+def test_a_config_that_lacks_a_key_or_is_none_is_named(tmp_path):
+    config = {key: value for key, value in TRANSFORMER.items() if key != "ffn_dim"}
+    source = make_source(tmp_path / "source", transformer=config)
+    with pytest.raises(UserError, match="lacks 'ffn_dim'"):
+        convert.convert(source, tmp_path / "dest")
+    (source / "vae" / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="vae/config.json is no config: its JSON is a list"):
+        convert.convert(source, tmp_path / "dest")
+
+
+def write_header(path, tensors):
+    """A safetensors file of zeros: name -> (type as the format spells it, shape), a byte a number."""
+    header, end = {}, 0
+    for name, (kind, shape) in tensors.items():
+        size = int(np.prod(shape))
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+
+
+def test_tensors_of_a_type_that_is_not_read_are_named(tmp_path):
+    source = make_source(tmp_path / "source")
+    shard = source / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    shapes = {name: x.shape for name, x in safetensors.numpy.load_file(shard).items()}
+    kinds = {name: ("I8" if i else "F8_E4M3", list(shapes[name])) for i, name in enumerate(shapes)}
+    write_header(shard, kinds)
+    with pytest.raises(UserError) as caught:
+        convert.convert(source, tmp_path / "dest", dtype="bfloat16")
+    for name, (kind, _) in kinds.items():
+        assert f"transformer: type: {name} is {kind}; F32, F16, BF16 can be read" in str(caught.value)
+    assert not list(tmp_path.glob("dest*"))
+
+
+def test_blocks_of_several_types_need_one_that_is_asked_for(tmp_path):
+    def change(weights):
+        weights["blocks.1.attn1.to_q.bias"] = weights["blocks.1.attn1.to_q.bias"].astype(ml_dtypes.bfloat16)
+
+    source = make_source(tmp_path / "source", change=change)
+    with pytest.raises(UserError, match=r"blocks.\{n\}.attn1.to_q.bias is BF16 and F32, by block; give --dtype"):
+        convert.convert(source, tmp_path / "dest")
+    convert.convert(source, tmp_path / "dest", dtype="float32")
+    assert {str(kind) for kind in converted.types(tmp_path / "dest").values()} == {"float32"}
+
+
+def hub(monkeypatch, answer):
+    """Sets what the hub says; the list fills with what it was asked for."""
+    asked = []
+
+    def download(name, **kwargs):
+        asked.append((name, kwargs["allow_patterns"]))
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+def test_a_name_on_the_hub_is_downloaded_without_its_text_encoder(tmp_path, monkeypatch):
+    source = make_source(tmp_path / "snapshots" / "0a1b2c")
+    asked = hub(monkeypatch, source)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "dest"]) == 0
+    ((name, patterns),) = asked
+    assert name == "Wan-AI/Wan2.2-TI2V-5B-Diffusers" and "model_index.json" in patterns
+    assert {pattern.split("/")[0] for pattern in patterns} == {"model_index.json", "transformer", "vae"}
+    assert converted.describe("dest")[1]["source"] == name
+
+
+def test_folders_are_never_looked_up_on_the_hub(tmp_path, monkeypatch, capsys):
+    asked = hub(monkeypatch, AssertionError("asked the hub"))
+    make_source(tmp_path / "models" / "wan")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", "models/wan", "dest"]) == 0
+    for source in (tmp_path / "models" / "none", "./models", "a/b/c", "none"):
+        assert cli.main(["convert", str(source), "other"]) == 2
+        assert "diffusers' layout" in capsys.readouterr().err
+    assert not asked and not (tmp_path / "other").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_explained(tmp_path, monkeypatch, capsys):
+    asked = hub(monkeypatch, ConnectionError("no route"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", "Wan-AI/Wan2.2", "weights/wan"]) == 2
+    error = capsys.readouterr().err
+    assert "no folder here" in error and "(no route)" in error and "hf download Wan-AI/Wan2.2" in error
+    assert len(asked) == 1 and not list(tmp_path.iterdir())
+    (tmp_path / "weights").mkdir()
+    assert cli.main(["convert", "Wan-AI/Wan2.2", "weights"]) == 2
+    assert len(asked) == 1, "a place that is taken is found out before the download"
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
@@ -161,6 +325,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     shard.write_bytes(whole[:-100])
     with pytest.raises(TensorFileError, match=f"{shard.name} is no whole safetensors file"):
         convert.convert(source, tmp_path / "dest")
+    index = source / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    names = index.read_text()
+    for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(text)
+        with pytest.raises(TensorFileError, match="is no index of safetensors"):
+            convert.convert(source, tmp_path / "dest")
+    index.write_text(names)
     shard.unlink()
     with pytest.raises(TensorFileError, match=f"lacks {shard.name}"):
         convert.convert(source, tmp_path / "dest")
@@ -176,3 +347,4 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         convert.convert(source, tmp_path / "dest")
     with pytest.raises(UserError, match="diffusers' layout"):
         convert.convert(tmp_path / "nothing", tmp_path / "dest")
+    assert not list(tmp_path.glob("dest*"))

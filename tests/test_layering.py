@@ -21,7 +21,8 @@ PARTS = {"models", "judges", "data", "sandbox", "sharding", "checkpoints", "conv
 SHARED_BY_MODELS = {"models", "models.functional", "models.layers", "models.lora", "models.params", "models.words"}
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
-MAY_USE_TORCH = {"judges.local"}  # and every models/**/params.py and models/**/text.py; inside functions
+# And every models/**/params.py and models/**/text.py; inside functions. `verify` runs diffusers beside our networks.
+MAY_USE_TORCH = {"judges.local", "verify"}
 
 NOT_IN_CORE = {
     "flax.nnx", "os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "socket", "subprocess",
@@ -142,7 +143,7 @@ def external(module: str, item: Import) -> str | None:
     of_a_family = module.startswith("models.") and module.split(".")[-1] in ("params", "text")
     if under(item.name, TORCH):
         if not (of_a_family or module in MAY_USE_TORCH):
-            return f"imports {item.name}; torch is for converters, text encoders and judges.local"
+            return f"imports {item.name}; torch is for converters, text encoders, verify and judges.local"
         if not item.in_function:
             return f"imports {item.name} outside a function; the base install has no torch"
     if under(item.name, {"ml_collections"}) and layer(module) != 3 and module != "config":

@@ -10,6 +10,8 @@ import safetensors
 
 from world_distill.config import UserError
 
+# What a tensor may be made of, as the files say it.
+TYPES = ("F32", "F16", "BF16")
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_lora_weights")
 
 
@@ -18,7 +20,7 @@ class TensorFileError(UserError):
 
 
 class TensorFiles:
-    """Name, shape and content of every tensor in a folder: one file, or several with an index.
+    """Name, shape, type and content of every tensor in a folder: one file, or several with an index.
 
     Files are opened for each tensor and closed again, so that memory holds no more than what was read.
 
@@ -33,6 +35,7 @@ class TensorFiles:
         self.folder = folder
         self._file: dict[str, pathlib.Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.types: dict[str, str] = {}
         for path, expected in _files(folder).items():
             with open_tensors(path) as file:
                 found = set(file.keys())
@@ -40,7 +43,8 @@ class TensorFiles:
                     raise TensorFileError(f"{path} lacks {len(lost)} tensors of its index, {lost[0]} for one")
                 for name in sorted(found if expected is None else expected):
                     self._file[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    tensor = file.get_slice(name)
+                    self.shapes[name], self.types[name] = tuple(tensor.get_shape()), tensor.get_dtype()
 
     def __getitem__(self, name: str) -> np.ndarray:
         with open_tensors(self._file[name]) as file:
@@ -55,12 +59,11 @@ def _files(folder: pathlib.Path) -> Mapping[pathlib.Path, set[str] | None]:
         index = folder / f"{name}.safetensors.index.json"
         if index.exists():
             try:
-                by_tensor = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+                files: dict[pathlib.Path, set[str]] = {}
+                for tensor, file in json.loads(index.read_text())["weight_map"].items():
+                    files.setdefault(folder / file, set()).add(tensor)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise TensorFileError(f"{index} is no index of safetensors: {error}") from error
-            files: dict[pathlib.Path, set[str]] = {}
-            for tensor, file in by_tensor.items():
-                files.setdefault(folder / file, set()).add(tensor)
             if missing := sorted(str(path.name) for path in files if not path.exists()):
                 raise TensorFileError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
             return files
