@@ -192,6 +192,7 @@ GOOD = {
     "judges.__init__": "",
     "judges.rubric": "",
     "judges.local": "from world_distill.judges.rubric import questions",
+    "verify": "def compare():\n    import diffusers",
     "sharding": "from world_distill.structs import PyTree",
     "train": "import ml_collections\nfrom world_distill import sharding\nfrom world_distill.core.losses import x",
     "cli": "from world_distill import __version__\nfrom world_distill.train import run",
