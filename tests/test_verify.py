@@ -10,6 +10,8 @@ import safetensors.numpy
 from tests.test_convert import make_source, tensors
 from world_distill import cli, convert, converted, verify
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

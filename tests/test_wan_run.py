@@ -155,7 +155,7 @@ def test_large_models_are_written_in_shards_with_an_index(run, merged, monkeypat
     assert cli.main(["convert", str(run / "sharded"), str(run / "converted_sharded")]) == 0
     assert converted.describe(run / "converted_sharded") == (
         converted.describe(run / "converted")[0],
-        converted.describe(run / "converted")[1] | {"source": "sharded"},
+        converted.describe(run / "converted")[1] | {"source": str(run / "sharded")},
     )
 
 
