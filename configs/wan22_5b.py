@@ -52,7 +52,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.dtype = "bfloat16"  # of the transformer's weights
     c.model.vae_dtype = "float32"  # of the autoencoder's
     c.model.remat = "full"  # what the backward pass computes again: none | dots | full
-    c.model.attention = None  # what computes attention: none (JAX decides) | xla | cudnn
+    c.model.attention = (
+        None  # what computes attention: none (by_head on CPUs, else JAX decides) | xla | cudnn | by_head
+    )
     c.model.piece = 2  # latent frames decoded at a time; 0: all
     c.model.rows = 0  # clips decoded at a time, over all devices; 0: all
     c.model.text_encoder = ""  # for `encode` and `generate`: folder with text_encoder/ and tokenizer/

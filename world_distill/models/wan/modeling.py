@@ -22,6 +22,7 @@ from world_distill.models.layers import (
     Lora,
     Mlp,
     apply_rope,
+    attend_by_head,
     layer_norm,
     rms_norm,
     rope_tables,
@@ -46,7 +47,8 @@ class WanConfig:
       eps: of all norms.
       theta: of RoPE.
       remat: what the backward pass computes again: "none", all but matrix products ("dots"), or each block ("full").
-      attention: what computes attention: None (JAX decides), "xla", or "cudnn".
+      attention: what computes attention: "xla", "cudnn", "by_head" (`layers.attend_by_head`), or None: "by_head" on
+        CPUs, elsewhere what JAX decides.
     """
 
     channels: int = 48
@@ -60,7 +62,7 @@ class WanConfig:
     eps: float = 1e-6
     theta: float = 10_000.0
     remat: Remat = "full"
-    attention: Literal["xla", "cudnn"] | None = None
+    attention: Literal["xla", "cudnn", "by_head"] | None = None
 
     @property
     def rope_dims(self) -> tuple[int, int, int]:
@@ -94,7 +96,11 @@ class Attention(nnx.Module):
         q, k, v = (y.reshape(*y.shape[:2], heads, -1) for y in (q, k, v))
         if rope is not None:
             q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))
-        y = jax.nn.dot_product_attention(q, k, v, implementation=self.config.attention)
+        implementation = self.config.attention
+        if implementation == "by_head" or (implementation is None and jax.default_backend() == "cpu"):
+            y = attend_by_head(q, k, v)
+        else:
+            y = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
         return self.out(y.reshape(*x.shape[:2], -1), sub(lora, "out"), scale)
 
 
