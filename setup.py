@@ -27,6 +27,7 @@ EXTRAS = {
     "colab": ["ipywidgets>=8", "matplotlib>=3.9"],
     "test": [
         "av>=14",
+        "openai>=1.60",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "beartype>=0.20",

@@ -1,0 +1,197 @@
+"""What a server can do, found out before it is asked about clips: an answer of the wrong form is no reward.
+
+    1. the model is among those that it serves
+    2. which spellings of yes and no are one token, where the server can say (`/tokenize` of vLLM and SGLang)
+    3. pictures of one colour, as many as a clip will have: "are they red?" must be yes, "are they blue?" no, by the
+       first token, which a model that thinks first, or a server without log-probabilities, does not give
+
+Servers differ in the fields that they take, so the third is asked with ever fewer of them until it is not refused.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from world_distill.config import UserError
+from world_distill.judges.answers import SPELLINGS, WORDS, MalformedAnswer, NoLogProbs, NoVerdict, Reading, read_answer
+from world_distill.judges.client import Client, Failure, Refused, Server
+from world_distill.judges.frames import data_urls
+
+PROBES = (("Are these pictures red? Answer yes or no.", 1), ("Are these pictures blue? Answer yes or no.", -1))
+_COLOUR = (220, 30, 30)
+_SIDE = 64  # pixels; vision encoders need more than one of their patches
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What is sent and how the answer is read: whatever changes an answer.
+
+    Attributes:
+      model: as the server calls it.
+      frames: at most so many of a clip.
+      max_side: pixels of a frame's longer side, at most.
+      quality: of JPEG; 0: PNG.
+      min_mass: probability that yes and no together need.
+      extra: more fields of the request.
+    """
+
+    model: str
+    frames: int
+    max_side: int
+    quality: int
+    min_mass: float
+    extra: Mapping[str, Any]
+
+    def __post_init__(self):
+        if not self.model:
+            raise UserError("a judge needs the name of its model, as the server lists it at /v1/models")
+        if self.frames < 2 or self.max_side < 1 or not 0 <= self.quality <= 100 or not 0 < self.min_mass < 1:
+            raise UserError(
+                "a judge needs frames of at least 2, max_side of at least 1, a quality of 0 to 100 and a min_mass "
+                f"between 0 and 1, not {self.frames}, {self.max_side}, {self.quality}, {self.min_mass}"
+            )
+
+    @property
+    def version(self) -> str:
+        """One line that changes when an answer may; free of addresses and keys."""
+        picture = f"jpeg{self.quality}" if self.quality else "png"
+        extra = f" {json.dumps(dict(self.extra), sort_keys=True)}" if self.extra else ""
+        return f"server-1 {self.model} {self.frames}x{self.max_side} {picture} mass>{self.min_mass:g}{extra}"
+
+    def urls(self, clip: np.ndarray) -> list[str]:
+        """Image parts of a clip [F H W 3] uint8."""
+        return data_urls(clip, frames=self.frames, max_side=self.max_side, quality=self.quality)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Fields of a request that a server takes, and the words of its token numbers."""
+
+    fields: Mapping[str, Any]
+    ids: Mapping[int, str]
+
+
+def make_body(rules: Rules, form: Form, urls: list[str], question: str) -> dict[str, Any]:
+    """The request: the clip first and the question last, so that the beginning is the same for all questions."""
+    content = [{"type": "text", "text": "These pictures are the frames of one video, in the order of time."}]
+    content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content += [{"type": "text", "text": question}]
+    return {"model": rules.model, "messages": [{"role": "user", "content": content}]} | form.fields | dict(rules.extra)
+
+
+async def find_form(client: Client, server: Server, rules: Rules) -> Form:
+    """The form in which a server is to be asked.
+
+    Raises:
+      UserError: it cannot judge; the message says why and what to do.
+      Failure: it could not be reached.
+    """
+    await _check_model(client, server, rules)
+    ids = await _token_ids(client, server, rules)
+    refusal = None
+    for form in _forms(ids):
+        try:
+            await _probe(client, server, rules, form)
+        except Refused as error:
+            if error.status not in (400, 422):
+                raise
+            refusal = error
+        else:
+            logging.info("judge: %s is asked with %s", server.label, ", ".join(sorted(form.fields)))
+            return form
+    raise UserError(
+        f"{refusal}\n  This is the answer to {rules.frames} small pictures and a question, asked for log-probabilities"
+        " in several ways: the server has to take that many images (vLLM: --limit-mm-per-prompt) and logprobs; one "
+        "that gives none cannot judge"
+    )
+
+
+def _forms(ids: Mapping[int, str]) -> list[Form]:
+    """From the most that a server may know to the least."""
+    plain = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+    fewer = plain | {"top_logprobs": 5}
+    newer = {"max_completion_tokens": 1, "logprobs": True, "top_logprobs": 20}
+    no_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+    forms = [Form(fields, {}) for fields in (plain | no_thinking, fewer | no_thinking, plain, fewer, newer)]
+    if ids:
+        # Servers that do not know logprob_token_ids ignore it, and give the likeliest tokens.
+        exact = {"logprob_token_ids": sorted(ids), "return_tokens_as_token_ids": True}
+        forms.insert(0, Form(plain | no_thinking | exact, ids))
+    return forms
+
+
+async def _check_model(client: Client, server: Server, rules: Rules) -> None:
+    try:
+        reply = json.loads(await client.send(server, "/models"))
+        names = [entry["id"] for entry in reply["data"]]
+    except Refused as error:
+        if error.status in (401, 403):
+            raise
+        return  # a server without such a list
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return
+    if names and rules.model not in names:
+        raise UserError(
+            f"judge server {server.label} does not serve {rules.model!r}, but {', '.join(map(str, names[:10]))}: "
+            "set judge.options.model"
+        )
+
+
+async def _token_ids(client: Client, server: Server, rules: Rules) -> dict[int, str]:
+    """The word of each token that spells yes or no; {} where the server cannot say."""
+    ids = {}
+    root = server.url.removesuffix("/v1")
+    for word in WORDS:
+        for spelling in SPELLINGS[word]:
+            body = {"model": rules.model, "prompt": spelling, "add_special_tokens": False}
+            try:
+                tokens = json.loads(await client.send_patiently(server, f"{root}/tokenize", body))["tokens"]
+                if len(tokens) == 1:
+                    ids[int(tokens[0])] = word
+            except (Refused, Failure, ValueError, KeyError, TypeError, RecursionError):
+                return {}
+    missing = set(WORDS) - set(ids.values())
+    if missing:
+        raise UserError(
+            f"judge server {server.label}: {' and '.join(sorted(missing))} is more than one token for {rules.model}: "
+            "its first token does not answer; take another model"
+        )
+    return ids
+
+
+async def _probe(client: Client, server: Server, rules: Rules, form: Form) -> None:
+    urls = rules.urls(np.full((rules.frames, _SIDE, _SIDE, 3), _COLOUR, np.uint8))
+    for question, sign in PROBES:
+        reading = await _ask(client, server, rules, form, urls, question)
+        if reading.log_odds * sign <= 0:
+            raise UserError(
+                f"judge server {server.label}: {rules.model} answered {question!r} about red pictures with log-odds "
+                f"{reading.log_odds:.2f}: it does not see them, or does not follow; take another model"
+            )
+
+
+async def _ask(client: Client, server: Server, rules: Rules, form: Form, urls: list[str], question: str) -> Reading:
+    where = f"judge server {server.label}: {rules.model}"
+    body = make_body(rules, form, urls, question)
+    for _ in range(3):
+        reply = await client.send_patiently(server, "/chat/completions", body)
+        try:
+            return read_answer(reply, form.ids, min_mass=rules.min_mass)
+        except NoLogProbs as error:
+            raise UserError(
+                f"{where} gives no log-probabilities, and cannot judge: the score is log p(yes) - log p(no) of the "
+                "first token. Take a server or a hosted model with `logprobs` (launch/serve_judge.sh starts one)"
+            ) from error
+        except NoVerdict as error:
+            raise UserError(
+                f"{where} does not answer with yes or no at once: {error}. If it thinks before it answers, thinking "
+                "has to be off: with a chat template that knows enable_thinking, or a field of the request in "
+                'judge.options.extra (such as {"reasoning_effort": "none"}), or another model'
+            ) from error
+        except MalformedAnswer as error:
+            malformed = client.clean(str(error))[:300]
+    raise Failure(f"{server.label}: {malformed}, three times")

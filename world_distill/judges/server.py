@@ -1,0 +1,184 @@
+"""A vision-language model behind an OpenAI-compatible server (vLLM, SGLang, hosted) as the judge.
+
+The score is log p(yes) - log p(no) of the first answer token (`answers`). A clip's first question goes ahead, and the
+others follow once it is answered, to the same server: it has the clip's part of the work then (prefix caching).
+"""
+
+import asyncio
+import concurrent.futures
+import os
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+from world_distill.config import UserError
+from world_distill.interfaces import JudgeAnswer, JudgeRequest
+from world_distill.judges.answers import NoVerdict, Reading, read_answer
+from world_distill.judges.client import Client, Failure, Limits, Server
+from world_distill.judges.pool import GaveUp, Pool
+from world_distill.judges.selftest import Form, Rules, find_form, make_body
+
+
+class ServerJudge:
+    """`interfaces.Judge`.
+
+    Attributes:
+      name: changes with whatever changes answers; without addresses and keys.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str] = ("http://localhost:8000/v1",),
+        model: str = "",
+        *,
+        api_key_env: str | None = None,
+        frames: int = 16,
+        max_side: int = 448,
+        quality: int = 95,
+        min_mass: float = 0.5,
+        extra: Mapping[str, Any] | None = None,
+        concurrency: int = 64,
+        requests_per_minute: float = 0,
+        timeout: float = 120,
+        give_up_after: float = 900,
+        tries: int = 10,
+        backoff: float = 0.5,
+        backoff_limit: float = 30,
+    ):
+        """Nothing is sent yet.
+
+        Args:
+          servers: addresses that end in /v1; all of them serve the model.
+          model: its name there.
+          api_key_env: environment variable with the API key; None or "" sends none.
+          frames: of a clip that are shown, evenly over time, at most.
+          max_side: pixels; larger frames are shrunk.
+          quality: of JPEG; 0 sends PNG.
+          min_mass: probability that yes and no together need, or the answer does not count.
+          extra: more fields of the request.
+          concurrency: requests under way at once.
+          requests_per_minute: 0: no limit.
+          timeout: seconds of one attempt.
+          give_up_after: seconds after which a question has no answer.
+          tries: failures of one question while others are answered.
+          backoff: seconds before the second attempt; doubles with each.
+          backoff_limit: the longest wait in seconds, but for those that the server asks for.
+
+        Raises:
+          UserError: a value is out of range, or the environment variable is not set.
+        """
+        self._rules = Rules(model, frames, max_side, quality, min_mass, dict(extra or {}))
+        limits = Limits(concurrency, requests_per_minute, timeout, give_up_after, tries, backoff, backoff_limit)
+        key = os.environ.get(api_key_env, "").strip() if api_key_env else None
+        if api_key_env and not key:
+            raise UserError(f"the judge's API key is expected in the environment variable {api_key_env}: not set")
+        self._client = Client([servers] if isinstance(servers, str) else list(servers), key, limits)
+        self._pool = Pool(self._client, lambda server: find_form(self._client, server, self._rules))
+        self.name = self._rules.version
+        self._masses: list[float] = []
+        self._invalid = self._bounded = 0
+
+    def __repr__(self) -> str:
+        return f"ServerJudge({self.name!r})"
+
+    def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
+        """One answer a request, in order; what could not be answered has an error instead.
+
+        Raises:
+          UserError: a server refuses what will not change by asking again, or fails its self-test.
+        """
+        return _run(self._ask(requests)) if requests else []
+
+    def check(self) -> list[str]:
+        """Tests every server; one line for each.
+
+        Raises:
+          UserError: one cannot judge, or none can be reached.
+        """
+        return _run(self._check())
+
+    def health(self) -> dict[str, float]:
+        """Since the last call: answers, mass of yes and no, how many had no verdict or were bounded, retries."""
+        masses, self._masses = self._masses, []
+        figures = {
+            "answers": len(masses), "mass_mean": sum(masses) / max(len(masses), 1),
+            "mass_min": min(masses, default=0.0), "invalid": self._invalid, "bounded": self._bounded,
+            "retries": self._pool.retries,
+        }  # fmt: skip
+        self._invalid = self._bounded = self._pool.retries = 0
+        return figures
+
+    async def _check(self) -> list[str]:
+        lines = []
+        async with self._pool.session():
+            for server in self._pool.servers:
+                try:
+                    await self._pool.prepare(server)
+                    form: Form = server.form
+                    how = f"token numbers of {len(form.ids)} spellings" if form.ids else "its likeliest tokens"
+                    lines.append(f"{server.label}: {self._rules.model}, read by {how}")
+                except Failure as failure:
+                    lines.append(f"cannot be reached: {failure}")
+        if not any(server.form for server in self._pool.servers):
+            raise UserError("no judge server: " + "; ".join(lines) + " (launch/serve_judge.sh starts one)")
+        return lines
+
+    async def _ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
+        answers: list[JudgeAnswer | None] = [None] * len(requests)
+        clips: dict[int, list[int]] = {}  # the requests of each array
+        for i, request in enumerate(requests):
+            clips.setdefault(id(request.clip), []).append(i)
+        waiting = iter(clips.values())
+
+        async def work() -> None:
+            for numbers in waiting:
+                await self._judge(requests, numbers, answers)
+
+        async with self._pool.session():
+            workers = [asyncio.create_task(work()) for _ in range(min(len(clips), self._pool.limits.concurrency))]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        return answers
+
+    async def _judge(
+        self, requests: Sequence[JudgeRequest], numbers: Sequence[int], answers: list[JudgeAnswer | None]
+    ) -> None:
+        """All questions about one clip."""
+        urls = await asyncio.to_thread(self._rules.urls, requests[numbers[0]].clip)
+
+        async def answer(number: int, preferred: Server | None) -> Server | None:
+            question = requests[number].question
+            try:
+                reading, server = await self._pool.ask(
+                    lambda server: make_body(self._rules, server.form, urls, question),
+                    lambda server, reply: read_answer(reply, server.form.ids, min_mass=self._rules.min_mass),
+                    preferred,
+                )
+            except (GaveUp, NoVerdict) as error:
+                self._invalid += isinstance(error, NoVerdict)
+                answers[number] = JudgeAnswer(None, self._client.clean(str(error)))
+                return preferred
+            answers[number] = JudgeAnswer(self._take(reading).log_odds)
+            return server
+
+        first, *others = numbers
+        server = await answer(first, None)
+        await asyncio.gather(*(answer(number, server) for number in others))
+
+    def _take(self, reading: Reading) -> Reading:
+        self._masses.append(reading.mass)
+        self._bounded += reading.bounded
+        return reading
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Waits for a coroutine, also where an event loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
