@@ -8,7 +8,7 @@ Result:    not measured yet.
 
 Variants, `--config wan22_5b:VARIANT`:
   distill   on-policy distillation (Eq. 11): needs no judge; the default
-  wmsd      distillation with RL (AWM) from a VLM judge, which `judge.factory` has to name
+  wmsd      distillation with RL (AWM) from a VLM judge, which `launch/serve_judge.sh` starts
   debug     the same code on a tiny untrained network, in the sandbox's world: minutes on a CPU, no downloads
 """
 
@@ -146,8 +146,19 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Judge and benchmark --------------------------------------------------------------------------------------------
     c.judge = ConfigDict()
-    c.judge.factory = ""  # package.module:function; `wmsd` asks it, `distill` does not
+    c.judge.factory = "world_distill.judges.server:ServerJudge"  # package.module:function; `distill` does not ask it
     c.judge.options = ConfigDict()
+    c.judge.options.servers = ("http://localhost:8000/v1",)  # OpenAI-compatible, all with the same model
+    c.judge.options.model = "Qwen/Qwen3.5-27B"  # as they call it
+    c.judge.options.api_key_env = ""  # environment variable with the API key; empty: none is sent
+    c.judge.options.frames = 16  # of a clip that the judge sees, evenly over time
+    c.judge.options.max_side = 448  # pixels; larger frames are shrunk
+    c.judge.options.min_mass = 0.5  # probability that yes and no together need for an answer to count
+    c.judge.options.extra = ""  # more fields of each request, as JSON
+    c.judge.options.concurrency = 64  # requests under way at once
+    c.judge.options.requests_per_minute = 0.0  # 0: no limit
+    c.judge.options.timeout = 120.0  # seconds of one attempt
+    c.judge.options.give_up_after = 900.0  # seconds without an answer, after which a clip is left out
     c.judge.rubric = ""  # folder of question files; empty: those that ship with the package
     c.benchmark = ConfigDict()
     c.benchmark.factory = ""  # package.module:function; `evaluate` asks it
@@ -201,3 +212,4 @@ def _shrink(c: ConfigDict) -> None:
         c[part].options = ConfigDict({"world": "@world"})
     # The oracle could not tell what an untrained network's clips show; this judge can.
     c.judge.factory = "world_distill.judges.brightness:Brightness"
+    c.judge.options = ConfigDict()

@@ -13,6 +13,7 @@ from PIL import Image
 from world_distill import cli, components, converted, evaluate, export, generate, prepare, runs, train
 from world_distill.config import UserError, load_config
 from world_distill.data.records import RecordReader
+from world_distill.judges.server import ServerJudge
 from world_distill.lora_files import read_lora
 from world_distill.models.lora import merge
 from world_distill.structs import Condition
@@ -265,5 +266,13 @@ def test_the_full_size_takes_its_place_on_a_mesh():
     assert (v.shape, v.dtype) == (x.shape, jnp.float32)
     clips = jax.eval_shape(family.decode, base, x)
     assert (clips.shape, clips.dtype) == ((2, 49, 480, 832, 3), jnp.uint8)
-    with pytest.raises(UserError, match="config.judge.factory names nothing"):
-        components.make(config, "judge")
+
+
+def test_the_judge_is_made_from_the_config_and_an_empty_factory_is_refused():
+    config = load_config(
+        "wan22_5b:wmsd", {"judge.options.frames": 8, "judge.options.servers": "http://a/v1,http://b/v1"}
+    )
+    judge = components.make(config, "judge")
+    assert isinstance(judge, ServerJudge) and judge.name.startswith("server-1 Qwen/Qwen3.5-27B 8x448")
+    with pytest.raises(UserError, match="config.annotator.factory names nothing"):
+        components.make(config, "annotator")

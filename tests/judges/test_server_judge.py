@@ -1,8 +1,14 @@
 """The judge behind a server: right answers from each kind of server, in order, whatever goes wrong on the way."""
 
 import asyncio
+import functools
+import json
+import os
+import pathlib
 import re
+import shlex
 import socket
+import subprocess
 import threading
 import time
 
@@ -72,7 +78,7 @@ def test_every_kind_of_server_gives_its_models_log_odds(style):
     assert ("logprob_token_ids" in sent) == style.startswith(("vllm", "sglang"))
     assert ("chat_template_kwargs" in sent) == (style != "hosted") and sent["max_tokens"] == 1
     health = judge.health()
-    assert health["answers"] == 16 and health["retries"] == health["invalid"] == 0
+    assert health["answers"] == 16 and health["retries"] == health["no_verdict"] == 0
     assert health["mass_mean"] == pytest.approx(0.96, abs=1e-4) == pytest.approx(health["mass_min"], abs=1e-4)
     assert judge.health()["answers"] == 0
 
@@ -104,7 +110,14 @@ def test_the_name_follows_what_changes_answers_and_nothing_else(monkeypatch):
     base = make()
     same = [{"servers": "https://user:word@other:1/v1"}, {"timeout": 1}, {"concurrency": 1}, {"api_key_env": None}]
     assert {make(**o).name for o in same} == {base.name}
-    other = [{"model": "n"}, {"frames": 8}, {"max_side": 64}, {"quality": 0}, {"min_mass": 0.4}, {"extra": {"seed": 1}}]
+    other = [
+        {"model": "n"},
+        {"frames": 8},
+        {"max_side": 64},
+        {"quality": 0},
+        {"min_mass": 0.4},
+        {"extra": '{"seed": 1}'},
+    ]
     assert len({base.name, *(make(**o).name for o in other)}) == 7
     assert not any(word in base.name + repr(base) + str(vars(base)) for word in ("host", "sk-very-secret"))
 
@@ -158,6 +171,7 @@ def test_check_describes_servers_and_names_those_out_of_reach():
         ({"model": ""}, "name of its model"), ({"frames": 1}, "frames of at least 2"), ({"servers": ()}, "one server"),
         ({"servers": "host:8000"}, "written like"), ({"concurrency": 0}, "concurrency"), ({"timeout": 0}, "timeout"),
         ({"api_key_env": "NOT_SET_ANYWHERE"}, "variable NOT_SET_ANYWHERE: not set"), ({"min_mass": 0}, "min_mass"),
+        ({"extra": "{"}, "a JSON object"), ({"extra": "3"}, "a JSON object"),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options, text):
@@ -214,7 +228,7 @@ def test_an_answer_that_is_neither_is_invalid_and_not_asked_again():
         first, second = judge.ask(requests_about(1))
     assert first.log_odds is None and "began with 'Certainly'" in first.error and second.error is None
     assert server.chats == 4 and judge.health() | {"mass_mean": 0, "mass_min": 0} == {
-        "answers": 1, "mass_mean": 0, "mass_min": 0, "invalid": 1, "bounded": 0, "retries": 0,
+        "answers": 1, "mass_mean": 0, "mass_min": 0, "no_verdict": 1, "bounded": 0, "retries": 0,
     }  # fmt: skip
 
 
@@ -342,3 +356,12 @@ def test_the_key_is_sent_and_seen_nowhere(monkeypatch, caplog):
     texts += [str(caught.value), caplog.text]
     assert "Bearer ***" in texts[-2] and "***" in "".join(texts[:-2])
     assert not any(key in text or key[:16] in text for text in texts)
+
+
+def test_the_launch_script_prints_what_it_would_run():
+    script = pathlib.Path(__file__).resolve().parents[2] / "launch/serve_judge.sh"
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+    line = run([script, "--dry-run", "--seed", "1"], env=os.environ | {"FRAMES": "8", "MODEL": "a/b"}).stdout
+    words = shlex.split(line)
+    assert words[:3] == ["vllm", "serve", "a/b"] and words[-2:] == ["--seed", "1"]
+    assert json.loads(words[words.index("--limit-mm-per-prompt") + 1]) == {"image": 8}

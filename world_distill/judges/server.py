@@ -6,6 +6,8 @@ others follow once it is answered, to the same server: it has the clip's part of
 
 import asyncio
 import concurrent.futures
+import json
+import math
 import os
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
@@ -35,7 +37,7 @@ class ServerJudge:
         max_side: int = 448,
         quality: int = 95,
         min_mass: float = 0.5,
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | str = "",
         concurrency: int = 64,
         requests_per_minute: float = 0,
         timeout: float = 120,
@@ -54,7 +56,7 @@ class ServerJudge:
           max_side: pixels; larger frames are shrunk.
           quality: of JPEG; 0 sends PNG.
           min_mass: probability that yes and no together need, or the answer does not count.
-          extra: more fields of the request.
+          extra: more fields of the request; a text is JSON.
           concurrency: requests under way at once.
           requests_per_minute: 0: no limit.
           timeout: seconds of one attempt.
@@ -66,7 +68,7 @@ class ServerJudge:
         Raises:
           UserError: a value is out of range, or the environment variable is not set.
         """
-        self._rules = Rules(model, frames, max_side, quality, min_mass, dict(extra or {}))
+        self._rules = Rules(model, frames, max_side, quality, min_mass, _fields(extra))
         limits = Limits(concurrency, requests_per_minute, timeout, give_up_after, tries, backoff, backoff_limit)
         key = os.environ.get(api_key_env, "").strip() if api_key_env else None
         if api_key_env and not key:
@@ -75,7 +77,7 @@ class ServerJudge:
         self._pool = Pool(self._client, lambda server: find_form(self._client, server, self._rules))
         self.name = self._rules.version
         self._masses: list[float] = []
-        self._invalid = self._bounded = 0
+        self._no_verdict = self._bounded = 0
 
     def __repr__(self) -> str:
         return f"ServerJudge({self.name!r})"
@@ -100,11 +102,11 @@ class ServerJudge:
         """Since the last call: answers, mass of yes and no, how many had no verdict or were bounded, retries."""
         masses, self._masses = self._masses, []
         figures = {
-            "answers": len(masses), "mass_mean": sum(masses) / max(len(masses), 1),
-            "mass_min": min(masses, default=0.0), "invalid": self._invalid, "bounded": self._bounded,
+            "answers": len(masses), "mass_mean": sum(masses) / len(masses) if masses else math.nan,
+            "mass_min": min(masses, default=math.nan), "no_verdict": self._no_verdict, "bounded": self._bounded,
             "retries": self._pool.retries,
         }  # fmt: skip
-        self._invalid = self._bounded = self._pool.retries = 0
+        self._no_verdict = self._bounded = self._pool.retries = 0
         return figures
 
     async def _check(self) -> list[str]:
@@ -158,7 +160,7 @@ class ServerJudge:
                     preferred,
                 )
             except (GaveUp, NoVerdict) as error:
-                self._invalid += isinstance(error, NoVerdict)
+                self._no_verdict += isinstance(error, NoVerdict)
                 answers[number] = JudgeAnswer(None, self._client.clean(str(error)))
                 return preferred
             answers[number] = JudgeAnswer(self._take(reading).log_odds)
@@ -172,6 +174,13 @@ class ServerJudge:
         self._masses.append(reading.mass)
         self._bounded += reading.bounded
         return reading
+
+
+def _fields(extra: Mapping[str, Any] | str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(extra or "{}") if isinstance(extra, str) else extra)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"a judge's extra is a JSON object, not {extra!r} ({error})") from error
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
