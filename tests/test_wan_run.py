@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.judges.fake_server import FakeServer
 from world_distill import cli, components, converted, evaluate, export, generate, prepare, runs, train
 from world_distill.config import UserError, load_config
 from world_distill.data.records import RecordReader
 from world_distill.judges.server import ServerJudge
+from world_distill.logs import read_log
 from world_distill.lora_files import read_lora
 from world_distill.models.lora import merge
 from world_distill.structs import Condition
@@ -33,10 +35,14 @@ def config_of(**changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Folder of a finished run."""
+    """Folder of a finished run, judged over HTTP."""
     folder = tmp_path_factory.mktemp("wan")
     prepare.make_records(config_of(), folder / "data")
-    train.train(config_of(), folder)
+    with FakeServer() as server:
+        config = config_of(**{"judge.factory": "world_distill.judges.server:ServerJudge"})
+        with config.unlocked():
+            config.judge.options = {"servers": (server.url,), "model": "judge", "frames": 4}
+        train.train(config, folder)
     return folder
 
 
@@ -73,6 +79,13 @@ def test_training_moves_the_executor_and_leaves_the_base_in_parts(opened):
     kernel = opened.base["transformer"]["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4  # fsdp = 4
     assert {x.sharding.num_devices for x in jax.tree.leaves(opened.base)} == {8}
+
+
+def test_training_was_judged_by_the_server(run):
+    lines = read_log(run / "metrics.jsonl")
+    clips = config_of().rollout.tasks * config_of().rollout.group
+    assert [line["judge/answers"] for line in lines] == [3 * clips] * 2
+    assert all(line["judge/mass_min"] > 0.9 and line["judge/invalid"] == 0 for line in lines)
 
 
 def test_records_hold_scenes_of_the_model(run, opened):

@@ -244,6 +244,8 @@ class Collector:
             valid &= judgment.valid
             info["time/rollout"] = rolled - started
             info["time/judge"] = time.perf_counter() - rolled
+            health = getattr(self.judge, "health", dict)()  # a judge may have figures of its own
+            info |= {f"judge/{name}": value for name, value in health.items()}
             for name in self._questions:
                 info[f"rate/{name}"] = _mean(judgment.scores[name][judgment.valid] > 0)
         groups = np.repeat(np.arange(count), group)

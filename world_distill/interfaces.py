@@ -118,6 +118,8 @@ class JudgeAnswer:
 
 
 class Judge(Protocol):
+    """May also have `health() -> dict[str, float]`: figures since the last call, which are logged with the step's."""
+
     name: str  # identifies model, version and sampling: part of the cache key
 
     def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
