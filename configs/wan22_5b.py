@@ -52,9 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.dtype = "bfloat16"  # of the transformer's weights
     c.model.vae_dtype = "float32"  # of the autoencoder's
     c.model.remat = "full"  # what the backward pass computes again: none | dots | full
-    c.model.attention = (
-        None  # what computes attention: none (by_head on CPUs, else JAX decides) | xla | cudnn | by_head
-    )
+    c.model.attention = None  # none (blocked on CPUs, else JAX decides) | blocked | xla | cudnn
     c.model.piece = 2  # latent frames decoded at a time; 0: all
     c.model.rows = 0  # clips decoded at a time, over all devices; 0: all
     c.model.text_encoder = ""  # for `encode` and `generate`: folder with text_encoder/ and tokenizer/

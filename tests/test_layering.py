@@ -18,7 +18,9 @@ WORDS = {"", "structs", "interfaces", "config"}
 PARTS = {"models", "judges", "data", "sandbox", "sharding", "checkpoints", "converted", "optim", "video_io"}
 
 # What families share; the other folders of models/ know nothing of each other.
-SHARED_BY_MODELS = {"models", "models.functional", "models.layers", "models.lora", "models.params", "models.words"}
+SHARED_BY_MODELS = {
+    "models", "models.attention", "models.functional", "models.layers", "models.lora", "models.params", "models.words",
+}  # fmt: skip
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 # And every models/**/params.py and models/**/text.py; inside functions. `verify` runs diffusers beside our networks.

@@ -1,12 +1,13 @@
-"""Speed and memory of the Wan transformer: ours and diffusers', in turns, on the same weights and inputs.
+"""How fast Wan's transformer is here and in diffusers: forward, and forward and backward, at one medium size.
 
-    pip install -e '.[torch]' && python tests/benchmarks/wan_speed.py [--threads 1] [--repeats 5] [--json PATH]
+    python tests/benchmarks/wan_speed.py
+    python tests/benchmarks/wan_speed.py --threads 4 --remat full --json speed.json
 
-Forward, forward and backward for all parameters, and for LoRA of rank 32, of a model of 4 layers and 8 heads of 128 on
-2,000 video tokens (the first frame clean) and 128 text tokens. On CPUs in float32, pinned to as many cores as there are
-threads, in CPU seconds; on GPUs in bfloat16, in seconds, diffusers' under `torch.compile`. Each side lives in a process
-of its own, and they take turns; the median counts. Beside it stand the rates of plain matrix products and of attention
-at the model's sizes: on some CPUs the ratio is mostly theirs. Without torch, ours alone.
+Each framework runs in a process of its own, and they take turns, so that a busy machine slows both. Before that both
+compute the same velocity and gradients from the same weights. On CPUs: float32, and seconds of CPU time. On a GPU that
+both see: bfloat16, seconds of wall time, and a third process with `torch.compile`. Without diffusers only ours runs.
+
+A ratio on a CPU is to a good part that of the matrix products: their rates stand beside it.
 """
 
 import argparse
@@ -22,226 +23,326 @@ import time
 
 import numpy as np
 
-SIZES = {"heads": 8, "width": 1024, "mlp": 4096, "depth": 4, "channels": 16, "text_width": 1024, "time_width": 256}
-GRID, TOKENS, RANK = (5, 20, 20), 128, 32
-TARGETS = r"blocks\.(self_attention|cross_attention)\.(q|k|v|out)|blocks\.mlp\.(up|down)"
-THEIR_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-JOBS = ("forward", "backward", "lora", "matmul", "attention")
-FLOPS = {"matmul": 2 * 2000 * 1024 * 4096, "attention": 4 * 2000 * 2000 * 1024}
+CHANNELS, WIDTH, DEPTH, HEADS, MLP, TEXT_WIDTH, TIME_WIDTH = 48, 1024, 4, 8, 4096, 512, 256
+GRID, TEXT_TOKENS, RANK = (5, 40, 40), 128, 32  # latents of 2 x 2 pixels a token: 5 * 20 * 20 tokens
+TOKENS = GRID[0] * GRID[1] * GRID[2] // 4
+TIMES = np.array([[0.0, 0.9, 0.9, 0.9, 0.9]], np.float32)
+
+PARTS = {
+    "forward": "forward",
+    "all": "forward + backward, all parameters",
+    "lora": f"forward + backward, LoRA r = {RANK}",
+}
+# What one call computes, in floating-point operations.
+RATES = {
+    "product": ("matrix product", 2 * TOKENS * WIDTH * MLP),
+    "attention": ("attention, forward", 4 * TOKENS**2 * WIDTH),
+    "attention_grad": ("attention, forward + backward", 12 * TOKENS**2 * WIDTH),
+}
 
 
-def inputs() -> dict[str, np.ndarray]:
-    """Latents [1 f h w c], times [1 f], text [1 l e], and weights of the loss, float32."""
+def draw() -> tuple[np.ndarray, ...]:
+    """Latents [1 f h w c], text [1 l e], then q, k, v [1 n h e]."""
     rng = np.random.default_rng(0)
-    f, h, w = GRID
-    shape = (1, f, 2 * h, 2 * w, SIZES["channels"])
-    times = np.concatenate([[0.0], np.full(f - 1, 0.625)])[None]
-    arrays = {"x": rng.normal(size=shape), "t": times, "text": rng.normal(size=(1, TOKENS, SIZES["text_width"]))}
-    arrays |= {"c": rng.normal(size=shape), "m": rng.normal(size=(2000, 1024)), "n": rng.normal(size=(1024, 4096))}
-    arrays |= {"qkv": rng.normal(size=(3, 1, 2000, 8, 128))}
-    return {name: x.astype(np.float32) for name, x in arrays.items()}
+    heads = (1, TOKENS, HEADS, WIDTH // HEADS)
+    shapes = [(1, *GRID, CHANNELS), (1, TEXT_TOKENS, TEXT_WIDTH), heads, heads, heads]
+    return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
 
-# ---- Ours
-
-
-def ours(folder: pathlib.Path) -> tuple[dict, str]:
-    """(jobs, what they run on)."""
+def ours(args: argparse.Namespace) -> tuple[dict, dict]:
+    """Part -> function that runs it once and waits for it; and what the process is."""
     import jax
     import jax.numpy as jnp
 
+    from world_distill.models.attention import attend
     from world_distill.models.functional import Functional
-    from world_distill.models.layers import attend_by_head
     from world_distill.models.lora import init_lora
     from world_distill.models.params import assemble
     from world_distill.models.wan.modeling import WanConfig, WanDiT
     from world_distill.models.wan.params import transformer_entries
 
-    gpu = jax.default_backend() == "gpu"
-    config = WanConfig(**SIZES, remat="none" if gpu else os.environ.get("REMAT", "dots"))
+    dtype = jnp.bfloat16 if args.gpu else jnp.float32
+    config = WanConfig(
+        channels=CHANNELS, width=WIDTH, depth=DEPTH, heads=HEADS, mlp=MLP, text_width=TEXT_WIDTH,
+        time_width=TIME_WIDTH, remat=args.remat, attention=args.attention,
+    )  # fmt: skip
     network = Functional(lambda rngs: WanDiT(config, rngs=rngs))
-    if (folder / "weights.npz").exists():
-        with np.load(folder / "weights.npz") as file:
+    if args.weights.exists():
+        with np.load(args.weights) as file:
             weights = assemble(transformer_entries(config), dict(file))
     else:
         weights = jax.jit(network.init)(jax.random.key(0))
-    dtype = jnp.bfloat16 if gpu else jnp.float32
-    weights = jax.tree.map(lambda x: jnp.asarray(x, dtype), weights)
-    lora = init_lora(jax.random.key(1), weights, rank=RANK, targets=TARGETS)
-    a = {name: jnp.asarray(x) for name, x in inputs().items()}
-    q, k, v = a["qkv"].astype(dtype)
+    weights = jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)
+    lora = init_lora(jax.random.key(1), weights, rank=RANK, targets=r"blocks\..*")
+    x, text, *qkv = (jnp.asarray(y) for y in draw())
+    t, qkv = jnp.asarray(TIMES), [y.astype(dtype) for y in qkv]
+    a, b = jnp.ones((TOKENS, WIDTH), dtype), jnp.ones((WIDTH, MLP), dtype)
 
-    def loss(weights, lora):
-        return jnp.vdot(network(weights, a["x"], a["t"], a["text"], lora), a["c"])
-
-    forward = jax.jit(lambda w: network(w, a["x"], a["t"], a["text"]))
-    backward, by_lora = jax.jit(jax.grad(loss)), jax.jit(jax.grad(loss, argnums=1))
-    attend = jax.jit(jax.nn.dot_product_attention if gpu else attend_by_head)
+    forward = jax.jit(lambda w, x: network(w, x, t, text))
+    grad = jax.jit(jax.grad(lambda w, x: (network(w, x, t, text) ** 2).mean()))
+    lora_grad = jax.jit(jax.grad(lambda f, w, x: (network(w, x, t, text, f) ** 2).mean()))
     product = jax.jit(jnp.matmul)
-    m, n = a["m"].astype(dtype), a["n"].astype(dtype)
-    np.save(folder / "ours.npy", np.asarray(forward(weights)))
-    jobs = {
-        "forward": lambda: forward(weights),
-        "backward": lambda: backward(weights, None),
-        "lora": lambda: by_lora(weights, lora),
-        "matmul": lambda: product(m, n),
-        "attention": lambda: attend(q, k, v),
+    attention = jax.jit(lambda q, k, v: attend(q, k, v, args.attention))
+    attention_grad = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2)))
+    runs = {
+        "forward": lambda: forward(weights, x),
+        "all": lambda: grad(weights, x),
+        "lora": lambda: lora_grad(lora, weights, x),
+        "product": lambda: product(a, b),
+        "attention": lambda: attention(*qkv),
+        "attention_grad": lambda: attention_grad(*qkv),
     }
-    count = sum(x.size for x in jax.tree.leaves(weights))
-    ready = {name: lambda job=job: jax.block_until_ready(job()) for name, job in jobs.items()}
-    return ready, f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {count / 1e6:.1f} M parameters"
+    runs = {name: lambda run=run: jax.block_until_ready(run()) for name, run in runs.items()}
+
+    def check():
+        norm = sum(float((g.astype(jnp.float32) ** 2).sum()) for g in jax.tree.leaves(grad(weights, x))) ** 0.5
+        return np.asarray(forward(weights, x)), norm
+
+    count = sum(w.size for w in jax.tree.leaves(weights)), sum(f.size for f in jax.tree.leaves(lora))
+    about = {"name": f"jax {jax.__version__}, remat {args.remat}", "parameters": count[0], "factors": count[1]}
+    return runs | {"check": check}, about
 
 
-# ---- Theirs
-
-
-def theirs(folder: pathlib.Path) -> tuple[dict, str]:
-    """(jobs, what they run on); leaves its weights in the folder."""
+def theirs(args: argparse.Namespace) -> tuple[dict, dict]:
+    """As `ours`, of diffusers. The adapter comes with the first call of "lora", which has to be the last part."""
     import diffusers
     import peft
     import torch
 
-    gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-
-    def make():
-        torch.manual_seed(0)
-        model = diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=SIZES["heads"], attention_head_dim=128,
-            in_channels=SIZES["channels"], out_channels=SIZES["channels"], text_dim=SIZES["text_width"],
-            freq_dim=SIZES["time_width"], ffn_dim=SIZES["mlp"], num_layers=SIZES["depth"], cross_attn_norm=True,
-        )  # fmt: skip
-        return model
-
-    model = make()
-    np.savez(folder / "weights.npz", **{name: x.numpy() for name, x in model.state_dict().items()})
-    model = model.to(device, dtype)
-    adapted = make().to(device, dtype)
-    adapted.requires_grad_(False)
-    adapted.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=THEIR_TARGETS))
-    a = {name: torch.from_numpy(x).to(device) for name, x in inputs().items()}
-    x, c = (a[name].permute(0, 4, 1, 2, 3).contiguous() for name in ("x", "c"))
-    times = (1000 * a["t"]).repeat_interleave(GRID[1] * GRID[2], dim=1)
-    text, m, n = a["text"].to(dtype), a["m"].to(dtype), a["n"].to(dtype)
-    q, k, v = a["qkv"].to(dtype).transpose(2, 3)
-
-    def run(network):
-        return network(hidden_states=x.to(dtype), timestep=times, encoder_hidden_states=text, return_dict=False)[0]
-
-    compiled = [torch.compile(network) if gpu else network for network in (model, adapted)]
-
-    def gradients(network):
-        network.zero_grad()
-        (run(network).float() * c).sum().backward()
-
-    def forward():
-        with torch.no_grad():
-            return run(compiled[0])
-
-    jobs = {
-        "forward": forward,
-        "backward": lambda: gradients(compiled[0]),
-        "lora": lambda: gradients(compiled[1]),
-        "matmul": lambda: m @ n,
-        "attention": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device, dtype = ("cuda", torch.bfloat16) if args.gpu else ("cpu", torch.float32)
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=CHANNELS,
+        out_channels=CHANNELS, text_dim=TEXT_WIDTH, freq_dim=TIME_WIDTH, ffn_dim=MLP, num_layers=DEPTH,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=64,
+    )  # fmt: skip
+    if not args.weights.exists():
+        np.savez(args.weights, **{name: w.numpy() for name, w in model.state_dict().items()})
+    model.to(device, dtype)
+    count = sum(w.numel() for w in model.parameters())
+    latents, text, *qkv = (torch.from_numpy(y).to(device, dtype) for y in draw())
+    inputs = {
+        "hidden_states": latents.moveaxis(-1, 1).contiguous(),
+        "timestep": torch.from_numpy(1000 * TIMES).repeat_interleave(TOKENS // GRID[0], 1).to(device),
+        "encoder_hidden_states": text,
     }
-    np.save(folder / "theirs.npy", forward().float().cpu().numpy().transpose(0, 2, 3, 4, 1))
-    wait = torch.cuda.synchronize if gpu else lambda: None
-    ready = {name: lambda job=job: (job(), wait()) for name, job in jobs.items()}
-    name = torch.cuda.get_device_name() if gpu else "cpu"
-    return ready, f"torch {torch.__version__}, diffusers {diffusers.__version__}, {name}"
+    network = torch.compile(model) if args.compile else model
+    qkv = [y.transpose(1, 2).contiguous().requires_grad_() for y in qkv]
+    a = torch.ones(TOKENS, WIDTH, device=device, dtype=dtype)
+    b = torch.ones(WIDTH, MLP, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def forward():
+        return network(**inputs).sample
+
+    def grad():
+        model.zero_grad()
+        network(**inputs).sample.float().square().mean().backward()
+
+    def lora():
+        if not model._hf_peft_config_loaded:
+            model.zero_grad()
+            model.requires_grad_(False)
+            targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+            model.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
+        grad()
+
+    def attention_grad():
+        return torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(*qkv).float().sum(), qkv)
+
+    runs = {
+        "forward": forward,
+        "all": grad,
+        "lora": lora,
+        "product": torch.no_grad()(lambda: a @ b),
+        "attention": torch.no_grad()(lambda: torch.nn.functional.scaled_dot_product_attention(*qkv)),
+        "attention_grad": attention_grad,
+    }
+
+    def waited(run):
+        run()
+        if args.gpu:
+            torch.cuda.synchronize()
+
+    def check():
+        grad()
+        norm = sum(float(w.grad.float().square().sum()) for w in model.parameters()) ** 0.5
+        return forward().float().cpu().moveaxis(1, -1).numpy(), norm
+
+    name = f"torch {torch.__version__}, diffusers {diffusers.__version__}{', compiled' if args.compile else ''}"
+    runs = {part: lambda run=run: waited(run) for part, run in runs.items()}
+    return runs | {"check": check}, {"name": name, "parameters": count}
 
 
-# ---- Taking turns
-
-
-def work(side: str, folder: pathlib.Path) -> None:
-    """A side's process: runs the jobs whose names it reads, and prints their figures as JSON lines."""
-    jobs, text = {"ours": ours, "theirs": theirs}[side](folder)
-    print(json.dumps({"text": text}), flush=True)
+def serve(args: argparse.Namespace) -> None:
+    """A framework's process: a part's name in, a line of JSON with what it took out."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not an answer
+    runs, about = {"ours": ours, "theirs": theirs}[args.child](args)
+    _answer(out, about)
     for line in sys.stdin:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        part = line.strip()
+        if part == "check":
+            velocity, norm = runs["check"]()
+            path = args.weights.with_name(f"velocity_{os.getpid()}.npy")
+            np.save(path, velocity)
+            _answer(out, {"velocity": str(path), "norm": norm})
+            continue
+        _reset_peak()
         cpu, wall = time.process_time(), time.perf_counter()
-        jobs[line.strip()]()
-        figures = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "peak": _peak()}
-        print(json.dumps(figures), flush=True)
+        runs[part]()
+        taken = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        _answer(out, taken | {"peak": _peak()})
 
 
-def _peak() -> int:
-    """Largest resident memory, bytes."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+def _answer(out, answer: dict) -> None:
+    print(json.dumps(answer), file=out, flush=True)
 
 
-class Side:
-    """A process that waits for jobs."""
+def _reset_peak() -> None:
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not on Linux
+        pass
 
-    def __init__(self, name: str, folder: str, cores: list[int]):
-        flags = f"--xla_cpu_multi_thread_eigen={'true' if len(cores) > 1 else 'false'}"
-        environment = os.environ | {"XLA_FLAGS": flags, "OMP_NUM_THREADS": str(len(cores)), "NPROC": str(len(cores))}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, "--folder", folder], text=True, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )  # fmt: skip
-        self.text = self._read()["text"]
 
-    def run(self, job: str) -> dict[str, float]:
-        self.process.stdin.write(f"{job}\n")
-        self.process.stdin.flush()
-        return self._read()
+def _peak() -> float | None:
+    """MiB resident at most since `_reset_peak`; None where it cannot be told."""
+    try:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+class Child:
+    """A framework's process, seen from here."""
+
+    def __init__(self, kind: str, args: argparse.Namespace, weights: pathlib.Path, *flags: str):
+        command = [sys.executable, __file__, "--child", kind, "--weights", str(weights), "--remat", args.remat]
+        command += ["--threads", str(args.threads), *flags, *(["--gpu"] if args.gpu else [])]
+        command += ["--attention", args.attention] if args.attention else []
+        env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": str(args.threads)}
+        if args.threads == 1:
+            env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.about = self._read()
 
     def _read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("a side's process ended early; see its error above")
+            raise SystemExit("a framework's process ended early; its own message stands above")
         return json.loads(line)
+
+    def ask(self, part: str) -> dict:
+        print(part, file=self.process.stdin, flush=True)
+        return self._read()
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(args: argparse.Namespace, folder: pathlib.Path) -> dict:
+    """Medians of all parts for each framework, and how far apart their numbers are."""
+    if args.threads < len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else []):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args.threads :])  # children inherit it
+    weights, children = folder / "weights.npz", {}
+    if args.diffusers:
+        children["diffusers"] = Child("theirs", args, weights)
+        if args.gpu:
+            children["compiled"] = Child("theirs", args, weights, "--compile")
+    children["ours"] = Child("ours", args, weights)
+    result = {"about": {name: child.about for name, child in children.items()}, "parts": {}}
+    checks = {name: child.ask("check") for name, child in children.items()}
+    result["check"] = {
+        name: {
+            "largest_difference": float(np.abs(np.load(check["velocity"]) - np.load(checks["ours"]["velocity"])).max()),
+            "largest_velocity": float(np.abs(np.load(check["velocity"])).max()),
+            "gradient_norms": [check["norm"], checks["ours"]["norm"]],
+        }
+        for name, check in checks.items()
+        if name != "ours"
+    }
+    for part in (*RATES, *PARTS):  # "lora" last
+        for child in children.values():
+            child.ask(part)  # compiles
+        turns = {name: [] for name in children}
+        for _ in range(args.repeats):
+            for name, child in children.items():
+                turns[name].append(child.ask(part))
+        result["parts"][part] = {name: _median(taken) for name, taken in turns.items()}
+    for child in children.values():
+        child.end()
+    return result
+
+
+def _median(taken: list[dict]) -> dict:
+    """Medians of seconds, the highest peak; and the turns themselves."""
+    peaks = [t["peak"] for t in taken if t["peak"] is not None]
+    seconds = {key: statistics.median(t[key] for t in taken) for key in ("cpu", "wall")}
+    return seconds | {"peak": max(peaks, default=None), "turns": taken}
+
+
+def show(result: dict, clock: str) -> None:
+    names = list(result["about"])
+    for name in names:
+        about = result["about"][name]
+        print(f"{name}: {about['name']}, {about['parameters'] / 1e6:.1f} M parameters")
+    for name, check in result["check"].items():
+        a, b = check["gradient_norms"]
+        print(f"ours and {name}: velocities differ by {check['largest_difference']:.1e} of at most "
+              f"{check['largest_velocity']:.1f}, norms of the gradient by {abs(a / b - 1):.1e} of it")  # fmt: skip
+    print(f"\n{f'{clock} seconds (wall; peak MiB)':36}" + "".join(f"{name:>28}" for name in names))
+    for part, label in PARTS.items():
+        row = result["parts"][part]
+        print(f"{label:36}" + "".join(_cell(row[name], clock) for name in names) + _ratios(row, clock))
+    for part, (label, operations) in RATES.items():
+        row = result["parts"][part]
+        rates = "".join(f"{operations / row[name][clock] / 1e9:21.0f} GFLOP/s" for name in names)
+        print(f"{label:36}{rates}{_ratios(row, clock)}")
+
+
+def _cell(taken: dict, clock: str) -> str:
+    peak = "" if taken["peak"] is None else f"; {taken['peak']:.0f}"
+    return f"{taken[clock]:.2f} ({taken['wall']:.2f}{peak})".rjust(28)
+
+
+def _ratios(row: dict, clock: str) -> str:
+    return "".join(f"   {row[n][clock] / row['ours'][clock]:.2f} x" for n in row if n != "ours")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=1, help="cores that each may use (default: 1)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of every part (default: 5)")
+    parser.add_argument("--remat", default="dots", choices=["none", "dots", "full"], help="ours (default: dots)")
+    parser.add_argument("--attention", choices=["blocked", "xla", "cudnn"], help="ours (default: by device)")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
+    for flag in ("--child", "--weights"):
+        parser.add_argument(flag, type=pathlib.Path if flag == "--weights" else str, help=argparse.SUPPRESS)
+    for flag in ("--gpu", "--compile"):
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        return work(args.worker, args.folder)
-    cores = sorted(os.sched_getaffinity(0))[-args.threads :]
-    names = [name for name in ("theirs", "ours") if name == "ours" or importlib.util.find_spec("diffusers")]
+    if args.child:
+        return serve(args)
+    args.diffusers = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "peft"))
+    args.gpu = _sees_gpu(args.diffusers)
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Side(name, folder, cores) for name in names}  # theirs first: it leaves the weights
-        for name, side in sides.items():
-            print(f"{name}: {side.text}")
-        outputs = [np.load(pathlib.Path(folder) / f"{name}.npy") for name in names]
-        difference = float(np.abs(outputs[0] - outputs[-1]).max())
-        if len(sides) == 2:
-            print(f"largest difference of the velocities {difference:.1e}, of {np.abs(outputs[0]).max():.1f}")
-        results = {"difference": difference, "threads": args.threads}
-        for job in JOBS:
-            turns = {name: [] for name in sides}
-            for turn in range(args.repeats + 1):
-                for name, side in sides.items():
-                    figures = side.run(job)
-                    if turn:  # the first one compiles
-                        turns[name].append(figures)
-            gpu = "cpu" not in sides["ours"].text.lower()
-            clock = "wall" if gpu else "cpu"
-            seconds = {name: statistics.median(f[clock] for f in turn) for name, turn in turns.items()}
-            peak = {name: max(f["peak"] for f in turn) / 2**20 for name, turn in turns.items()}
-            results[job] = {"seconds": seconds, "peak_mib": peak}
-            line = f"{job:>10}  " + "  ".join(f"{name} {seconds[name]:7.3f} s {peak[name]:6.0f} MiB" for name in sides)
-            if job in FLOPS:
-                line += "  " + "  ".join(f"{name} {FLOPS[job] / seconds[name] / 1e9:.0f} GF/s" for name in sides)
-            if len(sides) == 2:
-                line += f"  ours / theirs {seconds['ours'] / seconds['theirs']:.2f}"
-            print(line, flush=True)
-        for side in sides.values():
-            side.process.stdin.close()
-            side.process.wait()
+        result = measure(args, pathlib.Path(folder))
+    show(result, "wall" if args.gpu else "cpu")
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+def _sees_gpu(diffusers: bool) -> bool:
+    """Whether each framework has one; asked in another process, since asking takes memory of it."""
+    code = "import jax; print(jax.default_backend() == 'gpu')"
+    if diffusers:
+        code += "; import torch; print(torch.cuda.is_available())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return "False" not in told
 
 
 if __name__ == "__main__":

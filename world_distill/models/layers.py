@@ -125,27 +125,6 @@ def apply_rope(
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
-def attend_by_head(
-    q: Float[Array, "b n h e"], k: Float[Array, "b m h e"], v: Float[Array, "b m h e"]
-) -> Float[Array, "b n h e"]:
-    """Attention, one head after the other; the backward pass computes the weights of a head again.
-
-    The numbers of `jax.nn.dot_product_attention`. For CPUs, where that keeps the weights of all heads [b h n m] and
-    multiplies them at a fraction of the speed of plain matrices (`tests/benchmarks/wan_speed.py`).
-    """
-
-    @jax.checkpoint
-    def one(head):
-        q, k, v = head
-        weights = jnp.einsum("bne,bme->bnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jnp.exp(weights - jnp.max(weights, axis=-1, keepdims=True))
-        y = jnp.einsum("bnm,bme->bne", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (y / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
-
-    heads = tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v))
-    return jnp.moveaxis(jax.lax.map(one, heads), 0, 2)
-
-
 class Attention(nnx.Module):
     """Multi-head attention with RMSNorm on queries and keys (per head), over itself or over a context."""
 

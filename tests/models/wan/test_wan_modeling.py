@@ -9,6 +9,7 @@ import pytest
 
 from tests.models.wan.small_wan import CONFIG, inputs, load, network
 from world_distill.models.params import check_names
+from world_distill.models.wan import modeling
 from world_distill.models.wan.params import transformer_entries
 
 
@@ -17,6 +18,14 @@ from world_distill.models.wan.params import transformer_entries
 def test_velocity_is_that_of_diffusers(name, remat):
     arrays, weights, _ = load(name)
     v = jax.jit(network(dataclasses.replace(CONFIG, remat=remat)))(weights, *inputs(arrays))
+    np.testing.assert_allclose(v, np.moveaxis(arrays["v"], 1, -1), atol=5e-5)
+
+
+@pytest.mark.parametrize("attention", ["blocked", "xla"])
+def test_velocity_is_the_same_where_rows_stay_apart(attention, monkeypatch):
+    arrays, weights, _ = load("transformer_3x4x6.npz")
+    monkeypatch.setattr(modeling, "_rows", lambda x: x)  # as on accelerators
+    v = network(dataclasses.replace(CONFIG, attention=attention))(weights, *inputs(arrays))
     np.testing.assert_allclose(v, np.moveaxis(arrays["v"], 1, -1), atol=5e-5)
 
 

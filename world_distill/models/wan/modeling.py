@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from world_distill.models.attention import SAVED, AttentionKind, attend
 from world_distill.models.layers import (
     LayerNorm,
     Linear,
     Lora,
     Mlp,
     apply_rope,
-    attend_by_head,
     layer_norm,
     rms_norm,
     rope_tables,
@@ -47,8 +47,7 @@ class WanConfig:
       eps: of all norms.
       theta: of RoPE.
       remat: what the backward pass computes again: "none", all but matrix products ("dots"), or each block ("full").
-      attention: what computes attention: "xla", "cudnn", "by_head" (`layers.attend_by_head`), or None: "by_head" on
-        CPUs, elsewhere what JAX decides.
+      attention: what computes attention: None ("blocked" on CPUs, elsewhere JAX decides), "blocked", "xla", "cudnn".
     """
 
     channels: int = 48
@@ -62,7 +61,7 @@ class WanConfig:
     eps: float = 1e-6
     theta: float = 10_000.0
     remat: Remat = "full"
-    attention: Literal["xla", "cudnn", "by_head"] | None = None
+    attention: AttentionKind = None
 
     @property
     def rope_dims(self) -> tuple[int, int, int]:
@@ -90,18 +89,16 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b n d"], context: Float[Array, "b m d"], rope: tuple | None, lora: Lora, scale: float
     ) -> Float[Array, "b n d"]:
         heads, eps = self.config.heads, self.config.eps
+        b, n, width = x.shape
+        x, context = _rows(x), _rows(context)
         q = rms_norm(self.q(x, sub(lora, "q"), scale), self.q_norm[...], eps)
         k = rms_norm(self.k(context, sub(lora, "k"), scale), self.k_norm[...], eps)
         v = self.v(context, sub(lora, "v"), scale)
-        q, k, v = (y.reshape(*y.shape[:2], heads, -1) for y in (q, k, v))
+        q, k, v = (y.reshape(b, -1, heads, width // heads) for y in (q, k, v))
         if rope is not None:
             q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))
-        implementation = self.config.attention
-        if implementation == "by_head" or (implementation is None and jax.default_backend() == "cpu"):
-            y = attend_by_head(q, k, v)
-        else:
-            y = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-        return self.out(y.reshape(*x.shape[:2], -1), sub(lora, "out"), scale)
+        y = attend(q, k, v, self.config.attention)
+        return self.out(y.reshape(x.shape), sub(lora, "out"), scale).reshape(b, n, width)
 
 
 class Block(nnx.Module):
@@ -134,8 +131,8 @@ class Block(nnx.Module):
         x = _gated(x, h, gate1)
         h = self.cross_norm(x, eps)
         x = x + self.cross_attention(h, text, None, sub(lora, "cross_attention"), scale)
-        h = self.mlp(_modulate(x, scale2, shift2, eps), sub(lora, "mlp"), scale)
-        return _gated(x, h, gate2)
+        h = self.mlp(_rows(_modulate(x, scale2, shift2, eps)), sub(lora, "mlp"), scale)
+        return _gated(x, h.reshape(x.shape), gate2)
 
 
 class WanDiT(nnx.Module):
@@ -200,13 +197,24 @@ class WanDiT(nnx.Module):
             return nnx.merge(graph, weights)(h, modulation, text, rope, layer_lora, scale), None
 
         if config.remat != "none":
-            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policies = jax.checkpoint_policies
+            dots = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+            )
             body = jax.checkpoint(body, policy=dots if config.remat == "dots" else None)
         h, _ = jax.lax.scan(body, h, (blocks, sub(lora, "blocks")))
         shift, gain = jnp.moveaxis(self.table[...].astype(jnp.float32) + time.astype(jnp.float32)[:, :, None], 2, 0)
         h = self.head(_modulate(h, gain, shift, config.eps), sub(lora, "head"), scale)
         h = h.reshape(b, f, grid[1], grid[2], p, p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
         return h.reshape(x.shape).astype(jnp.float32)
+
+
+def _rows(x: Float[Array, "b n d"]) -> Float[Array, "*n d"]:
+    """[b*n d] on CPUs, where XLA would else transpose each activation for the gradient of the matrix that it meets.
+
+    Elsewhere `x` itself: there, batch and tokens may both lie on several devices.
+    """
+    return x.reshape(-1, x.shape[-1]) if jax.default_backend() == "cpu" else x
 
 
 def _modulate(x: Float[Array, "b n d"], scale: Float[Array, "b f d"], shift: Float[Array, "b f d"], eps: float):

@@ -1,0 +1,57 @@
+"""Blocked attention against attention with all scores in memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from world_distill.models.attention import SAVED, attend, blocked_attention
+
+
+def inputs(queries, keys, dtype=jnp.float32):
+    keys_of = jax.random.split(jax.random.key(0), 4)
+    lengths = (queries, keys, keys, queries)  # the last one weighs the output
+    return [jax.random.normal(key, (2, n, 3, 8)).astype(dtype) for key, n in zip(keys_of, lengths, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_grads(f, q, k, v, weights):
+    y, pull = jax.vjp(f, q, k, v)
+    return y, *pull(weights)
+
+
+@pytest.mark.parametrize("queries, keys", [(10, 7), (8, 12)])
+def test_blocks_change_neither_values_nor_gradients(queries, keys):
+    *qkv, weights = inputs(queries, keys)
+    expected = value_and_grads(lambda *a: attend(*a, "xla"), *qkv, weights)
+    found = value_and_grads(lambda *a: blocked_attention(*a, rows=4), *qkv, weights)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_loses_no_more_than_with_all_scores_in_memory():
+    *qkv, weights = inputs(10, 7, jnp.bfloat16)
+    exact = value_and_grads(lambda *a: attend(*a, "xla"), *(x.astype(jnp.float32) for x in (*qkv, weights)))
+    plain = value_and_grads(lambda *a: attend(*a, "xla"), *qkv, weights)
+    for a, b, c in zip(value_and_grads(attend, *qkv, weights), plain, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.abs(a - c).max() < 1.5 * np.abs(b - c).max() + 1e-3
+
+
+def test_scores_that_overflow_are_no_infinities():
+    q = jnp.full((1, 2, 1, 4), 1e3)
+    assert np.isfinite(value_and_grads(attend, q, q, q, q)[1]).all()
+
+
+def test_dots_policy_keeps_the_output_and_no_scores():
+    q, k, v, _ = inputs(8, 12)
+    policies = jax.checkpoint_policies
+    policy = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+    )
+    pull = jax.vjp(jax.checkpoint(blocked_attention, policy=policy), q, k, v)[1]
+    shapes = {x.shape for x in jax.tree.leaves(pull)}
+    assert not any(12 in shape[-1:] for shape in shapes), shapes
+    assert any(x.size == q.size and x.ndim == 5 for x in jax.tree.leaves(pull)), shapes
