@@ -3,7 +3,7 @@
 Commands:  world-distill convert Wan2.2-TI2V-5B-Diffusers weights/wan22-5b --dtype bfloat16
            world-distill annotate / encode --config wan22_5b …      (see README.md)
            world-distill train --config wan22_5b[:VARIANT] --config.data=data --workdir runs/wan
-Hardware:  not measured yet. The weights are 10 GB in bfloat16, and the autoencoder 2.8 GB in float32.
+Hardware:  not measured yet. By their shapes the weights are 10.0 GB in bfloat16, the autoencoder 2.8 GB in float32.
 Result:    not measured yet.
 
 Variants, `--config wan22_5b:VARIANT`:

@@ -173,7 +173,7 @@ def test_large_models_are_written_in_shards_with_an_index(run, merged, monkeypat
     )
 
 
-def test_clips_are_made_once_and_interrupted_calls_go_on(run, files, merged, tmp_path, capsys):
+def test_clips_are_made_once_and_interrupted_calls_go_on(run, tmp_path, capsys, monkeypatch):
     common = ("--records", run / "data", "--limit", 1, "--steps", 2, "--batch", 2, "--count", 2)
     assert call("--executor", run, *common, "--text", "both", out=tmp_path / "a") == 0
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -189,13 +189,17 @@ def test_clips_are_made_once_and_interrupted_calls_go_on(run, files, merged, tmp
     capsys.readouterr()
     assert call("--executor", run, *common, "--text", "both", out=tmp_path / "a") == 0
     assert "1 clips made, 3 were there" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(components, "load_base", None)  # nothing to do takes no weights
+        assert call("--executor", run, *common, "--text", "both", out=tmp_path / "a") == 0
+    assert "0 clips made, 4 were there" in capsys.readouterr().out
     # In another place of a batch, rounding may differ.
     np.testing.assert_allclose(np.asarray(Image.open(sheet)).astype(int), before, atol=1)
     assert call("--executor", run, *common, "--seed", 1, "--text", "both", out=tmp_path / "a") == 2
     assert "seed 0 -> 1" in capsys.readouterr().err
 
 
-def test_images_guidance_and_every_kind_of_executor(run, files, merged, tmp_path, monkeypatch):
+def test_images_guidance_and_every_kind_of_executor(run, files, merged, monkeypatch):
     seen = {}
     monkeypatch.setattr(generate, "_write", lambda folder, job, clip, *rest: seen.setdefault((folder, job.name), clip))
     images = sorted((run / "data" / "scenes" / "test").glob("*.png"))
@@ -264,7 +268,8 @@ def test_the_full_size_takes_its_place_on_a_mesh():
     mesh, family = components.start_devices(config), components.make_family(config)
     base = jax.eval_shape(family.init_base, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(base["transformer"]))
-    assert round(count / 1e9, 2) == 5.0 and base["transformer"]["head"]["kernel"].dtype == jnp.bfloat16
+    assert round(count / 1e9, 2) == 5.0 and round(sum(4 * x.size for x in jax.tree.leaves(base["vae"])) / 1e9, 1) == 2.8
+    assert base["transformer"]["head"]["kernel"].dtype == jnp.bfloat16
     shardings = components.tree_shardings(mesh, family.base_axes(), base)
     assert shardings["transformer"]["blocks"]["mlp"]["up"]["kernel"].spec[1] == "fsdp"
     _, state = runs.make_state(config, family, mesh, base)

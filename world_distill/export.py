@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from world_distill import arguments, components, runs
 from world_distill.config import UserError
-from world_distill.interfaces import ModelFamily
+from world_distill.interfaces import PublishedFamily
 from world_distill.lora_files import DTYPES, write_lora
 from world_distill.models.params import Entry
 from world_distill.structs import PyTree
@@ -83,7 +83,7 @@ def export_lora(workdir: pathlib.Path, out: pathlib.Path, *, layout: str, dtype:
     metadata = {"project": "world-distill", "step": str(step), "seed": str(config.seed)}
     host = jax.device_get(lora)
     write_lora(out, host, family.linears, scale=family.lora_scale, layout=layout, dtype=dtype, metadata=metadata)
-    return {"step": step, "tensors": _count(host, family), "bytes": out.stat().st_size, "layout": layout}
+    return {"step": step, "tensors": _count(host), "bytes": out.stat().st_size, "layout": layout}
 
 
 def export_merged(
@@ -125,7 +125,7 @@ def export_merged(
     return summary
 
 
-def published_family(config) -> Any:
+def published_family(config) -> PublishedFamily:
     """The family, if it is one that others have weights of. Raises UserError."""
     family = components.make_family(config)
     if family.linears is None:
@@ -133,7 +133,8 @@ def published_family(config) -> Any:
     return family
 
 
-def _count(lora: PyTree, family: ModelFamily) -> int:
+def _count(lora: PyTree) -> int:
+    """Tensors of the file: one a block where ours are stacked."""
     return sum(leaf.shape[0] if leaf.ndim == 3 else 1 for leaf in jax.tree.leaves(lora))
 
 

@@ -7,6 +7,7 @@ image starts from the noise of (seed, k), whatever else is made with it.
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -85,8 +86,7 @@ class Job:
     prompt: str
     number: int  # of the clip among those of its image and text
     source: dict[str, Any]  # what the JSON says about where scene and text come from
-    scene: np.ndarray  # [1 h w c] latent
-    text: np.ndarray  # [l d] states
+    load: Callable[[], tuple[np.ndarray, np.ndarray]]  # scene's latent [1 h w c] and text's states [l d]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,11 +107,13 @@ def generate(args: argparse.Namespace, config) -> tuple[int, int]:
     settings = _settings(args, config)
     mesh = components.start_devices(config)
     family = components.make_family(config)
-    base = components.load_base(family, config, mesh)
     lora, settings["executor"] = _load_executor(args.executor, config, family, mesh)
+    base = functools.cache(lambda: components.load_base(family, config, mesh))
     rows = args.batch or len(mesh.devices.flat)
     jobs = list(_jobs(args, family, base))
     waiting = [job for job in jobs if not _is_done(args.out, job, settings)]
+    if not waiting:
+        return 0, len(jobs)
     sample = make_sampler(family, mesh, settings, _negative(args, family, config.text_length))
     with tqdm(total=len(waiting), unit="clip", disable=None) as progress:
         for role in dict.fromkeys(job.role for job in waiting):
@@ -119,7 +121,7 @@ def generate(args: argparse.Namespace, config) -> tuple[int, int]:
             for start in range(0, len(of_role), rows):
                 batch = of_role[start : start + rows]
                 filled = batch + batch[-1:] * (rows - len(batch))
-                clips = sample(base, lora if role == "executor" else None, filled, config.text_length, args.seed)
+                clips = sample(base(), lora if role == "executor" else None, filled, config.text_length, args.seed)
                 for job, clip in zip(batch, clips, strict=False):
                     _write(args.out, job, clip, settings, family.fps)
                     progress.update(1)
@@ -189,19 +191,20 @@ def _settings(args: argparse.Namespace, config) -> dict[str, Any]:
     return settings
 
 
-def _jobs(args: argparse.Namespace, family: ModelFamily, base: PyTree) -> Iterator[Job]:
+def _jobs(args: argparse.Namespace, family: ModelFamily, base: Callable[[], PyTree]) -> Iterator[Job]:
+    """Everything that is asked for, done or not; nothing is encoded before `Job.load`."""
     if (args.records is None) == (not args.image):
         raise UserError("give either --image with --task or --solution, or --records")
     inputs = _from_records(args, family) if args.records else _from_images(args, family, base)
     told = "executor" if args.executor else "base"
     names = set()
-    for name, kind, prompt, source, scene, text in inputs:
+    for name, kind, prompt, source, load in inputs:
         role = told if kind == "task" else "demonstrator"
         while f"{name}.{role}" in names:  # pictures of one name in two folders
             name += "+"
         names.add(f"{name}.{role}")
         for number in range(args.count):
-            yield Job(f"{name}.{role}.{number}", role, prompt, number, source, scene, text)
+            yield Job(f"{name}.{role}.{number}", role, prompt, number, source, load)
 
 
 def _from_records(args: argparse.Namespace, family: ModelFamily) -> Iterator[tuple]:
@@ -216,10 +219,14 @@ def _from_records(args: argparse.Namespace, family: ModelFamily) -> Iterator[tup
             )
         source = {"records": str(args.records), "name": args.name, "id": record.id}
         for kind in kinds:
-            yield record.id, kind, getattr(record, kind), source, record.scene, getattr(record, f"{kind}_text")
+
+            def load(i=i, kind=kind):
+                return reader[i].scene, getattr(reader[i], f"{kind}_text")
+
+            yield record.id, kind, getattr(record, kind), source, load
 
 
-def _from_images(args: argparse.Namespace, family: ModelFamily, base: PyTree) -> Iterator[tuple]:
+def _from_images(args: argparse.Namespace, family: ModelFamily, base: Callable[[], PyTree]) -> Iterator[tuple]:
     texts = {"task": args.task, "solution": args.solution}
     if not any(texts.values()):
         raise UserError("--image needs --task, --solution or both")
@@ -228,15 +235,15 @@ def _from_images(args: argparse.Namespace, family: ModelFamily, base: PyTree) ->
             raise UserError(f"{len(given)} --{kind} for {len(args.image)} --image: give one, or one for each image")
     prompts = [(kind, given) for kind, given in texts.items() if given]
     unique = list(dict.fromkeys(text for _, given in prompts for text in given))
-    states = dict(zip(unique, family.encode_text(unique), strict=True))
+    states = functools.cache(lambda: dict(zip(unique, family.encode_text(unique), strict=True)))
     for i, path in enumerate(args.image):
         image = read_image(path)
         fitted = image if family.image_size is None else fit_image(image, family.image_size)
-        scene = family.encode_scene(base, fitted[None])[0]
+        scene = functools.cache(lambda fitted=fitted: family.encode_scene(base(), fitted[None])[0])
         source = {"image": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for kind, given in prompts:
             text = given[i % len(given)]
-            yield path.stem, kind, text, source, scene, states[text]
+            yield path.stem, kind, text, source, lambda scene=scene, text=text: (scene(), states()[text])
 
 
 def _negative(args: argparse.Namespace, family: ModelFamily, length: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -296,8 +303,9 @@ def make_sampler(
     rows = batch_sharding(mesh)
 
     def clips(base, lora, jobs: Sequence[Job], text_length: int, seed: int) -> np.ndarray:
-        text, mask = pad_texts([job.text for job in jobs], text_length)
-        scene = np.stack([job.scene for job in jobs]).astype(np.float32)
+        scenes, texts = zip(*(job.load() for job in jobs), strict=True)
+        text, mask = pad_texts(texts, text_length)
+        scene = np.stack(scenes).astype(np.float32)
         fits = len(jobs) % math.prod(mesh.shape[axis] for axis in ("data", "fsdp")) == 0
         put = (lambda x: jax.device_put(x, rows)) if fits else jax.device_put
         condition = Condition(put(text), put(mask), put(scene))

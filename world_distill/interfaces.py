@@ -6,7 +6,7 @@ A new model, annotator or judge is a class or a module with these members; nothi
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ class ModelFamily(Protocol):
     free_frames: np.ndarray  # [f] float32: 1 where a latent frame is generated, 0 where it is pinned to the scene
     fps: float  # frames a second of a decoded clip
     image_size: tuple[int, int] | None  # (height, width) that scenes are cut to; None: they have to fit already
+    lora_scale: float  # factor on the product of LoRA's factors
     linears: Mapping[str, tuple[str, str]] | None  # layers' names in diffusers and in the original code, if published
     codec_parts: tuple[str, ...]  # parts of the base (its outermost keys) that `decode` and `encode_scene` read
     default_base: pathlib.Path | None  # weights that ship with the package, if any
@@ -77,6 +78,18 @@ class ModelFamily(Protocol):
 
     def encode_text(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text to its encoder states [l d], true length, no padding."""
+        ...
+
+
+class PublishedFamily(ModelFamily, Protocol):
+    """A family whose weights are published in diffusers' layout; its `linears` are not None."""
+
+    def entries(self) -> dict[str, list[Any]]:
+        """`models.params.Entry` of every published tensor, by part of the base."""
+        ...
+
+    def published_configs(self, base: PyTree) -> dict[str, dict[str, Any]]:
+        """config.json of every part."""
         ...
 
 

@@ -22,14 +22,14 @@ from world_distill.config import UserError
 from world_distill.data.annotate import annotate_images
 from world_distill.data.encode import encode_records
 from world_distill.data.records import RecordError, RecordReader
-from world_distill.interfaces import ModelFamily
+from world_distill.structs import PyTree
 
 SPLITS = ("train", "validation", "test")
 
 
 def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None:
     """Scenes, tasks and encoded records of all three splits in `folder`; what is there already is kept."""
-    family = None
+    encoder = Encoder(config)
     for split in SPLITS:
         if is_complete(folder, split):
             continue
@@ -41,29 +41,35 @@ def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None
                 paths, components.make(config, "annotator"), folder,
                 name=f"{split}_annotated", max_pairs=pairs, seed=config.seed, shards=1,
             )  # fmt: skip
-        family = family or components.make_family(config)
         reader = RecordReader(folder, f"{split}_annotated")
-        encode(config, family, reader, folder, name=split, batch=config.encode_batch)
+        encoder.encode(reader, folder, name=split, batch=config.encode_batch)
         say(f"{split}: {len(paths)} scenes, {len(reader)} tasks")
 
 
-def encode(
-    config, family: ModelFamily, reader: RecordReader, folder: pathlib.Path, *, name: str, **options
-) -> dict[str, int]:
-    """`encode_records` with the family's encoders; its other `options` and its counts."""
-    size = family.image_size
-    codec = components.load_codec(family, config)
-    metadata = {
-        "family": family.name,
-        "weights": pathlib.Path(config.base or family.default_base or "").name,
-        "text_encoder": pathlib.Path(family.text_encoder).name,
-        "image_size": "x".join(map(str, size)) if size else "as annotated",  # height x width
-        "scene": "x".join(map(str, family.latent_shape[1:])),  # h w c of its latent
-    }
-    return encode_records(
-        reader, folder, name=name, encode_scene=functools.partial(family.encode_scene, codec),
-        encode_text=family.encode_text, size=size, metadata=metadata, **options,
-    )  # fmt: skip
+class Encoder:
+    """The encoders of a config's family. Their weights are read when there is something to encode, and once."""
+
+    def __init__(self, config):
+        self._config, self._family = config, components.make_family(config)
+
+    @functools.cached_property
+    def _codec(self) -> PyTree:
+        return components.load_codec(self._family, self._config)
+
+    def encode(self, reader: RecordReader, folder: pathlib.Path, *, name: str, **options) -> dict[str, int]:
+        """`encode_records` with these encoders; its other `options` and its counts."""
+        family, size = self._family, self._family.image_size
+        metadata = {
+            "family": family.name,
+            "weights": pathlib.Path(self._config.base or family.default_base or "").name,
+            "text_encoder": pathlib.Path(family.text_encoder).name,
+            "image_size": "x".join(map(str, size)) if size else "as annotated",  # height x width
+            "scene": "x".join(map(str, family.latent_shape[1:])),  # h w c of its latent
+        }
+        return encode_records(
+            reader, folder, name=name, encode_scene=lambda images: family.encode_scene(self._codec, images),
+            encode_text=family.encode_text, size=size, metadata=metadata, **options,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -192,12 +198,10 @@ def encode_run(args: argparse.Namespace) -> int:
     if shards < 1 or batch < 1:
         raise UserError("--shards and --batch are at least 1")
     reader = RecordReader(args.records, f"{args.name}_annotated")
-    family = components.make_family(config)
     with progress_bar("record") as show:
-        counts = encode(
-            config, family, reader, args.records, name=args.name, shards=shards, only=only, batch=batch,
-            progress=show,
-        )  # fmt: skip
+        counts = Encoder(config).encode(
+            reader, args.records, name=args.name, shards=shards, only=only, batch=batch, progress=show
+        )
     arguments.say(describe_encoding(counts, args.records / args.name))
     if args.json:
         arguments.write_json(args.json, counts)

@@ -28,7 +28,8 @@ from world_distill.structs import PyTree, TrainState
 
 # What may change between two calls on the same folder: how long and how talkatively, not what is trained.
 FREE_KEYS = (
-    "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch", "ablation",
+    "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch",
+    "encode_batch", "ablation",
 )  # fmt: skip
 
 

@@ -53,14 +53,14 @@ class WanFamily:
         *,
         size: tuple[int, int],
         frames: int,
-        fps: float = 24.0,
-        dtype: str = "bfloat16",
-        vae_dtype: str = "float32",
-        piece: int = 0,
-        rows: int = 0,
-        text_encoder: str = "",
-        lora_targets: str = r"blocks\..*",
-        lora_scale: float = 1.0,
+        fps: float,
+        dtype: str,
+        vae_dtype: str,
+        piece: int,
+        rows: int,
+        text_encoder: str,
+        lora_targets: str,
+        lora_scale: float,
     ):
         codec.check_clip(frames, *size)
         self.config, self.codec, self.fps = config, codec, fps
