@@ -2,7 +2,7 @@
 
 L0 words      structs  interfaces  config
 L1 maths      core/
-L2 parts      models/  judges/  data/  sandbox/  sharding  checkpoints  converted  optim  video_io
+L2 parts      models/  judges/  data/  (both on vlm/)  sandbox/  sharding  checkpoints  converted  optim  video_io
 L3 programs   every other module
 """
 
@@ -15,7 +15,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "world_distill"
 
 WORDS = {"", "structs", "interfaces", "config"}
-PARTS = {"models", "judges", "data", "sandbox", "sharding", "checkpoints", "converted", "optim", "video_io"}
+PARTS = {"vlm", "models", "judges", "data", "sandbox", "sharding", "checkpoints", "converted", "optim", "video_io"}
 
 # What families share; the other folders of models/ know nothing of each other.
 SHARED_BY_MODELS = {
@@ -24,7 +24,7 @@ SHARED_BY_MODELS = {
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 # And every models/**/params.py and models/**/text.py; inside functions. `verify` runs diffusers beside our networks.
-MAY_USE_TORCH = {"judges.local", "verify"}
+MAY_USE_TORCH = {"vlm.local", "verify"}
 
 NOT_IN_CORE = {
     "flax.nnx", "os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "socket", "subprocess",
@@ -130,7 +130,7 @@ def internal(module: str, target: str) -> str | None:
     top, other = module.split(".")[0], target.split(".")[0]
     if theirs > mine:
         return f"imports {target}, which lies above it (L{mine} -> L{theirs})"
-    if mine == theirs == 2 and top != other:
+    if mine == theirs == 2 and top != other and (top, other) not in {("judges", "vlm"), ("data", "vlm")}:
         return f"imports {target}, a sibling"
     if top == other == "models" and not under(target, SHARED_BY_MODELS - {"models"}) and target != "models":
         family, theirs_family = module.split(".")[1:2], target.split(".")[1:2]
@@ -145,7 +145,7 @@ def external(module: str, item: Import) -> str | None:
     of_a_family = module.startswith("models.") and module.split(".")[-1] in ("params", "text")
     if under(item.name, TORCH):
         if not (of_a_family or module in MAY_USE_TORCH):
-            return f"imports {item.name}; torch is for converters, text encoders, verify and judges.local"
+            return f"imports {item.name}; torch is for converters, text encoders, verify and vlm.local"
         if not item.in_function:
             return f"imports {item.name} outside a function; the base install has no torch"
     if under(item.name, {"ml_collections"}) and layer(module) != 3 and module != "config":

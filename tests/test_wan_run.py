@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.judges.fake_server import FakeServer
+from tests.vlm.fake_server import FakeServer
 from world_distill import cli, components, converted, evaluate, export, generate, prepare, runs, train
 from world_distill.config import UserError, load_config
 from world_distill.data.records import RecordReader

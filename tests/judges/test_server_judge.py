@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from absl import logging
 
-from tests.judges.fake_server import STYLES, FakeServer, truth
+from tests.vlm.fake_server import STYLES, FakeServer, truth
 from world_distill.config import UserError
 from world_distill.interfaces import JudgeRequest
-from world_distill.judges import pool as pool_module
-from world_distill.judges.frames import data_urls
 from world_distill.judges.server import ServerJudge
+from world_distill.vlm import pool as pool_module
+from world_distill.vlm.frames import data_urls
 
 QUICK = {"backoff": 0.01, "backoff_limit": 0.05, "timeout": 5, "give_up_after": 5, "frames": 2, "quality": 0}
 
@@ -145,13 +145,13 @@ def test_a_server_that_cannot_judge_is_refused_in_words(options, fault, text):
 
 
 def test_a_model_that_does_not_see_is_refused(monkeypatch):
-    monkeypatch.setattr("tests.judges.fake_server.PROBES", ())  # its answers to the probes are a hash now
+    monkeypatch.setattr("tests.vlm.fake_server.PROBES", ())  # its answers to the probes are a hash now
     with FakeServer() as server, pytest.raises(UserError, match="does not see them, or does not follow"):
         judge_of(server).check()
 
 
 def test_words_of_several_tokens_are_refused(monkeypatch):
-    monkeypatch.setattr("tests.judges.fake_server.VOCABULARY", {"yes": 11, "Yes": 12})
+    monkeypatch.setattr("tests.vlm.fake_server.VOCABULARY", {"yes": 11, "Yes": 12})
     with FakeServer() as server, pytest.raises(UserError, match="no is more than one token for judge"):
         judge_of(server).check()
 
@@ -168,7 +168,7 @@ def test_check_describes_servers_and_names_those_out_of_reach():
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"model": ""}, "name of its model"), ({"frames": 1}, "frames of at least 2"), ({"servers": ()}, "one server"),
+        ({"model": ""}, "name of its model"), ({"frames": 1}, "frames of at least 2"), ({"servers": ()}, "at least one server"),
         ({"servers": "host:8000"}, "written like"), ({"concurrency": 0}, "concurrency"), ({"timeout": 0}, "timeout"),
         ({"api_key_env": "NOT_SET_ANYWHERE"}, "variable NOT_SET_ANYWHERE: not set"), ({"min_mass": 0}, "min_mass"),
         ({"extra": "{"}, "a JSON object"), ({"extra": "3"}, "a JSON object"),

@@ -11,10 +11,11 @@ ones leave of 1: the lesser of the two bounds stands in for it, and the reading 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
+
+from world_distill.vlm.replies import MalformedAnswer, NoVerdict, first_choice, said
 
 WORDS = ("yes", "no")
 SPELLINGS = {w: tuple(gap + form for form in (w, w.title(), w.upper()) for gap in ("", " ")) for w in WORDS}
@@ -24,16 +25,8 @@ _MARKS = str.maketrans("▁Ġ", "  ")  # how vocabularies write a leading space
 _LEAST_REST = 1e-4  # of 1, below which what is left is rounding
 
 
-class MalformedAnswer(Exception):
-    """Not a chat completion with log-probabilities: damaged on its way, or from another kind of server."""
-
-
 class NoLogProbs(MalformedAnswer):
     """A whole chat completion, but without log-probabilities."""
-
-
-class NoVerdict(Exception):
-    """The model answered with something that is neither yes nor no."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +51,7 @@ def read_answer(text: str, ids: Mapping[int, str], *, min_mass: float) -> Readin
       NoLogProbs: a reply without log-probabilities.
       NoVerdict: yes and no have less than `min_mass` together.
     """
-    choice = _first_choice(text)
+    choice = first_choice(text)
     first = _first_token(choice)
     others = first.get("top_logprobs") or []
     if not isinstance(others, list):
@@ -77,25 +70,13 @@ def read_answer(text: str, ids: Mapping[int, str], *, min_mass: float) -> Readin
     sums = {word: math.fsum(values) for word, values in by_word.items()}
     mass = min(sum(sums.values()), 1.0)
     if not mass >= min_mass or not mass:
-        said = str(_said(choice) or sampled[0])[:40]
-        raise NoVerdict(f"the answer began with {said!r}: yes and no have a probability of {mass:.2g} together")
+        begun = str(said(choice) or sampled[0])[:40]
+        raise NoVerdict(f"the answer began with {begun!r}: yes and no have a probability of {mass:.2g} together")
     # A probability of exactly 0 is what a server writes that leaves tokens out.
     least = min(math.exp(log_prob) for _, log_prob in tokens if math.exp(log_prob) > 0)
     bound = min(least, max(1 - total, _LEAST_REST))
     log_odds = math.log(sums["yes"] or bound) - math.log(sums["no"] or bound)
     return Reading(log_odds, mass, bounded=not all(sums.values()))
-
-
-def _first_choice(text: str) -> dict[str, Any]:
-    try:
-        reply = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MalformedAnswer(f"not JSON, or cut off ({type(error).__name__})") from error
-    choices = reply.get("choices") if isinstance(reply, dict) else None
-    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
-        # Some gateways report the failure of what is behind them with status 200.
-        raise MalformedAnswer(f"no choices in it: {text}")
-    return choices[0]
 
 
 def _first_token(choice: dict[str, Any]) -> dict[str, Any]:
@@ -126,11 +107,3 @@ def _word(token: str, ids: Mapping[int, str]) -> str | None:
         return ids.get(int(number)) if number.isascii() and number.isdecimal() and len(number) < 10 else None
     text = token.translate(_MARKS).strip(" ").lower()
     return text if text in WORDS else None
-
-
-def _said(choice: dict[str, Any]) -> str | None:
-    """The reply's text, for messages."""
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        return None
-    return message.get("content") or message.get("reasoning") or message.get("reasoning_content")

@@ -18,8 +18,8 @@ from absl import logging
 
 from world_distill.config import UserError
 from world_distill.judges.answers import SPELLINGS, WORDS, MalformedAnswer, NoLogProbs, NoVerdict, Reading, read_answer
-from world_distill.judges.client import Client, Failure, Refused, Server
-from world_distill.judges.frames import data_urls
+from world_distill.vlm.client import Client, Failure, Refused, Server
+from world_distill.vlm.frames import data_urls
 
 PROBES = (("Are these pictures red? Answer yes or no.", 1), ("Are these pictures blue? Answer yes or no.", -1))
 _COLOUR = (220, 30, 30)

@@ -15,9 +15,9 @@ from typing import Any
 from world_distill.config import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
 from world_distill.judges.answers import NoVerdict, Reading, read_answer
-from world_distill.judges.client import Client, Failure, Limits, Server
-from world_distill.judges.pool import GaveUp, Pool
 from world_distill.judges.selftest import Form, Rules, find_form, make_body
+from world_distill.vlm.client import Client, Failure, Limits, Server
+from world_distill.vlm.pool import GaveUp, Pool
 
 
 class ServerJudge:

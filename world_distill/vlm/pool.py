@@ -14,8 +14,8 @@ from typing import Any
 
 from absl import logging
 
-from world_distill.judges.answers import MalformedAnswer, NoVerdict
-from world_distill.judges.client import Client, Failure, Server
+from world_distill.vlm.client import Client, Failure, Server
+from world_distill.vlm.replies import MalformedAnswer, NoVerdict
 
 _DOWN_AFTER = 3  # failures running
 _SAY_EVERY = 60.0  # seconds
@@ -140,7 +140,7 @@ class Pool:
 
     def _succeeded(self, server: Server) -> None:
         if server.failures >= _DOWN_AFTER:
-            logging.info("judge: %s answers again", server.label)
+            logging.info("VLM: %s answers again", server.label)
         server.failures, server.down_until, server.answered = 0, 0.0, time.monotonic()
         self._silent_since = None
         self._answered += 1
@@ -160,7 +160,7 @@ class Pool:
             if server.failures >= _DOWN_AFTER:
                 server.down_until = now + self.limits.wait(server.failures - _DOWN_AFTER + 1)
                 if before < _DOWN_AFTER:
-                    logging.warning("judge: %s is left alone for now: %s", server.label, failure)
+                    logging.warning("VLM: %s is left alone for now: %s", server.label, failure)
         if now - self._silent_since > _SAY_EVERY:
             self._say()
 
@@ -170,6 +170,6 @@ class Pool:
             return
         self._said = now
         logging.warning(
-            "judge: no server answers, for %.0f s now; going on when one does, giving up after %.0f s. The last: %s",
+            "VLM: no server answers, for %.0f s now; going on when one does, giving up after %.0f s. The last: %s",
             now - self._silent_since, self.limits.give_up_after, self._last,
         )  # fmt: skip

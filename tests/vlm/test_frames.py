@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from world_distill.judges.frames import chosen_frames, data_urls
+from world_distill.vlm.frames import chosen_frames, data_urls
 
 
 def pixels(url):

@@ -66,9 +66,9 @@ class Limits:
 
     def __post_init__(self):
         if self.concurrency < 1 or self.tries < 1 or self.requests_per_minute < 0:
-            raise UserError("a judge needs concurrency and tries of at least 1, requests_per_minute of at least 0")
+            raise UserError("a VLM server needs concurrency and tries of at least 1, requests_per_minute of at least 0")
         if min(self.timeout, self.give_up_after, self.backoff, self.backoff_limit) <= 0:
-            raise UserError("a judge's timeout, give_up_after, backoff and backoff_limit are above 0 seconds")
+            raise UserError("a VLM server's timeout, give_up_after, backoff and backoff_limit are above 0 seconds")
 
     def wait(self, failures: int) -> float:
         """Seconds to wait after so many failures (1, 2, ...)."""
@@ -82,7 +82,7 @@ class Server:
     def __init__(self, url: str):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("a judge's server is written like http://host:8000/v1")
+            raise UserError("a VLM server is written like http://host:8000/v1")
         self.url = url.rstrip("/")
         self.password = parts.password
         self.label = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
@@ -101,7 +101,7 @@ class Client:
 
     def __init__(self, urls: Sequence[str], key: str | None, limits: Limits):
         if not urls:
-            raise UserError("a judge needs at least one server")
+            raise UserError("name at least one server of the VLM")
         self.servers = [Server(url) for url in urls]
         self.limits = limits
         self._key = key
@@ -117,7 +117,7 @@ class Client:
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
-            raise UserError("judging needs the extra `vlm`: pip install -e '.[vlm]'") from error
+            raise UserError("VLM servers need the extra `vlm`: pip install -e '.[vlm]'") from error
         self._slots = asyncio.Semaphore(self.limits.concurrency)
         settings = {"api_key": self._key or "none", "max_retries": 0, "timeout": self.limits.timeout}
         async with contextlib.AsyncExitStack() as stack:
@@ -195,7 +195,7 @@ class Client:
             413: "the request is too large: fewer frames, or a smaller max_side",
             429: "the account's quota is used up",
         }.get(status, "the server does not take such a request: see its message")
-        return Refused(f"judge server {server.label} refused with status {status}: {text}\n  {advice}", status)
+        return Refused(f"VLM server {server.label} refused with status {status}: {text}\n  {advice}", status)
 
 
 def _asked_wait(error: Any) -> float:

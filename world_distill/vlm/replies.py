@@ -1,0 +1,33 @@
+"""The bodies of chat completions, and what may be wrong with them."""
+
+import json
+from typing import Any
+
+
+class MalformedAnswer(Exception):
+    """Not a chat completion with log-probabilities: damaged on its way, or from another kind of server."""
+
+
+class NoVerdict(Exception):
+    """The model answered with something that is neither yes nor no."""
+
+
+def first_choice(text: str) -> dict[str, Any]:
+    """The first answer in the body of a reply of `/chat/completions`. Raises MalformedAnswer if there is none."""
+    try:
+        reply = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MalformedAnswer(f"not JSON, or cut off ({type(error).__name__})") from error
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+        # Some gateways report the failure of what is behind them with status 200.
+        raise MalformedAnswer(f"no choices in it: {text}")
+    return choices[0]
+
+
+def said(choice: dict[str, Any]) -> str | None:
+    """The text of an answer; what it thought if it said nothing else."""
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return None
+    return message.get("content") or message.get("reasoning") or message.get("reasoning_content")
