@@ -106,11 +106,21 @@ class TaskPair:
     kind: str  # free label for break-downs in tables (navigation, push, ...)
 
 
+class AnnotationError(Exception):
+    """An annotator has no usable answer about an image now; asked another time, it may."""
+
+
 class Annotator(Protocol):
+    """May also have `concurrency: int`: how many threads may call `annotate` at once (1 if it has none)."""
+
     name: str  # model and prompt version; goes into the data card
 
     def annotate(self, image: np.ndarray, *, max_pairs: int, seed: int) -> list[TaskPair]:
-        """Tasks and solutions for one image [H W 3] uint8; [] when there is nothing to do in it."""
+        """Tasks and solutions for one image [H W 3] uint8; [] when there is nothing to do in it.
+
+        Raises:
+          AnnotationError: no usable answer; other images can still be asked about.
+        """
         ...
 
 
