@@ -96,6 +96,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rollout.group = 8  # rollouts a task (paper: 24)
     c.rollout.spread = True  # a task for every rollout while there is no RL, which alone needs groups
     c.rollout.role = "executor"  # or demonstrator: off-policy distillation
+    c.rollout.staleness = 0  # 1: roll the next step's clips while these are judged, an update behind
     c.rollout.weights = ConfigDict()
     c.rollout.weights.task = 1.0  # lambda_task: was it done
     c.rollout.weights.agent = 1.0  # lambda_agent: by the one who was to do it
@@ -105,6 +106,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rollout.normalise = "batch"  # divide each reward by its std over the batch | group | none
     c.rollout.std = "group"  # std that advantages are divided by: batch | group | none
     c.rollout.min_valid = 2  # valid judgments that a group needs
+    c.rollout.max_invalid = 0.5  # share of a step's clips without a judgment above which the run stops
     c.rollout.negative_scale = 1.0  # factor on negative advantages
 
     # Objective ------------------------------------------------------------------------------------------------------

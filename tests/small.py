@@ -45,8 +45,8 @@ VARIANTS = {
     "awm": {"objective.rl": "awm", "objective.awm_old": "start", "objective.beta_d": ((0, 0.1),)},
     "flow_grpo": {"objective.rl": "flow_grpo", "sampler.eta": 0.7, "objective.beta_d": ((0, 0.1),)},
 }
-# Two steps of distillation, each rollout with a task of its own; then RL on groups.
-STAGED = VARIANTS["flow_grpo"] | {"objective.rl_weight": ((1, 0.0), (2, 1.0))}
+# Two steps of distillation, each rollout with a task of its own; then RL on groups, rolled a step ahead.
+STAGED = VARIANTS["awm"] | {"objective.rl_weight": ((1, 0.0), (2, 1.0)), "rollout.staleness": 1}
 
 
 def small_config(folder: pathlib.Path, **overrides):

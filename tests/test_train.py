@@ -15,6 +15,7 @@ from small import STAGED, VARIANTS, make_inputs, small_config
 
 from world_distill import components, objectives, runs, train
 from world_distill.checkpoints import Checkpointer, CheckpointError
+from world_distill.collect import TooFewJudgments
 from world_distill.config import UserError
 from world_distill.data.records import RecordError
 from world_distill.interfaces import JudgeAnswer
@@ -128,9 +129,32 @@ def test_a_second_run_and_a_replay_from_the_cache_are_the_same(whole, tmp_path, 
     assert_same(one, two)
     assert_same(one, three)
     # Without the cache every judgment is missing: nothing is made up, and no reward moves the weights.
+    monkeypatch.setattr("world_distill.collect.Collector._check", lambda *_: None)
     train.train(config, tmp_path / "four")
     lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["judge/invalid"] == 1.0 for line in lines)
+
+
+def test_a_judge_that_fails_too_often_stops_the_run_which_goes_on_when_it_works(whole, tmp_path, monkeypatch):
+    config, folder = whole("awm")
+    oracle, make, asked = components.make(config, "judge"), components.make, []
+
+    class Failing:
+        name = oracle.name
+
+        def ask(self, requests):
+            asked.append(len(requests))
+            answers = oracle.ask(requests)
+            failed = [JudgeAnswer(None, "no connection") for _ in answers[3:]]
+            return answers if len(asked) < 3 else answers[:3] + failed
+
+    monkeypatch.setattr(components, "make", lambda c, s: Failing() if s == "judge" else make(c, s))
+    with pytest.raises(TooFewJudgments, match=r"7 of 8 clips of step 3 have no judgment"):
+        train.train(config, tmp_path)
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+    monkeypatch.setattr(components, "make", make)
+    train.train(config, tmp_path)
+    assert_same(*final_states(config, folder, tmp_path))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -191,7 +215,7 @@ def test_the_base_is_held_once(inputs, tmp_path, monkeypatch):
     base_bytes = sum(x.size * 4 for x in jax.tree.leaves(jax.eval_shape(family.init_base, jax.random.key(0))))
     kernel = jax.eval_shape(family.init_base, jax.random.key(0))["blocks"]["mlp"]["up"]["kernel"].shape
     seen = []
-    make = train.Collector.__call__
+    make = train.Collector.finish
 
     def counting(self, *args, **kwargs):
         out = make(self, *args, **kwargs)
@@ -199,7 +223,7 @@ def test_the_base_is_held_once(inputs, tmp_path, monkeypatch):
         return out
 
     before = sum(x.shape == kernel for x in jax.live_arrays())
-    monkeypatch.setattr(train.Collector, "__call__", counting)
+    monkeypatch.setattr(train.Collector, "finish", counting)
     train.train(config, tmp_path)
     assert base_bytes > 0 and seen
     assert {count - before for count in seen} == {1}

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from world_distill.config import UserError
 from world_distill.core import advantages, losses, sampling
 from world_distill.data.pipeline import Batch, concatenate
 from world_distill.interfaces import Judge, ModelFamily
@@ -40,24 +41,29 @@ class Collection:
       group: rollouts of each task.
       spread: while L_RL has no weight, give each of the `tasks` x `group` rollouts a task of its own: RL compares
         rollouts of one task, distillation learns the more from different ones.
+      staleness: 1: a step's clips are rolled before the update of the step before, so that the device need not wait
+        for the judge (`experience`); 0: exactly on-policy.
       role: who rolls: "executor" (on-policy) or "demonstrator" (off-policy distillation).
       weights: reward name -> lambda of Eq. 10; questions of the rubric, and "distill" for Eq. 9. 0 leaves one out.
       clip: log-odds are clipped to +-clip before anything else; 0 does not clip.
       normalise: divide each reward by its std over the "batch" or the "group", or by nothing ("none").
       std: what the advantage is divided by: std of the "batch" or of the "group", or nothing ("none").
       min_valid: groups with fewer valid judgments are left out.
+      max_invalid: share of a step's clips without a judgment above which the run stops.
       negative_scale: factor on negative advantages; below 1 is steadier and learns less from failures.
     """
 
     tasks: int
     group: int
     spread: bool
+    staleness: int
     role: str
     weights: Mapping[str, float]
     clip: float
     normalise: str
     std: str
     min_valid: int
+    max_invalid: float
     negative_scale: float
 
     def __post_init__(self):
@@ -65,6 +71,10 @@ class Collection:
             raise ValueError(f"rollout.role must be executor or demonstrator, got {self.role!r}")
         if self.tasks < 1 or self.group < 1:
             raise ValueError(f"rollout.tasks and rollout.group are at least 1, got {self.tasks} and {self.group}")
+        if self.staleness not in (0, 1) or not 0 <= self.max_invalid <= 1:
+            raise ValueError(
+                f"rollout.staleness is 0 or 1 and rollout.max_invalid 0 to 1, got {self.staleness}, {self.max_invalid}"
+            )
 
     @property
     def questions(self) -> tuple[str, ...]:
@@ -78,6 +88,22 @@ class Collection:
     def draw(self, batches: Iterator[Batch], active: bool) -> Batch:
         """The tasks of such a step, from batches of `tasks` tasks."""
         return concatenate([next(batches) for _ in range(self.group // self.group_in(active))])
+
+
+class TooFewJudgments(UserError):
+    """The judge failed on too many clips of a step to go on."""
+
+
+class Pending(NamedTuple):
+    """A step's rollouts, on their way through the device: a batch that lacks what the judge has to say."""
+
+    step: int
+    active: bool  # L_RL has a weight
+    tasks: Mapping[str, Any]
+    batch: TrainBatch
+    clips: jax.Array | None  # [b F H W 3] uint8, if they are to be judged
+    reward: jax.Array | None  # [b] Eq. 9
+    started: float
 
 
 class Parts(NamedTuple):
@@ -114,6 +140,8 @@ class Collector:
         if diffusion is not None and objective.rl != "flow_grpo":
             raise ValueError("sampler.eta above 0 is for objective.rl = flow_grpo; the others sample the ODE")
         demonstrates = objective.uses_visited or distills
+        if settings.staleness and objective.rl == "awm" and objective.awm_old == "current":
+            raise ValueError("rollout.staleness = 1 needs AWM's ratio: set objective.awm_old to start or ema")
         mask = family.free_frames
 
         def roll(lora, base, task: Condition, solution: Condition, key, first_row, *, diffusion, group, decode):
@@ -163,24 +191,29 @@ class Collector:
     def __call__(
         self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int
     ) -> tuple[TrainBatch, dict[str, float]]:
-        """One batch of experience for training step `step`, and host-side metrics.
+        """One batch of on-policy experience for training step `step`, and host-side metrics: `begin` and `finish`."""
+        return self.finish(self.begin(state.lora, base, tasks, key, step))
+
+    def draw(self, batches: Iterator[Batch], step: int) -> Batch:
+        """The tasks of training step `step`."""
+        return self.settings.draw(batches, self._objective.rl_active(step))
+
+    def begin(self, lora: PyTree, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Pending:
+        """Gives the device the rollouts of training step `step`, and waits for nothing.
 
         Args:
-          state: the Executor is `state.lora`.
+          lora: the Executor that rolls.
           base: frozen weights.
-          tasks: this step's, from `Collection.draw`.
+          tasks: this step's, from `draw`.
           key: typed PRNG key of the run; rollouts use fold_in(key, step).
           step: finished steps.
         """
         started = time.perf_counter()
         active = self._objective.rl_active(step)
-        rollout, task, solution, clips = self._roll[active](
-            state.lora, base, *self._conditions(tasks), *_key(key, step)
-        )
+        rollout, task, solution, clips = self._roll[active](lora, base, *self._conditions(tasks), *_key(key, step))
         shown = reward = None
         if self._show is not None:
             shown, reward = self._show(base, rollout, solution)
-        (weighed, used), info = self._weigh(tasks, clips, reward, started, active=active)
         batch = TrainBatch(
             task=task,
             solution=solution,
@@ -188,10 +221,20 @@ class Collector:
             states=None if self._finish is None else self._finish(rollout),
             demonstrator=shown,
             log_probs=rollout.log_probs if self._keeps_log_probs and active else None,
-            advantages=jax.device_put(weighed, self._rows),
-            valid=jax.device_put(used, self._rows),
+            advantages=None,
+            valid=None,
         )
-        return batch, info
+        return Pending(step, active, tasks, batch, clips, reward, started)
+
+    def finish(self, pending: Pending) -> tuple[TrainBatch, dict[str, float]]:
+        """Has the clips judged and weighed: the batch, and host-side metrics. May run in another thread.
+
+        Raises:
+          TooFewJudgments: more of the clips have no judgment than `Collection.max_invalid` allows.
+        """
+        (weighed, used), info = self._weigh(pending)
+        put = functools.partial(jax.device_put, device=self._rows)
+        return pending.batch.replace(advantages=put(weighed), valid=put(used)), info
 
     def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Parts:
         """The pieces of a call, each to be run alone (benchmarks)."""
@@ -221,10 +264,18 @@ class Collector:
             self.judge, self.cache, clips, repeat(tasks["task"]), repeat(tasks["agent"]), self.rubric, self._questions
         )
 
-    def _weigh(
-        self, tasks: Mapping[str, Any], clips: jax.Array, reward: jax.Array | None, started: float, *, active: bool
-    ) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
+    def _check(self, judgment: Judgment, step: int) -> None:
+        failed, limit = int((~judgment.valid).sum()), self.settings.max_invalid
+        if failed > limit * len(judgment.valid):
+            raise TooFewJudgments(
+                f"{failed} of {len(judgment.valid)} clips of step {step + 1} have no judgment, and "
+                f"config.rollout.max_invalid lets {limit:g} of them through: the warnings above say what the judge "
+                "answered. Start again when it works: what was answered is in the cache"
+            )
+
+    def _weigh(self, pending: Pending) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
         """((advantages [b] float32, used [b] bool), metrics)."""
+        tasks, reward, active = pending.tasks, pending.reward, pending.active
         group, count = self.settings.group_in(active), len(tasks["ids"])
         rows = count * group
         info: dict[str, float] = {}
@@ -237,12 +288,13 @@ class Collector:
         if reward is not None:
             scores[DISTILL] = np.asarray(reward, np.float64)
         if self._questions:
-            clips = np.asarray(clips)
+            clips = np.asarray(pending.clips)
             rolled = time.perf_counter()
             judgment = self._ask(tasks, clips)
+            self._check(judgment, pending.step)
             scores |= judgment.scores
             valid &= judgment.valid
-            info["time/rollout"] = rolled - started
+            info["time/rollout"] = rolled - pending.started
             info["time/judge"] = time.perf_counter() - rolled
             health = getattr(self.judge, "health", dict)()  # a judge may have figures of its own
             info |= {f"judge/{name}": value for name, value in health.items()}

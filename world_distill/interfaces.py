@@ -141,7 +141,12 @@ class JudgeAnswer:
 
 
 class Judge(Protocol):
-    """May also have `health() -> dict[str, float]`: figures since the last call, which are logged with the step's."""
+    """A class may have two more methods.
+
+    `health() -> dict[str, float]` has figures since its last call, which are logged with the step's. `check() ->
+    list[str]` tests it before training, in a line each; it raises UserError if it cannot judge, and an error that is a
+    ConnectionError too if it cannot be reached.
+    """
 
     name: str  # identifies model, version and sampling: part of the cache key
 

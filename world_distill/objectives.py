@@ -48,7 +48,8 @@ class Objective:
       awm_weighting, awm_power: see `losses.awm_log_likelihood`.
       awm_clip, awm_temperature: clip range of the ratio, and what divides its logarithm.
       awm_old: policy in the ratio's denominator: "current" (ratio 1, plain gradient; exact with one update per batch),
-        "start" (the policy that made the rollouts) or "ema" (the fast average `lora_old`).
+        "start" (the policy that made the rollouts, a step ago where they run ahead) or "ema" (the fast average
+        `lora_old`).
       beta_old: weight of the squared distance to `lora_old`; its decay is min(old_maximum, old_slope step).
       beta_base: weight of the squared distance to the base given the task.
       grpo_clip, grpo_beta: Flow-GRPO's clip range, and weight of its exact KL to the base given the task.
@@ -118,8 +119,13 @@ class Objective:
         return self.rl == "awm" or (self.anchor_states == "renoised" and self.anchored)
 
 
-def init_state(family: ModelFamily, base: PyTree, optimizer, key: jax.Array, *, rank: int | None) -> TrainState:
-    """A fresh Executor, equal to the Demonstrator's weights, with its averages and optimiser state."""
+def init_state(
+    family: ModelFamily, base: PyTree, optimizer, key: jax.Array, *, rank: int | None, ahead: bool = False
+) -> TrainState:
+    """A fresh Executor, equal to the Demonstrator's weights, with its averages and optimiser state.
+
+    With `ahead`, the state has room for the Executor of a step ago (`TrainState.lora_rolled`).
+    """
     lora = family.init_lora(jax.random.fold_in(key, 0), base, rank=rank)
     copy = lambda tree: jax.tree.map(lambda x: x + 0, tree)  # noqa: E731  (donation wants separate buffers)
     return TrainState(
@@ -129,6 +135,7 @@ def init_state(family: ModelFamily, base: PyTree, optimizer, key: jax.Array, *, 
         lora_old=copy(lora),
         opt_state=optimizer.init(lora),
         key=jax.random.fold_in(key, 1),
+        lora_rolled=copy(lora) if ahead else None,
     )
 
 
@@ -300,7 +307,8 @@ def make_train_step(
     def train_step(state: TrainState, base: PyTree, batch: TrainBatch):
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), objective.updates)
         weights = {"beta_d": beta_d(state.step), "rl": rl_weight(state.step)}
-        start, old = state.lora, state.lora_old
+        ahead = state.lora_rolled is not None
+        start, old = state.lora_rolled if ahead else state.lora, state.lora_old
         carry = (state.lora, state.lora_ema, state.opt_state, state.step * objective.updates)
         jobs = (keys, jnp.arange(objective.updates))
         carry, seen = jax.lax.scan(lambda c, job: update(c, job, base, batch, start, old, weights), carry, jobs)
@@ -317,6 +325,7 @@ def make_train_step(
             lora_old=schedules.ema_update(old, lora, old_decay),
             opt_state=opt_state,
             key=state.key,
+            lora_rolled=state.lora if ahead else None,
         )
         return new, seen
 

@@ -116,11 +116,12 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
         raise UserError(
             f"the LoRA in {path} is not of the layers and the rank that config.executor says:\n  " + "\n  ".join(lines)
         )
-    # Three copies, since the training step gives its buffers away.
-    lora, ema, old = (
-        jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), found, state.lora) for _ in range(3)
-    )
-    return dataclasses.replace(state, lora=lora, lora_ema=ema, lora_old=old)
+
+    def placed():  # a copy for each, since the training step gives its buffers away
+        return jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), found, state.lora)
+
+    rolled = None if state.lora_rolled is None else placed()
+    return dataclasses.replace(state, lora=placed(), lora_ema=placed(), lora_old=placed(), lora_rolled=rolled)
 
 
 def make_optimizer(config, family: ModelFamily, base: PyTree) -> optax.GradientTransformation:
@@ -142,13 +143,15 @@ def make_state(
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
 
     def init(base):
-        return init_state(family, base, optimizer, key, rank=config.executor.rank or None)
+        ahead = config.rollout.staleness > 0
+        return init_state(family, base, optimizer, key, rank=config.executor.rank or None, ahead=ahead)
 
     shapes = jax.eval_shape(init, base)
     weights = tree_shardings(mesh, family.lora_axes(shapes.lora), shapes.lora)
     everywhere = replicated(mesh)
     moments = like_weights(shapes.opt_state, shapes.lora, weights, everywhere)
-    shardings = TrainState(everywhere, weights, weights, weights, moments, everywhere)
+    rolled = None if shapes.lora_rolled is None else weights
+    shardings = TrainState(everywhere, weights, weights, weights, moments, everywhere, rolled)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return jax.jit(init, out_shardings=shardings), abstract
 

@@ -53,8 +53,8 @@ class TrainBatch:
     states: jax.Array | None  # [k+1 b f h w c] visited x_t, the final clean latents last
     demonstrator: jax.Array | None  # [k b f h w c] v_D(states[:-1] | solution)
     log_probs: jax.Array | None  # [k b] log-probabilities at sampling time (Flow-GRPO)
-    advantages: jax.Array  # [b] 0 where invalid
-    valid: jax.Array  # [b] bool: the clip was judged, and its group kept
+    advantages: jax.Array | None  # [b] 0 where invalid; None until the clips are judged
+    valid: jax.Array | None  # [b] bool: the clip was judged, and its group kept
 
 
 @struct.dataclass
@@ -67,3 +67,4 @@ class TrainState:
     lora_old: PyTree  # fast average of `lora`: the trust region of AWM
     opt_state: PyTree
     key: jax.Array  # [] typed PRNG key; a step uses fold_in(key, step) and never replaces it
+    lora_rolled: PyTree | None = None  # `lora` of a step ago, where rollouts run that far ahead: it makes this step's

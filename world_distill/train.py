@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 from world_distill import arguments, components, runs
 from world_distill.checkpoints import Checkpointer, make_metadata
-from world_distill.collect import Collection, Collector
+from world_distill.collect import Collection, Collector, TooFewJudgments
 from world_distill.config import UserError, section
 from world_distill.data.pipeline import task_batches
 from world_distill.data.records import RecordReader
+from world_distill.experience import Experience
+from world_distill.interfaces import Judge
 from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.rubric import load_rubric
 from world_distill.logs import MetricLog
@@ -88,6 +90,8 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     collection = Collection(**config.rollout.to_dict())
     grid, diffusion = components.sampler_grid(config)
     runs.check_folder(config, workdir)
+    judge = components.make(config, "judge") if collection.questions and objective.rl != "none" else None
+    _test(judge)
     base = components.load_base(family, config, mesh)
     tasks = task_batches(
         reader, tasks_per_step=collection.tasks, seed=config.seed, text_length=config.text_length,
@@ -117,7 +121,6 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
         arguments.say(f"continuing {workdir} after step {first}")
 
     # Parts of a step ------------------------------------------------------------------------------------------------
-    judge = components.make(config, "judge") if collection.questions and objective.rl != "none" else None
     cache = JudgmentCache(workdir / "judgments.sqlite") if judge is not None else None
     collector = Collector(
         family, mesh, collection, objective, grid=grid, diffusion=diffusion, judge=judge, cache=cache,
@@ -166,14 +169,19 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
             text = "  ".join(f"{n} {v}" for n, v in _short(values).items())
             (arguments.say if progress.disable else logging.debug)(f"step {step}/{config.steps}  {text}")
 
+    experience = Experience(collector, tasks, base, key, steps=config.steps)
     try:
         for step in range(first, config.steps):
             began = time.perf_counter()
-            active = objective.rl_active(step)
-            batch_of_tasks = collection.draw(tasks, active)
-            batch, info = collector(state, base, batch_of_tasks, key, step)
-            state, metrics = step_fns[active](state, base, batch)
-            waiting.append((step + 1, info, metrics, batch_of_tasks["ids"], began))
+            try:
+                batch, info, ids = experience.take(state, step)
+            except TooFewJudgments:
+                while waiting:
+                    settle()
+                checkpointer.save(step, state, experience.data_state(step), metadata, force=True)
+                raise
+            state, metrics = step_fns[objective.rl_active(step)](state, base, batch)
+            waiting.append((step + 1, info, metrics, ids, began))
             last = step + 1 == config.steps
             saves = last or (step + 1) % config.save_every == 0
             while len(waiting) > (0 if saves else 1):  # nothing that is not finite gets into a checkpoint
@@ -183,14 +191,26 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
                 row = summarise("executor", verdicts)
                 log.write(step + 1, {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")})
             if saves:
-                checkpointer.save(step + 1, state, tasks.get_state(), metadata, force=last)
+                checkpointer.save(step + 1, state, experience.data_state(step + 1), metadata, force=last)
     finally:
+        experience.close()
         progress.close()
         log.close()
         checkpointer.close()
         if cache is not None:
             cache.close()
     return {"steps": config.steps, "seconds": time.perf_counter() - started, "validation": row}
+
+
+def _test(judge: Judge | None) -> None:
+    """Tests a judge that can be, before anything slow is begun; one that cannot be reached may still come up."""
+    if not hasattr(judge, "check"):
+        return
+    try:
+        for line in judge.check():
+            arguments.say(f"judge: {line}")
+    except ConnectionError as error:
+        logging.warning("%s; going on: what is cached needs no judge, and for the rest it will be waited for", error)
 
 
 def _short(values: dict[str, float]) -> dict[str, str]:

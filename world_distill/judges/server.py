@@ -20,6 +20,10 @@ from world_distill.vlm.client import Client, Failure, Limits, Server
 from world_distill.vlm.pool import GaveUp, Pool
 
 
+class NoServer(UserError, ConnectionError):
+    """No server can be reached now."""
+
+
 class ServerJudge:
     """`interfaces.Judge`.
 
@@ -94,7 +98,8 @@ class ServerJudge:
         """Tests every server; one line for each.
 
         Raises:
-          UserError: one cannot judge, or none can be reached.
+          UserError: one cannot judge.
+          NoServer: none can be reached.
         """
         return _run(self._check())
 
@@ -121,7 +126,7 @@ class ServerJudge:
                 except Failure as failure:
                     lines.append(f"cannot be reached: {failure}")
         if not any(server.form for server in self._pool.servers):
-            raise UserError("no judge server: " + "; ".join(lines) + " (launch/serve_judge.sh starts one)")
+            raise NoServer("no judge server: " + "; ".join(lines) + " (launch/serve_judge.sh starts one)")
         return lines
 
     async def _ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
