@@ -11,11 +11,11 @@ the later one again when it continues: the same clips, from the same weights and
 
 import concurrent.futures
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from world_distill.collect import Collector
+from world_distill.collect import Collector, Pending
 from world_distill.data.pipeline import TaskBatches
 from world_distill.structs import PyTree, TrainBatch, TrainState
 
@@ -35,7 +35,7 @@ class Experience:
         """`steps` is how many there are in the run: nothing is rolled beyond."""
         self._collector, self._tasks, self._base, self._key, self._steps = collector, tasks, base, key, steps
         self._states: dict[int, bytes] = {}  # of the data, before the tasks of a step are drawn
-        self._begun: dict[int, tuple[list[str], concurrent.futures.Future]] = {}
+        self._begun: dict[int, tuple[list[str], concurrent.futures.Future, float]] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "judge")
 
     def close(self) -> None:
@@ -55,17 +55,18 @@ class Experience:
         for number, lora in ((step, state.lora_rolled), (step + 1, state.lora)):
             if number not in self._begun and number < self._steps:
                 ids, pending = self._roll(lora, number)
-                self._begun[number] = ids, self._thread.submit(self._collector.finish, pending)
-        ids, job = self._begun.pop(step)
+                self._begun[number] = ids, self._thread.submit(self._collector.finish, pending), pending.started
+        ids, job, begun = self._begun.pop(step)
         started = time.perf_counter()
         batch, info = job.result()
-        return Step(batch, info | {"time/judge_wait": time.perf_counter() - started}, ids)
+        waited = time.perf_counter() - max(started, begun + info.get("time/rollout", 0.0))
+        return Step(batch, info | {"time/judge_wait": max(waited, 0.0)}, ids)
 
     def data_state(self, step: int) -> bytes:
         """The state of the data from which the tasks of `step`, the next one or this, are drawn again."""
         return self._states.get(step) or self._tasks.get_state()
 
-    def _roll(self, lora: PyTree, step: int) -> tuple[list[str], Any]:
+    def _roll(self, lora: PyTree, step: int) -> tuple[list[str], Pending]:
         self._states[step] = self._tasks.get_state()
         tasks = self._collector.draw(self._tasks, step)
         return tasks["ids"], self._collector.begin(lora, self._base, tasks, self._key, step)
