@@ -22,6 +22,9 @@ SHARED_BY_MODELS = {
     "models", "models.attention", "models.functional", "models.layers", "models.lora", "models.params", "models.words",
 }  # fmt: skip
 
+# Pairs of parts of which the second lies below the first.
+MAY_LIE_ON = {("judges", "vlm"), ("data", "vlm"), ("models", "sharding")}
+
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 # And every models/**/params.py and models/**/text.py; inside functions. `verify` runs diffusers beside our networks.
 MAY_USE_TORCH = {"vlm.local", "verify"}
@@ -130,7 +133,7 @@ def internal(module: str, target: str) -> str | None:
     top, other = module.split(".")[0], target.split(".")[0]
     if theirs > mine:
         return f"imports {target}, which lies above it (L{mine} -> L{theirs})"
-    if mine == theirs == 2 and top != other and (top, other) not in {("judges", "vlm"), ("data", "vlm")}:
+    if mine == theirs == 2 and top != other and (top, other) not in MAY_LIE_ON:
         return f"imports {target}, a sibling"
     if top == other == "models" and not under(target, SHARED_BY_MODELS - {"models"}) and target != "models":
         family, theirs_family = module.split(".")[1:2], target.split(".")[1:2]

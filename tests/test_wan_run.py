@@ -18,6 +18,7 @@ from world_distill.judges.server import ServerJudge
 from world_distill.logs import read_log
 from world_distill.lora_files import read_lora
 from world_distill.models.lora import merge
+from world_distill.sharding import batch_sharding, make_mesh, tree_shardings
 from world_distill.structs import Condition
 from world_distill.tensor_files import TensorFileError
 
@@ -102,8 +103,33 @@ def test_the_judge_saw_the_clips_and_evaluation_runs(run, opened):
     assert [row["n"] for row in rows] == [2, 2]
 
 
-def test_one_device_and_eight_agree(opened):
-    family, base = opened.family, opened.base
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(opened):
+    return value_and_gradient(components.make_family(opened.config), jax.devices()[0], opened)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_every_mesh_gives_the_values_and_gradients_of_one_device(shape, opened, on_one_device):
+    mesh = make_mesh(**{"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | shape)
+    found = value_and_gradient(components.make_family(opened.config, mesh), mesh, opened)
+    for a, b in zip(jax.tree.leaves(on_one_device), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_that_do_not_divide_are_an_error_that_names_the_axes(opened):
+    mesh = make_mesh(data=2, fsdp=1, context=4, tensor=1)  # 2 heads
+    with pytest.raises(
+        ValueError, match=r"2 attention heads do not divide by mesh\.tensor = 1 times mesh\.context = 4"
+    ):
+        value_and_gradient(components.make_family(opened.config, mesh), mesh, opened)
+
+
+def value_and_gradient(family, where, opened):
+    """A loss of 8 rows, and its gradient with respect to the Executor, with everything on a device or a mesh."""
+    base, lora = opened.base, opened.executor
     x = jax.random.normal(jax.random.key(1), (8, *family.latent_shape))
     text = jax.random.normal(jax.random.key(2), (8, 64, 20))
     condition = condition_of(text, x[:, :1])
@@ -112,11 +138,13 @@ def test_one_device_and_eight_agree(opened):
         v = family.denoise(base, lora, x, jnp.full(8, 0.5), condition)
         return (v**2).mean()
 
-    one = jax.devices()[0]
-    alone = jax.jit(jax.value_and_grad(loss))(*jax.device_put((opened.executor, base, x), one))
-    spread = jax.jit(jax.value_and_grad(loss))(opened.executor, base, x)
-    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    if isinstance(where, jax.sharding.Mesh):
+        base = jax.device_put(base, tree_shardings(where, family.base_axes(), base))
+        lora = jax.device_put(lora, tree_shardings(where, family.lora_axes(lora), lora))
+        x, condition = jax.device_put((x, condition), batch_sharding(where))
+    else:
+        base, lora, x, condition = jax.device_put((base, lora, x, condition), where)
+    return jax.device_get(jax.jit(jax.value_and_grad(loss))(lora, base, x))
 
 
 def condition_of(text, scene):

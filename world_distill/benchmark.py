@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     """Seconds and samples a second of every part; see the module's text."""
     mesh = components.start_devices(config)
-    family = components.make_family(config)
+    family = components.make_family(config, mesh)
     data = runs.data_folder(config, folder)
     prepare.make_records(config, data)
     base = components.load_base(family, config, mesh)

@@ -48,6 +48,7 @@ VERBS = {
     "evaluate": Verb("world_distill.evaluate", "score models on held-out tasks"),
     "report": Verb("world_distill.report", "make one HTML page of a run, with its clips"),
     "ablate": Verb("world_distill.ablate", "train the paper's variants and compare them"),
+    "plan": Verb("world_distill.plan", "say whether a config fits a TPU slice, without having one"),
     "benchmark": Verb("world_distill.benchmark", "measure the speed of every part of the loop"),
 }
 

@@ -248,6 +248,20 @@ class Collector:
             judge=lambda: self._ask(tasks, frames),
         )
 
+    @property
+    def rows(self) -> jax.sharding.NamedSharding:
+        """Where the rows of a batch lie."""
+        return self._rows
+
+    @property
+    def keeps_log_probs(self) -> bool:
+        """Whether a batch has the rollouts' log-probabilities."""
+        return self._keeps_log_probs
+
+    def programs(self, active: bool) -> dict[str, Any]:
+        """The jitted functions of a step, to be looked at: `rollout`, and `demonstrator` or None."""
+        return {"rollout": self._roll[active], "demonstrator": self._show}
+
     def _conditions(self, tasks: Mapping[str, Any]) -> tuple[Condition, Condition]:
         # Every device gets every task: they are few and small, and need not divide by the devices as the rollouts do.
         put = lambda name: jax.device_put(np.asarray(tasks[name]), self._everywhere)  # noqa: E731

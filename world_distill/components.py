@@ -59,15 +59,16 @@ def make_partial(config: ConfigDict, section: str) -> Callable[..., Any]:
     return functools.partial(factory, **options)
 
 
-def make_family(config: ConfigDict) -> ModelFamily:
-    """The model family, with the config's sizes and LoRA settings."""
+def make_family(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> ModelFamily:
+    """The model family, with the config's sizes and LoRA settings; for programs on the mesh, if there is one."""
     sizes = {k: v for k, v in config.model.to_dict().items() if k != "family"}
     executor = config.executor
     scale = executor.alpha / executor.rank if executor.rank else 1.0
     try:
-        return models.build(config.model.family, **sizes, lora_targets=executor.targets, lora_scale=scale)
+        family = models.build(config.model.family, **sizes, lora_targets=executor.targets, lora_scale=scale)
     except TypeError as error:
         raise UserError(f"config.model does not fit family {config.model.family!r}: {error}") from error
+    return family if mesh is None else family.on(mesh)
 
 
 def start_devices(config: ConfigDict) -> jax.sharding.Mesh:

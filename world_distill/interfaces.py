@@ -48,6 +48,10 @@ class ModelFamily(Protocol):
         self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition
     ) -> jax.Array: ...
 
+    def on(self, mesh: jax.sharding.Mesh) -> "ModelFamily":
+        """The same for programs that run on a mesh: it may lay its activations out there."""
+        ...
+
     def init_base(self, key: jax.Array) -> PyTree:
         """Random base weights (traceable, for `eval_shape` and `jit(out_shardings=...)`)."""
         ...

@@ -76,7 +76,7 @@ def open_run(workdir: pathlib.Path) -> Run:
     """
     config = read_config(workdir)
     mesh = components.start_devices(config)
-    family = components.make_family(config)
+    family = components.make_family(config, mesh)
     base = components.load_base(family, config, mesh)
     executor, step = load_executor(config, family, mesh, workdir)
     return Run(config, mesh, family, base, executor=executor, step=step, data=data_folder(config, workdir))

@@ -90,6 +90,32 @@ def tree_shardings(mesh: Mesh, axes_tree: PyTree, shapes_tree: PyTree) -> PyTree
     return shardings
 
 
+def constrain(mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """An activation laid out by the logical names of its dimensions; one that does not divide is not split."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, dividing_spec(mesh, names, x.shape)))
+
+
+def dividing_spec(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """The partition of an activation of a shape; a dimension that does not divide is left whole."""
+    rules, parts = dict(RULES), []
+    for name, size in zip(names, shape, strict=True):
+        target = rules[name] if name else ()
+        axes = (target,) if isinstance(target, str) else target or ()
+        whole = size % math.prod(mesh.shape[axis] for axis in axes) != 0
+        parts.append(None if whole or not axes else axes if len(axes) > 1 else axes[0])
+    return PartitionSpec(*parts)
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """What a program on the mesh runs on, which need not be what this process has: "cpu", "gpu" or "tpu"."""
+    if mesh is None:
+        return jax.default_backend()
+    platform = mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Dimension `axis` is the batch, split over data and fsdp; every other one is whole."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, dict(RULES)["batch"]))

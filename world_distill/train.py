@@ -83,7 +83,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     """
     # Devices, model, data -------------------------------------------------------------------------------------------
     mesh = components.start_devices(config)
-    family = components.make_family(config)
+    family = components.make_family(config, mesh)
     folder = runs.data_folder(config, workdir)
     reader = RecordReader(folder, "train")
     objective = section(config.objective, Objective)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, and a form of it for CPUs.
+"""Scaled dot-product attention on one device and on a mesh, and a form of it for CPUs.
 
 With all heads' scores in memory, attention on a CPU is bound by its caches. `blocked_attention` takes one head and one
 block of its queries at a time, so that only the scores [b r m] of `r` queries exist. The backward pass makes them again
@@ -6,26 +6,160 @@ from the logarithm of the softmax's denominator, as in FlashAttention (Dao et al
 over keys.
 """
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-AttentionKind = Literal["blocked", "xla", "cudnn"] | None
+from world_distill.sharding import dividing_spec, platform_of
+
+AttentionKind = Literal["blocked", "splash", "xla", "cudnn"] | None
 
 # What its backward pass needs beside the inputs, under the name by which `jax.checkpoint` may keep it.
 SAVED = "attention"
 
 
 def attend(
-    q: Float[Array, "b n h e"], k: Float[Array, "b m h e"], v: Float[Array, "b m h e"], kind: AttentionKind = None
+    q: Float[Array, "b n h e"],
+    k: Float[Array, "b m h e"],
+    v: Float[Array, "b m h e"],
+    kind: AttentionKind = None,
+    platform: str | None = None,
 ) -> Float[Array, "b n h e"]:
-    """`softmax(q k^T / sqrt(e)) v` of every head. None is "blocked" on CPUs; elsewhere JAX decides."""
-    if kind == "blocked" or (kind is None and jax.default_backend() == "cpu"):
+    """`softmax(q k^T / sqrt(e)) v` of every head.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      kind: "blocked" (`blocked_attention`), "splash" (`splash_attention`; interpreted on a CPU, for tests), "cudnn"
+        (GPU, 16-bit), "xla" (all scores in memory), or None for what suits the platform.
+      platform: that the program will run on; None: this process's own.
+    """
+    platform = platform or jax.default_backend()
+    kind = kind or _suited(platform, q)
+    if kind == "blocked":
         return blocked_attention(q, k, v)
+    if kind == "splash":
+        return splash_attention(q, k, v, interpret=platform == "cpu")
     return jax.nn.dot_product_attention(q, k, v, implementation=kind)
+
+
+def _suited(platform: str, q: jax.Array) -> str:
+    if platform == "cpu":
+        return "blocked"
+    if platform == "tpu":
+        return "splash" if q.shape[-1] % 128 == 0 else "xla"
+    return "cudnn" if q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 else "xla"
+
+
+def attend_on(
+    mesh: Mesh | None,
+    q: Float[Array, "b *n h e"],
+    k: Float[Array, "b *m h e"],
+    v: Float[Array, "b *m h e"],
+    kind: AttentionKind = None,
+    places: int | None = None,
+) -> Float[Array, "b *n h e"]:
+    """`attend` over all tokens, of queries in frames [b f m h e], on a mesh.
+
+    Rows lie along data and fsdp, heads along tensor, the places m of a frame along context. Over themselves, tokens are
+    exchanged for heads (Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509), so that each device sees every token of
+    some heads. Keys of a text [b l h e] are on every device of `context`, and nothing is exchanged.
+
+    Args:
+      mesh: None or one device: all of this is one sequence.
+      q: queries.
+      k: keys, of the same tokens or of a text.
+      v: values.
+      kind: see `attend`.
+      places: of a frame; what lies behind them only fills up, and is no key.
+
+    Raises:
+      ValueError: heads that do not divide by tensor, or for self-attention by tensor times context.
+    """
+    itself = k.ndim == 5
+
+    def local(q, k, v):
+        spare = q.shape[2] - places if itself and places else 0
+        if spare:
+            q, k, v = (y[:, :, :places] for y in (q, k, v))
+        flat = (y.reshape(y.shape[0], -1, *y.shape[-2:]) for y in (q, k, v))
+        y = attend(*flat, kind, platform_of(mesh)).reshape(q.shape)
+        return jnp.pad(y, ((0, 0), (0, 0), (0, spare), (0, 0), (0, 0))) if spare else y
+
+    if mesh is None or mesh.size == 1:
+        return local(q, k, v)
+    heads, context, tensor = q.shape[-2], mesh.shape["context"], mesh.shape["tensor"]
+    ways = tensor * (context if itself else 1)
+    if heads % ways:
+        raise ValueError(
+            f"{heads} attention heads do not divide by mesh.tensor = {tensor}"
+            + (f" times mesh.context = {context}" if itself and context > 1 else "")
+        )
+    exchanged = itself and context > 1
+    if exchanged and q.shape[2] % context:
+        raise ValueError(f"{q.shape[2]} tokens of a frame do not divide by mesh.context = {context}: fill them up")
+
+    def on_device(q, k, v):
+        if not exchanged:
+            return local(q, k, v)
+        gather = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
+        q, k, v = (gather(y, split_axis=3, concat_axis=2) for y in (q, k, v))
+        return gather(local(q, k, v), split_axis=2, concat_axis=3)
+
+    def spec(y):
+        names = ("batch", None, "length", "heads", None) if y.ndim == 5 else ("batch", None, "heads", None)
+        return dividing_spec(mesh, names, y.shape)
+
+    specs = tuple(spec(y) for y in (q, k, v))
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v)
+
+
+def splash_attention(
+    q: Float[Array, "b n h e"], k: Float[Array, "b m h e"], v: Float[Array, "b m h e"], *, interpret: bool = False
+) -> Float[Array, "b n h e"]:
+    """JAX's Pallas kernel for TPU (`splash_attention`), without a mask; scores never leave the chip's fast memory.
+
+    Queries and keys are filled up to whole tiles, and a pair of segment numbers keeps what was filled in apart.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    n, m, heads = q.shape[1], k.shape[1], q.shape[2]
+    (tile_q, n_full), (tile_k, m_full) = _tiling(n), _tiling(m)
+    sizes = kernel.BlockSizes(
+        block_q=tile_q, block_kv=tile_k, block_kv_compute=tile_k, block_q_dkv=tile_q, block_kv_dkv=tile_k,
+        block_kv_dkv_compute=tile_k, block_q_dq=tile_q, block_kv_dq=tile_k,
+    )  # fmt: skip
+    run = kernel.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask((n_full, m_full))] * heads), block_sizes=sizes, head_shards=1,
+        q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=interpret,
+    )  # fmt: skip
+
+    def filled(y, length):
+        return jnp.pad(y, ((0, 0), (0, length - y.shape[1]), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+    segments = None
+    if n_full > n or m_full > m:
+        segments = kernel.SegmentIds(*(jnp.arange(full) >= length for full, length in ((n_full, n), (m_full, m))))
+        segments = jax.tree.map(lambda s: s.astype(jnp.int32), segments)
+    q = filled(q * q.shape[-1] ** -0.5, n_full)
+    y = jax.vmap(lambda q, k, v: run(q, k, v, segment_ids=segments))(q, filled(k, m_full), filled(v, m_full))
+    return y.transpose(0, 2, 1, 3)[:, :n]
+
+
+def _tiling(length: int) -> tuple[int, int]:
+    """(tile, length filled up to whole tiles): tiles of 128 to 1024, the largest that adds less than a 16th."""
+    for tile in (1024, 512, 256, 128):
+        full = -(-length // tile) * tile
+        if full - length <= length // 16:
+            return tile, full
+    return 128, -(-length // 128) * 128
 
 
 def blocked_attention(

@@ -117,11 +117,11 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "b n h d"], cos: Float[ArrayLike, "n e"], sin: Float[ArrayLike, "n e"]
-) -> Float[Array, "b n h d"]:
+    x: Float[Array, "b *n h d"], cos: Float[ArrayLike, "*n e"], sin: Float[ArrayLike, "*n e"]
+) -> Float[Array, "b *n h d"]:
     """Rotates interleaved pairs (x[2i], x[2i+1]) of every head by the tables' angles."""
     even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 

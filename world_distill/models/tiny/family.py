@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from world_distill.models import lora as lora_lib
 from world_distill.models.functional import Functional
@@ -57,6 +58,9 @@ class TinyFamily:
     def network(self) -> Functional:
         """The transformer as a function of its weights."""
         return Functional(lambda rngs: TinyDiT(self.config, rngs=rngs))
+
+    def on(self, mesh: Mesh) -> "TinyFamily":
+        return self  # so small that the compiler may lay out its activations
 
     def init_base(self, key: jax.Array) -> PyTree:
         return self.network.init(key)

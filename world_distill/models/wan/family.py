@@ -3,6 +3,8 @@
 The base is `{"transformer": weights, "vae": weights}`. LoRA and full differences are of the transformer.
 """
 
+import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from world_distill.models import lora as lora_lib
 from world_distill.models.functional import Functional
@@ -78,6 +81,13 @@ class WanFamily:
         """The transformer as a function of its weights."""
         return Functional(lambda rngs: WanDiT(self.config, rngs=rngs))
 
+    def on(self, mesh: Mesh) -> "WanFamily":
+        """The same with its activations laid out on a mesh: rows, places in a frame, heads."""
+        placed = copy.copy(self)
+        placed.__dict__ = {k: v for k, v in vars(self).items() if k not in ("network", "_encode")}
+        placed.config = dataclasses.replace(self.config, mesh=mesh)
+        return placed
+
     def entries(self) -> dict[str, list[Entry]]:
         """Where each array of the base lies in the published model."""
         return {"transformer": list(transformer_entries(self.config)), "vae": list(vae_entries(self.codec))}
@@ -142,12 +152,13 @@ class WanFamily:
         clips = jnp.moveaxis(jax.lax.map(some, turns), 0, 1)
         return clips.reshape(count, *clips.shape[2:])
 
+    def encode_traceable(self, base: PyTree, images: jax.Array) -> jax.Array:
+        """`encode_scene` of arrays on devices, to be jitted."""
+        return vae.encode(base["vae"], images[:, None].astype(jnp.float32) / 127.5 - 1, self.codec)
+
     @functools.cached_property
     def _encode(self):
-        def encode(base, images):
-            return vae.encode(base["vae"], images[:, None].astype(jnp.float32) / 127.5 - 1, self.codec)
-
-        return jax.jit(encode)
+        return jax.jit(self.encode_traceable)
 
     def encode_scene(self, base: PyTree, images: np.ndarray) -> np.ndarray:
         if images.shape[1:3] != self.image_size:

@@ -4,6 +4,9 @@ Tokens are 1x2x2 patches of the latents. A block is self-attention with 3-D RoPE
 MLP. The timestep modulates self-attention and MLP through one projection that all blocks share plus a table of each
 block's own. The first latent frame is the scene: its tokens are clean and have time 0, so times differ by frame.
 
+Tokens keep two axes, frames and the places in a frame: on a device mesh the places lie along the axis `context`, and
+what belongs to a frame is there on every device. Attention alone sees them as one sequence.
+
 Norms, modulation and gates are computed in float32 whatever the weights are in, and the residual stream is kept in the
 weights' type in between: bfloat16 differs visibly otherwise.
 """
@@ -13,10 +16,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.models.attention import SAVED, AttentionKind, attend
+from world_distill.models.attention import SAVED, AttentionKind, attend_on
 from world_distill.models.layers import (
     LayerNorm,
     Linear,
@@ -30,8 +35,19 @@ from world_distill.models.layers import (
     stack,
     sub,
 )
+from world_distill.sharding import constrain, platform_of
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
+
+
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
+_KEPT = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "attention": _ATTENTION,
+    "full": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +62,10 @@ class WanConfig:
       patch: latent pixels a token is high and wide.
       eps: of all norms.
       theta: of RoPE.
-      remat: what the backward pass computes again: "none", all but matrix products ("dots"), or each block ("full").
-      attention: what computes attention: None ("blocked" on CPUs, elsewhere JAX decides), "blocked", "xla", "cudnn".
+      remat: what the backward pass computes again: "none", all but matrix products and attention ("dots"), all but
+        attention ("attention"), or each block ("full").
+      attention: what computes attention, see `attention.attend`.
+      mesh: devices that activations are laid out on; None leaves that to the compiler.
     """
 
     channels: int = 48
@@ -62,6 +80,7 @@ class WanConfig:
     theta: float = 10_000.0
     remat: Remat = "full"
     attention: AttentionKind = None
+    mesh: Mesh | None = None
 
     @property
     def rope_dims(self) -> tuple[int, int, int]:
@@ -69,6 +88,14 @@ class WanConfig:
         head = self.width // self.heads
         space = 2 * (head // 6)
         return head - 2 * space, space, space
+
+    def rows(self, x: Float[Array, "*n d"]) -> Float[Array, "*m d"]:
+        """[n d] on one CPU, where XLA would else transpose each activation for the gradient of the matrix it meets.
+
+        Elsewhere `x` itself: there, batch and tokens may lie on several devices.
+        """
+        alone = self.mesh is None or self.mesh.size == 1
+        return x.reshape(-1, x.shape[-1]) if alone and platform_of(self.mesh) == "cpu" else x
 
 
 class Attention(nnx.Module):
@@ -86,19 +113,27 @@ class Attention(nnx.Module):
         self.k_norm = nnx.Param(ones(rngs.params(), (width,)))
 
     def __call__(
-        self, x: Float[Array, "b n d"], context: Float[Array, "b m d"], rope: tuple | None, lora: Lora, scale: float
-    ) -> Float[Array, "b n d"]:
-        heads, eps = self.config.heads, self.config.eps
-        b, n, width = x.shape
-        x, context = _rows(x), _rows(context)
+        self,
+        x: Float[Array, "b f m d"],
+        text: Float[Array, "b l d"] | None,
+        rope: tuple | None,
+        lora: Lora,
+        scale: float,
+        places: int | None = None,
+    ) -> Float[Array, "b f m d"]:
+        heads, eps, shape = self.config.heads, self.config.eps, x.shape
+        split = lambda y, like: y.reshape(*like[:-1], heads, shape[-1] // heads)  # noqa: E731
+        source = x.shape if text is None else text.shape
+        x = self.config.rows(x)
+        context = x if text is None else self.config.rows(text)
         q = rms_norm(self.q(x, sub(lora, "q"), scale), self.q_norm[...], eps)
         k = rms_norm(self.k(context, sub(lora, "k"), scale), self.k_norm[...], eps)
         v = self.v(context, sub(lora, "v"), scale)
-        q, k, v = (y.reshape(b, -1, heads, width // heads) for y in (q, k, v))
+        q, k, v = split(q, shape), split(k, source), split(v, source)
         if rope is not None:
             q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))
-        y = attend(q, k, v, self.config.attention)
-        return self.out(y.reshape(x.shape), sub(lora, "out"), scale).reshape(b, n, width)
+        y = attend_on(self.config.mesh, q, k, v, self.config.attention, places)
+        return self.out(y.reshape(x.shape), sub(lora, "out"), scale).reshape(shape)
 
 
 class Block(nnx.Module):
@@ -115,23 +150,24 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b n d"],
+        x: Float[Array, "b f m d"],
         modulation: Float[Array, "b f 6 d"],
         text: Float[Array, "b l d"],
         rope: tuple,
         lora: Lora,
         scale: float,
-    ) -> Float[Array, "b n d"]:
-        eps = self.config.eps
+        places: int | None = None,
+    ) -> Float[Array, "b f m d"]:
+        eps, rows = self.config.eps, self.config.rows
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(
             self.table[...].astype(jnp.float32) + modulation.astype(jnp.float32), 2, 0
         )
         h = _modulate(x, scale1, shift1, eps)
-        h = self.self_attention(h, h, rope, sub(lora, "self_attention"), scale)
+        h = self.self_attention(h, None, rope, sub(lora, "self_attention"), scale, places)
         x = _gated(x, h, gate1)
         h = self.cross_norm(x, eps)
         x = x + self.cross_attention(h, text, None, sub(lora, "cross_attention"), scale)
-        h = self.mlp(_rows(_modulate(x, scale2, shift2, eps)), sub(lora, "mlp"), scale)
+        h = self.mlp(rows(_modulate(x, scale2, shift2, eps)), sub(lora, "mlp"), scale)
         return _gated(x, h.reshape(x.shape), gate2)
 
 
@@ -186,50 +222,36 @@ class WanDiT(nnx.Module):
         time = jax.nn.silu(self.time_in(time, sub(lora, "time_in"), scale))
         time = self.time_out(time, sub(lora, "time_out"), scale)  # [b f d]
         modulation = self.time_table(jax.nn.silu(time), sub(lora, "time_table"), scale).reshape(b, f, 6, -1)
+        places = grid[1] * grid[2]
+        spare = -places % config.mesh.shape["context"] if config.mesh else 0
         rope = rope_tables(grid, config.rope_dims, theta=config.theta)
+        rope = tuple(np.pad(y.reshape(f, places, -1), ((0, 0), (0, spare), (0, 0))) for y in rope)
 
         h = x.astype(dtype).reshape(b, f, grid[1], p, grid[2], p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
-        h = self.patch(h.reshape(b, f * grid[1] * grid[2], -1), sub(lora, "patch"), scale)
+        h = jnp.pad(h.reshape(b, f, places, -1), ((0, 0), (0, 0), (0, spare), (0, 0)))
+        h = self.patch(h, sub(lora, "patch"), scale)
+        lay = lambda h: constrain(config.mesh, h, ("batch", None, "length", None))  # noqa: E731
         graph, blocks = nnx.split(self.blocks)
 
         def body(h, layer):
             weights, layer_lora = layer
-            return nnx.merge(graph, weights)(h, modulation, text, rope, layer_lora, scale), None
+            return lay(nnx.merge(graph, weights)(lay(h), modulation, text, rope, layer_lora, scale, places)), None
 
         if config.remat != "none":
-            policies = jax.checkpoint_policies
-            dots = policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
-            )
-            body = jax.checkpoint(body, policy=dots if config.remat == "dots" else None)
+            body = jax.checkpoint(body, policy=_KEPT[config.remat])
         h, _ = jax.lax.scan(body, h, (blocks, sub(lora, "blocks")))
         shift, gain = jnp.moveaxis(self.table[...].astype(jnp.float32) + time.astype(jnp.float32)[:, :, None], 2, 0)
         h = self.head(_modulate(h, gain, shift, config.eps), sub(lora, "head"), scale)
-        h = h.reshape(b, f, grid[1], grid[2], p, p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
+        h = h[:, :, :places].reshape(b, f, grid[1], grid[2], p, p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
         return h.reshape(x.shape).astype(jnp.float32)
 
 
-def _rows(x: Float[Array, "b n d"]) -> Float[Array, "*n d"]:
-    """[b*n d] on CPUs, where XLA would else transpose each activation for the gradient of the matrix that it meets.
-
-    Elsewhere `x` itself: there, batch and tokens may both lie on several devices.
-    """
-    return x.reshape(-1, x.shape[-1]) if jax.default_backend() == "cpu" else x
-
-
-def _modulate(x: Float[Array, "b n d"], scale: Float[Array, "b f d"], shift: Float[Array, "b f d"], eps: float):
+def _modulate(x: Float[Array, "b f m d"], scale: Float[Array, "b f d"], shift: Float[Array, "b f d"], eps: float):
     """`norm(x) (1 + scale) + shift` with the scale and shift of each token's frame."""
     h = layer_norm(x.astype(jnp.float32), eps)
-    h = _frames(h, scale) * (1 + scale[:, :, None]) + shift[:, :, None]
-    return h.reshape(x.shape).astype(x.dtype)
+    return (h * (1 + scale[:, :, None]) + shift[:, :, None]).astype(x.dtype)
 
 
-def _gated(x: Float[Array, "b n d"], h: Float[Array, "b n d"], gate: Float[Array, "b f d"]):
+def _gated(x: Float[Array, "b f m d"], h: Float[Array, "b f m d"], gate: Float[Array, "b f d"]):
     """`x + gate h` with the gate of each token's frame."""
-    y = _frames(x.astype(jnp.float32), gate) + _frames(h.astype(jnp.float32), gate) * gate[:, :, None]
-    return y.reshape(x.shape).astype(x.dtype)
-
-
-def _frames(x: Float[Array, "b n d"], by_frame: Float[Array, "b f d"]) -> Float[Array, "b f m d"]:
-    b, f, d = by_frame.shape
-    return x.reshape(b, f, -1, d)
+    return (x.astype(jnp.float32) + h.astype(jnp.float32) * gate[:, :, None]).astype(x.dtype)

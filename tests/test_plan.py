@@ -1,0 +1,62 @@
+"""Planning for TPUs, with their compiler where it is installed."""
+
+import importlib.util
+import json
+
+import pytest
+
+from world_distill import chips, cli, plan
+from world_distill.config import UserError, load_config
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is in the extra `tpu`")
+
+
+def test_collectives_are_counted_once_each():
+    hlo = """
+      %a = f32[8]{0} all-gather(f32[2]{0} %x), dimensions={0}
+      %b = (f32[2], f32[8]) all-gather-start(f32[2]{0} %x), dimensions={0}
+      %c = f32[8]{0} all-gather-done((f32[2], f32[8]) %b)
+      %d = f32[2]{0} all-reduce(f32[2]{0} %x), to_apply=%add
+    """
+    assert plan.collectives(hlo) == {"all-gather": 2, "all-reduce": 1}
+
+
+def test_candidates_use_every_chip_and_divide_the_rows():
+    config = load_config("wan22_5b:wmsd")
+    found = list(plan.candidates(config, 16))
+    assert found[0]["mesh.fsdp"] == 16 and found[0]["model.remat"] == "attention"
+    for change in found:
+        assert change["mesh.fsdp"] * change["mesh.context"] == 16
+        assert 64 % change["mesh.fsdp"] == 0
+
+
+def test_the_table_of_chips_knows_what_jax_calls_them():
+    assert chips.chip("TPU v5 lite").name == "v5e" and chips.chip("cpu") is None
+
+
+@needs_compiler
+def test_a_topology_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="v5e:77x1"):
+        plan.topology("v5e:77x1")
+
+
+@needs_compiler
+def test_phases_of_a_small_model_compile_for_a_slice(tmp_path):
+    path = tmp_path / "plan.json"
+    flags = ["--topology", "v5e:2x2", "--phases", "demonstrator,update", "--json", str(path)]
+    overrides = ["--config.objective.rl=none", "--config.mesh.context=2"]
+    assert cli.main(["plan", "--config", "wan22_5b:debug", *flags, *overrides]) == 0
+    found = json.loads(path.read_text())
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 1} and found["fits"]
+    phases = {phase["name"]: phase for phase in found["phases"]}
+    assert phases["update"]["collectives"]["all-to-all"] > 0  # tokens for heads
+    assert phases["update"]["flops"] > phases["demonstrator"]["flops"] > 1e6
+
+
+@needs_compiler
+def test_what_does_not_fit_is_said_with_the_largest_arrays(capsys):
+    flags = ["--topology", "v5e:1x1", "--phases", "rollout", "--config.objective.rl=none", "--config.mesh.fsdp=1"]
+    sizes = ["--config.model.depth=30", "--config.model.size=(3072,3072)", "--config.rollout.tasks=64"]
+    assert cli.main(["plan", "--config", "wan22_5b:debug", *flags, *sizes]) == 1
+    text = capsys.readouterr().out
+    assert "does not fit" in text and "GiB over all chips" in text

@@ -1,0 +1,345 @@
+"""`world-distill plan`: does a config fit and compile on a slice of TPUs, and what will a step cost there?
+
+XLA's compiler for TPUs runs without one: every phase of a training step is traced with abstract weights, at the
+config's real sizes, and compiled for the topology. What is printed of memory and collectives is the compiler's;
+operations are counted from the traced programs (`flops`); times are predictions from these, the peak of the chip and an
+assumed utilisation, and say so.
+"""
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from world_distill import arguments, chips, components, flops, runs
+from world_distill.collect import Collection, Collector
+from world_distill.config import UserError, override, section
+from world_distill.objectives import Objective, make_train_step
+from world_distill.sharding import make_mesh, replicated, tree_shardings
+from world_distill.structs import Condition, PyTree, TrainBatch
+
+HELP = """\
+Compile every phase of a training step for a TPU slice, without having one, and say whether it fits.
+
+Phases: rollout (with decoding, where clips are judged), the Demonstrator's velocities, the update, decoding alone and
+the encoding of scenes. For each: memory a chip against what the chip has, compile time, operations, collectives, and a
+time predicted from the chip's peak at --utilisation. Needs the extra `tpu` (for its compiler); weights are never made.
+Ends with exit code 1 if a phase does not fit, and names the largest arrays.
+
+  world-distill plan --config wan22_5b:wmsd --topology v5p:2x2x1
+  world-distill plan --config wan22_5b:wmsd --topology v5e:4x4 --slices 2 --config.mesh.data=2
+  world-distill plan --config wan22_5b:wmsd --topology v6e:2x4 --search
+"""
+
+GIB = 2**30
+_COLLECTIVE = re.compile(r" = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+@dataclasses.dataclass
+class Phase:
+    """One compiled program of a step; memory in GiB a device, `None` where the compiler refused."""
+
+    name: str
+    flops: float  # of one call, over all devices
+    calls: int  # in a step
+    compile_seconds: float
+    arguments: float | None = None
+    temporaries: float | None = None
+    output: float | None = None
+    peak: float | None = None
+    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    problem: str = ""
+    largest: list[str] = dataclasses.field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config(parser)
+    parser.add_argument("--topology", required=True, help="generation and chips, such as v5e:2x4, v5p:4x4x4, v6e:8x8")
+    parser.add_argument("--slices", type=int, default=1, help="slices of that topology, joined by DCN (default: 1)")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that times assume (0.4)")
+    parser.add_argument("--phases", default="", help="only these, comma-separated (and those that they need)")
+    parser.add_argument("--search", action="store_true", help="try mesh shapes, micro-batches and remat policies")
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not 0 < args.utilisation <= 1:
+        raise UserError(f"--utilisation {args.utilisation:g}: a share, above 0 and at most 1")
+    config = arguments.config_from(args)
+    devices = topology(args.topology, args.slices)
+    names = tuple(filter(None, args.phases.split(",")))
+    if args.search:
+        return _search(args, config, devices, names)
+    plan = make_plan(config, devices, names, say=arguments.say)
+    result = summary(config, devices, plan, args.utilisation)
+    for line in describe(result):
+        arguments.say(line)
+    if args.json:
+        arguments.write_json(args.json, result)
+    return 0 if result["fits"] else 1
+
+
+def topology(name: str, slices: int = 1) -> list[Any]:
+    """Devices of a TPU topology that need not exist.
+
+    Raises:
+      UserError: the compiler is not installed, or knows no such topology.
+    """
+    # Off a TPU VM, libtpu would look for its surroundings.
+    for key, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    extra = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices)
+    except Exception as error:  # whatever the plug-in raises
+        if "libtpu" in str(error) or "Unknown platform" in str(error) or "not found" in str(error):
+            raise UserError(f"the compiler for TPUs is missing: pip install -e '.[tpu]' ({error})") from error
+        raise UserError(
+            f"--topology {name}: {str(error).splitlines()[0]} (such as v5e:2x4, v5p:2x2x2 or v6e:4x4)"
+        ) from error
+
+
+def make_plan(config, devices: list[Any], only: tuple[str, ...] = (), *, say=lambda text: None) -> list[Phase]:
+    """Every phase of a step, compiled for the devices; one that is refused ends those that need its result."""
+    found = []
+    for phase in _phases(config, devices, only):
+        say(f"{phase.name}: {'does not fit' if phase.problem else 'compiled'} in {phase.compile_seconds:.0f} s")
+        found.append(phase)
+    return found
+
+
+def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase]:
+    mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
+    family = components.make_family(config, mesh)
+    base = abstract_base(family, mesh)
+    objective, settings = section(config.objective, Objective), Collection(**config.rollout.to_dict())
+    grid, diffusion = components.sampler_grid(config)
+    _, state = runs.make_state(config, family, mesh, base)
+    collector = Collector(
+        family, mesh, settings, objective, grid=grid, diffusion=diffusion, judge=None, cache=None, rubric=None
+    )
+    active = objective.rl != "none"
+    wanted = lambda name: not only or name in only  # noqa: E731
+
+    # Each phase takes what the one before gives, laid out as the compiler chose.
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    conditions = [_condition(config, family, mesh) for _ in range(2)]
+    roll = collector.programs(active)["rollout"]
+    given = (state.lora, base, *conditions, _abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
+    phase, rolled = _compile("rollout", roll, given)
+    if wanted("rollout"):
+        yield phase
+    if rolled is not None:
+        rollout, task, solution, _ = rolled
+        shown = None
+        show = collector.programs(active)["demonstrator"]
+        if show is not None:
+            phase, result = _compile("demonstrator", show, (base, rollout, solution))
+            shown = None if result is None else result[0]
+            if wanted("demonstrator"):
+                yield phase
+        if wanted("update") and (show is None or shown is not None):
+            batch = _batch(collector, rollout, task, solution, shown, active)
+            step = jax.jit(
+                make_train_step(family, objective, runs.make_optimizer(config, family, base), grid, diffusion),
+                out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)), donate_argnums=0,
+            )  # fmt: skip
+            yield _compile("update", step, (state, base, batch))[0]
+        if wanted("decode"):
+            yield _compile("decode", jax.jit(family.decode), (base, rollout.latents), calls=0)[0]
+    if wanted("encode") and family.image_size:
+        images = jax.ShapeDtypeStruct((config.encode_batch, *family.image_size, 3), np.uint8, sharding=replicated(mesh))
+        encode = jax.jit(family.encode_traceable)
+        yield _compile("encode", encode, (base, images), calls=0)[0]
+
+
+def abstract_base(family, mesh: jax.sharding.Mesh) -> PyTree:
+    """Shapes and shardings of the base."""
+    shapes = jax.eval_shape(family.init_base, jax.random.key(0))
+    return jax.tree.map(_abstract, shapes, tree_shardings(mesh, family.base_axes(), shapes))
+
+
+def _condition(config, family, mesh) -> Condition:
+    tasks, length, width = config.rollout.tasks, config.text_length, config.model.text_width
+    make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))  # noqa: E731
+    return Condition(
+        text=make((tasks, length, width), jnp.bfloat16),
+        text_mask=make((tasks, length), jnp.bool_),
+        scene=make((tasks, 1, *family.latent_shape[1:]), jnp.float32),
+    )
+
+
+def _batch(collector: Collector, rollout, task, solution, shown, active: bool) -> TrainBatch:
+    rows = collector.rows
+    count = rollout.latents.shape[0]
+    states = None
+    if rollout.states is not None:
+        shape = (rollout.states.shape[0] + 1, *rollout.states.shape[1:])
+        states = jax.ShapeDtypeStruct(shape, rollout.states.dtype, sharding=rollout.states.sharding)
+    return TrainBatch(
+        task=task, solution=solution, latents=rollout.latents, states=states, demonstrator=shown,
+        log_probs=rollout.log_probs if collector.keeps_log_probs and active else None,
+        advantages=jax.ShapeDtypeStruct((count,), jnp.float32, sharding=rows),
+        valid=jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=rows),
+    )  # fmt: skip
+
+
+def _abstract(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _compile(name: str, function: Any, given: tuple, *, calls: int = 1) -> tuple[Phase, PyTree | None]:
+    """The phase, and its abstract result as the compiler lays it out (None if it refuses)."""
+    traced = function.trace(*given)
+    phase = Phase(name, flops.count(traced.jaxpr), calls, 0.0)
+    started = time.perf_counter()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        phase.problem = str(error).removeprefix("RESOURCE_EXHAUSTED: ").splitlines()[0]
+        phase.largest = _largest(traced.jaxpr)
+        return phase, None
+    finally:
+        phase.compile_seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    phase.arguments = memory.argument_size_in_bytes / GIB
+    phase.temporaries = memory.temp_size_in_bytes / GIB
+    phase.output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
+    phase.peak = memory.peak_memory_in_bytes / GIB
+    phase.collectives = collectives(compiled.as_text())
+    result = jax.tree.map(_abstract, traced.out_info, compiled.output_shardings)
+    return phase, result
+
+
+def collectives(hlo: str) -> dict[str, int]:
+    """How many of each collective stand in a compiled program; one in a loop's body counts once."""
+    return dict(sorted(collections.Counter(kind for _, kind in _COLLECTIVE.findall(hlo)).items()))
+
+
+def _largest(jaxpr: Any, count: int = 5) -> list[str]:
+    """The largest arrays that a program makes, whole, with what makes them."""
+    seen: dict[str, float] = {}
+
+    def visit(jaxpr: Any) -> None:
+        for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+            for variable in equation.outvars:
+                if hasattr(variable.aval, "shape"):
+                    size = float(np.prod(variable.aval.shape)) * getattr(variable.aval.dtype, "itemsize", 4) / GIB
+                    seen.setdefault(f"{variable.aval.str_short()} of {equation.primitive.name}", size)
+            for inner in flops.inner(equation.params):
+                visit(inner)
+
+    visit(jaxpr)
+    best = sorted(seen.items(), key=lambda item: -item[1])[:count]
+    return [f"{size:.1f} GiB over all chips: {what}" for what, size in best]
+
+
+def summary(config, devices: list[Any], plan: list[Phase], utilisation: float) -> dict[str, Any]:
+    """The plan as plain values, with predictions."""
+    chip = chips.chip(devices[0].device_kind)
+    result: dict[str, Any] = {
+        "devices": len(devices),
+        "kind": devices[0].device_kind,
+        "chip": dataclasses.asdict(chip) if chip else None,
+        "mesh": {k: int(v) for k, v in make_mesh(**config.mesh.to_dict(), devices=devices).shape.items()},
+        "rollouts_per_step": config.rollout.tasks * config.rollout.group,
+        "utilisation": utilisation,
+        "phases": [dataclasses.asdict(phase) for phase in plan],
+        "fits": not any(phase.problem for phase in plan),
+    }
+    if chip:
+        seconds = sum(p.flops * p.calls for p in plan) / (len(devices) * chip.tflops * 1e12 * utilisation)
+        result["step_seconds"] = seconds
+        settings = Collection(**config.rollout.to_dict())
+        asked = len(settings.questions) if config.objective.rl != "none" else 0
+        result["judge_requests_per_second"] = result["rollouts_per_step"] * asked / seconds if seconds else 0.0
+    return result
+
+
+def describe(result: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    chip = result["chip"]
+    has = f" of {chip['hbm_gib']:g}" if chip else ""
+    mesh = " ".join(f"{name}={size}" for name, size in result["mesh"].items())
+    lines = [f"{result['devices']} x {result['kind']}, mesh {mesh}, {result['rollouts_per_step']} rollouts a step"]
+    lines.append(f"{'phase':>13}  {'peak GiB' + has:>17}  args  temps  output  compile s       PFLOP  collectives")
+    for phase in result["phases"]:
+        if phase["problem"]:
+            lines.append(f"{phase['name']:>13}  does not fit: {phase['problem']}")
+            lines += [f"{'':>15}{line}" for line in phase["largest"]]
+            continue
+        counts = ", ".join(f"{n} {kind}" for kind, n in phase["collectives"].items()) or "none"
+        lines.append(
+            f"{phase['name']:>13}  {phase['peak']:17.2f}  {phase['arguments']:4.1f}  {phase['temporaries']:5.1f}  "
+            f"{phase['output']:6.1f}  {phase['compile_seconds']:9.0f}  {phase['flops'] / 1e15:10.2f}  {counts}"
+        )
+    if "step_seconds" in result and result["fits"]:
+        lines.append(
+            f"predicted, at {result['utilisation']:.0%} of {chip['tflops']:g} TFLOP/s a chip: "
+            f"{result['step_seconds']:.3g} s a step, {result['judge_requests_per_second']:.1f} judge requests a second"
+        )
+    lines.append("fits" if result["fits"] else "does not fit")
+    return lines
+
+
+def _search(args: argparse.Namespace, config, devices: list[Any], only: tuple[str, ...]) -> int:
+    """Compiles candidates from the cheapest in communication to the most saving in memory, until one fits."""
+    tried = []
+    for change in candidates(config, len(devices)):
+        trial = config.copy_and_resolve_references()
+        override(trial, change)
+        text = " ".join(f"--config.{key}={value}" for key, value in change.items())
+        try:
+            result = summary(trial, devices, make_plan(trial, devices, only), args.utilisation)
+        except ValueError as error:
+            arguments.say(f"{text}: {error}")
+            continue
+        peak = max((phase["peak"] or 0.0) for phase in result["phases"])
+        tried.append(result | {"change": change})
+        arguments.say(
+            f"{text}: {'fits, ' + format(peak, '.2f') + ' GiB at most' if result['fits'] else 'does not fit'}"
+        )
+        if result["fits"]:
+            for line in describe(result):
+                arguments.say(line)
+            break
+    if args.json:
+        arguments.write_json(args.json, {"tried": tried, "fits": bool(tried) and tried[-1]["fits"]})
+    return 0 if tried and tried[-1]["fits"] else 1
+
+
+def candidates(config, devices: int) -> Iterator[dict[str, Any]]:
+    """Changes of a config to try, the best first: less remat and larger micro-batches before smaller ones.
+
+    Meshes keep the rows of a step busy: data and fsdp together are no more than the rollouts.
+    """
+    rows = config.rollout.tasks * config.rollout.group
+    shards = [n for n in range(devices, 0, -1) if devices % n == 0 and rows % n == 0]
+    per_update = rows // config.objective.minibatches
+    for fsdp, remat in itertools.product(shards, ("attention", "full")):
+        context = devices // fsdp
+        for micro in sorted({per_update, max(per_update // 4, fsdp), fsdp}, reverse=True):
+            if per_update % micro == 0 and micro % fsdp == 0:
+                yield {
+                    "mesh.data": 1, "mesh.fsdp": fsdp, "mesh.context": context, "mesh.tensor": 1,
+                    "model.remat": remat, "model.rows": fsdp,
+                    "objective.micro_batch": 0 if micro == per_update else micro,
+                }  # fmt: skip
