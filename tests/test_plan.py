@@ -55,7 +55,7 @@ def test_phases_of_a_small_model_compile_for_a_slice(tmp_path):
 
 @needs_compiler
 def test_what_does_not_fit_is_said_with_the_largest_arrays(capsys):
-    flags = ["--topology", "v5e:1x1", "--phases", "rollout", "--config.objective.rl=none", "--config.mesh.fsdp=1"]
+    flags = ["--topology", "v5e:2x2", "--phases", "rollout", "--config.objective.rl=none"]
     sizes = ["--config.model.depth=30", "--config.model.size=(3072,3072)", "--config.rollout.tasks=64"]
     assert cli.main(["plan", "--config", "wan22_5b:debug", *flags, *sizes]) == 1
     text = capsys.readouterr().out
