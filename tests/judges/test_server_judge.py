@@ -168,8 +168,9 @@ def test_check_describes_servers_and_names_those_out_of_reach():
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"model": ""}, "name of its model"), ({"frames": 1}, "frames of at least 2"), ({"servers": ()}, "one server"),
-        ({"servers": "host:8000"}, "written like"), ({"concurrency": 0}, "concurrency"), ({"timeout": 0}, "timeout"),
+        ({"model": ""}, "name of its model"), ({"frames": 1}, "frames of at least 2"),
+        ({"servers": ()}, "at least one server"), ({"servers": "host:8000"}, "written like"),
+        ({"concurrency": 0}, "concurrency"), ({"timeout": 0}, "timeout"),
         ({"api_key_env": "NOT_SET_ANYWHERE"}, "variable NOT_SET_ANYWHERE: not set"), ({"min_mass": 0}, "min_mass"),
         ({"extra": "{"}, "a JSON object"), ({"extra": "3"}, "a JSON object"),
     ],

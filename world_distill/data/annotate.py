@@ -14,17 +14,15 @@ import io
 import json
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
 
+from world_distill.data.pair_rules import check_pair, task_key
 from world_distill.data.record_types import decode_png, encode_png
 from world_distill.data.records import AnnotatedRecord, RecordError, write_atomically, write_records
 from world_distill.interfaces import Annotator, TaskPair
-
-_TASK = re.compile(r"\[([^\[\]\n]+)\]:[ ]*(\S[^\n]*)")
 
 
 class ImageError(ValueError):
@@ -70,25 +68,6 @@ def _as_png(path: pathlib.Path, pixels: np.ndarray) -> bytes:
     if data.startswith(b"\x89PNG") and np.array_equal(decode_png(data), pixels):
         return data
     return encode_png(pixels)
-
-
-def check_pair(pair: TaskPair) -> str | None:
-    """Why a task and its solution are of no use, as one word for counting; None if they are fine."""
-    match = _TASK.fullmatch(pair.task.strip())
-    if match is None:
-        return "task_format"
-    if not pair.agent.strip() or _plain(match[1]) != _plain(pair.agent):
-        return "agent"
-    solution = _plain(pair.solution)
-    if not solution:
-        return "solution_empty"
-    if solution in _plain(pair.task):
-        return "solution_repeats_task"
-    return None
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold().rstrip(".")
 
 
 def annotate_images(
@@ -191,12 +170,12 @@ def _choose(pairs: list[TaskPair], max_pairs: int, validate: bool, counts: colle
     kept, tasks = [], set()
     for pair in pairs:
         reason = check_pair(pair) if validate else None
-        if reason is None and validate and _plain(pair.task) in tasks:
+        if reason is None and validate and task_key(pair.task) in tasks:
             reason = "repeated"
         if reason is None and len(kept) == max_pairs:
             reason = "above_max_pairs"
         if reason is None:
-            tasks.add(_plain(pair.task))
+            tasks.add(task_key(pair.task))
             kept.append(dataclasses.replace(pair, task=pair.task.strip(), solution=pair.solution.strip()))
         else:
             counts[f"rejected_{reason}"] += 1
