@@ -157,6 +157,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.judge.options.extra = ""  # more fields of each request, as JSON
     c.judge.options.concurrency = 64  # requests under way at once
     c.judge.options.requests_per_minute = 0.0  # 0: no limit
+    c.judge.options.tokens_per_minute = 0.0  # of requests and answers; 0: no limit
     c.judge.options.timeout = 120.0  # seconds of one attempt
     c.judge.options.give_up_after = 900.0  # seconds without an answer, after which a clip is left out
     c.judge.rubric = ""  # folder of question files; empty: those that ship with the package

@@ -328,6 +328,17 @@ def test_limits_of_concurrency_and_of_requests_a_minute():
     assert judge.ask([]) == []
 
 
+def test_limit_of_tokens_a_minute_counts_what_the_replies_say():
+    requests = requests_about(20)
+    with FakeServer() as server:
+        judge = judge_of(server, tokens_per_minute=11 * 60 * 100)  # 11 tokens a reply
+        judge.check()
+        started = time.monotonic()
+        assert_right(requests, judge.ask(requests))
+        assert 40 / 100 < time.monotonic() - started < 5
+        assert judge_of(server, tokens_per_minute=1e9).name == judge.name
+
+
 def test_asking_works_inside_a_running_event_loop():
     requests = requests_about(2)
 

@@ -44,6 +44,7 @@ class ServerJudge:
         extra: Mapping[str, Any] | str = "",
         concurrency: int = 64,
         requests_per_minute: float = 0,
+        tokens_per_minute: float = 0,
         timeout: float = 120,
         give_up_after: float = 900,
         tries: int = 10,
@@ -63,6 +64,7 @@ class ServerJudge:
           extra: more fields of the request; a text is JSON.
           concurrency: requests under way at once.
           requests_per_minute: 0: no limit.
+          tokens_per_minute: of requests and answers; 0: no limit.
           timeout: seconds of one attempt.
           give_up_after: seconds after which a question has no answer.
           tries: failures of one question while others are answered.
@@ -73,7 +75,9 @@ class ServerJudge:
           UserError: a value is out of range, or the environment variable is not set.
         """
         self._rules = Rules(model, frames, max_side, quality, min_mass, _fields(extra))
-        limits = Limits(concurrency, requests_per_minute, timeout, give_up_after, tries, backoff, backoff_limit)
+        limits = Limits(
+            concurrency, requests_per_minute, timeout, give_up_after, tries, backoff, backoff_limit, tokens_per_minute
+        )
         key = os.environ.get(api_key_env, "").strip() if api_key_env else None
         if api_key_env and not key:
             raise UserError(f"the judge's API key is expected in the environment variable {api_key_env}: not set")

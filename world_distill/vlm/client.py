@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from world_distill.config import UserError
+from world_distill.vlm.tokens import TokenBudget, used_tokens
 
 _PASSING = {408, 409, 425, 429}  # and 5xx
 
@@ -54,6 +55,7 @@ class Limits:
       tries: failures of one request while others are answered, or of a kind that is its own.
       backoff: wait before the second attempt.
       backoff_limit: the longest wait.
+      tokens_per_minute: of requests and answers, over all servers; 0: no limit.
     """
 
     concurrency: int
@@ -63,10 +65,14 @@ class Limits:
     tries: int
     backoff: float
     backoff_limit: float
+    tokens_per_minute: float = 0.0
 
     def __post_init__(self):
-        if self.concurrency < 1 or self.tries < 1 or self.requests_per_minute < 0:
-            raise UserError("a VLM server needs concurrency and tries of at least 1, requests_per_minute of at least 0")
+        if self.concurrency < 1 or self.tries < 1 or min(self.requests_per_minute, self.tokens_per_minute) < 0:
+            raise UserError(
+                "a VLM server needs concurrency and tries of at least 1, requests_per_minute and tokens_per_minute of "
+                "at least 0"
+            )
         if min(self.timeout, self.give_up_after, self.backoff, self.backoff_limit) <= 0:
             raise UserError("a VLM server's timeout, give_up_after, backoff and backoff_limit are above 0 seconds")
 
@@ -107,6 +113,7 @@ class Client:
         self._key = key
         self._secrets = [text for text in (key, *(server.password for server in self.servers)) if text]
         self._next_start = 0.0
+        self._tokens = TokenBudget(limits.tokens_per_minute)
         # These log each request with its address.
         for name in ("httpx", "httpx2", "openai"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -119,6 +126,7 @@ class Client:
         except ImportError as error:
             raise UserError("VLM servers need the extra `vlm`: pip install -e '.[vlm]'") from error
         self._slots = asyncio.Semaphore(self.limits.concurrency)
+        self._tokens.open()
         settings = {"api_key": self._key or "none", "max_retries": 0, "timeout": self.limits.timeout}
         async with contextlib.AsyncExitStack() as stack:
             self._clients = {
@@ -139,18 +147,25 @@ class Client:
         client = self._clients[server]
         async with self._slots:
             await self._pace()
+            charged = await self._tokens.charge(body)
             server.in_flight += 1
             try:
                 # The client's own time-outs are between two pieces of a reply.
                 async with asyncio.timeout(self.limits.timeout):
                     if body is None:
                         return await client.get(path, cast_to=str)
-                    return await client.post(path, cast_to=str, body=body)
+                    reply = await client.post(path, cast_to=str, body=body)
+                if charged:
+                    self._tokens.settle(charged, used_tokens(reply))
+                return reply
             except (TimeoutError, openai.APITimeoutError):
+                # The server may have worked on it: it stays charged.
                 raise Failure(f"{server.label}: no answer within {self.limits.timeout:g} s") from None
             except openai.APIStatusError as error:
+                self._tokens.settle(charged, 0)
                 raise self._status_error(server, error) from None
             except openai.OpenAIError as error:
+                self._tokens.settle(charged, 0)
                 # What went wrong is in its cause. Chaining it would carry the request, and the key, along.
                 cause = error.__cause__ or error
                 raise Failure(self.clean(f"{server.label}: {type(cause).__name__}: {cause}")[:300]) from None
