@@ -73,7 +73,9 @@ setup(
     # The configs lie beside the package in a checkout, and inside it once installed.
     packages=[*find_packages(include=["world_distill", "world_distill.*"]), "world_distill.configs"],
     package_dir={"world_distill.configs": "configs"},
-    package_data={"world_distill": ["py.typed", "judges/rubric/*.txt", "models/tiny/base.*"]},
+    package_data={
+        "world_distill": ["py.typed", "judges/rubric/*.txt", "data/annotate_prompt/*.txt", "models/tiny/base.*"]
+    },
     entry_points={"console_scripts": ["world-distill = world_distill.cli:main"]},
     zip_safe=False,
 )

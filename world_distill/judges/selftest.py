@@ -20,6 +20,7 @@ from world_distill.config import UserError
 from world_distill.judges.answers import SPELLINGS, WORDS, MalformedAnswer, NoLogProbs, NoVerdict, Reading, read_answer
 from world_distill.vlm.client import Client, Failure, Refused, Server
 from world_distill.vlm.frames import data_urls
+from world_distill.vlm.options import check_model
 
 PROBES = (("Are these pictures red? Answer yes or no.", 1), ("Are these pictures blue? Answer yes or no.", -1))
 _COLOUR = (220, 30, 30)
@@ -90,7 +91,7 @@ async def find_form(client: Client, server: Server, rules: Rules) -> Form:
       UserError: it cannot judge; the message says why and what to do.
       Failure: it could not be reached.
     """
-    await _check_model(client, server, rules)
+    await check_model(client, server, rules.model, "judge")
     ids = await _token_ids(client, server, rules)
     refusal = None
     for form in _forms(ids):
@@ -122,23 +123,6 @@ def _forms(ids: Mapping[int, str]) -> list[Form]:
         exact = {"logprob_token_ids": sorted(ids), "return_tokens_as_token_ids": True}
         forms.insert(0, Form(plain | no_thinking | exact, ids))
     return forms
-
-
-async def _check_model(client: Client, server: Server, rules: Rules) -> None:
-    try:
-        reply = json.loads(await client.send(server, "/models"))
-        names = [entry["id"] for entry in reply["data"]]
-    except Refused as error:
-        if error.status in (401, 403):
-            raise
-        return  # a server without such a list
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return
-    if names and rules.model not in names:
-        raise UserError(
-            f"judge server {server.label} does not serve {rules.model!r}, but {', '.join(map(str, names[:10]))}: "
-            "set judge.options.model"
-        )
 
 
 async def _token_ids(client: Client, server: Server, rules: Rules) -> dict[int, str]:

@@ -6,9 +6,7 @@ others follow once it is answered, to the same server: it has the clip's part of
 
 import asyncio
 import concurrent.futures
-import json
 import math
-import os
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ from world_distill.interfaces import JudgeAnswer, JudgeRequest
 from world_distill.judges.answers import NoVerdict, Reading, read_answer
 from world_distill.judges.selftest import Form, Rules, find_form, make_body
 from world_distill.vlm.client import Client, Failure, Limits, Server
+from world_distill.vlm.options import api_key, extra_fields
 from world_distill.vlm.pool import GaveUp, Pool
 
 
@@ -74,13 +73,11 @@ class ServerJudge:
         Raises:
           UserError: a value is out of range, or the environment variable is not set.
         """
-        self._rules = Rules(model, frames, max_side, quality, min_mass, _fields(extra))
+        self._rules = Rules(model, frames, max_side, quality, min_mass, extra_fields(extra, "judge"))
         limits = Limits(
             concurrency, requests_per_minute, timeout, give_up_after, tries, backoff, backoff_limit, tokens_per_minute
         )
-        key = os.environ.get(api_key_env, "").strip() if api_key_env else None
-        if api_key_env and not key:
-            raise UserError(f"the judge's API key is expected in the environment variable {api_key_env}: not set")
+        key = api_key(api_key_env, "judge")
         self._client = Client([servers] if isinstance(servers, str) else list(servers), key, limits)
         self._pool = Pool(self._client, lambda server: find_form(self._client, server, self._rules))
         self.name = self._rules.version
@@ -183,13 +180,6 @@ class ServerJudge:
         self._masses.append(reading.mass)
         self._bounded += reading.bounded
         return reading
-
-
-def _fields(extra: Mapping[str, Any] | str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(extra or "{}") if isinstance(extra, str) else extra)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"a judge's extra is a JSON object, not {extra!r} ({error})") from error
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
