@@ -69,8 +69,25 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Scenes, tasks and solutions ------------------------------------------------------------------------------------
     c.annotator = ConfigDict()
-    c.annotator.factory = ""  # package.module:function
+    c.annotator.factory = "world_distill.data.vlm_annotator:ServerAnnotator"  # package.module:function
     c.annotator.options = ConfigDict()
+    c.annotator.options.servers = ("http://localhost:8000/v1",)  # OpenAI-compatible, all with the same model
+    c.annotator.options.model = "Qwen/Qwen3.5-27B"  # as they call it (paper's)
+    c.annotator.options.api_key_env = ""  # environment variable with the API key; empty: none is sent
+    c.annotator.options.prompt = ""  # folder of the texts that ask; empty: those that ship with the package
+    c.annotator.options.seconds = 2.0  # in which a task has to be done: model.frames / model.fps
+    c.annotator.options.max_side = 1024  # pixels; larger pictures are shrunk
+    c.annotator.options.quality = 95  # of the pictures' JPEG; 0: PNG
+    c.annotator.options.max_tokens = 4096  # of an answer: about 250 a pair, and the thoughts
+    c.annotator.options.temperature = 0.7  # of sampling
+    c.annotator.options.thinking = False  # may the model think first? Then with four times the tokens
+    c.annotator.options.extra = ""  # more fields of each request, as JSON
+    c.annotator.options.concurrency = 32  # requests under way at once
+    c.annotator.options.requests_per_minute = 0.0  # 0: no limit
+    c.annotator.options.tokens_per_minute = 0.0  # of requests and answers; 0: no limit
+    c.annotator.options.timeout = 300.0  # seconds of one attempt
+    c.annotator.options.give_up_after = 1800.0  # seconds without an answer, after which a picture is left out
+    c.annotator.options.tries = 5  # failures of one picture while others are answered
     c.annotator.pairs = 8  # tasks a scene, at most (paper: 8)
     c.annotator.test_pairs = 1  # tasks a scene in validation and test
 

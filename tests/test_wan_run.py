@@ -14,6 +14,7 @@ from tests.vlm.fake_server import FakeServer
 from world_distill import cli, components, converted, evaluate, export, generate, prepare, runs, train
 from world_distill.config import UserError, load_config
 from world_distill.data.records import RecordReader
+from world_distill.data.vlm_annotator import ServerAnnotator
 from world_distill.judges.server import ServerJudge
 from world_distill.logs import read_log
 from world_distill.lora_files import read_lora
@@ -314,11 +315,13 @@ def test_the_full_size_takes_its_place_on_a_mesh():
     assert (clips.shape, clips.dtype) == ((2, 49, 480, 832, 3), jnp.uint8)
 
 
-def test_the_judge_is_made_from_the_config_and_an_empty_factory_is_refused():
+def test_judge_and_annotator_are_made_from_the_config_and_an_empty_factory_is_refused():
     config = load_config(
         "wan22_5b:wmsd", {"judge.options.frames": 8, "judge.options.servers": "http://a/v1,http://b/v1"}
     )
     judge = components.make(config, "judge")
     assert isinstance(judge, ServerJudge) and judge.name.startswith("server-1 Qwen/Qwen3.5-27B 8x448")
-    with pytest.raises(UserError, match="config.annotator.factory names nothing"):
-        components.make(config, "annotator")
+    annotator = components.make(config, "annotator")
+    assert isinstance(annotator, ServerAnnotator) and annotator.name.startswith("server-1 Qwen/Qwen3.5-27B prompt-")
+    with pytest.raises(UserError, match="config.benchmark.factory names nothing"):
+        components.make(config, "benchmark")

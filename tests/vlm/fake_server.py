@@ -108,7 +108,7 @@ class FakeServer:
                 self.auth.add(headers.get("authorization"))
                 if not await self._handle(writer, method, path, body, headers):
                     break
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self.tasks.discard(task)
@@ -161,11 +161,16 @@ class FakeServer:
                 return self._send(writer, 429, error("You exceeded your quota", "insufficient_quota"))
             case int(status):
                 return self._send(writer, status, error(f"status {status} for key {self.key}"))
-        if self.style == "hosted" and (unknown := _VLLM_FIELDS & body.keys()):
-            return self._send(writer, 400, error(f"Unrecognized request argument supplied: {min(unknown)}"))
+        if refusal := self._refusal(body):
+            return self._send(writer, 400, error(refusal))
         if fault is None:
             self.answered.append(parts_of(body))
         return self._send(writer, 200, self._reply(body, fault))
+
+    def _refusal(self, body):
+        """Why this kind of server does not take a request, or None."""
+        unknown = _VLLM_FIELDS & body.keys() if self.style == "hosted" else None
+        return f"Unrecognized request argument supplied: {min(unknown)}" if unknown else None
 
     def _send(self, writer, status, content, headers=None):
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()

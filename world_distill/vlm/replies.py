@@ -31,3 +31,29 @@ def said(choice: dict[str, Any]) -> str | None:
     if not isinstance(message, dict):
         return None
     return message.get("content") or message.get("reasoning") or message.get("reasoning_content")
+
+
+def written(choice: dict[str, Any]) -> str:
+    """The text of an answer without what the model thought; "" if there is none.
+
+    Raises MalformedAnswer if the model or the server declines to answer.
+    """
+    message = choice.get("message")
+    message = message if isinstance(message, dict) else {}
+    if refusal := message.get("refusal"):
+        raise MalformedAnswer(f"the model declines: {str(refusal)[:100]!r}")
+    if choice.get("finish_reason") == "content_filter":
+        raise MalformedAnswer("the server's filter held the answer back")
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+def thought(choice: dict[str, Any]) -> bool:
+    """Whether there are thoughts beside or in the answer."""
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return False
+    return bool(message.get("reasoning") or message.get("reasoning_content") or "<think" in str(message.get("content")))
