@@ -23,8 +23,14 @@ from world_distill.vlm.frames import data_urls
 from world_distill.vlm.options import check_model
 
 PROBES = (("Are these pictures red? Answer yes or no.", 1), ("Are these pictures blue? Answer yes or no.", -1))
+INTRO = "These pictures are the frames of one video, in the order of time."
 _COLOUR = (220, 30, 30)
 _SIDE = 64  # pixels; vision encoders need more than one of their patches
+
+
+def probe_clip(frames: int) -> np.ndarray:
+    """The red pictures [frames H W 3] uint8 that `PROBES` ask about."""
+    return np.full((frames, _SIDE, _SIDE, 3), _COLOUR, np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Form:
 
 def make_body(rules: Rules, form: Form, urls: list[str], question: str) -> dict[str, Any]:
     """The request: the clip first and the question last, so that the beginning is the same for all questions."""
-    content = [{"type": "text", "text": "These pictures are the frames of one video, in the order of time."}]
+    content = [{"type": "text", "text": INTRO}]
     content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content += [{"type": "text", "text": question}]
     return {"model": rules.model, "messages": [{"role": "user", "content": content}]} | form.fields | dict(rules.extra)
@@ -148,7 +154,7 @@ async def _token_ids(client: Client, server: Server, rules: Rules) -> dict[int, 
 
 
 async def _probe(client: Client, server: Server, rules: Rules, form: Form) -> None:
-    urls = rules.urls(np.full((rules.frames, _SIDE, _SIDE, 3), _COLOUR, np.uint8))
+    urls = rules.urls(probe_clip(rules.frames))
     for question, sign in PROBES:
         reading = await _ask(client, server, rules, form, urls, question)
         if reading.log_odds * sign <= 0:
