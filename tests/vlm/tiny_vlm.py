@@ -111,7 +111,7 @@ def teach(folder, prompts):
         for i, spelling in enumerate(SPELLINGS[word]):
             row = vlm.single_token(spelling)
             head.weight[row] = sign * difference
-            head.weight[row, 0] += 4 - i / 3
+            head.weight[row, 0] += (6 - i / 3) / states[0][0]
     vlm._model.save_pretrained(folder)
 
 

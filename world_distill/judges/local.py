@@ -151,12 +151,12 @@ class LocalJudge:
 
     def _read(self, ids: Mapping[str, Sequence[int]], log_probs: np.ndarray) -> Reading:
         """Log-odds and mass from log-probabilities [vocab]. Raises NoVerdict if yes and no have too little of it."""
+        if np.isnan(log_probs).any():
+            raise NoVerdict("the model's numbers are not finite: another dtype may help")
         by_word = {word: log_probs[ids[word]].astype(np.float64) for word in WORDS}
         sums = {word: float(np.logaddexp.reduce(values)) for word, values in by_word.items()}
-        if not all(map(math.isfinite, sums.values())):
-            raise NoVerdict("the model's numbers are not finite: another dtype may help")
         mass = min(sum(map(math.exp, sums.values())), 1.0)
-        if mass < self._min_mass:
+        if mass < self._min_mass or not all(map(math.isfinite, sums.values())):
             begun = self._vlm.token_text(int(log_probs.argmax()))
             raise NoVerdict(f"the answer began with {begun!r}: yes and no have a probability of {mass:.2g} together")
         return Reading(sums["yes"] - sums["no"], mass, bounded=False)
