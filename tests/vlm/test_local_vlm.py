@@ -96,6 +96,16 @@ def test_every_picture_is_seen(vlm, changed):
     assert abs(a - vlm.shared_log_probs([about(images[::-1])])[0]).max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_says_nearly_the_same(vlm, dtype):
+    half = LocalVLM(vlm._source["pretrained_model_name_or_path"], dtype=dtype)
+    messages = about(pictures())
+    exact = vlm.next_token_log_probs(messages)
+    for given in (half.next_token_log_probs(messages), half.shared_log_probs([messages])[0]):
+        assert given.dtype == np.float32 and np.corrcoef(exact, given)[0, 1] > 0.98
+    assert half.name != vlm.name
+
+
 def test_different_pictures_are_not_shared(folder):
     vlm = LocalVLM(folder, dtype="float32")
     with pytest.raises(ValueError, match="the same pictures"):
