@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
 
 
 def pictures(count=3, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, 56, 28, 3), np.uint8)
+    """Of four tokens each, which take two positions."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 56, 56, 3), np.uint8)
     return [Image.fromarray(x) for x in pixels]
 
 
@@ -46,16 +47,16 @@ def by_hand(folder, images, question):
     patches = []  # of 14 pixels, four that lie together after each other; each picture twice, as two instants
     for image in images:
         x = (np.asarray(image, np.float32) / 255 - 0.5) / 0.5
-        x = x.reshape(2, 2, 14, 1, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5).reshape(8, 3, 1, 14, 14)
-        patches.append(np.repeat(x, 2, axis=2).reshape(8, -1))
-    picture = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+        x = x.reshape(2, 2, 14, 2, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5).reshape(16, 3, 1, 14, 14)
+        patches.append(np.repeat(x, 2, axis=2).reshape(16, -1))
+    picture = f"<|vision_start|>{'<|image_pad|>' * 4}<|vision_end|>"
     text = f"<|im_start|>user\nSee:{picture * len(images)}{question}<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder)(text).input_ids])
     model = AutoModelForImageTextToText.from_pretrained(folder)
     with torch.no_grad():
         logits = model(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
-            pixel_values=torch.tensor(np.concatenate(patches)), image_grid_thw=torch.tensor([[1, 4, 2]] * len(images)),
+            pixel_values=torch.tensor(np.concatenate(patches)), image_grid_thw=torch.tensor([[1, 4, 4]] * len(images)),
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
         ).logits  # fmt: skip
     return logits[0, -1].log_softmax(-1).numpy()
