@@ -42,7 +42,7 @@ def answering(monkeypatch, *answers):
 
 def test_pairs_are_read_from_its_answer(folder, monkeypatch):
     asked = answering(monkeypatch, "Here:\n" + json.dumps({"possible": True, "pairs": PAIRS}))
-    first, second = LocalAnnotator(folder, max_side=40, seconds=3.5, max_tokens=99).annotate(image(), **ASKED)
+    first, second, _ = LocalAnnotator(folder, max_side=40, seconds=3.5, max_tokens=99).annotate(image(), **ASKED)
     assert (first.agent, second.task, second.kind) == ("disc 0", "[disc 1]: Go right.", "go")
     ((messages, options),) = asked
     before, picture, after = messages[0]["content"]
@@ -57,11 +57,18 @@ def test_nothing_to_do_is_an_answer(folder, monkeypatch):
 
 def test_it_is_asked_again_with_another_seed(folder, monkeypatch):
     asked = answering(monkeypatch, "I see a disc.", '{"pairs": [{"task": "[di', json.dumps({"pairs": PAIRS}))
-    assert len(LocalAnnotator(folder).annotate(image(), **ASKED)) == 2
+    assert len(LocalAnnotator(folder).annotate(image(), **ASKED)) == 3
     assert len({options["seed"] for _, options in asked}) == 3
     answering(monkeypatch, "I see a disc.")
     with pytest.raises(AnnotationError, match="no answer of 1 .*it begins with 'I see a disc.'"):
         LocalAnnotator(folder, temperature=0).annotate(image(), **ASKED)
+
+
+def test_of_answers_that_are_all_cut_off_the_longest_is_taken(folder, monkeypatch):
+    whole = json.dumps({"pairs": PAIRS})
+    answering(monkeypatch, whole[:150], whole[:-20], whole[:100])
+    pairs = LocalAnnotator(folder).annotate(image(), **ASKED)
+    assert [pair.agent for pair in pairs] == ["disc 0", "disc 1"]
 
 
 def test_an_untrained_model_is_not_understood_and_says_the_same_again(folder):

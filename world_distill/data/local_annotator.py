@@ -1,6 +1,7 @@
 """A vision-language model in this process as the annotator: the prompt and the parser are those of every VLM."""
 
 import numpy as np
+from absl import logging
 
 from world_distill.config import UserError
 from world_distill.data.annotate_prompt import load_prompt
@@ -71,21 +72,29 @@ class LocalAnnotator:
         return f"LocalAnnotator({self.name!r})"
 
     def annotate(self, image: np.ndarray, *, max_pairs: int, seed: int) -> list[TaskPair]:
-        """Tasks and solutions for one image [H W 3] uint8; [] when there is nothing to do in it.
+        """Tasks and solutions for one image [H W 3] uint8, unchecked; [] when there is nothing to do in it.
+
+        Of answers that are all cut off, the one with most pairs is taken.
 
         Raises:
           AnnotationError: no answer could be understood; it says how the last one began.
           UserError: the model cannot be loaded.
         """
         messages = self._messages(image, max_pairs)
+        unusable = []
         for attempt in range(self._tries):
             text = self._vlm.generate(
                 messages, max_tokens=self._max_tokens, temperature=self._temperature, seed=seed + 1_000_003 * attempt
             )
             parsed = parse_pairs(text)
-            if parsed.pairs or parsed.nothing_to_do:
-                return list(parsed.pairs[:max_pairs])
-        reasons = [*parsed.problems, *["the answer ends before it should: raise max_tokens"] * parsed.cut_off]
+            if (parsed.pairs or parsed.nothing_to_do) and not parsed.cut_off:
+                return list(parsed.pairs)
+            unusable.append(parsed)
+        best = max(unusable, key=lambda one: len(one.pairs))
+        if best.pairs:
+            logging.warning("annotator: %d pairs of an answer that is cut off; max_tokens?", len(best.pairs))
+            return list(best.pairs)
+        reasons = [*unusable[-1].problems, *["the answer ends before it should: max_tokens?"] * unusable[-1].cut_off]
         raise AnnotationError(f"no answer of {self._tries} could be understood; of the last: {'; '.join(reasons)}")
 
     def _messages(self, image: np.ndarray, max_pairs: int) -> list[Message]:
