@@ -118,6 +118,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.annotator.options.kinds = KINDS[a.kinds]  # of task
     c.annotator.pairs = 8  # tasks a scene, at most (paper: 8)
     c.annotator.test_pairs = 2  # tasks a scene in validation and test
+    c.annotator.max_side = 0  # pixels that the longer side of an image is shrunk to; 0: as it is
+    c.annotator.max_failures = 0.0  # share of the images that it may fail on
+
+    c.filters = ConfigDict()  # which images are asked about: all
+    c.filters.broken = False  # leave out images that cannot be read, instead of stopping
+    c.filters.min_side = 0  # pixels of the shorter side, at least
+    c.filters.min_mean = 0.0  # luminance (0 to 255), at least
+    c.filters.max_mean = 255.0  # at most
+    c.filters.min_spread = 0.0  # standard deviation of luminance, at least
+    c.filters.min_sharpness = 0.0  # variance of the Laplacian at 512 pixels, at least
+    c.filters.near = -1  # bits of 64 that hashes of near-duplicates differ in, at most; -1: none is sought
 
     # Executor -------------------------------------------------------------------------------------------------------
     c.executor = ConfigDict()

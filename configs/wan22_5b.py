@@ -90,6 +90,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.annotator.options.tries = 5  # failures of one picture while others are answered
     c.annotator.pairs = 8  # tasks a scene, at most (paper: 8)
     c.annotator.test_pairs = 1  # tasks a scene in validation and test
+    c.annotator.max_side = 1280  # pixels that the longer side of an image is shrunk to; 0: as it is
+    c.annotator.max_failures = 0.1  # share of the images that it may fail on
+
+    c.filters = ConfigDict()  # which images are asked about; thresholds as they are common, not tuned
+    c.filters.broken = True  # leave out images that cannot be read, instead of stopping
+    c.filters.min_side = 256  # pixels of the shorter side, at least
+    c.filters.min_mean = 20.0  # luminance (0 to 255), at least: darker is night
+    c.filters.max_mean = 235.0  # at most: brighter is glare
+    c.filters.min_spread = 10.0  # standard deviation of luminance, at least: less is fog, a wall, a loading screen
+    c.filters.min_sharpness = 100.0  # variance of the Laplacian at 512 pixels, at least: less is blur
+    c.filters.near = 4  # bits of 64 that hashes of near-duplicates differ in, at most; -1: none is sought
 
     # Executor -------------------------------------------------------------------------------------------------------
     c.executor = ConfigDict()
@@ -225,6 +236,11 @@ def _shrink(c: ConfigDict) -> None:
     c.scenes.factory = "world_distill.sandbox.scenes:write_scenes"
     c.scenes.options = ConfigDict({"world": "@world"})
     c.scenes.train, c.scenes.validation, c.scenes.test = 6, 2, 4  # scene images
+    c.annotator.max_side, c.annotator.max_failures = 0, 0.0
+    c.filters = ConfigDict({
+        "broken": False, "min_side": 0, "min_mean": 0.0, "max_mean": 255.0, "min_spread": 0.0, "min_sharpness": 0.0,
+        "near": -1,
+    })  # fmt: skip
     for part, name in (("annotator", "oracle"), ("benchmark", "benchmark")):
         c[part].factory = f"world_distill.sandbox.factories:{name}"
         c[part].options = ConfigDict({"world": "@world"})

@@ -24,8 +24,8 @@ from world_distill import arguments, components, runs, video_io
 from world_distill.config import UserError, load_config, override
 from world_distill.core import flow, sampling, unipc
 from world_distill.core.guidance import guided
-from world_distill.data.annotate import read_image
 from world_distill.data.encode import fit_image
+from world_distill.data.images import read_image
 from world_distill.data.pipeline import pad_texts
 from world_distill.data.records import EncodedRecord, RecordReader
 from world_distill.interfaces import ModelFamily

@@ -9,8 +9,8 @@ Every stage can be called again after an interruption, and then goes on.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
-import glob
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 from world_distill import arguments, components
-from world_distill.config import UserError
+from world_distill.config import UserError, section
 from world_distill.data.annotate import annotate_images
 from world_distill.data.encode import encode_records
+from world_distill.data.image_filters import Filters
+from world_distill.data.image_sources import find_images
 from world_distill.data.records import RecordError, RecordReader
 from world_distill.structs import PyTree
 
@@ -38,8 +40,9 @@ def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None
         pairs = config.annotator.pairs if split == "train" else config.annotator.test_pairs
         if not is_complete(folder, f"{split}_annotated"):
             annotate_images(
-                paths, components.make(config, "annotator"), folder,
-                name=f"{split}_annotated", max_pairs=pairs, seed=config.seed, shards=1,
+                paths, components.make(config, "annotator"), folder, name=f"{split}_annotated", max_pairs=pairs,
+                seed=config.seed, filters=section(config.filters, Filters), max_side=config.annotator.max_side,
+                max_failures=config.annotator.max_failures,
             )  # fmt: skip
         reader = RecordReader(folder, f"{split}_annotated")
         encoder.encode(reader, folder, name=split, batch=config.encode_batch)
@@ -124,39 +127,76 @@ def scenes_run(args: argparse.Namespace) -> int:
 ANNOTATE_HELP = """\
 Have the config's annotator write tasks and solutions for images.
 
-Answers are kept in a journal as they come: called again after an interruption, it asks about no image twice. Writes
-NAME_annotated records and a data card with counts and rejections into the folder OUT.
+--images is a folder, a glob pattern in quotes (braces too: 'set-{000..012}.tar'), tar archives such as webdatasets, or
+JSONL: a row's image is in `image`, `image_path`, `file_name` or `path`, relative to the file and inside its folder, and
+its other fields go into the records as the image's source (`licence` counts as the image's licence).
+
+Images are looked at first. config.filters says which are left out, for being small, dark, bright, flat, blurred or
+nearly the same as an earlier one; each is listed with the reason in NAME_annotated.rejected.jsonl, and counted. The
+rest is shrunk to --max-side, shown to the annotator, and kept like that in the records.
+
+Answers are kept in a journal as they come: called again after an interruption, it asks about no image twice, and about
+those that the annotator failed on. Writes NAME_annotated records and a data card with all counts into the folder OUT.
+
+Several machines that share the folder and the images do a part each with --shard I/N, I from 0 to N - 1; the last of
+them to finish makes the set whole. All look at the images before their part too, so that near-duplicates are the same
+as without parts.
 
   world-distill annotate --config sandbox --images 'images/train/*.png' --out data --name train
+  world-distill annotate --config wan22_5b --images 'photos-{000..063}.tar' --out data --shard 0/4   # 1/4 ... elsewhere
 """
 
 
 def annotate_add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser, default="sandbox")
-    parser.add_argument("--images", required=True, help="folder of images, or a glob pattern in quotes")
+    parser.add_argument("--images", required=True, help="folder, glob pattern in quotes, .tar, .tar.gz or .jsonl")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the records")
     parser.add_argument("--name", default="train", help="name of the record set (default: train)")
     parser.add_argument("--pairs", type=int, help="tasks an image, at most (default: config.annotator.pairs)")
-    parser.add_argument("--shards", type=int, default=1, help="files to spread the records over (default: 1)")
-    parser.add_argument("--skip-bad", action="store_true", help="count images that cannot be read, and go on")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--shards", type=int, default=1, help="files to spread the records over (default: 1)")
+    which.add_argument("--shard", metavar="I/N", help="do part I (from 0) of N only")
+    parser.add_argument(
+        "--max-side", type=int, help="pixels that the longer side is shrunk to; 0: as it is"
+        " (default: config.annotator.max_side)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-side", type=int, help="leave out images with a shorter side of fewer pixels"
+        " (default: config.filters.min_side)",
+    )  # fmt: skip
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and go on")
+    parser.add_argument(
+        "--max-failures", metavar="SHARE", type=float, help="of the images that the annotator may fail on, 0 to 1"
+        " (default: config.annotator.max_failures)",
+    )  # fmt: skip
+    parser.add_argument("--licence", default="unspecified", help="of images and texts, for records and data card")
     arguments.add_seed(parser)
     arguments.add_json(parser)
 
 
 def annotate_run(args: argparse.Namespace) -> int:
+    only, shards = parse_shard(args.shard) if args.shard else (None, args.shards)
     config = arguments.config_from(args)
-    pattern = pathlib.Path(args.images)
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-    if pattern.is_dir():
-        paths = sorted(p for p in pattern.rglob("*") if p.suffix.lower() in suffixes)
-    else:
-        paths = [pathlib.Path(p) for p in sorted(glob.glob(args.images, recursive=True))]
-    if not paths:
+    annotator = config.annotator
+
+    def given(flag, default):
+        return default if flag is None else flag
+
+    filters = section(config.filters, Filters)
+    min_side, max_side = given(args.min_side, filters.min_side), given(args.max_side, annotator.max_side)
+    max_failures = given(args.max_failures, annotator.max_failures)
+    if min_side < 0 or max_side < 0 or not 0 <= max_failures <= 1:
+        raise UserError("--min-side and --max-side are at least 0, --max-failures is from 0 to 1")
+    images = find_images(args.images)
+    if not images:
         raise UserError(f"--images {args.images}: no images there")
-    counts = annotate_images(
-        paths, components.make(config, "annotator"), args.out, name=f"{args.name}_annotated",
-        max_pairs=args.pairs or config.annotator.pairs, seed=config.seed, shards=args.shards, skip_bad=args.skip_bad,
-    )  # fmt: skip
+    with progress_bar("image") as show:
+        counts = annotate_images(
+            images, components.make(config, "annotator"), args.out, name=f"{args.name}_annotated",
+            max_pairs=args.pairs or annotator.pairs, seed=config.seed, shards=shards, only=only, max_side=max_side,
+            filters=dataclasses.replace(filters, broken=filters.broken or args.skip_bad, min_side=min_side),
+            max_failures=max_failures, licence=args.licence, progress=show,
+        )  # fmt: skip
     for name, count in counts.items():
         arguments.say(f"{name}: {count}")
     if args.json:

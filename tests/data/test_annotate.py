@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from world_distill.data import annotate
-from world_distill.data.annotate import ImageError, annotate_images, check_pair, read_image
+from world_distill.data.annotate import annotate_images, check_pair
+from world_distill.data.image_filters import Filters
+from world_distill.data.images import ImageError, read_image
 from world_distill.data.record_types import decode_png
 from world_distill.data.records import AnnotatedRecord, RecordError, RecordReader
 from world_distill.interfaces import TaskPair
@@ -60,7 +62,8 @@ def run(images, annotator, folder, **changes):
 def test_records_card_and_counts(images, tmp_path):
     seen = []
     counts = run(images, Writer(), tmp_path / "out", shards=2, licence="CC0", progress=lambda *a: seen.append(a))
-    assert counts == dict(images=5, bad_images=0, repeated_images=0, asked=5, remembered=0, pairs=10, kept=10)
+    common = dict(images=5, bad_images=0, repeated_images=0, asked=5, failed=0, nothing_to_do=0, pairs=10, kept=10)
+    assert counts == common | dict(remembered=0)
     assert seen == [(i, 5) for i in range(1, 6)]
     reader = RecordReader(tmp_path / "out", "set", AnnotatedRecord)
     assert [r.agent for r in reader] == [f"fox {10 * i}" for i in range(1, 6) for _ in range(2)]
@@ -69,8 +72,10 @@ def test_records_card_and_counts(images, tmp_path):
     np.testing.assert_array_equal(decode_png(reader[2].image_png), np.full((20, 24, 3), 20))
     card = json.loads((tmp_path / "out/set.card.json").read_text())
     assert card == dict(
-        name="set", licence="CC0", annotator="writer-1", seed=3, max_pairs=2, counts=counts, kinds={"k": 10}
-    )
+        name="set", licence="CC0", annotator="writer-1", seed=3, max_pairs=2, validated=True, min_side=16, max_side=0,
+        filters=vars(Filters()), counts=common, kinds={"k": 10}, licences={"CC0": 5},
+    )  # fmt: skip
+    assert (tmp_path / "out/set.rejected.jsonl").read_text() == ""
 
 
 def test_order_and_bytes_depend_on_nothing_but_the_input(images, tmp_path):
@@ -236,7 +241,7 @@ def test_bad_images_are_named_or_counted(images, tmp_path):
     assert writer.asked == []
     again = folder / "again.png"
     again.write_bytes(images[0].read_bytes())
-    counts = run([*images, *bad, *gone, again], Writer(), tmp_path / "all", skip_bad=True)
+    counts = run([*images, *bad, *gone, again], Writer(), tmp_path / "all", filters=Filters(broken=True))
     assert (counts["bad_images"], counts["repeated_images"], counts["asked"], counts["kept"]) == (6, 1, 5, 10)
     assert RecordReader(tmp_path / "all", "set")[0].source["file"] == "1.png"
 

@@ -1,13 +1,16 @@
 """Records on disk: annotated tasks, encoded tasks, and a reader that trusts nothing half-written.
 
 A data set NAME in a folder is
-    NAME-00000-of-00004.arrayrecord, ...   record i is row `i // shards` of shard `i % shards`
+    NAME-00000-of-00004.arrayrecord, ...   record i is row `i // shards` of shard `i % shards`, or, where several
+                                           machines wrote shards of different sizes, they follow one another
     NAME.json                              the index: counts, sizes and hashes; written last
 The index is the promise that every shard is whole. Shards without one are the rest of a job that was cut off, and
 are refused. Folders are on a file system (not `gs://`): atomic renames are what the promise rests on.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import operator
 import os
@@ -21,6 +24,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from world_distill.data.record_types import VERSION, AnnotatedRecord, EncodedRecord, Record, RecordError
 from world_distill.data.shard_files import (
     INDEX_FORMAT,
+    SEQUENTIAL,
     TYPES,
     aside,
     check_name,
@@ -102,6 +106,8 @@ class RecordReader:
         # Two readers of the same bytes have the same fingerprint.
         self.fingerprint = hashlib.sha256("".join(s["sha256"] for s in index["shards"]).encode()).hexdigest()[:16]
         self._count = index["count"]
+        ends = itertools.accumulate(s["count"] for s in index["shards"])
+        self._ends = list(ends) if index.get("order") == SEQUENTIAL else None  # record after the last of each shard
         self._hashes = {pathlib.Path(folder) / s["file"]: s["sha256"] for s in index["shards"]}
         if self._count == 0:
             raise RecordError(f"{self.index_path}: the data set is empty; write it again")
@@ -119,7 +125,11 @@ class RecordReader:
         i += self._count if i < 0 else 0
         if not 0 <= i < self._count:
             raise IndexError(f"{self.index_path}: no record {index} among {self._count}")
-        row, shard = divmod(i, len(self._shards))
+        if self._ends is None:
+            row, shard = divmod(i, len(self._shards))
+        else:
+            shard = bisect.bisect_right(self._ends, i)
+            row = i - (self._ends[shard - 1] if shard else 0)
         try:
             return self.record_type.from_bytes(self._shards[shard][row])
         except (RecordError, RuntimeError, OSError) as error:

@@ -37,7 +37,10 @@ _NOTE_KEYS = {"request", "file", "count", "bytes", "sha256", "type", "ids", "sha
 
 
 class ResumableSet:
-    """Writes data set `name` in `folder`; record i is row `i // shards` of shard `i % shards`."""
+    """Writes data set `name` in `folder`.
+
+    Record i is row `i // shards` of shard `i % shards`; of a `sequential` set, shards of any size follow each other.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class ResumableSet:
         *,
         request: Mapping[str, Any],
         metadata: Mapping[str, str] | None = None,
+        sequential: bool = False,
     ):
         """`request` is all that the records depend on, as JSON values; `metadata` is kept in the index, too.
 
@@ -54,6 +58,7 @@ class ResumableSet:
         """
         check_name(name, shards)
         self.folder, self.name, self.shards, self.metadata = pathlib.Path(folder), name, shards, dict(metadata or {})
+        self.sequential = sequential
         self.request = json.loads(json.dumps({**request, "shards": shards, "metadata": self.metadata}))
         self._hashed: dict[int, dict] = {}  # notes whose shards this process has read, or written
 
@@ -117,7 +122,7 @@ class ResumableSet:
         kind = next(note["type"] for note in notes if note["count"])
         texts = [note["longest_text"] for note in notes if note["longest_text"]]
         longest = max(texts, key=lambda text: text["length"], default=None)
-        index = index_of(kind, entries, longest, self.metadata)
+        index = index_of(kind, entries, longest, self.metadata, sequential=self.sequential)
         path = self.folder / f"{self.name}.json"
         with disk(self.folder):
             if not path.exists() or path.read_bytes() != json_bytes(index):
@@ -133,7 +138,7 @@ class ResumableSet:
         if not total:
             raise RecordError(f"{self.folder}: no records to write")
         for i, note in enumerate(notes):
-            if note["count"] != len(range(i, total, self.shards)):
+            if not self.sequential and note["count"] != len(range(i, total, self.shards)):
                 raise RecordError(f"{self._path(i)} has {note['count']} of {total} records, which is not its share")
         full = [note for note in notes if note["count"]]
         for note in full:

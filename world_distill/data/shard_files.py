@@ -21,6 +21,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from world_distill.data.record_types import VERSION, AnnotatedRecord, EncodedRecord, Record, RecordError
 
 INDEX_FORMAT = "world_distill records"
+SEQUENTIAL = "sequential"  # an index's "order"; without one, records are dealt out to the shards in turn
 TYPES = {cls.__name__: cls for cls in (AnnotatedRecord, EncodedRecord)}
 # Group size 1 is one record a chunk, which random access wants. PNG and bf16 latents do not compress any further.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -32,9 +33,14 @@ def check_name(name: str, shards: int) -> None:
         raise RecordError(f"name {name!r} (letters, digits, . _ -) or shards {shards} (at least 1) will not do")
 
 
+def part_suffix(part: int, parts: int) -> str:
+    """What follows a data set's name in the files of one part of it."""
+    return f"-{part:05d}-of-{parts:05d}"
+
+
 def shard_name(name: str, shard: int, shards: int) -> str:
     """File name of a shard."""
-    return f"{name}-{shard:05d}-of-{shards:05d}.arrayrecord"
+    return f"{name}{part_suffix(shard, shards)}.arrayrecord"
 
 
 def shards_of(folder: pathlib.Path, name: str, suffix: str = "") -> list[pathlib.Path]:
@@ -119,12 +125,20 @@ def entry_of(path: pathlib.Path, count: int, *, name: str) -> dict[str, Any]:
     return {"file": name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def index_of(kind: str, shards: Sequence[dict], longest: dict | None, metadata: Mapping[str, str] | None) -> dict:
-    """The index of a data set of these shards."""
-    return {
+def index_of(
+    kind: str,
+    shards: Sequence[dict],
+    longest: dict | None,
+    metadata: Mapping[str, str] | None,
+    *,
+    sequential: bool = False,
+) -> dict:
+    """The index of a data set of these shards, dealt out in turn, or one after another if `sequential`."""
+    index = {
         "format": INDEX_FORMAT, "version": VERSION, "type": kind, "count": sum(s["count"] for s in shards),
         "shards": list(shards), "longest_text": longest, "metadata": dict(metadata or {}),
     }  # fmt: skip
+    return index | ({"order": SEQUENTIAL} if sequential else {})
 
 
 def write_index(folder: pathlib.Path, name: str, index: dict) -> None:
