@@ -40,6 +40,7 @@ VERBS = {
     "scenes": Verb("world_distill.prepare", "collect or draw scene images", "scenes_"),
     "annotate": Verb("world_distill.prepare", "have a VLM write tasks and solutions for images", "annotate_"),
     "encode": Verb("world_distill.prepare", "turn images and texts into the records that training reads", "encode_"),
+    "inspect": Verb("world_distill.inspect_records", "show the records of a set, with pictures"),
     "convert": Verb("world_distill.convert", "turn published PyTorch weights into a checkpoint"),
     "pretrain": Verb("world_distill.pretrain", "train the sandbox's base model"),
     "train": Verb("world_distill.train", "train an Executor: distillation, RL, or both (WMSD)"),

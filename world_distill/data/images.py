@@ -15,8 +15,7 @@ from world_distill.data.record_types import decode_png, encode_png
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # what counts as an image in a folder or an archive
 MAX_BYTES = 1 << 28  # of a file; a picture of MAX_PIXELS without compression has as many
 MAX_PIXELS = 80_000_000  # of a picture once decoded: a small file may claim any size
-# Phones write MPO, which is JPEG with a second picture. Formats that run programs (EPS) are not among them.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs a program, as EPS does
 
 
 class ImageError(ValueError):
