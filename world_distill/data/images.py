@@ -56,7 +56,7 @@ def decode_image(data: bytes, where: str, *, min_side: int = 16) -> np.ndarray:
     Raises ImageError, naming `where` they are from, if they are damaged, of more than 8 bits a channel, have a side
     below `min_side` pixels or more than MAX_PIXELS.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -71,6 +71,8 @@ def decode_image(data: bytes, where: str, *, min_side: int = 16) -> np.ndarray:
             pixels = np.array(image.convert("RGB"))
     except ImageError:
         raise
+    except UnidentifiedImageError as error:  # its text holds an address, and lists of rejected images are reproducible
+        raise ImageError(f"{where}: not a whole image, or of none of the formats {', '.join(_FORMATS)}") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
         raise ImageError(f"{where}: not a whole image ({type(error).__name__}: {error})") from error
     if min(pixels.shape[:2]) < min_side:

@@ -15,6 +15,7 @@ import json
 import operator
 import os
 import pathlib
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -168,13 +169,35 @@ def _read_index(path: pathlib.Path) -> dict:
             f"{path}: format version {index.get('version')}, this program reads {VERSION}: write the data set again"
         )
     try:
-        counts = [(s["count"], s["bytes"], s["sha256"], s["file"])[0] for s in index["shards"]]
-        whole = sum(counts) == index["count"] and index.keys() >= {"type", "metadata", "longest_text"}
+        problem = _contradiction(index)
     except (KeyError, TypeError) as error:
         raise RecordError(f"{path}: the index is damaged (lacks {error}): write the data set again") from error
-    if not whole:
-        raise RecordError(f"{path}: the index contradicts itself: write the data set again")
+    if problem:
+        raise RecordError(f"{path}: the index contradicts itself ({problem}): write the data set again")
     return index
+
+
+def _contradiction(index: dict) -> str | None:
+    """What in an index cannot be; None if all of it can. Raises KeyError where something is missing, or TypeError."""
+    shards = [{key: s[key] for key in ("file", "count", "bytes", "sha256")} for s in index["shards"]]
+    counts, files = [s["count"] for s in shards], [s["file"] for s in shards]
+    total, order = index["count"], index.get("order")
+    longest = {"length": 0, "id": ""} if index["longest_text"] is None else index["longest_text"]
+    typed = [(index["type"], str), (longest["length"], int), (longest["id"], str)]
+    typed += [(s[key], int) for s in shards for key in ("count", "bytes")]
+    typed += [(s[key], str) for s in shards for key in ("file", "sha256")]
+    typed += [(text, str) for item in dict(index["metadata"]).items() for text in item]
+    if not all(type(value) is kind for value, kind in [*typed, (total, int), (index["metadata"], dict)]):
+        return "a value is of another type"
+    if len(set(files)) < len(files) or not all(re.fullmatch(r"[\w.-]+\.arrayrecord", file) for file in files):
+        return "shards have no names of their own"
+    if min(counts, default=0) < 0 or sum(counts) != total:
+        return f"shards have {sum(counts)} records, of {total}"
+    if order not in (None, SEQUENTIAL):
+        return f"order {order!r}"
+    if order is None and counts != [len(range(i, total, len(shards))) for i in range(len(shards))]:
+        return f"shards have {counts} records, which were not dealt out in turn"
+    return None
 
 
 def _open_shard(path: pathlib.Path, shard: dict) -> ArrayRecordDataSource:
