@@ -1,11 +1,14 @@
 """Annotation: bad images are named, bad tasks counted, and a restarted job asks nothing twice."""
 
+import collections
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,10 +17,11 @@ from PIL import Image
 from world_distill.data import annotate
 from world_distill.data.annotate import annotate_images, check_pair
 from world_distill.data.image_filters import Filters
+from world_distill.data.image_sources import find_images
 from world_distill.data.images import ImageError, read_image
 from world_distill.data.record_types import decode_png
 from world_distill.data.records import AnnotatedRecord, RecordError, RecordReader
-from world_distill.interfaces import TaskPair
+from world_distill.interfaces import AnnotationError, TaskPair
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOOD = TaskPair("[Red disc]: Go to the pad.", "The red disc moves right until it lies on the pad.", "red disc", "move")
@@ -277,3 +281,188 @@ def test_unwritable_folder_is_named(images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordError, match="file/out/set.journal.jsonl: cannot be written"):
         run(images, Writer(), tmp_path / "file/out")
+
+
+def test_broken_images_are_listed_with_what_is_wrong_but_not_where_they_lie(images, tmp_path):
+    (images[0].parent / "0.png").write_text("no image")
+    run([images[0].parent / "0.png", *images], Writer(), tmp_path, filters=Filters(broken=True))
+    (line,) = map(json.loads, (tmp_path / "set.rejected.jsonl").read_text().splitlines())
+    assert (line["file"], line["reason"]) == ("0.png", "broken") and line["value"].startswith("not a whole image")
+
+
+# ---- Filters and sizes
+
+
+def patches(i):
+    """An image [40 60 3]."""
+    return np.kron(np.random.default_rng(i).integers(0, 256, (4, 6, 3), np.uint8), np.ones((10, 10, 1), np.uint8))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """0: fine; 1: nearly 0; 2: dark; 3: the bytes of 0; 4: fine; 5: small; 6: nearly 4."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, pixels in enumerate([patches(0), patches(0) // 2 + 60, patches(2) // 30, None, patches(4), patches(5)[:30]]):
+        if pixels is not None:
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes((folder / "0.png").read_bytes())
+    Image.fromarray(patches(4)).resize((90, 60)).save(folder / "6.png")
+    return find_images(folder)
+
+
+STRICT = Filters(min_side=32, min_mean=20.0, near=6)
+
+
+def test_filtered_images_are_not_asked_about_but_counted_and_listed(pictures, tmp_path):
+    writer = Writer()
+    counts = run(pictures, writer, tmp_path, filters=STRICT)
+    assert len(writer.asked) == counts["asked"] == 2
+    filtered = {k.removeprefix("filtered_"): v for k, v in counts.items() if k.startswith("filtered")}
+    assert (filtered, counts["repeated_images"]) == ({"tiny": 1, "dark": 1, "duplicate": 2}, 1)
+    lines = [json.loads(line) for line in (tmp_path / "set.rejected.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["reason"], line.get("of")) for line in lines] == [
+        ("1.png", "duplicate", "0.png"), ("2.png", "dark", None), ("3.png", "repeated", "0.png"),
+        ("5.png", "tiny", None), ("6.png", "duplicate", "4.png"),
+    ]  # fmt: skip
+    assert 0 < lines[1]["value"] < 20 and lines[3]["value"] == 30
+    card = json.loads((tmp_path / "set.card.json").read_text())
+    assert card["filters"] == vars(STRICT) and card["counts"]["filtered_duplicate"] == 2
+
+
+def test_images_are_shrunk_for_annotator_and_records_alike(pictures, tmp_path):
+    writer = Writer()
+    run(pictures, writer, tmp_path, max_side=30)
+    assert {shape for shape, _ in writer.asked} == {(20, 30, 3), (15, 30, 3)}
+    assert {decode_png(r.image_png).shape for r in RecordReader(tmp_path, "set")} == {(20, 30, 3), (15, 30, 3)}
+    again = Writer()
+    run(pictures, again, tmp_path, max_side=45)  # another picture, so another question
+    assert len(again.asked) == len(writer.asked)
+
+
+def test_sources_keep_what_is_said_about_them(images, tmp_path):
+    rows = [{"image": p.name, "license": f"L{i % 2}", "id": i, "annotator": "me"} for i, p in enumerate(images)]
+    path = images[0].parent / "list.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(find_images(path), Writer(), tmp_path, licence="none")
+    first = RecordReader(tmp_path, "set")[0].source
+    assert first == {"id": "0", "licence": "L0", "annotator": "writer-1", "file": "1.png"}
+    assert json.loads((tmp_path / "set.card.json").read_text())["licences"] == {"L0": 3, "L1": 2}
+
+
+# ---- Threads and failures
+
+
+class Threads(Writer):
+    """Answers only once all its threads have a question."""
+
+    concurrency = 3
+
+    def __init__(self, fail=(), **options):
+        super().__init__(**options)
+        self.barrier, self.fail = threading.Barrier(self.concurrency), set(fail)
+
+    def annotate(self, image, **keywords):
+        self.barrier.wait(timeout=20)
+        if int(image.mean()) in self.fail:
+            raise AnnotationError("no JSON in the answer")
+        return super().annotate(image, **keywords)
+
+
+def test_threads_change_nothing_in_the_files(images, tmp_path):
+    images = [*images, image_file(images[0].parent, "6.png", value=60)]
+    seen = []
+    counts = run(images, Threads(), tmp_path / "a", progress=lambda *a: seen.append(a))
+    assert counts == run(images, Writer(), tmp_path / "b") and seen == [(i, 6) for i in range(1, 7)]
+    for name in os.listdir(tmp_path / "a"):
+        if not name.endswith("journal.jsonl"):
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+class Failing(Writer):
+    def __init__(self, *values):
+        super().__init__()
+        self.values = values
+
+    def annotate(self, image, **keywords):
+        pairs = super().annotate(image, **keywords)
+        if int(image.mean()) in self.values:
+            raise AnnotationError("no JSON in the answer")
+        return pairs
+
+
+def test_failed_images_are_left_out_and_asked_again(images, tmp_path):
+    counts = run(images, Failing(20, 40), tmp_path, max_failures=0.5)
+    assert (counts["asked"], counts["failed"], counts["kept"]) == (3, 2, 6)
+    lines = [json.loads(line) for line in (tmp_path / "set.rejected.jsonl").read_text().splitlines()]
+    assert lines == [{"file": f"{i}.png", "reason": "failed", "value": "no JSON in the answer"} for i in (2, 4)]
+    assert json.loads((tmp_path / "set.card.json").read_text())["counts"]["asked"] == 5
+    again = Writer()
+    assert run(images, again, tmp_path)["kept"] == 10 and len(again.asked) == 2
+    run(images, Writer(), tmp_path / "alone")
+    for name in ("set.card.json", "set.rejected.jsonl", "set.json", "set-00000-of-00001.arrayrecord"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_too_many_failures_stop_the_job_and_keep_the_answers(images, tmp_path):
+    with pytest.raises(RecordError, match=r"failed on 2 of 5 images, more than the share of 0.3.*no JSON in"):
+        run(images, Failing(20, 40), tmp_path, max_failures=0.3)
+    assert not (tmp_path / "set.json").exists()
+    many = [image_file(images[0].parent, f"x{i}.png", value=i) for i in range(100, 160)]
+    failing = Failing(*range(100, 160))
+    with pytest.raises(RecordError, match="more than the share of 0.2"):
+        run([*images, *many], failing, tmp_path, max_failures=0.2)
+    assert len(failing.asked) < 15  # long before the end
+    first = Writer()
+    with pytest.raises(RecordError, match="failed on 1 of"):
+        run(images, Failing(20), tmp_path / "b", max_failures=0.0)
+    assert run(images, first, tmp_path)["remembered"] == 5
+
+
+def test_no_answer_under_way_is_lost_when_one_thread_stops(images, tmp_path):
+    class Stopping(Threads):
+        def annotate(self, image, **keywords):
+            pairs = super().annotate(image, **keywords)
+            if int(image.mean()) == 10:
+                raise ConnectionError("the server is gone")
+            time.sleep(0.2)
+            return pairs
+
+    with pytest.raises(ConnectionError):
+        run(images, Stopping(), tmp_path)
+    writer = Writer()
+    assert run(images, writer, tmp_path)["remembered"] == 2 and len(writer.asked) == 3
+
+
+# ---- Parts on several machines
+
+
+def test_parts_make_the_set_that_one_machine_makes(pictures, tmp_path):
+    options = dict(filters=STRICT, licence="CC0")
+    whole = run(pictures, Writer(), tmp_path / "one", **options)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        out, writer, total = tmp_path / f"parts{order[0]}", Writer(), collections.Counter()
+        for left, only in zip((2, 1, 0), order, strict=True):
+            counts = run(pictures, writer, out, shards=3, only=only, **options)
+            assert counts["shards_missing"] == left
+            assert (out / "set.json").exists() == (out / "set.card.json").exists() == (left == 0)
+            total.update(counts)
+        assert len(writer.asked) == 2 and {k: total[k] for k in whole} == whole
+        assert list(RecordReader(out, "set")) == list(RecordReader(tmp_path / "one", "set"))
+        for name in ("set.card.json", "set.rejected.jsonl"):
+            assert (out / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    again = Writer()
+    run(pictures, again, out, **options)  # now on one machine
+    run(pictures, again, out, shards=2, only=0, **options)
+    assert again.asked == []
+
+
+def test_part_that_does_not_exist_is_refused(images, tmp_path):
+    with pytest.raises(RecordError, match="no shard 2 among 2"):
+        run(images, Writer(), tmp_path, shards=2, only=2)
+
+
+def test_parts_of_other_settings_are_not_put_together(images, tmp_path):
+    run(images, Writer(), tmp_path, shards=2, only=0)
+    counts = run(images, Writer(), tmp_path, shards=2, only=1, licence="CC0")
+    assert counts["shards_missing"] == 1 and not (tmp_path / "set.json").exists()

@@ -78,8 +78,17 @@ class DataCard:
             total = collections.Counter()
             for part in parts:
                 total.update(getattr(part, kind))  # keeps zeros
-            figures[kind] = dict(total if kind == "counts" else sorted(total.items()))
+            figures[kind] = dict(sorted(total.items(), key=_place if kind == "counts" else None))
         _write(self.folder, self.name, {**self.head, **figures}, [line for part in parts for line in part.rejected])
+
+
+def _place(count: tuple[str, int]) -> tuple[int, str]:
+    """Where a count stands on the card: those of images in the order of the work, then those of rejected pairs."""
+    order = [
+        "images", "bad_images", "repeated_images", *(f"filtered_{reason}" for reason in FILTERED), "asked", "failed",
+        "nothing_to_do", "pairs", "kept",
+    ]  # fmt: skip
+    return (order.index(count[0]) if count[0] in order else len(order)), count[0]
 
 
 def _line(source: ImageSource, rejection: Rejection) -> dict[str, Any]:
