@@ -1,6 +1,7 @@
-"""The verb `encode`: shards, what it says about them, and which calls it refuses."""
+"""The verbs `encode` and `annotate`: shards, what they say about them, and which calls they refuse."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -99,3 +100,64 @@ def test_the_bar_starts_where_the_work_does(monkeypatch):
         for done in (4, 6, 9):
             show(done, 10)
     assert (bars[0].initial, bars[0].n, bars[0].total) == (4, 9, 10)
+
+
+# ---- annotate
+
+
+def annotate(capsys, folder, *flags):
+    """The verb's figures."""
+    figures = folder / "annotate.json"
+    assert cli.main(["annotate", "--out", str(folder), "--name", "own", "--json", str(figures), *flags]) == 0
+    out, err = capsys.readouterr()
+    counts = json.loads(figures.read_text())
+    assert "/s]" not in err and out == "".join(f"{name}: {count}\n" for name, count in counts.items())
+    return counts
+
+
+@pytest.fixture
+def scenes(tmp_path, capsys):
+    assert cli.main(["scenes", "--out", str(tmp_path / "scenes"), "--count", "4"]) == 0
+    capsys.readouterr()
+    return tmp_path / "scenes"
+
+
+def test_annotate_an_archive_in_two_parts(capsys, scenes, tmp_path):
+    with tarfile.open(tmp_path / "x-0.tar", "w") as tar:
+        tar.add(scenes, "all")
+    (tmp_path / "x-1.tar").write_bytes((tmp_path / "x-0.tar").read_bytes())
+    flags = ["--images", f"{tmp_path}/x-{{0..1}}.tar", "--licence", "CC0"]
+    first = annotate(capsys, tmp_path, *flags, "--shard", "0/2")
+    second = annotate(capsys, tmp_path, *flags, "--shard", "1/2")
+    assert (first["asked"], first["shards_missing"]) == (4, 1)
+    assert (second["asked"], second["repeated_images"], second["shards_missing"]) == (0, 4, 0)
+    reader = RecordReader(tmp_path, "own_annotated")
+    assert len(reader) == first["kept"]
+    assert reader[0].source["file"] == "x-0.tar/all/scene-00000.png" and reader[0].source["licence"] == "CC0"
+
+
+def test_sandbox_keeps_all_images_and_flags_leave_some_out(capsys, scenes, tmp_path):
+    (scenes / "broken.png").write_text("")
+    assert cli.main(["annotate", "--images", str(scenes), "--out", str(tmp_path)]) == 2
+    assert "broken.png: not a whole image" in capsys.readouterr().err
+    counts = annotate(capsys, tmp_path, "--images", str(scenes), "--skip-bad")
+    assert (counts["images"], counts["bad_images"], counts["asked"]) == (5, 1, 4)
+    assert (
+        cli.main(["annotate", "--images", str(scenes), "--out", str(tmp_path), "--skip-bad", "--min-side", "31"]) == 2
+    )
+    assert "'filtered_tiny': 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--images", "nowhere.tar"], "nowhere.tar: no such file or folder"),
+        (["--images", "nowhere*.tar"], "--images nowhere*.tar: no images there"),
+        (["--images", ".", "--max-side=-1"], "--min-side and --max-side are at least 0"),
+        (["--images", ".", "--max-failures", "2"], "--max-failures is from 0 to 1"),
+        (["--images", ".", "--shard", "3/3"], "shards are counted from 0"),
+    ],
+)
+def test_wrong_calls_of_annotate(capsys, tmp_path, flags, message):
+    assert cli.main(["annotate", "--out", str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err

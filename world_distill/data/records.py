@@ -186,8 +186,9 @@ def _contradiction(index: dict) -> str | None:
     typed = [(index["type"], str), (longest["length"], int), (longest["id"], str)]
     typed += [(s[key], int) for s in shards for key in ("count", "bytes")]
     typed += [(s[key], str) for s in shards for key in ("file", "sha256")]
-    typed += [(text, str) for item in dict(index["metadata"]).items() for text in item]
-    if not all(type(value) is kind for value, kind in [*typed, (total, int), (index["metadata"], dict)]):
+    metadata = index["metadata"] if isinstance(index["metadata"], dict) else {None: None}
+    typed += [(text, str) for item in metadata.items() for text in item]
+    if not all(type(value) is kind for value, kind in [*typed, (total, int)]):
         return "a value is of another type"
     if len(set(files)) < len(files) or not all(re.fullmatch(r"[\w.-]+\.arrayrecord", file) for file in files):
         return "shards have no names of their own"
