@@ -11,18 +11,19 @@ one makes the set whole.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from absl import logging
 
 from world_distill.data.data_card import FILTERED, DataCard, Findings
 from world_distill.data.image_filters import Filters
-from world_distill.data.image_scan import Rejection, scan
+from world_distill.data.image_scan import Rejection, Scanned, scan
 from world_distill.data.image_sources import FileImage, ImageSource, as_sources
 from world_distill.data.images import ImageError, as_png, decode_image, shrink
 from world_distill.data.journal import Journal
@@ -95,6 +96,69 @@ def annotate_images(
         raise ImageError(f"{len(missing)} of {len(part)} images are missing: {', '.join(missing[:20])}")
     request = {"annotator": annotator.name, "seed": seed, "max_pairs": max_pairs}
     request |= {"max_side": max_side} if max_side else {}
+    sizes = {"min_side": min_side, "max_side": max_side}
+    with Journal(out_dir, name, request, part="" if only is None else part_suffix(only, shards)) as journal:
+        ask = functools.partial(
+            Questions, annotator, journal, max_pairs=max_pairs, seed=seed, max_failures=max_failures
+        )
+        seen = _ask_about(scan(sources, part, filters, **sizes), len(part), journal, ask, progress)
+        counts = seen.counts()
+        kept = {digest: _choose(pairs, max_pairs, validate, counts) for digest, pairs in seen.answers.items()}
+        kept = {digest: pairs for digest, pairs in kept.items() if pairs}
+        if not kept and only is None:
+            raise RecordError(f"{out_dir}: no task is left to write; counts: {dict(counts)}")
+        licences = {digest: seen.accepted[digest].metadata.get("licence", licence) for digest in kept}
+
+        def records_of(digest: str) -> list[AnnotatedRecord]:
+            origin = {"file": seen.accepted[digest].name, "annotator": annotator.name, "licence": licences[digest]}
+            return _records(seen.accepted[digest], digest, kept[digest], origin, **sizes)
+
+        records = itertools.chain.from_iterable(map_ordered(records_of, kept))
+        filtered_by = {"validated": validate, **sizes, "filters": dataclasses.asdict(filters)}
+        card = DataCard(out_dir, name, {"name": name, "licence": licence, **request, **filtered_by})
+        pairs = itertools.chain.from_iterable(kept.values())
+        findings = Findings.of(counts, pairs, licences.values(), seen.rejected)
+        if only is None:
+            write_records(out_dir, name, records, shards)
+            card.write([findings])
+            return dict(counts)
+        findings.write(out_dir, name, only, shards)
+        names = hashlib.sha256("\n".join(source.name for source in sources).encode()).hexdigest()
+        target = ResumableSet(out_dir, name, shards, request={**card.head, "images": names}, sequential=True)
+        target.write(only, records)
+        left = target.join()
+        if not left:
+            card.write([Findings.read(out_dir, name, i, shards) for i in range(shards)])
+        return dict(counts) | {"shards": shards, "shards_missing": len(left)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What became of the images, in their order."""
+
+    images: int
+    accepted: dict[str, ImageSource]  # by hash
+    answers: dict[str, list[TaskPair]]  # to those
+    rejected: list[tuple[ImageSource, Rejection]]
+    asked: int  # answers of this call
+
+    def counts(self) -> collections.Counter:
+        reasons = collections.Counter(rejection.reason for _, rejection in self.rejected)
+        counts = {"images": self.images, "bad_images": reasons["broken"], "repeated_images": reasons["repeated"]}
+        counts |= {f"filtered_{reason}": reasons[reason] for reason in FILTERED if reasons[reason]}
+        counts |= {"asked": self.asked, "remembered": len(self.answers) - self.asked, "failed": reasons["failed"]}
+        counts["nothing_to_do"] = sum(not pairs for pairs in self.answers.values())
+        return collections.Counter(counts | {"pairs": 0, "kept": 0})
+
+
+def _ask_about(
+    scanned: Iterable[Scanned],
+    total: int,
+    journal: Journal,
+    ask: Callable[..., Questions],
+    progress: Callable[[int, int], None] | None,
+) -> _Seen:
+    """Has all good images answered, from the journal or by the annotator, and says what became of each."""
     lock, done = threading.Lock(), 0
 
     def settled() -> None:
@@ -102,71 +166,39 @@ def annotate_images(
         with lock:
             done += 1
             if progress is not None:
-                progress(done, len(part))
+                progress(done, total)
 
-    accepted: dict[str, ImageSource] = {}  # by hash
+    accepted: dict[str, ImageSource] = {}
     rejected: list[tuple[ImageSource, Rejection]] = []
-    with Journal(out_dir, name, request, part="" if only is None else part_suffix(only, shards)) as journal:
-        limits = {"max_pairs": max_pairs, "seed": seed, "max_failures": max_failures}
-        with Questions(annotator, journal, settled=settled, **limits) as questions:
-            for image in scan(sources, part, filters, min_side=min_side, max_side=max_side):
-                if image.rejection is not None:
-                    if image.rejection.reason == "broken":
-                        logging.warning("%s", image.rejection.value)
-                    rejected.append((image.source, image.rejection))
-                    settled()
-                    continue
-                accepted[image.digest] = image.source
-                if image.digest in journal.answers:
-                    questions.remember()
-                else:
-                    questions.ask(image.digest, image.pixels, image.source.where)
-        failed = [digest for digest in accepted if digest in questions.failed]
-        rejected += [(accepted.pop(digest), Rejection("failed", questions.failed[digest])) for digest in failed]
-        answers = {digest: journal.answers[digest] for digest in accepted}
+    with ask(settled=settled) as questions:
+        for image in scanned:
+            if image.rejection is not None:
+                if image.rejection.reason == "broken":
+                    logging.warning("%s", image.rejection.value)
+                rejected.append((image.source, image.rejection))
+                settled()
+                continue
+            accepted[image.digest] = image.source
+            if image.digest in journal.answers:
+                questions.remember()
+            else:
+                questions.ask(image.digest, image.pixels, image.source.where)
+    failed = [digest for digest in accepted if digest in questions.failed]
+    rejected += [(accepted.pop(digest), Rejection("failed", questions.failed[digest])) for digest in failed]
+    answers = {digest: journal.answers[digest] for digest in accepted}
+    return _Seen(total, accepted, answers, rejected, questions.asked)
 
-    reasons = collections.Counter(rejection.reason for _, rejection in rejected)
-    counts = {"images": len(part), "bad_images": reasons["broken"], "repeated_images": reasons["repeated"]}
-    counts |= {f"filtered_{reason}": reasons[reason] for reason in FILTERED if reasons[reason]}
-    counts |= {"asked": questions.asked, "remembered": len(answers) - questions.asked, "failed": reasons["failed"]}
-    counts = collections.Counter(counts)
-    counts["nothing_to_do"] = sum(not pairs for pairs in answers.values())
-    counts["pairs"] = counts["kept"] = 0
-    kept = {digest: _choose(pairs, max_pairs, validate, counts) for digest, pairs in answers.items()}
-    kept = {digest: pairs for digest, pairs in kept.items() if pairs}
-    if not kept and only is None:
-        raise RecordError(f"{out_dir}: no task is left to write; counts: {dict(counts)}")
-    licences = {digest: source.metadata.get("licence", licence) for digest, source in accepted.items()}
 
-    def records_of(digest: str) -> list[AnnotatedRecord]:
-        image = accepted[digest]
-        data = image.read()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise ImageError(f"{image.where} has changed since it was annotated")
-        png = as_png(data, shrink(decode_image(data, image.where, min_side=min_side), max_side))
-        origin = {"file": image.name, "annotator": annotator.name, "licence": licences[digest]}
-        fields = {"image_id": digest[:16], "image_png": png, "source": {**image.metadata, **origin}}
-        pairs = enumerate(kept[digest])
-        return [AnnotatedRecord(id=f"{digest[:16]}-{i}", **dataclasses.asdict(p), **fields) for i, p in pairs]
-
-    card = DataCard(out_dir, name, {
-        "name": name, "licence": licence, **request, "validated": validate, "min_side": min_side, "max_side": max_side,
-        "filters": dataclasses.asdict(filters),
-    })  # fmt: skip
-    findings = Findings.of(counts, [p for ps in kept.values() for p in ps], [licences[d] for d in kept], rejected)
-    records = itertools.chain.from_iterable(map_ordered(records_of, kept))
-    if only is None:
-        write_records(out_dir, name, records, shards)
-        card.write([findings])
-        return dict(counts)
-    findings.write(out_dir, name, only, shards)
-    names = hashlib.sha256("\n".join(source.name for source in sources).encode()).hexdigest()
-    target = ResumableSet(out_dir, name, shards, request={**card.head, "images": names}, sequential=True)
-    target.write(only, records)
-    left = target.join()
-    if not left:
-        card.write([Findings.read(out_dir, name, i, shards) for i in range(shards)])
-    return dict(counts) | {"shards": shards, "shards_missing": len(left)}
+def _records(
+    image: ImageSource, digest: str, pairs: Sequence[TaskPair], origin: dict[str, str], *, min_side: int, max_side: int
+) -> list[AnnotatedRecord]:
+    """The records of one image, as it was annotated. Raises ImageError if it is another one by now."""
+    data = image.read()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ImageError(f"{image.where} has changed since it was annotated")
+    png = as_png(data, shrink(decode_image(data, image.where, min_side=min_side), max_side))
+    fields = {"image_id": digest[:16], "image_png": png, "source": {**image.metadata, **origin}}
+    return [AnnotatedRecord(id=f"{digest[:16]}-{i}", **dataclasses.asdict(p), **fields) for i, p in enumerate(pairs)]
 
 
 def _choose(pairs: list[TaskPair], max_pairs: int, validate: bool, counts: collections.Counter) -> list[TaskPair]:
