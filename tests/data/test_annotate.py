@@ -170,6 +170,15 @@ def test_killed_between_answers_loses_none(images, tmp_path):
     assert len(writer.asked) == 1
 
 
+def test_drafts_of_killed_jobs_are_removed_and_nothing_else(images, tmp_path):
+    drafts = [f".set.{end}.123-0a1b2c3d.tmp" for end in ("card.json", "rejected.jsonl", "json")]
+    others = [".set-2.card.json.123-0a1b2c3d.tmp", "set.card.json.tmp", ".other.card.json.1-0a.tmp"]
+    for file in drafts + others:
+        (tmp_path / file).write_text("")
+    run(images, Writer(), tmp_path)
+    assert not set(drafts) & set(os.listdir(tmp_path)) and set(others) < set(os.listdir(tmp_path))
+
+
 def test_two_jobs_at_once_are_refused(images, tmp_path):
     class Nested(Writer):
         def annotate(self, image, **keywords):

@@ -5,6 +5,7 @@ WORLD_DISTILL_KILLS is how often each job is killed.
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -44,7 +45,9 @@ def test_killed_jobs_end_with_the_files_of_one_that_was_left_alone(images, tmp_p
     assert done.returncode == 0, done.stderr
     killed = int(done.stdout)
     names = {p.name for p in (tmp_path / "alone").iterdir()}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    left = {p.name for p in (tmp_path / "out").iterdir()} - names
+    # A killed writer of what all parts share may leave its draft: another machine could be at work on it.
+    assert not left or (shards > 1 and all(re.fullmatch(r"\.set\.(card\.|rejected\.)?jsonl?\..*tmp", n) for n in left))
     for name in names:
         if not name.endswith(".journal.jsonl"):
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

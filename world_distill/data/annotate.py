@@ -32,7 +32,7 @@ from world_distill.data.pair_rules import check_pair, task_key
 from world_distill.data.questions import Questions
 from world_distill.data.records import AnnotatedRecord, RecordError, write_records
 from world_distill.data.resumable import ResumableSet
-from world_distill.data.shard_files import check_name, part_suffix
+from world_distill.data.shard_files import check_name, part_suffix, remove_leftovers
 from world_distill.interfaces import Annotator, TaskPair
 
 
@@ -97,7 +97,9 @@ def annotate_images(
     request = {"annotator": annotator.name, "seed": seed, "max_pairs": max_pairs}
     request |= {"max_side": max_side} if max_side else {}
     sizes = {"min_side": min_side, "max_side": max_side}
-    with Journal(out_dir, name, request, part="" if only is None else part_suffix(only, shards)) as journal:
+    suffix = "" if only is None else part_suffix(only, shards)
+    with Journal(out_dir, name, request, part=suffix) as journal:
+        remove_leftovers(out_dir, [f"{name}{suffix}{end}" for end in (".card.json", ".rejected.jsonl", ".json")])
         ask = functools.partial(
             Questions, annotator, journal, max_pairs=max_pairs, seed=seed, max_failures=max_failures
         )

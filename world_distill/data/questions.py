@@ -45,6 +45,8 @@ class Questions:
 
     def __exit__(self, kind, *_):
         self._error = self._error or kind  # an error elsewhere: nothing more is asked
+        if kind is not None:
+            logging.warning("stopping (%s): the answers under way are waited for and kept", kind.__name__)
         self._pool.shutdown(cancel_futures=kind is not None)
         if kind is None:
             self._check(self._count)

@@ -161,6 +161,15 @@ def aside(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
+def remove_leftovers(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Removes what killed writers of these files left beside them. Nobody else may be writing them."""
+    pattern = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[0-9]+-[0-9a-f]+\.tmp")
+    with disk(folder):
+        for path in folder.iterdir():
+            if pattern.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """Makes `path` hold `data`, or leaves it as it was. Raises OSError."""
     temporary = aside(path)
