@@ -25,7 +25,7 @@ def truth(url, seed, max_pairs):
     return [
         TaskPair(
             f"[{agent}]: Walk to gate {digest[8:12]} {i}.",
-            f"{agent} turns to the left, trots past the log and stops at the gate with its tail up ({i}). The camera is fixed.",
+            f"{agent} turns to the left, trots past the log and stops at the gate ({i}). The camera is fixed.",
             agent,
             "navigation",
         )

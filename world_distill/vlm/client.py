@@ -160,17 +160,18 @@ class Client:
                 return reply
             except (TimeoutError, openai.APITimeoutError):
                 # The server may have worked on it: it stays charged.
-                raise Failure(f"{server.label}: no answer within {self.limits.timeout:g} s") from None
+                problem: Exception = Failure(f"{server.label}: no answer within {self.limits.timeout:g} s")
             except openai.APIStatusError as error:
                 self._tokens.settle(charged, 0)
-                raise self._status_error(server, error) from None
+                problem = self._status_error(server, error)
             except openai.OpenAIError as error:
                 self._tokens.settle(charged, 0)
-                # What went wrong is in its cause. Chaining it would carry the request, and the key, along.
-                cause = error.__cause__ or error
-                raise Failure(self.clean(f"{server.label}: {type(cause).__name__}: {cause}")[:300]) from None
+                cause = error.__cause__ or error  # what went wrong
+                problem = Failure(self.clean(f"{server.label}: {type(cause).__name__}: {cause}")[:300])
             finally:
                 server.in_flight -= 1
+        # Raised above, it would carry the request and the key along, as its context.
+        raise problem
 
     async def send_patiently(self, server: Server, path: str, body: Mapping[str, Any] | None = None) -> str:
         """Up to four attempts on one server. Raises as `send` does."""
