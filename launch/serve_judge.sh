@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Starts vLLM as the judge's server on a GPU host:   launch/serve_judge.sh [--dry-run] [flags of `vllm serve` ...]
+# It serves `world-distill annotate` as well (annotator.options in place of judge.options).
 #
 #   MODEL     the judge (Qwen/Qwen3.5-27B); a config names it in judge.options.model
 #   GPUS      devices that one copy of the model is spread over (1)
