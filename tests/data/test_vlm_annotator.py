@@ -330,6 +330,17 @@ def test_as_many_requests_as_threads_are_under_way_and_closing_ends_the_loop():
         assert loops() == before
 
 
+def test_closing_frees_the_threads_that_wait():
+    with AnnotationServer(latency=30) as server, concurrent.futures.ThreadPoolExecutor(1) as threads:
+        annotator = annotator_of(server, timeout=60)
+        waiting = threads.submit(ask, annotator, pictures(1)[0])
+        while not server.in_flight:
+            time.sleep(0.01)
+        annotator.close()
+        with pytest.raises(concurrent.futures.CancelledError):
+            waiting.result(5)
+
+
 def test_tokens_a_minute_are_kept():
     with AnnotationServer() as server:  # 100 tokens a reply
         annotator = annotator_of(server, tokens_per_minute=100 * 60 * 40, max_tokens=100)

@@ -55,7 +55,7 @@ def _start(session: Callable[[], contextlib.AbstractAsyncContextManager]) -> tup
                 raise
             started.set_exception(error)
 
-    thread = threading.Thread(target=asyncio.run, args=[serve()], daemon=True, name="vlm")
+    thread = threading.Thread(target=_run, args=[serve()], daemon=True, name="vlm")
     thread.start()
     loop, stopped = started.result()
 
@@ -66,3 +66,21 @@ def _start(session: Callable[[], contextlib.AbstractAsyncContextManager]) -> tup
             thread.join(5)
 
     return loop, stop
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Like `asyncio.run`, which starts another thread at its end: when the interpreter ends, too late."""
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(work)
+    finally:
+        loop.run_until_complete(_cancel_others())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
