@@ -45,6 +45,7 @@ def understood(text):
         WHOLE.replace("true", "True"),
         f"<think>Is {{it}} [possible]? {ITEMS[:1]}</think>\n{WHOLE}",
         f'The fox could {{"task": "[Fox]: Run.", ... </think>{WHOLE}',
+        f"{json.dumps(ITEMS[:1])} is one. </think>{WHOLE}",
         f"{WHOLE}\n<think>Was that right? {json.dumps(ITEMS)}",
         "\n".join(map(json.dumps, ITEMS)),
         json.dumps({"result": {"Task Pairs": [{"Instruction": i["task"], "Detailed-Prompt": i["solution"],
@@ -127,7 +128,7 @@ def test_texts_are_cleaned_and_stay_data():
 
 
 def test_long_nested_and_hostile_texts_take_no_time():
-    n = 20_000
+    n = 10_000
     texts = [
         "[" * n,
         '{"a":' * n,

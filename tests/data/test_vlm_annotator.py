@@ -390,8 +390,8 @@ def test_the_key_is_sent_and_seen_nowhere(monkeypatch, caplog, tmp_path):
     assert [text[max(0, text.index(key[:16]) - 500) :][:900] for text in texts if key[:16] in text] == []
 
 
-def read(message):
-    return read_pairs(json.dumps({"choices": [{"message": message}]}), str)
+def read(message, **fields):
+    return read_pairs(json.dumps({"choices": [{"message": message} | fields]}), str)
 
 
 def test_only_what_is_written_is_read():
@@ -399,3 +399,8 @@ def test_only_what_is_written_is_read():
     for message in (None, 3, {"content": 3}, {"content": [3, {"type": "text"}]}, {"reasoning": "[]"}):
         parsed = read(message)
         assert not parsed.pairs and not parsed.nothing_to_do and parsed.problems == ("it is empty",)
+
+
+def test_an_answer_of_the_longest_length_counts_as_cut_off():
+    lines = {"content": "[Fox]: Run to the gate.\nDescription: The fox runs to the"}
+    assert read(lines, finish_reason="length").cut_off and not read(lines, finish_reason="stop").cut_off
