@@ -88,9 +88,7 @@ def without_thoughts(text: str) -> str:
     kept, start, inside = [], 0, False
     for tag in _THINKING.finditer(text):
         if tag[1]:
-            if not inside:
-                kept.clear()  # some templates open the thoughts themselves
-            start, inside = tag.end(), False
+            start, inside = tag.end(), False  # begun or not: some templates open the thoughts themselves
         elif not inside:
             kept.append(text[start : tag.start()])
             inside = True
