@@ -23,7 +23,8 @@ from world_distill.config import UserError
 from world_distill.core import advantages, losses, sampling
 from world_distill.data.pipeline import Batch, concatenate
 from world_distill.interfaces import Judge, ModelFamily
-from world_distill.judges.cache import JudgmentCache, judge_clips
+from world_distill.judges.cache import JudgmentCache
+from world_distill.judges.judging import judge_clips
 from world_distill.judges.rubric import Rubric
 from world_distill.objectives import Objective
 from world_distill.sharding import batch_sharding, replicated

@@ -41,6 +41,8 @@ class Judgment:
 
     scores: dict[str, np.ndarray]  # question name -> [b] float64 log p(yes) - log p(no); NaN where there is no answer
     valid: np.ndarray  # [b] bool, True where every question was answered
+    hits: int = 0  # different questions that the cache had an answer to
+    misses: int = 0  # and that the judge was asked
 
 
 @struct.dataclass

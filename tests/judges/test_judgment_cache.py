@@ -1,4 +1,4 @@
-"""The memory of judgments: exact, shared, never holding a failure; and the judging that goes through it."""
+"""The memory of judgments: exact, shared, never holding a failure."""
 
 import math
 import pathlib
@@ -11,10 +11,9 @@ import threading
 import numpy as np
 import pytest
 
-from world_distill.interfaces import JudgeAnswer
-from world_distill.judges import cache as cache_module
-from world_distill.judges.cache import CacheError, JudgmentCache, judge_clips
-from world_distill.judges.rubric import Rubric
+from world_distill.judges import cache_file
+from world_distill.judges.cache import CacheError, JudgmentCache
+from world_distill.judges.entries import About, Entry
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -74,7 +73,7 @@ def test_a_put_is_all_or_nothing(tmp_path):
     cache = JudgmentCache(tmp_path / "c")
     cache.put_many({"old": 1.0}, judge_name="j")
     with cache._open() as db:
-        db.execute("PRAGMA max_page_count = 8")  # the disk is full
+        db.execute("PRAGMA max_page_count = 20")  # the disk is full
     with pytest.raises(CacheError, match=f"{tmp_path / 'c'}: database or disk is full"):
         cache.put_many({f"k{i}": 1.0 for i in range(5000)}, judge_name="j" * 50)
     assert len(cache) == 1
@@ -93,7 +92,7 @@ def test_unusable_files_are_named(tmp_path):
         JudgmentCache(tmp_path)
     with sqlite3.connect(tmp_path / "new") as db:
         db.execute("PRAGMA user_version = 9")
-    with pytest.raises(CacheError, match="new: format version 9, this program has 1"):
+    with pytest.raises(CacheError, match="new: format version 9, this program has 2"):
         JudgmentCache(tmp_path / "new")
 
 
@@ -102,7 +101,7 @@ def test_read_only_file_is_named(tmp_path, monkeypatch):
     real = sqlite3.connect
     # Root may write to read-only files, so SQLite is told instead.
     monkeypatch.setattr(
-        cache_module.sqlite3, "connect", lambda path, **keywords: real(f"file:{path}?mode=ro", uri=True, **keywords)
+        cache_file.sqlite3, "connect", lambda path, **keywords: real(f"file:{path}?mode=ro", uri=True, **keywords)
     )
     with pytest.raises(CacheError, match=f"{tmp_path / 'c'}: attempt to write a readonly database"):
         JudgmentCache(tmp_path / "c")
@@ -190,130 +189,78 @@ def test_cache_works_after_a_fork(tmp_path):
     subprocess.run([sys.executable, "-c", FORK, str(tmp_path / "c")], cwd=ROOT, check=True)
 
 
-# ---- Judging
+# ---- What an audit needs
 
 
-RUBRIC = Rubric({"task": "Is {task} done?", "agent": "Did {agent} do it?", "real": "Is it real?"})
+def about(i, text="Is it done?"):
+    return About(f"{i:064x}", "task", text, f"[a]: Do {i}.", "a", f"r{i}", "v1")
 
 
-class FakeJudge:
-    """Answers the mean of the clip plus the length of the question, or as it is told."""
-
-    name = "fake-1"
-
-    def __init__(self, answer=None):
-        self.requests, self.calls, self.answer = [], 0, answer
-
-    def ask(self, requests):
-        self.calls += 1
-        self.requests += requests
-        return [self.answer(r) if self.answer else JudgeAnswer(self.value(r.clip, r.question)) for r in requests]
-
-    @staticmethod
-    def value(clip, question):
-        return float(clip.mean()) + len(question)
-
-
-def batch(n):
-    return np.stack([clip(i) for i in range(n)]), [f"t{i}" * (i + 1) for i in range(n)], [f"a{i}" for i in range(n)]
+def test_what_was_asked_comes_back_and_texts_are_stored_once(tmp_path):
+    cache = JudgmentCache(tmp_path / "c")
+    long = "Is it done? é🎬" * 2000
+    for part in range(10):
+        keys = {f"k{i}": float(i) for i in range(100 * part, 100 * part + 100)}
+        cache.put_many(keys, judge_name="j", about={k: about(int(v), long) for k, v in keys.items()})
+    cache.put_many({"bare": 0.5}, judge_name="other")
+    found = list(cache.entries(part=64))
+    assert [e.key for e in found] == [f"k{i}" for i in range(1000)] + ["bare"]
+    assert found[77].about == about(77, long) and found[77].judge == "j" and found[77].log_odds == 77
+    assert found[-1].about == About() and found[-1].judge == "other"
+    assert found[0].created <= found[-1].created
+    cache.close()
+    assert (tmp_path / "c").stat().st_size < 1e6
+    assert [e.key for e in cache.entries(where="judge = (SELECT id FROM texts WHERE text = ?)", values=["other"])] == [
+        "bare"
+    ]
 
 
-def test_scores_and_order_of_requests(tmp_path):
-    judge, (clips, tasks, agents) = FakeJudge(), batch(3)
-    judgment = judge_clips(judge, JudgmentCache(tmp_path / "c"), clips, tasks, agents, RUBRIC, ["task", "real"])
-    assert judgment.scores.keys() == {"task", "real"} and judgment.valid.tolist() == [True] * 3
-    for name in ("task", "real"):
-        expected = [FakeJudge.value(c, RUBRIC.render(name, t, a)) for c, t, a in zip(clips, tasks, agents, strict=True)]
-        assert judgment.scores[name].dtype == np.float64
-        np.testing.assert_array_equal(judgment.scores[name], expected)
-    assert [r.question for r in judge.requests] == [RUBRIC.render(q, t, "") for t in tasks for q in ("task", "real")]
-    for i, request in enumerate(judge.requests):
-        np.testing.assert_array_equal(request.clip, clips[i // 2])
+def test_a_text_of_an_undone_put_is_not_remembered(tmp_path):
+    cache = JudgmentCache(tmp_path / "c")
+    with pytest.raises(CacheError):
+        cache.put_many({"k": 1.0, None: 2.0}, judge_name="a judge")  # the second row is refused by SQLite
+    cache.put_many({"k": 1.0}, judge_name="a judge")
+    assert [e.judge for e in cache.entries()] == ["a judge"]
 
 
-def test_only_what_is_new_is_asked(tmp_path):
-    judge, cache, (clips, tasks, agents) = FakeJudge(), JudgmentCache(tmp_path / "c"), batch(4)
-    first = judge_clips(judge, cache, clips[:3], tasks[:3], agents[:3], RUBRIC, ["task", "agent"])
-    asked = len(judge.requests)
-    judge_clips(judge, cache, clips[:3], tasks[:3], agents[:3], RUBRIC, ["task", "agent"])
-    assert (asked, len(judge.requests), judge.calls) == (6, 6, 1)
-    again = judge_clips(judge, cache, clips, tasks, agents, RUBRIC, ["agent", "task", "real"])
-    assert len(judge.requests) == 6 + 4 + 2
-    np.testing.assert_array_equal(again.scores["task"][:3], first.scores["task"])
-    other = FakeJudge()
-    other.name = "fake-2"
-    judge_clips(other, cache, clips[:1], tasks[:1], agents[:1], RUBRIC, ["task"])
-    assert len(other.requests) == 1
+def test_entries_from_elsewhere_do_not_replace_what_is_there(tmp_path):
+    cache = JudgmentCache(tmp_path / "c")
+    cache.put_many({"a": 1.0, "b": 2.0}, judge_name="j")
+    others = [Entry(k, v, "j", 5.0, about(3)) for k, v in [("a", 1.0), ("b", -2.0), ("c", 3.0), ("c", 4.0), ("d", 5.0)]]
+    added = cache.add(others, source="there")
+    assert (added.new, added.known) == (2, 1)
+    assert [(c.entry.key, c.entry.log_odds, c.kept) for c in added.conflicts] == [("b", -2.0, 2.0), ("c", 4.0, 3.0)]
+    assert cache.get_many(list("abcd")) == {"a": 1.0, "b": 2.0, "c": 3.0, "d": 5.0}
+    assert [e for e in cache.entries() if e.key == "c"] == [others[2]]
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_equal_requests_are_asked_once(tmp_path, cached):
-    judge, (clips, _, _) = FakeJudge(), batch(2)
-    clips = clips[[0, 1, 0, 0]]
-    cache = JudgmentCache(tmp_path / "c") if cached else None
-    judgment = judge_clips(judge, cache, clips, ["x"] * 4, list("abca"), RUBRIC, ["real", "agent"])
-    assert len(judge.requests) == 2 + 3
-    assert judgment.scores["real"][0] == judgment.scores["real"][2] == judgment.scores["real"][3]
-    assert judgment.valid.all()
+FORMAT_1 = """CREATE TABLE judgments (
+    key TEXT PRIMARY KEY, log_odds REAL NOT NULL, judge TEXT NOT NULL, created REAL NOT NULL) WITHOUT ROWID"""
 
 
-FAILURES = [
-    JudgeAnswer(None, "timed out"),
-    JudgeAnswer(None),
-    JudgeAnswer(math.nan),
-    JudgeAnswer(math.inf),
-    JudgeAnswer(2.0, "but unsure"),
-]
+def test_a_file_of_format_1_keeps_its_answers(tmp_path):
+    rows = [(f"k{i}", math.sin(i), f"judge {i % 3}", 1000.0 - i) for i in range(500)]
+    with sqlite3.connect(tmp_path / "old") as db:
+        db.execute(FORMAT_1)
+        db.executemany("INSERT INTO judgments VALUES (?, ?, ?, ?)", rows)
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    caches = [JudgmentCache(tmp_path / "old") for _ in range(2)]  # the second finds it done
+    for cache in caches:
+        assert cache.get_many([row[0] for row in rows]) == {row[0]: row[1] for row in rows}
+        assert [(e.key, e.log_odds, e.judge, e.created) for e in cache.entries()] == rows[::-1]
+    caches[0].put_many({"new": 1.0}, judge_name="judge 1", about={"new": about(1)})
+    assert len(caches[1]) == 501
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_failures_are_invalid_logged_and_asked_again(tmp_path, monkeypatch, failure):
-    logged = []
-    monkeypatch.setattr(cache_module.logging, "warning", lambda message, *args: logged.append(message % args))
-    cache, (clips, tasks, agents) = JudgmentCache(tmp_path / "c"), batch(3)
-    judge = FakeJudge(lambda r: failure if "t1t1" in r.question else JudgeAnswer(0.5))
-    judgment = judge_clips(judge, cache, clips, tasks, agents, RUBRIC, ["task", "real"])
-    assert judgment.valid.tolist() == [True, False, True]
-    np.testing.assert_array_equal(judgment.scores["task"], [0.5, np.nan, 0.5])
-    np.testing.assert_array_equal(judgment.scores["real"], [0.5] * 3)
-    assert len(logged) == 1 and "failed on 1 of 6; first: " in logged[0]
-    assert (failure.error or "log-odds") in logged[0]
-    assert len(cache) == 5
-    better = FakeJudge()
-    assert judge_clips(better, cache, clips, tasks, agents, RUBRIC, ["task", "real"]).valid.all()
-    assert len(better.requests) == 1 and len(logged) == 1
-
-
-def test_another_process_was_first(tmp_path):
-    cache, (clips, tasks, agents) = JudgmentCache(tmp_path / "c"), batch(1)
-
-    class Slow(FakeJudge):
-        def ask(self, requests):
-            meanwhile = {cache.key(r.clip, r.question, self.name): -7.0 for r in requests}
-            JudgmentCache(cache.path).put_many(meanwhile, judge_name=self.name)
-            return super().ask(requests)
-
-    judgment = judge_clips(Slow(), cache, clips, tasks, agents, RUBRIC, ["task"])
-    assert judgment.scores["task"].tolist() == [-7.0]  # what every later reader will see
-
-
-def test_misuse_is_an_error(tmp_path):
-    clips, tasks, agents = batch(2)
-
-    def run(judge=None, clips=clips, tasks=tasks, questions=("task",)):
-        return judge_clips(judge or FakeJudge(), None, clips, tasks, agents, RUBRIC, questions)
-
-    class Short(FakeJudge):
-        def ask(self, requests):
-            return super().ask(requests)[1:]
-
-    with pytest.raises(ValueError, match="fake-1 returned 1 answers to 2 requests"):
-        run(Short())
-    with pytest.raises(ValueError, match="2 clips, 1 tasks"):
-        run(tasks=tasks[:1])
-    with pytest.raises(ValueError, match="0 questions"):
-        run(questions=())
-    with pytest.raises(ValueError, match="uint8"):
-        run(clips=clips / 255)
-    with pytest.raises(KeyError, match="no question 'style'"):
-        run(questions=["style"])
+def test_bringing_an_old_file_up_is_all_or_nothing(tmp_path, monkeypatch):
+    with sqlite3.connect(tmp_path / "old") as db:
+        db.execute(FORMAT_1)
+        db.execute("INSERT INTO judgments VALUES ('k', 1.0, 'j', 2.0)")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_file, "_FROM_VERSION_1", (*cache_file._FROM_VERSION_1[:-1], "an error"))
+        with pytest.raises(CacheError, match="syntax error"):
+            JudgmentCache(tmp_path / "old")
+    assert JudgmentCache(tmp_path / "old").get_many(["k"]) == {"k": 1.0}
