@@ -13,8 +13,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
-    # Remote judges and annotators; reading and writing MP4.
-    "vlm": ["openai>=1.60", "av>=14"],
+    # Remote judges and annotators; reading and writing MP4; judgments as Parquet.
+    "vlm": ["openai>=1.60", "av>=14", "pyarrow>=16"],
     # Text encoders, an in-process VLM, parity with diffusers.
     "torch": [
         "torch>=2.6",
@@ -61,6 +61,7 @@ setup(
         "ml-collections>=1.1",
         "absl-py>=2.2",
         "etils[epath]>=1.9",
+        "fsspec>=2024.6",
         "numpy>=2.0",
         "scipy>=1.13",
         "pillow>=11",

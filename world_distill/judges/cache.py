@@ -140,7 +140,7 @@ class JudgmentCache:
         """All entries in the order in which they came, read in parts: others may write meanwhile."""
         while rows := self._rows(after, where, values, part):
             after = rows[-1][0]
-            yield from (_entry(row) for row in rows)
+            yield from (as_entry(row) for row in rows)
 
     def sync(self) -> None:
         """Brings this cache together with others, where it has any (`segments.SyncedCache`)."""
@@ -253,6 +253,6 @@ def _numbers(db: sqlite3.Connection, texts: set[str], known: dict[str, int]) -> 
     return {text: known[text] for text in texts}
 
 
-def _entry(row: tuple) -> Entry:
+def as_entry(row: tuple) -> Entry:
     _, key, log_odds, judge, created, clip, *texts = row
     return Entry(key, log_odds, judge, created, About(clip and clip.hex(), *texts))
