@@ -19,6 +19,7 @@ from world_distill.judges.cache import CacheError, JudgmentCache
 from world_distill.judges.entries import About, Entry, flat, from_line, to_line
 from world_distill.judges.segments import SyncedCache, list_segments, read_segment, write_segment
 
+REGISTRY = sys.modules["fsspec.registry"]  # `fsspec.registry` is something else
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -37,7 +38,7 @@ def address(request, tmp_path):
     fsspec.register_implementation("gs", Bucket, clobber=True)
     Bucket.store.clear()
     yield f"gs://bucket/{tmp_path.name}"
-    fsspec.registry._registry.pop("gs")
+    REGISTRY._registry.pop("gs")
 
 
 def opened(path, address, **kwargs):
@@ -149,7 +150,7 @@ def test_addresses_that_will_not_do(tmp_path, bad):
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     absent = {"class": "no_such_library.Files", "err": "install no_such_library"}
-    monkeypatch.setitem(fsspec.registry.known_implementations, "far", absent)
+    monkeypatch.setitem(REGISTRY.known_implementations, "far", absent)
     with pytest.raises(CacheError, match="far://bucket/x' cannot be read .ImportError: install no_such_library"):
         opened(tmp_path / "c", "far://bucket/x")
 
