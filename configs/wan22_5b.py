@@ -189,6 +189,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.judge.options.timeout = 120.0  # seconds of one attempt
     c.judge.options.give_up_after = 900.0  # seconds without an answer, after which a clip is left out
     c.judge.rubric = ""  # folder of question files; empty: those that ship with the package
+    c.judge.cache = ""  # file of answers; empty: WORKDIR/judgments.sqlite; gs://… or a folder/: shared by hosts
+    c.judge.keep_clips = 0.01  # share of judged clips kept in WORKDIR, to be judged again (`judgments --rejudge`)
+    c.held_out = ConfigDict()
+    c.held_out.factory = ""  # a judge asked at evaluation only, never part of the reward; empty: none
+    c.held_out.options = c.judge.options.copy_and_resolve_references()
+    c.held_out.options.model = ""  # of another maker than the judge's, if possible
+    c.held_out.rubric = ""  # like judge.rubric
     c.benchmark = ConfigDict()
     c.benchmark.factory = ""  # package.module:function; `evaluate` asks it
     c.benchmark.options = ConfigDict()
@@ -247,3 +254,4 @@ def _shrink(c: ConfigDict) -> None:
     # The oracle could not tell what an untrained network's clips show; this judge can.
     c.judge.factory = "world_distill.judges.brightness:Brightness"
     c.judge.options = ConfigDict()
+    c.held_out.options = ConfigDict()

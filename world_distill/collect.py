@@ -276,8 +276,9 @@ class Collector:
         """The judge's answers about `group` clips of each task."""
         repeat = lambda texts: [text for text in texts for _ in range(self.settings.group)]  # noqa: E731
         return judge_clips(
-            self.judge, self.cache, clips, repeat(tasks["task"]), repeat(tasks["agent"]), self.rubric, self._questions
-        )
+            self.judge, self.cache, clips, repeat(tasks["task"]), repeat(tasks["agent"]), self.rubric, self._questions,
+            records=repeat(tasks["ids"]),
+        )  # fmt: skip
 
     def _check(self, judgment: Judgment, step: int) -> None:
         failed, limit = int((~judgment.valid).sum()), self.settings.max_invalid
@@ -309,6 +310,7 @@ class Collector:
             self._check(judgment, pending.step)
             scores |= judgment.scores
             valid &= judgment.valid
+            info |= {"judge/hits": judgment.hits, "judge/misses": judgment.misses}
             info["time/rollout"] = rolled - pending.started
             info["time/judge"] = time.perf_counter() - rolled
             health = getattr(self.judge, "health", dict)()  # a judge may have figures of its own

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from world_distill import arguments, components, report, runs
+from world_distill import arguments, components, held_out, report, runs
 from world_distill.config import UserError
 from world_distill.data.records import RecordReader
 from world_distill.scoring import Verdict, breakdown, markdown, summarise
@@ -21,8 +21,13 @@ Samples one clip a task for each role (base: told the task; demonstrator: told t
 with the weights trained in WORKDIR) and has the config's benchmark check it. Prints a table and breakdowns by kind of
 task and by agent, and writes evaluation.json, evaluation.md and evaluation.html into WORKDIR.
 
+A judge in config.held_out, which never had a part in the reward, is asked about the same clips, and compared with the
+judge that had: gap is by how many standard deviations the reward has risen more, against the first role. Where that is
+large, look at the clips: the reward may be gamed.
+
   world-distill evaluate --workdir runs/mine
   world-distill evaluate --workdir runs/mine --split validation --roles executor --json scores.json
+  world-distill evaluate --workdir runs/mine --config.held_out.factory=world_distill.sandbox.factories:oracle
 """
 
 
@@ -32,17 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--roles", default=",".join(ROLES), help=f"which of {', '.join(ROLES)} (default: all)")
     parser.add_argument("--limit", type=int, default=0, help="look at the first N tasks only (default: all)")
     arguments.add_json(parser)
+    parser.set_defaults(config=None)  # takes --config.KEY, for what may change after training
 
 
 def run(args: argparse.Namespace) -> int:
     roles = tuple(args.roles.split(","))
     if unknown := set(roles) - set(ROLES):
         raise UserError(f"--roles: unknown {', '.join(sorted(unknown))}; there are {', '.join(ROLES)}")
-    opened = runs.open_run(args.workdir)
-    result = evaluate_roles(opened, roles=roles, split=args.split, limit=args.limit)
+    opened = runs.open_run(args.workdir, args.overrides)
+    with held_out.of_run(opened.config, args.workdir) as audit:
+        result = evaluate_roles(opened, roles=roles, split=args.split, limit=args.limit, audit=audit)
     tables = [markdown(result["rows"])]
     for by in ("kind", "agent"):
         tables.append(markdown(result[f"by_{by}"], first=("group", "name")))
+    if audit is not None:
+        tables.append(held_out.markdown(result["held_out"]))
     arguments.write_json(args.workdir / "evaluation.json", result)
     arguments.write_text(args.workdir / "evaluation.md", "\n\n".join(tables) + "\n")
     page = report.build(args.workdir, args.workdir / "evaluation.html")
@@ -59,15 +68,18 @@ def evaluate_roles(
     split: str,
     limit: int = 0,
     keep: Callable[[str, str, np.ndarray], None] | None = None,
+    audit: held_out.HeldOut | None = None,
 ) -> dict[str, Any]:
     """Rows and breakdowns for each role of an opened run (`runs.open_run`).
 
-    `keep(role, record id, clip)` sees every clip.
+    `keep(role, record id, clip)` sees every clip, and so does `audit`, whose figures are in `held_out` by role, with
+    gaps against the first one.
     """
     config = opened.config
     reader = RecordReader(opened.data, split)
     evaluator = opened.evaluator(components.make(config, "benchmark"))
     verdicts: dict[str, list[Verdict]] = {}
+    audited: dict[str, dict[str, float]] = {}
     for role in roles:
         seen = None if keep is None else (lambda record, clip, role=role: keep(role, record, clip))
         verdicts[role] = evaluator.run(
@@ -77,7 +89,10 @@ def evaluate_roles(
             text="solution" if role == "demonstrator" else "task",
             limit=limit,
             keep=seen,
+            watch=audit and audit.watch,
         )
+        if audit is not None:
+            audited[role] = audit.take(next(iter(audited.values()), None))
     return {
         "split": split,
         "seed": config.seed,
@@ -85,5 +100,6 @@ def evaluate_roles(
         "rows": [summarise(role, verdicts[role]) for role in roles],
         "by_kind": [row for role in roles for row in breakdown(role, verdicts[role], "kind")],
         "by_agent": [row for role in roles for row in breakdown(role, verdicts[role], "agent")],
+        "held_out": audited,
         "verdicts": {role: [dataclasses.asdict(v) for v in verdicts[role]] for role in roles},
     }

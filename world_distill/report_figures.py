@@ -39,9 +39,16 @@ _HOW_TO_READ = (
 )
 # Of a log's figures, those that say most: caption, note, fixed limits, and (legend, key) of each line.
 _RATES = tuple(
-    (MEASURE_NAMES[q], "", (0.0, 1.0), (("training", f"rate/{q}"), ("validation", f"validation/{q}")))
+    (MEASURE_NAMES[q], "", (0.0, 1.0), (
+        ("training", f"rate/{q}"), ("validation", f"validation/{q}"), ("held-out judge", f"held_out/{q}"),
+    ))
     for q in QUESTIONS
-)
+)  # fmt: skip
+_GAPS = tuple(
+    (f"Reward beyond the held-out judge: {_NOUNS[q]}", "standard deviations by which the reward has risen more", None,
+     (("gap", f"held_out/{q}/gap"),))
+    for q in QUESTIONS
+)  # fmt: skip
 _PANELS = (
     *_RATES,
     ("Average of the three", "", (0.0, 1.0), (("validation", "validation/average"),)),
@@ -49,6 +56,7 @@ _PANELS = (
     ("Reward", "what the Executor's clips earn, on average", None, (("reward", "reward/total"),)),
     ("Anchor loss", "distance of the Executor's velocities to the Demonstrator's", None, (("anchor", "train/anchor"),)),
     ("Anchor weight", "beta_d", None, (("beta_d", "train/beta_d"),)),
+    *_GAPS,
     ("Seconds a step", "", None, (("seconds", "time/step"),)),
 )  # fmt: skip
 
@@ -214,9 +222,10 @@ def training(contents: Contents) -> str:
         for label, key in lines:
             if key not in log:
                 continue
-            validation = key.startswith("validation/")
+            validation, held_out = key.startswith("validation/"), key.startswith("held_out/")
             used.add(key)
-            series.append(Series(label, log[key], "var(--ink)" if validation else colour("executor"), dots=validation))
+            tint = "var(--ink)" if validation else "var(--extra)" if held_out else colour("executor")
+            series.append(Series(label, log[key], tint, dots=validation or held_out))
             level = demonstrator.rates.get(key.removeprefix("validation/")) if validation and demonstrator else None
             if level is not None:
                 name = f"Demonstrator on {contents.about.get('split', 'test')}"
@@ -225,6 +234,8 @@ def training(contents: Contents) -> str:
             panels.append(_panel(caption, series, across, note, limits))
     if any(key.startswith("validation/") for key in log):
         text += " Training clips are seen by the judge whose answers are the reward, all others by the benchmark."
+    if any(key.startswith("held_out/") for key in log):
+        text += " The held-out judge sees the validation clips, too; its answers are never part of the reward."
     invalid = [y for _, y in log.get("judge/invalid", ()) if y is not None]
     if any(invalid):
         text += f" The judge had no answer for {percent(sum(invalid) / len(invalid))} of the clips."

@@ -1,13 +1,13 @@
 """A run's folder: its config, its records, its state on the mesh, and what later programs need of it.
 
-`config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`, and `data/` where the config
-names no other records.
+`config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`, `judged_clips/` if some are kept,
+and `data/` where the config names no other records.
 """
 
 import dataclasses
+import functools
 import pathlib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,19 +17,23 @@ from ml_collections import ConfigDict
 
 from world_distill import arguments, components, converted, optim
 from world_distill.checkpoints import Checkpointer
-from world_distill.config import UserError, diff, from_json, to_json
+from world_distill.config import UserError, diff, from_json, override, to_json
 from world_distill.core.schedules import piecewise_linear
 from world_distill.interfaces import Benchmark, ModelFamily
+from world_distill.judges.cache import JudgmentCache
+from world_distill.judges.segments import SyncedCache, is_shared
+from world_distill.kept_clips import KeptClips
 from world_distill.lora_files import read_lora
 from world_distill.objectives import init_state
 from world_distill.scoring import Evaluator
 from world_distill.sharding import like_weights, replicated, tree_shardings
 from world_distill.structs import PyTree, TrainState
 
-# What may change between two calls on the same folder: how long and how talkatively, not what is trained.
+# What may change between two calls on the same folder: how long, how talkatively and how well audited, not what is
+# trained.
 FREE_KEYS = (
     "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch",
-    "encode_batch", "ablation",
+    "encode_batch", "ablation", "held_out", "judge.cache", "judge.keep_clips",
 )  # fmt: skip
 
 
@@ -68,13 +72,18 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     return from_json(path.read_text())
 
 
-def open_run(workdir: pathlib.Path) -> Run:
+def open_run(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None) -> Run:
     """Opens a run's folder: its config, the base, and the newest Executor.
 
+    `overrides` change values of the config that have no part in what was trained (`FREE_KEYS`).
+
     Raises:
-      UserError: the folder holds no run.
+      UserError: the folder holds no run, or an override is of another value.
     """
     config = read_config(workdir)
+    if fixed := [key for key in overrides or () if not is_free(key)]:
+        raise UserError(f"--config.{fixed[0]} is part of what was trained in {workdir}; that cannot change any more")
+    override(config, overrides or {})
     mesh = components.start_devices(config)
     family = components.make_family(config, mesh)
     base = components.load_base(family, config, mesh)
@@ -156,6 +165,38 @@ def make_state(
     return jax.jit(init, out_shardings=shardings), abstract
 
 
+def is_free(key: str) -> bool:
+    """Whether a key of the config, or the section that it is in, is in `FREE_KEYS`."""
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def fixed_settings(config) -> dict[str, Any]:
+    """The config's values without those of `FREE_KEYS`."""
+    settings = config.to_dict()
+    for key in FREE_KEYS:
+        *parents, last = key.split(".")
+        functools.reduce(dict.__getitem__, parents, settings).pop(last, None)
+    return settings
+
+
+def open_cache(config, workdir: pathlib.Path) -> JudgmentCache:
+    """The run's memory of judgments, which keeps the clips that the config says.
+
+    Raises:
+      CacheError: its file, or the address that it is shared through, cannot be used.
+    """
+    address, share = config.judge.cache, config.judge.keep_clips
+    if not 0 <= share <= 1:
+        raise UserError(f"config.judge.keep_clips is a share from 0 to 1, not {share}")
+    keep = KeptClips(workdir / "judged_clips", share=share) if share else None
+    if address and not is_shared(address):
+        return JudgmentCache(address, keep=keep)
+    # Hosts may have one folder, on a network file system: then each has a file of its own there.
+    host = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+    local = workdir / f"judgments{host}.sqlite"
+    return SyncedCache(local, address, keep=keep) if address else JudgmentCache(local, keep=keep)
+
+
 def check_folder(config, workdir: pathlib.Path) -> None:
     """Writes the config into a new folder; refuses the folder of another run.
 
@@ -164,9 +205,7 @@ def check_folder(config, workdir: pathlib.Path) -> None:
     """
     path = workdir / "config.json"
     if path.exists():
-        lines = [
-            line for line in diff(from_json(path.read_text()), config) if re.split("[.:]", line)[0] not in FREE_KEYS
-        ]
+        lines = [line for line in diff(from_json(path.read_text()), config) if not is_free(line.partition(":")[0])]
         if lines:
             raise UserError(
                 f"{workdir} holds a run of another config; take another --workdir, or the same settings:\n  "

@@ -72,6 +72,7 @@ class Evaluator:
         text: str,
         limit: int = 0,
         keep: Callable[[str, np.ndarray], None] | None = None,
+        watch: Callable[[np.ndarray, Sequence[str], Sequence[str], Sequence[str]], None] | None = None,
     ) -> list[Verdict]:
         """Verdicts on one clip a record.
 
@@ -82,6 +83,7 @@ class Evaluator:
           text: "task" or "solution": what the model is told.
           limit: look at the first `limit` records only; 0 takes all.
           keep: called with each record's id and its clip [F H W 3] uint8.
+          watch: called with each batch's clips [n F H W 3], and its records' ids, tasks and agents.
         """
         verdicts: list[Verdict] = []
         total = min(limit or len(reader), len(reader))
@@ -93,6 +95,8 @@ class Evaluator:
             rows = jnp.arange(self._batch) + number * self._batch
             clips = np.asarray(self._sample(lora, base, condition, self._key, rows))
             count = min(int(batch["weight"].sum()), total - number * self._batch)
+            if watch is not None:
+                watch(clips[:count], batch["ids"][:count], batch["task"][:count], batch["agent"][:count])
             scores = self._benchmark.check(clips[:count], batch["task"][:count], batch["image_png"][:count])
             for i in range(count):
                 answers = {q: float(scores[q][i]) for q in QUESTIONS}

@@ -28,8 +28,8 @@ from world_distill.config import UserError, section
 from world_distill.data.pipeline import task_batches
 from world_distill.data.records import RecordReader
 from world_distill.experience import Experience
+from world_distill.held_out import audit, make_held_out
 from world_distill.interfaces import Judge
-from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.rubric import load_rubric
 from world_distill.logs import MetricLog
 from world_distill.objectives import Objective, make_train_step
@@ -100,7 +100,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
 
     # State: the newest checkpoint, or a fresh Executor --------------------------------------------------------------
     init, abstract = runs.make_state(config, family, mesh, base)
-    metadata = make_metadata({k: v for k, v in config.to_dict().items() if k not in runs.FREE_KEYS})
+    metadata = make_metadata(runs.fixed_settings(config))
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep, save_every=config.save_every)
     restored = checkpointer.restore_latest(abstract, expect=metadata)
     if restored is None and stem is not None:
@@ -121,7 +121,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
         arguments.say(f"continuing {workdir} after step {first}")
 
     # Parts of a step ------------------------------------------------------------------------------------------------
-    cache = JudgmentCache(workdir / "judgments.sqlite") if judge is not None else None
+    cache = runs.open_cache(config, workdir) if judge is not None or config.held_out.factory else None
     collector = Collector(
         family, mesh, collection, objective, grid=grid, diffusion=diffusion, judge=judge, cache=cache,
         rubric=load_rubric(config.judge.rubric or None),
@@ -142,6 +142,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     if config.evaluate_every:
         evaluator = runs.make_evaluator(config, family, mesh, components.make(config, "benchmark"))
         validation = RecordReader(folder, "validation")
+    held_out = make_held_out(config, collection.questions, judge, cache)
 
     # The loop -------------------------------------------------------------------------------------------------------
     log = MetricLog(workdir, first)
@@ -187,10 +188,18 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
             while len(waiting) > (0 if saves else 1):  # nothing that is not finite gets into a checkpoint
                 settle()
             if evaluator is not None and (last or (step + 1) % config.evaluate_every == 0):
-                verdicts = evaluator.run(validation, base, state.lora_ema, text="task", limit=config.evaluate_tasks)
+                verdicts = evaluator.run(
+                    validation, base, state.lora_ema, text="task", limit=config.evaluate_tasks,
+                    watch=held_out and held_out.watch,
+                )  # fmt: skip
                 row = summarise("executor", verdicts)
-                log.write(step + 1, {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")})
+                log.write(
+                    step + 1,
+                    {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")} | audit(held_out, workdir),
+                )
             if saves:
+                if cache is not None:
+                    cache.sync()
                 checkpointer.save(step + 1, state, experience.data_state(step + 1), metadata, force=last)
     finally:
         experience.close()

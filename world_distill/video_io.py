@@ -21,8 +21,10 @@ from world_distill.config import UserError
 _INK, _PAPER = (60, 60, 60), (255, 255, 255)
 
 
-def save_strip(path: str | os.PathLike, clip: np.ndarray) -> None:
+def save_strip(path: str | os.PathLike, clip: np.ndarray, *, quick: bool = False) -> None:
     """Writes a clip [F H W 3] uint8 as a lossless PNG, frames from left to right.
+
+    `quick` takes a fifth of the time, for a file that is a fifth larger or so.
 
     Raises:
       ValueError: not a clip.
@@ -30,8 +32,9 @@ def save_strip(path: str | os.PathLike, clip: np.ndarray) -> None:
     clip = _checked(clip)
     info = PngInfo()
     info.add_text("frames", str(len(clip)))
+    effort = {"compress_level": 1} if quick else {"optimize": True}
     with _replacing(path) as file:
-        Image.fromarray(np.concatenate(list(clip), axis=1)).save(file, "PNG", pnginfo=info, optimize=True)
+        Image.fromarray(np.concatenate(list(clip), axis=1)).save(file, "PNG", pnginfo=info, **effort)
 
 
 def load_strip(path: str | os.PathLike) -> np.ndarray:

@@ -143,10 +143,11 @@ def test_misuse_is_an_error(tmp_path):
 
 
 def test_the_cache_notes_what_was_asked_and_clips_are_kept(tmp_path):
-    cache, kept, (clips, tasks, agents) = JudgmentCache(tmp_path / "c"), {}, batch(3)
+    kept, (clips, tasks, agents) = {}, batch(3)
+    cache = JudgmentCache(tmp_path / "c", keep=kept.__setitem__)
     failing = FakeJudge(lambda r: JudgeAnswer(None, "no") if "t1t1" in r.question else JudgeAnswer(0.5))
     ask = lambda judge: judge_clips(  # noqa: E731
-        judge, cache, clips, tasks, agents, RUBRIC, ["task"], records=["x", "y", "z"], keep=kept.__setitem__
+        judge, cache, clips, tasks, agents, RUBRIC, ["task"], records=["x", "y", "z"]
     )
     first = ask(failing)
     digests = [clip_digest(c).hex() for c in clips]

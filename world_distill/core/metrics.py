@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.stats import rankdata
 
 from world_distill.core.flow import FrameMask, masked_mean
 
@@ -100,6 +101,20 @@ def mean_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[flo
     mean = float(values.mean())
     half = z * float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
     return mean, mean - half, mean + half
+
+
+def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
+    """Spearman's correlation of paired values, ties given their mean rank; NaN where one of the two never changes.
+
+    Raises:
+        ValueError: if the two do not pair up, or are not finite.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 1 or a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError(f"need two finite lists of one length, got {a.shape} and {b.shape}")
+    if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
 
 def bootstrap_difference(

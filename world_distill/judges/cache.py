@@ -13,7 +13,7 @@ import pathlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,13 +61,17 @@ class JudgmentCache:
     log does not work: there, every host takes its own, and `segments.SyncedCache` brings them together.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, keep: Callable[[str, np.ndarray], None] | None = None):
         """Opens or creates the file; one of format 1 is brought to this one, with all its answers.
+
+        Args:
+          path: the file.
+          keep: is given every judged clip, and its digest in hex, and may put it where it can be judged again.
 
         Raises:
           CacheError: it cannot be written, or is not a cache, or one of a later version.
         """
-        self.path = pathlib.Path(path).absolute()
+        self.path, self.keep = pathlib.Path(path).absolute(), keep
         self.hits = self.misses = 0  # keys that `get_many` found and did not find
         self._lock = threading.RLock()
         self._connection, self._pid = None, None

@@ -1,6 +1,6 @@
 """From clips to a `Judgment`, through the memory of judgments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -22,7 +22,6 @@ def judge_clips(
     questions: Sequence[str],
     *,
     records: Sequence[str] | None = None,
-    keep: Callable[[str, np.ndarray], None] | None = None,
 ) -> Judgment:
     """Answers about every clip, from the cache where it has them.
 
@@ -35,7 +34,6 @@ def judge_clips(
       rubric: has the templates.
       questions: names in `rubric`.
       records: [b] ids of the tasks' records, which the cache notes.
-      keep: is called with the hex digest of each clip that has a judgment, and the clip.
 
     Returns:
       Judgment with `scores[question]` [b] float64. An answer with an error, or that is not finite, is NaN there and
@@ -65,10 +63,10 @@ def judge_clips(
     if asked:
         known |= _ask(judge, cache, {key: requests[key] for key in asked}, about)
     scores = np.array([[known.get(key, np.nan) for key in row] for row in keys], np.float64)
-    if keep is not None:
+    if cache is not None and cache.keep is not None:
         for digest, clip, row in zip(digests, clips, scores, strict=True):
             if np.isfinite(row).any():
-                keep(digest.hex(), clip)
+                cache.keep(digest.hex(), clip)
     return Judgment(
         scores={name: scores[:, j] for j, name in enumerate(questions)},
         valid=np.isfinite(scores).all(axis=1),

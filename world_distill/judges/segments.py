@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import fsspec
+import numpy as np
 from absl import logging
 
 from world_distill.judges.cache import CacheError, JudgmentCache, as_entry
@@ -46,6 +47,7 @@ class SyncedCache(JudgmentCache):
         tries: int = 4,
         wait: float = 1.0,
         sleep: Callable[[float], None] = time.sleep,
+        keep: Callable[[str, np.ndarray], None] | None = None,
     ):
         """Opens the local file and reads what others have written.
 
@@ -55,13 +57,14 @@ class SyncedCache(JudgmentCache):
           tries: of whatever is done at the address.
           wait: seconds before the second try; doubles with each.
           sleep: waits.
+          keep: see `JudgmentCache`.
 
         Raises:
           CacheError: see `JudgmentCache`; or the address cannot be read: judgments that were paid for would be asked
             again.
         """
         self.address = _checked(address)
-        super().__init__(path)
+        super().__init__(path, keep=keep)
         self._tries, self._wait, self._sleep = tries, wait, sleep
         try:
             self._retried(self._pull)

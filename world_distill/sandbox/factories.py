@@ -1,18 +1,20 @@
 """What a config names to get the sandbox: `world_distill.sandbox.factories:oracle` and the like."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from world_distill.sandbox import checker
 from world_distill.sandbox.captions import STYLE_SHARES, Faults, sample_clips
-from world_distill.sandbox.oracle import Oracle
+from world_distill.sandbox.oracle import Oracle, Tolerance
 from world_distill.sandbox.scenes import true_scene
 from world_distill.sandbox.tasks import KINDS
 from world_distill.sandbox.world import World
 
 
-def oracle(*, world: dict, kinds: tuple[str, ...] = KINDS) -> Oracle:
-    """Annotator and judge."""
-    return Oracle(World(**world), kinds=tuple(kinds))
+def oracle(*, world: dict, kinds: tuple[str, ...] = KINDS, tolerance: Mapping[str, float] | None = None) -> Oracle:
+    """Annotator and judge. `tolerance` changes thresholds (`oracle.Tolerance`): another judge, say one held out."""
+    return Oracle(World(**world), kinds=tuple(kinds), tolerance=Tolerance(**(tolerance or {})))
 
 
 class Benchmark:
