@@ -47,6 +47,9 @@ VERBS = {
     "generate": Verb("world_distill.generate", "make clips from images and texts"),
     "export": Verb("world_distill.export", "write the trained Executor as LoRA or weights for diffusers and ComfyUI"),
     "evaluate": Verb("world_distill.evaluate", "score models on held-out tasks"),
+    "judgments": Verb(
+        "world_distill.judgments", "audit the judge: count, compare, export, merge and repeat its answers"
+    ),
     "report": Verb("world_distill.report", "make one HTML page of a run, with its clips"),
     "ablate": Verb("world_distill.ablate", "train the paper's variants and compare them"),
     "plan": Verb("world_distill.plan", "say whether a config fits a TPU slice, without having one"),
