@@ -80,11 +80,8 @@ def test_counts_spread_and_hit_rate(folder, tmp_path, capsys):
     values = np.array([-4, -1, 2, 5, 8.0])
     for row in found["by_question"]:
         assert (row["judge"], row["count"], row["yes"], row["undecided"]) == ("bright", 5, 0.6, 0.0)
-        assert (
-            row["mean"] == values.mean()
-            and row["quartiles"] == [-1, 2, 5]
-            and row["std"] == pytest.approx(values.std())
-        )
+        assert row["mean"] == values.mean() and row["quartiles"] == [-1, 2, 5]
+        assert row["std"] == pytest.approx(values.std())
     assert found["disagreements"] == []
     text = capsys.readouterr().out
     assert "10 judgments" in text and "6 of the run's 18 questions" in text
