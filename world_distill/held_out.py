@@ -42,6 +42,7 @@ class HeldOut:
         cache: JudgmentCache | None,
     ):
         """`questions` are those that the reward judge is asked; without one (None), the held-out judge is alone."""
+        self.judge = judge
         self._held, self._reward = (judge, rubric), (reward, reward_rubric)
         self._compared = [q for q in questions if q in rubric.names] if reward is not None else []
         self._cache = cache

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from world_distill import arguments
 from world_distill.config import UserError
 from world_distill.interfaces import Judge
 from world_distill.judges.cache import JudgmentCache
@@ -26,7 +27,7 @@ def rejudge(cache: JudgmentCache, clips: KeptClips, judge: Judge, rubric: Rubric
     Answers are stored, under this judge's name. What it answered before with the same words is no comparison.
 
     Raises:
-      UserError: no judged clip is kept, or none of the questions is in the rubric.
+      UserError: no judged clip is kept, none of the questions is in the rubric, or the judge fails its own test.
       ValueError: a kept clip is damaged.
     """
     kept = set(clips.digests())
@@ -43,6 +44,8 @@ def rejudge(cache: JudgmentCache, clips: KeptClips, judge: Judge, rubric: Rubric
     questions = [name for name in rubric.names if name in asked]
     if not questions:
         raise UserError(f"the rubric has none of the questions {', '.join(sorted(map(str, asked)))}")
+    for line in judge.check() if hasattr(judge, "check") else ():
+        arguments.say(f"judge: {line}")
     pairs: dict[tuple[str, str], list[tuple[Entry, Entry]]] = defaultdict(list)
     invalid, groups = 0, list(first)
     with tqdm(total=len(groups), unit="clip", disable=not sys.stderr.isatty()) as progress:

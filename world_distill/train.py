@@ -143,6 +143,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
         evaluator = runs.make_evaluator(config, family, mesh, components.make(config, "benchmark"))
         validation = RecordReader(folder, "validation")
     held_out = make_held_out(config, collection.questions, judge, cache)
+    _test(held_out and held_out.judge)
 
     # The loop -------------------------------------------------------------------------------------------------------
     log = MetricLog(workdir, first)
