@@ -196,7 +196,7 @@ def _label(kind: str) -> str:
 def _read_lines(text: str) -> Iterator[TaskPair]:
     """Pairs from `[agent]: task` and `Description: ...`; a task without a description is none."""
     task, kind, told = "", "", None
-    for line in [*text.splitlines(), "[end]: end"]:
+    for line in [*re.split(r"\r\n?|\n", text), "[end]: end"]:
         if match := _TASK_LINE.match(line):
             if task and told and (solution := "\n".join(told).strip()):
                 yield _make_pair(task, solution, "", kind)
