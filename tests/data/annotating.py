@@ -29,8 +29,10 @@ class Slow:
         with open(self.path, "a") as file:
             file.write(f"{seed}\n")
         time.sleep(self.delay * (1 + seed % 5))
+        solution = "The fox with the number {} runs to the gate {} and stops there while the camera stays still."
         return [
-            TaskPair(f"[fox {seed}]: Do {k}.", f"Fox {seed} does {k}.", f"fox {seed}", "k") for k in range(seed % 4)
+            TaskPair(f"[fox {seed}]: Run to the gate {k}.", solution.format(seed, k), f"fox {seed}", "k")
+            for k in range(seed % 4)
         ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from world_distill.config import load_config
-from world_distill.data.annotate import read_image
+from world_distill.data.images import read_image
 from world_distill.data.pair_rules import Rules, check_pair, task_key
 from world_distill.interfaces import TaskPair
 from world_distill.sandbox.factories import oracle

@@ -18,7 +18,7 @@ from tests.vlm.fake_server import parts_of
 from world_distill.config import UserError
 from world_distill.data.annotate import annotate_images
 from world_distill.data.annotate_prompt import Prompt, load_prompt
-from world_distill.data.records import AnnotatedRecord, RecordReader
+from world_distill.data.records import AnnotatedRecord, RecordError, RecordReader
 from world_distill.data.vlm_annotator import ServerAnnotator
 from world_distill.data.vlm_request import Form, read_pairs
 from world_distill.data.vlm_selftest import PROBE
@@ -381,7 +381,7 @@ def test_the_key_is_sent_and_seen_nowhere(monkeypatch, caplog, tmp_path):
             try:
                 texts += [repr(annotator), annotator.name, str(annotator.check())]
                 annotate_images(paths, annotator, tmp_path / "out", name=f"{fault}", max_pairs=3, seed=0)
-            except (UserError, AnnotationError) as error:
+            except (UserError, AnnotationError, RecordError) as error:
                 texts += [str(error), repr(error.__cause__), repr(error.__context__)]
             annotator.close()
             assert f"Bearer {key}" in server.auth
