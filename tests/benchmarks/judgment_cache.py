@@ -26,7 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 1_000_000], help="judgments held, rising")
     parser.add_argument("--batches", type=int, default=200, help="of each kind, timed at every size (default: 200)")
-    parser.add_argument("--limit", type=float, default=3.0, help="largest ratio (default: 3)")
+    parser.add_argument("--limit", type=float, default=4.0, help="largest ratio (default: 4)")
     parser.add_argument("--folder", type=pathlib.Path, help="for the cache (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
