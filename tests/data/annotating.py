@@ -50,7 +50,7 @@ def attempt(folder, threads, shard, shards, wait):
         code = 1
         try:
             only = shard if shards > 1 else None
-            annotate(folder, folder / "out", threads, only=only, shards=shards, delay=0.004)
+            annotate(folder, folder / "out", threads, only=only, shards=shards, delay=0.012)
             code = 0
         finally:
             os._exit(code)

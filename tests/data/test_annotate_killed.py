@@ -53,4 +53,4 @@ def test_killed_jobs_end_with_the_files_of_one_that_was_left_alone(images, tmp_p
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
     asked = (tmp_path / "asked").read_text().split()
     assert len(set(asked)) == COUNT - 2
-    assert killed > KILLS // 3 and len(asked) <= COUNT - 2 + killed * threads
+    assert killed >= 2 and len(asked) <= COUNT - 2 + killed * threads
