@@ -14,7 +14,8 @@ from tests.vlm import tiny_vlm  # noqa: E402
 from world_distill.config import UserError  # noqa: E402
 from world_distill.interfaces import JudgeRequest  # noqa: E402
 from world_distill.judges.answers import SPELLINGS  # noqa: E402
-from world_distill.judges.cache import JudgmentCache, judge_clips  # noqa: E402
+from world_distill.judges.cache import JudgmentCache
+from world_distill.judges.judging import judge_clips  # noqa: E402
 from world_distill.judges.local import LocalJudge  # noqa: E402
 from world_distill.judges.rubric import load_rubric  # noqa: E402
 from world_distill.judges.selftest import INTRO, PROBES, probe_clip  # noqa: E402
