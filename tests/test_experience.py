@@ -49,7 +49,7 @@ def run(config, folder):
 
 def test_a_step_reads_the_clips_of_the_executor_of_a_step_ago(inputs, tmp_path):
     rolled, finishing = [], []
-    begin, finish = Collector.begin, Collector.finish
+    begin, judge = Collector.begin, Collector.judge
 
     def rolling(self, lora, base, tasks, key, step):
         rolled.append((step, jax.device_get(lora)))
@@ -57,11 +57,11 @@ def test_a_step_reads_the_clips_of_the_executor_of_a_step_ago(inputs, tmp_path):
 
     def judging(self, pending):
         finishing.append((pending.step, threading.current_thread() is threading.main_thread()))
-        return finish(self, pending)
+        return judge(self, pending)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Collector, "begin", rolling)
-        patch.setattr(Collector, "finish", judging)
+        patch.setattr(Collector, "judge", judging)
         seen, lines = run(small_config(inputs, **AHEAD), tmp_path)
     assert [step for step, _ in rolled] == [0, 1, 2, 3]
     assert finishing == [(step, False) for step in range(4)]

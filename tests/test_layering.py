@@ -2,7 +2,8 @@
 
 L0 words      structs  interfaces  config
 L1 maths      core/
-L2 parts      models/  judges/  data/  (both on vlm/)  sandbox/  sharding  checkpoints  converted  optim  video_io
+L2 parts      models/  judges/  data/  (both on vlm/)  sandbox/  sharding  checkpoints  converted  hosts  optim
+              video_io
 L3 programs   every other module
 """
 
@@ -15,7 +16,19 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "world_distill"
 
 WORDS = {"", "structs", "interfaces", "config"}
-PARTS = {"vlm", "models", "judges", "data", "sandbox", "sharding", "checkpoints", "converted", "optim", "video_io"}
+PARTS = {
+    "vlm",
+    "models",
+    "judges",
+    "data",
+    "sandbox",
+    "sharding",
+    "hosts",
+    "checkpoints",
+    "converted",
+    "optim",
+    "video_io",
+}
 
 # What families share; the other folders of models/ know nothing of each other.
 SHARED_BY_MODELS = {

@@ -217,7 +217,7 @@ def test_the_base_is_held_once(inputs, tmp_path, monkeypatch):
     base_bytes = sum(x.size * 4 for x in jax.tree.leaves(jax.eval_shape(family.init_base, jax.random.key(0))))
     kernel = jax.eval_shape(family.init_base, jax.random.key(0))["blocks"]["mlp"]["up"]["kernel"].shape
     seen = []
-    make = train.Collector.finish
+    make = train.Collector.weigh
 
     def counting(self, *args, **kwargs):
         out = make(self, *args, **kwargs)
@@ -225,7 +225,7 @@ def test_the_base_is_held_once(inputs, tmp_path, monkeypatch):
         return out
 
     before = sum(x.shape == kernel for x in jax.live_arrays())
-    monkeypatch.setattr(train.Collector, "finish", counting)
+    monkeypatch.setattr(train.Collector, "weigh", counting)
     train.train(config, tmp_path)
     assert base_bytes > 0 and seen
     assert {count - before for count in seen} == {1}

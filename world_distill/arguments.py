@@ -151,7 +151,10 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def say(text: str = "") -> None:
-    """A line for the person at the terminal, on stdout: results, not progress."""
+    """A line for the person at the terminal, on stdout: results, not progress. A job says it once."""
+    hosts = sys.modules.get("world_distill.hosts")  # where it has not been imported, there is no job
+    if hosts is not None and not hosts.is_main():
+        return
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -12,6 +12,7 @@ their judgments in the cache, and goes on bit for bit as before.
 import dataclasses
 import functools
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from world_distill import hosts
 from world_distill.config import UserError
 from world_distill.core import advantages, losses, sampling
 from world_distill.data.pipeline import Batch, concatenate
@@ -107,6 +109,14 @@ class Pending(NamedTuple):
     started: float
 
 
+class Judged(NamedTuple):
+    """What the judge said about the clips of this process."""
+
+    numbers: np.ndarray | None = None  # the clips' rows in the batch
+    judgment: Judgment | None = None
+    info: Mapping[str, float] = types.MappingProxyType({})
+
+
 class Parts(NamedTuple):
     """The pieces of collecting a batch, as functions without arguments."""
 
@@ -131,7 +141,7 @@ class Collector:
         cache: JudgmentCache | None,
         rubric: Rubric | None,
     ):
-        self.settings, self.judge, self.cache, self.rubric = settings, judge, cache, rubric
+        self.settings, self._judge, self.cache, self.rubric = settings, judge, cache, rubric
         self._rows, self._everywhere = batch_sharding(mesh), replicated(mesh)
         self._objective = objective
         self._needs_advantages = objective.rl != "none"
@@ -159,7 +169,10 @@ class Collector:
                 times=grid, latent_shape=family.latent_shape, frame_mask=mask, diffusion=diffusion,
                 keep_states=needs_states,
             )  # fmt: skip
-            return rollout, task, solution, family.decode(base, rollout.latents) if decode else None
+            clips = family.decode(base, rollout.latents) if decode else None
+            if decode and jax.process_count() > 1:  # each is looked at by one process
+                clips = jax.lax.with_sharding_constraint(clips, self._rows)
+            return rollout, task, solution, clips
 
         def show(base, rollout: Rollout, solution: Condition):
             if settings.role == "demonstrator":
@@ -192,8 +205,9 @@ class Collector:
     def __call__(
         self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int
     ) -> tuple[TrainBatch, dict[str, float]]:
-        """One batch of on-policy experience for training step `step`, and host-side metrics: `begin` and `finish`."""
-        return self.finish(self.begin(state.lora, base, tasks, key, step))
+        """One batch of on-policy experience for training step `step`, and host-side metrics: all of the below."""
+        pending = self.begin(state.lora, base, tasks, key, step)
+        return self.weigh(pending, self.judge(pending))
 
     def draw(self, batches: Iterator[Batch], step: int) -> Batch:
         """The tasks of training step `step`."""
@@ -227,15 +241,26 @@ class Collector:
         )
         return Pending(step, active, tasks, batch, clips, reward, started)
 
-    def finish(self, pending: Pending) -> tuple[TrainBatch, dict[str, float]]:
-        """Has the clips judged and weighed: the batch, and host-side metrics. May run in another thread.
+    def judge(self, pending: Pending) -> Judged:
+        """Has the clips judged that lie on this process. Talks to no other one, so it may run in another thread."""
+        if not (pending.active and self._questions):
+            return Judged()
+        numbers, clips = hosts.own_rows(pending.clips)
+        rolled = time.perf_counter()
+        judgment = self._ask(pending.tasks, clips, numbers)
+        info = {"time/rollout": rolled - pending.started, "time/judge": time.perf_counter() - rolled}
+        health = getattr(self._judge, "health", dict)()  # a judge may have figures of its own
+        return Judged(numbers, judgment, info | {f"judge/{name}": value for name, value in health.items()})
+
+    def weigh(self, pending: Pending, judged: Judged) -> tuple[TrainBatch, dict[str, float]]:
+        """The batch, with advantages from all processes' judgments, and host-side metrics.
 
         Raises:
           TooFewJudgments: more of the clips have no judgment than `Collection.max_invalid` allows.
         """
-        (weighed, used), info = self._weigh(pending)
-        put = functools.partial(jax.device_put, device=self._rows)
-        return pending.batch.replace(advantages=put(weighed), valid=put(used)), info
+        (weighed, used), info = self._weigh(pending, judged)
+        place = functools.partial(hosts.place, sharding=self._rows)
+        return pending.batch.replace(advantages=place(weighed), valid=place(used)), info
 
     def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Parts:
         """The pieces of a call, each to be run alone (benchmarks)."""
@@ -246,7 +271,7 @@ class Collector:
         return Parts(
             roll=lambda: roll(state.lora, base, *conditions, *at),
             show=None if self._show is None else lambda: self._show(base, rollout, solution),
-            judge=lambda: self._ask(tasks, frames),
+            judge=lambda: self._ask(tasks, frames, np.arange(len(frames))),
         )
 
     @property
@@ -265,36 +290,36 @@ class Collector:
 
     def _conditions(self, tasks: Mapping[str, Any]) -> tuple[Condition, Condition]:
         # Every device gets every task: they are few and small, and need not divide by the devices as the rollouts do.
-        put = lambda name: jax.device_put(np.asarray(tasks[name]), self._everywhere)  # noqa: E731
+        put = lambda name: hosts.place(np.asarray(tasks[name]), self._everywhere)  # noqa: E731
         scene = put("scene")
         return (
             Condition(put("task_text"), put("task_mask"), scene),
             Condition(put("solution_text"), put("solution_mask"), scene),
         )
 
-    def _ask(self, tasks: Mapping[str, Any], clips: np.ndarray) -> Judgment:
-        """The judge's answers about `group` clips of each task."""
-        repeat = lambda texts: [text for text in texts for _ in range(self.settings.group)]  # noqa: E731
+    def _ask(self, tasks: Mapping[str, Any], clips: np.ndarray, numbers: np.ndarray) -> Judgment:
+        """The judge's answers about clips; `numbers` are their rows in a batch of `group` clips of each task."""
+        of = [number // self.settings.group for number in numbers]
+        texts = ([tasks[name][i] for i in of] for name in ("task", "agent"))
         return judge_clips(
-            self.judge, self.cache, clips, repeat(tasks["task"]), repeat(tasks["agent"]), self.rubric, self._questions,
-            records=repeat(tasks["ids"]),
-        )  # fmt: skip
+            self._judge, self.cache, clips, *texts, self.rubric, self._questions, records=[tasks["ids"][i] for i in of]
+        )
 
-    def _check(self, judgment: Judgment, step: int) -> None:
-        failed, limit = int((~judgment.valid).sum()), self.settings.max_invalid
-        if failed > limit * len(judgment.valid):
+    def _check(self, valid: np.ndarray, step: int) -> None:
+        failed, limit = int((~valid).sum()), self.settings.max_invalid
+        if failed > limit * len(valid):
             raise TooFewJudgments(
-                f"{failed} of {len(judgment.valid)} clips of step {step + 1} have no judgment, and "
+                f"{failed} of {len(valid)} clips of step {step + 1} have no judgment, and "
                 f"config.rollout.max_invalid lets {limit:g} of them through: the warnings above say what the judge "
                 "answered. Start again when it works: what was answered is in the cache"
             )
 
-    def _weigh(self, pending: Pending) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
+    def _weigh(self, pending: Pending, judged: Judged) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
         """((advantages [b] float32, used [b] bool), metrics)."""
         tasks, reward, active = pending.tasks, pending.reward, pending.active
         group, count = self.settings.group_in(active), len(tasks["ids"])
         rows = count * group
-        info: dict[str, float] = {}
+        info: dict[str, float] = dict(judged.info)
         scores: dict[str, np.ndarray] = {}
         valid = np.ones(rows, bool)
         if not active:
@@ -302,21 +327,16 @@ class Collector:
                 info["reward/distill"] = reward.mean()
             return (np.zeros(rows, np.float32), valid), info
         if reward is not None:
-            scores[DISTILL] = np.asarray(reward, np.float64)
-        if self._questions:
-            clips = np.asarray(pending.clips)
-            rolled = time.perf_counter()
-            judgment = self._ask(tasks, clips)
-            self._check(judgment, pending.step)
-            scores |= judgment.scores
-            valid &= judgment.valid
-            info |= {"judge/hits": judgment.hits, "judge/misses": judgment.misses}
-            info["time/rollout"] = rolled - pending.started
-            info["time/judge"] = time.perf_counter() - rolled
-            health = getattr(self.judge, "health", dict)()  # a judge may have figures of its own
-            info |= {f"judge/{name}": value for name, value in health.items()}
+            scores[DISTILL] = hosts.whole(reward).astype(np.float64)
+        if judged.judgment is not None:
+            mine = np.stack([judged.judgment.scores[name] for name in self._questions], axis=1)
+            joined = hosts.join_rows(judged.numbers, mine, rows)
+            scores |= {name: joined[:, i] for i, name in enumerate(self._questions)}
+            valid &= np.isfinite(joined).all(axis=1)
+            self._check(valid, pending.step)
+            info |= {"judge/hits": judged.judgment.hits, "judge/misses": judged.judgment.misses}
             for name in self._questions:
-                info[f"rate/{name}"] = _mean(judgment.scores[name][judgment.valid] > 0)
+                info[f"rate/{name}"] = _mean(scores[name][valid] > 0)
         groups = np.repeat(np.arange(count), group)
         settings = self.settings
         limits = dict.fromkeys(self._questions, settings.clip) if settings.clip else None

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from world_distill import converted, models
+from world_distill import converted, hosts, models
 from world_distill.checkpoints import load_weights
 from world_distill.config import UserError
 from world_distill.core import flow, sampling
@@ -76,14 +76,22 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
 
     On a CPU, XLA runs the small operations of a small model on one thread a device, so the cores are used by splitting
     the batch over `config.host_devices` CPU devices. Their number is part of the config and not of the machine: sums
-    over the batch are grouped by device, and a run should be the same everywhere.
+    over the batch are grouped by device, and a run should be the same everywhere. In a job of several processes each
+    has its part of them.
+
+    Raises:
+      UserError: the processes of the job do not find together, or cannot share out the CPU devices.
     """
-    if jax.config.jax_num_cpu_devices < config.host_devices and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    count = hosts.start()
+    if config.host_devices % count:
+        raise UserError(f"config.host_devices = {config.host_devices} does not divide by {count} processes")
+    own = config.host_devices // count
+    if jax.config.jax_num_cpu_devices < own and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Too late if JAX is in use already (a notebook): then take the devices that there are.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", config.host_devices)
+            jax.config.update("jax_num_cpu_devices", own)
     devices = jax.devices()
-    if devices[0].platform == "cpu":
+    if devices[0].platform == "cpu" and jax.process_count() == 1:
         devices = devices[: config.host_devices]
     return make_mesh(**config.mesh.to_dict(), devices=devices)
 

@@ -35,7 +35,7 @@ class Experience:
         """`steps` is how many there are in the run: nothing is rolled beyond."""
         self._collector, self._tasks, self._base, self._key, self._steps = collector, tasks, base, key, steps
         self._states: dict[int, bytes] = {}  # of the data, before the tasks of a step are drawn
-        self._begun: dict[int, tuple[list[str], concurrent.futures.Future, float]] = {}
+        self._begun: dict[int, tuple[list[str], Pending, concurrent.futures.Future]] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "judge")
 
     def close(self) -> None:
@@ -46,20 +46,21 @@ class Experience:
         """The batch of `step`, to be called for each step in turn with the state that it is to change.
 
         Raises:
-          TooFewJudgments: see `Collector.finish`.
+          TooFewJudgments: see `Collector.weigh`.
         """
         self._states = {k: v for k, v in self._states.items() if k >= step}
         if not self._collector.settings.staleness:
             ids, pending = self._roll(state.lora, step)
-            return Step(*self._collector.finish(pending), ids)
+            return Step(*self._collector.weigh(pending, self._collector.judge(pending)), ids)
         for number, lora in ((step, state.lora_rolled), (step + 1, state.lora)):
             if number not in self._begun and number < self._steps:
                 ids, pending = self._roll(lora, number)
-                self._begun[number] = ids, self._thread.submit(self._collector.finish, pending), pending.started
-        ids, job, begun = self._begun.pop(step)
+                self._begun[number] = ids, pending, self._thread.submit(self._collector.judge, pending)
+        ids, pending, job = self._begun.pop(step)
         started = time.perf_counter()
-        batch, info = job.result()
-        waited = time.perf_counter() - max(started, begun + info.get("time/rollout", 0.0))
+        judged = job.result()
+        waited = time.perf_counter() - max(started, pending.started + judged.info.get("time/rollout", 0.0))
+        batch, info = self._collector.weigh(pending, judged)
         return Step(batch, info | {"time/judge_wait": max(waited, 0.0)}, ids)
 
     def data_state(self, step: int) -> bytes:

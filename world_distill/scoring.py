@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from world_distill import hosts
 from world_distill.core import metrics, sampling
 from world_distill.data.pipeline import fixed_batches
 from world_distill.data.records import RecordReader
@@ -90,10 +91,10 @@ class Evaluator:
         for number, batch in enumerate(fixed_batches(reader, self._batch, text_length=self._text_length)):
             if number * self._batch >= total:
                 break
-            put = lambda x: jax.device_put(x, self._rows)  # noqa: E731
+            put = lambda x: hosts.place(x, self._rows)  # noqa: E731
             condition = Condition(put(batch[f"{text}_text"]), put(batch[f"{text}_mask"]), put(batch["scene"]))
             rows = jnp.arange(self._batch) + number * self._batch
-            clips = np.asarray(self._sample(lora, base, condition, self._key, rows))
+            clips = hosts.whole(self._sample(lora, base, condition, self._key, rows))
             count = min(int(batch["weight"].sum()), total - number * self._batch)
             if watch is not None:
                 watch(clips[:count], batch["ids"][:count], batch["task"][:count], batch["agent"][:count])

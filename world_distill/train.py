@@ -21,10 +21,10 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from world_distill import arguments, components, runs
+from world_distill import arguments, components, hosts, runs
 from world_distill.checkpoints import Checkpointer, make_metadata
 from world_distill.collect import Collection, Collector, TooFewJudgments
-from world_distill.config import UserError, section
+from world_distill.config import UserError, section, to_json
 from world_distill.data.pipeline import task_batches
 from world_distill.data.records import RecordReader
 from world_distill.experience import Experience
@@ -89,14 +89,15 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     objective = section(config.objective, Objective)
     collection = Collection(**config.rollout.to_dict())
     grid, diffusion = components.sampler_grid(config)
+    hosts.agree("config", to_json(config))
+    hosts.agree("set of records", reader.fingerprint)
     runs.check_folder(config, workdir)
     judge = components.make(config, "judge") if collection.questions and objective.rl != "none" else None
     _test(judge)
     base = components.load_base(family, config, mesh)
     tasks = task_batches(
-        reader, tasks_per_step=collection.tasks, seed=config.seed, text_length=config.text_length,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+        reader, tasks_per_step=collection.tasks, seed=config.seed, text_length=config.text_length
+    )  # each process reads all of them: they are few, and need not divide by the processes
 
     # State: the newest checkpoint, or a fresh Executor --------------------------------------------------------------
     init, abstract = runs.make_state(config, family, mesh, base)
@@ -146,10 +147,12 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     _test(held_out and held_out.judge)
 
     # The loop -------------------------------------------------------------------------------------------------------
-    log = MetricLog(workdir, first)
+    log = MetricLog(workdir, first) if hosts.is_main() else None
     row, started = None, time.perf_counter()
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
-    progress = tqdm(total=config.steps, initial=first, unit="step", disable=not sys.stderr.isatty())
+    progress = tqdm(
+        total=config.steps, initial=first, unit="step", disable=not (sys.stderr.isatty() and hosts.is_main())
+    )
     waiting: list[tuple] = []
 
     def settle() -> None:
@@ -164,6 +167,8 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
                 f"The last checkpoint in {workdir / 'checkpoints'} is good."
             )
         values["time/step"] = time.perf_counter() - began
+        if log is None:
+            return
         log.write(step, values)
         progress.update(1)
         progress.set_postfix(_short(values))
@@ -194,10 +199,9 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
                     watch=held_out and held_out.watch,
                 )  # fmt: skip
                 row = summarise("executor", verdicts)
-                log.write(
-                    step + 1,
-                    {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")} | audit(held_out, workdir),
-                )
+                rates = {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")} | audit(held_out, workdir)
+                if log is not None:
+                    log.write(step + 1, rates)
             if saves:
                 if cache is not None:
                     cache.sync()
@@ -205,7 +209,8 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     finally:
         experience.close()
         progress.close()
-        log.close()
+        if log is not None:
+            log.close()
         checkpointer.close()
         if cache is not None:
             cache.close()

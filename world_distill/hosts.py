@@ -1,0 +1,123 @@
+"""Several processes that make up one job: how they start, what they agree on, and arrays of which each holds a part.
+
+The same functions work in a single process, where they do nothing or little.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from world_distill.config import UserError
+
+# What a launcher sets where the platform does not say it (launch/README.md); otherwise JAX finds out by itself.
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends the job
+
+
+def start(environment: Mapping[str, str] = os.environ) -> int:
+    """Joins the job's other processes, if there are any; to be called before anything else touches JAX.
+
+    Returns:
+      How many processes there are, if the launcher has said it, else 1.
+
+    Raises:
+      UserError: some of `VARIABLES` are set and others not, or they are no numbers.
+    """
+    given = {name: environment[name] for name in VARIABLES if environment.get(name)}
+    if given and len(given) < len(VARIABLES):
+        missing = ", ".join(name for name in VARIABLES if name not in given)
+        raise UserError(f"{' and '.join(given)} set, but not {missing}: a job of several processes needs all three")
+    count = 1
+    if given:
+        address, processes, index = given.values()
+        if not (processes.isdecimal() and index.isdecimal() and int(index) < int(processes)):
+            raise UserError(f"JAX_PROCESS_ID = {index} of JAX_NUM_PROCESSES = {processes}: numbers from 0, below it")
+        count = int(processes)
+        if count > 1 and not jax.distributed.is_initialized():
+            logging.info("process %s of %s", index, processes)
+            jax.distributed.initialize(address, count, int(index), heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    elif _has_peers(environment) and not jax.distributed.is_initialized():
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    return count
+
+
+def _has_peers(environment: Mapping[str, str]) -> bool:
+    """Whether the platform says that this is one of several processes: TPU pods, multi-slice jobs, SLURM."""
+    return (
+        "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
+        or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
+        or ("SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS") or 1) > 1)
+    )
+
+
+def is_main() -> bool:
+    """Whether this process does what only one should: logs, progress."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def agree(what: str, text: str) -> None:
+    """Raises UserError on every process if `text` is not the same on all of them."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], np.uint32)
+    found = multihost_utils.process_allgather(digest)
+    others = [i for i, row in enumerate(found) if not np.array_equal(row, found[0])]
+    if others:
+        raise UserError(
+            f"process {', '.join(map(str, others))} has another {what} than process 0: start all with the same"
+        )
+
+
+def place(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, laid out over the devices of all."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """All of an array, on every process."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers of the rows that this process is to look after, these rows of `x`): each row has one such process.
+
+    Raises:
+      ValueError: a row lies in parts on several devices.
+    """
+    if jax.process_count() == 1:
+        return np.arange(x.shape[0]), np.asarray(x)
+    numbers, parts = [], []
+    for shard in x.addressable_shards:
+        if shard.data.shape[1:] != x.shape[1:]:
+            raise ValueError(f"rows of {x.shape} lie in parts of {shard.data.shape} on the devices")
+        if shard.replica_id == 0:
+            numbers.append(np.arange(x.shape[0])[shard.index[0]])
+            parts.append(np.asarray(shard.data))
+    if not numbers:
+        return np.arange(0), np.empty((0, *x.shape[1:]), x.dtype)
+    order = np.argsort(np.concatenate(numbers))
+    return np.concatenate(numbers)[order], np.concatenate(parts)[order]
+
+
+def join_rows(numbers: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """[count ...] float64 on every process, from each one's rows [n ...]; exact."""
+    full = np.zeros((count, *values.shape[1:]))
+    full[numbers] = values
+    if jax.process_count() == 1:
+        return full
+    owned = np.zeros(count, np.uint32)
+    owned[numbers] = 1
+    # As bits: JAX would make single precision of it.
+    bits = multihost_utils.process_allgather(np.ascontiguousarray(full).view(np.uint32))
+    owners = np.argmax(multihost_utils.process_allgather(owned), axis=0)
+    return bits[owners, np.arange(count)].view(np.float64)
