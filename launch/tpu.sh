@@ -25,7 +25,7 @@
 #
 # SSH to several workers takes the key from an agent: `ssh-add ~/.ssh/google_compute_engine` first.
 
-# shellcheck disable=SC2153 # the names in capitals come from the environment
+# shellcheck disable=SC2153,SC2016 # names in capitals come from the environment; '...' is expanded on the worker
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "${BASH_SOURCE[0]%/*}/lib.sh"
@@ -113,11 +113,13 @@ python3 -m uv pip install --quiet --python .venv -e '.[${EXTRAS:-tpu,vlm}]'; \
 }
 
 # The command and the shell that writes its exit code are a process group of their own, which outlives the SSH connection.
+look='group=$(cat ~/world_distill.pid 2> /dev/null || echo none)'
+look+='; alive() { ps -eo pgid=,stat= | grep -q "^ *$group  *[^Z]"; };'
+
 start() {
-  local wrapper='"$@"; echo "ended with exit code $?"'
-  on_all "set -e; cd ~/world_distill; \
-if kill -0 -- -\"\$(cat ~/world_distill.pid 2> /dev/null)\" 2> /dev/null; then \
-echo \"a command is running on \$(hostname): stop it first\" >&2; exit 1; fi; \
+    local wrapper='"$@"; echo "ended with exit code $?"'
+  on_all "set -e; cd ~/world_distill; $look \
+if alive; then echo \"a command is running on \$(hostname): stop it first\" >&2; exit 1; fi; \
 PATH=~/world_distill/.venv/bin:\$PATH setsid nohup $(quote bash -c "$wrapper" run "$@") \
 >> ~/world_distill.log 2>&1 < /dev/null & echo \$! > ~/world_distill.pid"
 }
@@ -128,8 +130,8 @@ logs() {
 
 # SIGTERM goes to the command alone: it still needs the processes that it has started.
 stop() {
-  on_all "group=\$(cat ~/world_distill.pid) || exit 0; pkill -TERM -P \$group || exit 0; \
-for i in \$(seq ${GRACE:-120}); do kill -0 -- -\$group 2> /dev/null || exit 0; sleep 1; done; kill -KILL -- -\$group"
+  on_all "$look alive || exit 0; pkill -TERM -P \$group; \
+for i in \$(seq ${GRACE:-120}); do alive || exit 0; sleep 1; done; kill -KILL -- -\$group || true"
 }
 
 delete() { # [--quiet]: without it, gcloud asks before it deletes

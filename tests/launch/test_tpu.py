@@ -1,8 +1,8 @@
 """TPU slices by queued resources: the commands, and what they do on a worker, with a stand-in for gcloud."""
 
-import os
 import shlex
 import shutil
+import subprocess
 import time
 
 import pytest
@@ -106,10 +106,8 @@ def test_stop_kills_what_does_not_end(worker, tmp_path):
     worker("run", "bash", "-c", 'trap "" TERM; echo $$; echo started; while :; do sleep .1; done')
     number = eventually(tmp_path / "home/world_distill.log", "started").split()[0]
     worker("stop")
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):
-            os.kill(int(number), 0)
-            time.sleep(0.05)
+    states = subprocess.run(["ps", "-o", "stat=", "-p", number], capture_output=True, text=True).stdout
+    assert states.strip()[:1] in ("", "Z")  # gone, or about to be
 
 
 def test_waiting_ends_when_active_and_fails_when_it_cannot_be(worker, tmp_path):
