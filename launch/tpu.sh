@@ -117,7 +117,7 @@ look='group=$(cat ~/world_distill.pid 2> /dev/null || echo none)'
 look+='; alive() { ps -eo pgid=,stat= | grep -q "^ *$group  *[^Z]"; };'
 
 start() {
-    local wrapper='"$@"; echo "ended with exit code $?"'
+  local wrapper='"$@"; echo "ended with exit code $?"'
   on_all "set -e; cd ~/world_distill; $look \
 if alive; then echo \"a command is running on \$(hostname): stop it first\" >&2; exit 1; fi; \
 PATH=~/world_distill/.venv/bin:\$PATH setsid nohup $(quote bash -c "$wrapper" run "$@") \

@@ -141,3 +141,12 @@ def test_a_slurm_job_goes_back_into_the_queue_only_after_a_preemption(code, queu
     done = call("slurm_job.sh", "train", env=settings, path=str(tmp_path))
     assert "srun hello" in done.stdout and ("scontrol requeue 7" in done.stdout) == queued
     assert done.returncode == (0 if queued else code)
+
+
+def test_the_readme_calls_scripts_and_subcommands_that_exist():
+    text = (LAUNCH / "README.md").read_text()
+    calls = set(re.findall(r"launch/(\w+\.(?:sh|py))(?: ([a-z-]+))?", text))
+    for script, word in calls:
+        source = (LAUNCH / script).read_text()
+        assert script not in ("tpu.sh", "gke_xpk.sh") or not word or re.search(rf"^#   {word} ", source, re.M), word
+    assert {script for script, _ in calls} >= {"tpu.sh", "gke_xpk.sh", "slurm.sh", "multiprocess.py", "serve_judge.sh"}
