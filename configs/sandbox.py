@@ -226,6 +226,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log_every = 10  # steps
     c.save_every = 20  # steps
     c.keep = 2  # checkpoints
+    c.checkpoints = ""  # their folder or bucket (gs://); empty: WORKDIR/checkpoints
     c.evaluate_every = 40  # steps; 0: never
     c.evaluate_tasks = 64  # validation tasks looked at each time
     c.evaluate_batch = 64  # clips sampled at once

@@ -206,6 +206,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.log_every = 1  # steps
     c.save_every = 10  # steps
     c.keep = 2  # checkpoints
+    c.checkpoints = ""  # their folder or bucket (gs://); empty: WORKDIR/checkpoints
     c.evaluate_every = 0  # steps; 0: never
     c.evaluate_tasks = 64  # validation tasks looked at each time
     c.evaluate_batch = 8  # clips sampled at once

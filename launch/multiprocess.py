@@ -123,7 +123,7 @@ def supervise(processes: Sequence[subprocess.Popen], signals: list[int], grace: 
             kill_at = min(kill_at, time.monotonic() + grace)
         if len(signals) > handed_on:
             kill_at = time.monotonic() + (grace if handed_on == 0 else 0)
-            send(running, signals[-1])
+            send(running, signal.SIGTERM)  # for Ctrl-C, too: it is what a job of several processes saves at
             handed_on = len(signals)
         if time.monotonic() >= kill_at:
             kill(running)

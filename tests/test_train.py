@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,8 @@ from world_distill.collect import TooFewJudgments
 from world_distill.config import UserError
 from world_distill.data.records import RecordError
 from world_distill.interfaces import JudgeAnswer
+from world_distill.interruption import Preempted
+from world_distill.logs import MetricLog
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,26 @@ def test_a_second_run_and_a_replay_from_the_cache_are_the_same(whole, tmp_path, 
     train.train(config, tmp_path / "four")
     lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["judge/invalid"] == 1.0 for line in lines)
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_from_there(whole, tmp_path, monkeypatch):
+    config, folder = whole("awm")
+    write = MetricLog.write
+
+    def told(self, step, values):
+        write(self, step, values)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(MetricLog, "write", told)
+    with pytest.raises(Preempted, match="saved after step 3") as caught:
+        train.train(config, tmp_path)
+    assert caught.value.exit_code == 75 and signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "checkpoints" / "3").is_dir()  # not a multiple of save_every
+    monkeypatch.setattr(MetricLog, "write", write)
+    train.train(config, tmp_path)
+    assert_same(*final_states(config, folder, tmp_path))
 
 
 def test_a_judge_that_fails_too_often_stops_the_run_which_goes_on_when_it_works(whole, tmp_path, monkeypatch):

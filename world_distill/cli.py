@@ -99,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as e:
         message = _explain(e)
+        if (code := getattr(e, "exit_code", None)) is not None:
+            return _fail(str(e), code)
         if message is None:
             raise
         if "--verbose" in flags:
@@ -155,6 +157,6 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     sys.stderr.write(f"error: {message}\n")
-    return 2
+    return code

@@ -33,7 +33,7 @@ from world_distill.structs import PyTree, TrainState
 # trained.
 FREE_KEYS = (
     "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch",
-    "encode_batch", "ablation", "held_out", "judge.cache", "judge.keep_clips",
+    "encode_batch", "ablation", "checkpoints", "held_out", "judge.cache", "judge.keep_clips",
 )  # fmt: skip
 
 
@@ -97,12 +97,17 @@ def load_executor(
     """(slow average of a run's trained weights, its step); (None, 0) before the first checkpoint. Needs no base."""
     base = jax.eval_shape(family.init_base, jax.random.key(0))
     _, abstract = make_state(config, family, mesh, base)
-    with Checkpointer(workdir / "checkpoints", keep=config.keep) as checkpointer:
+    with Checkpointer(checkpoint_folder(config, workdir), keep=config.keep) as checkpointer:
         restored = checkpointer.restore_latest(abstract)
     if restored is None:
         return None, 0
     state, _, _ = restored
     return state.lora_ema, int(state.step)
+
+
+def checkpoint_folder(config, workdir: pathlib.Path) -> str:
+    """Where the run's checkpoints are: a folder, or the address of a bucket."""
+    return config.checkpoints or str(workdir / "checkpoints")
 
 
 def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:

@@ -30,6 +30,7 @@ from world_distill.data.records import RecordReader
 from world_distill.experience import Experience
 from world_distill.held_out import audit, make_held_out
 from world_distill.interfaces import Judge
+from world_distill.interruption import Interruption
 from world_distill.judges.rubric import load_rubric
 from world_distill.logs import MetricLog
 from world_distill.objectives import Objective, make_train_step
@@ -80,6 +81,8 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
       UserError: another run's folder, or settings that do not fit together.
       RecordError: records that are missing or damaged.
       FloatingPointError: a loss that is not finite; the step and its tasks are named.
+      TooFewJudgments: the judge failed too often; what was trained is saved.
+      Preempted: SIGTERM; what was trained is saved.
     """
     # Devices, model, data -------------------------------------------------------------------------------------------
     mesh = components.start_devices(config)
@@ -102,7 +105,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     # State: the newest checkpoint, or a fresh Executor --------------------------------------------------------------
     init, abstract = runs.make_state(config, family, mesh, base)
     metadata = make_metadata(runs.fixed_settings(config))
-    checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep, save_every=config.save_every)
+    checkpointer = Checkpointer(runs.checkpoint_folder(config, workdir), keep=config.keep, save_every=config.save_every)
     restored = checkpointer.restore_latest(abstract, expect=metadata)
     if restored is None and stem is not None:
         with Checkpointer(stem / "checkpoints") as source:
@@ -164,7 +167,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
         if bad:
             raise FloatingPointError(
                 f"{' and '.join(bad)} not finite in step {step}; its tasks: {', '.join(ids)}. "
-                f"The last checkpoint in {workdir / 'checkpoints'} is good."
+                f"The last checkpoint in {checkpointer.directory} is good."
             )
         values["time/step"] = time.perf_counter() - began
         if log is None:
@@ -177,7 +180,9 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
             (arguments.say if progress.disable else logging.debug)(f"step {step}/{config.steps}  {text}")
 
     experience = Experience(collector, tasks, base, key, steps=config.steps)
+    interruption = Interruption()
     try:
+        interruption.watch()
         for step in range(first, config.steps):
             began = time.perf_counter()
             try:
@@ -190,7 +195,8 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
             state, metrics = step_fns[objective.rl_active(step)](state, base, batch)
             waiting.append((step + 1, info, metrics, ids, began))
             last = step + 1 == config.steps
-            saves = last or (step + 1) % config.save_every == 0
+            stops = interruption.asked(step + 1) and not last
+            saves = last or stops or (step + 1) % config.save_every == 0
             while len(waiting) > (0 if saves else 1):  # nothing that is not finite gets into a checkpoint
                 settle()
             if evaluator is not None and (last or (step + 1) % config.evaluate_every == 0):
@@ -205,8 +211,11 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
             if saves:
                 if cache is not None:
                     cache.sync()
-                checkpointer.save(step + 1, state, experience.data_state(step + 1), metadata, force=last)
+                checkpointer.save(step + 1, state, experience.data_state(step + 1), metadata, force=last or stops)
+            if stops:
+                interruption.stop(step + 1)
     finally:
+        interruption.close()
         experience.close()
         progress.close()
         if log is not None:
