@@ -43,6 +43,7 @@ VERBS = {
     "inspect": Verb("world_distill.inspect_records", "show the records of a set, with pictures"),
     "convert": Verb("world_distill.convert", "turn published PyTorch weights into a checkpoint"),
     "pretrain": Verb("world_distill.pretrain", "train the sandbox's base model"),
+    "probe": Verb("world_distill.probe", "before training, ask the judge whether the Demonstrator is better at all"),
     "train": Verb("world_distill.train", "train an Executor: distillation, RL, or both (WMSD)"),
     "generate": Verb("world_distill.generate", "make clips from images and texts"),
     "export": Verb("world_distill.export", "write the trained Executor as LoRA or weights for diffusers and ComfyUI"),

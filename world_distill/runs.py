@@ -54,8 +54,8 @@ class Run:
         return make_evaluator(self.config, self.family, self.mesh, benchmark)
 
 
-def make_evaluator(config, family: ModelFamily, mesh: jax.sharding.Mesh, benchmark: Benchmark) -> Evaluator:
-    """The evaluator with the config's sampler and sizes."""
+def make_evaluator(config, family: ModelFamily, mesh: jax.sharding.Mesh, benchmark: Benchmark | None) -> Evaluator:
+    """The evaluator with the config's sampler and sizes; without a benchmark it samples only."""
     # Evaluation always samples the ODE: a stochastic sampler serves training only.
     grid, _ = components.sampler_grid(config)
     return Evaluator(

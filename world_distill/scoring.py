@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from world_distill import hosts
 from world_distill.core import metrics, sampling
-from world_distill.data.pipeline import fixed_batches
+from world_distill.data.pipeline import Batch, fixed_batches
 from world_distill.data.records import RecordReader
 from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.sharding import batch_sharding
@@ -38,13 +39,13 @@ class Verdict:
 
 
 class Evaluator:
-    """Samples clips for the tasks of a record set and has the benchmark check them."""
+    """Samples clips for the tasks of a record set and has the benchmark check them; without one, it only samples."""
 
     def __init__(
         self,
         family: ModelFamily,
         mesh: jax.sharding.Mesh,
-        benchmark: Benchmark,
+        benchmark: Benchmark | None,
         *,
         grid: np.ndarray,
         batch: int,
@@ -91,10 +92,7 @@ class Evaluator:
         for number, batch in enumerate(fixed_batches(reader, self._batch, text_length=self._text_length)):
             if number * self._batch >= total:
                 break
-            put = lambda x: hosts.place(x, self._rows)  # noqa: E731
-            condition = Condition(put(batch[f"{text}_text"]), put(batch[f"{text}_mask"]), put(batch["scene"]))
-            rows = jnp.arange(self._batch) + number * self._batch
-            clips = hosts.whole(self._sample(lora, base, condition, self._key, rows))
+            clips = self.clips(batch, base, lora, text=text, rows=np.arange(self._batch) + number * self._batch)
             count = min(int(batch["weight"].sum()), total - number * self._batch)
             if watch is not None:
                 watch(clips[:count], batch["ids"][:count], batch["task"][:count], batch["agent"][:count])
@@ -107,6 +105,14 @@ class Evaluator:
                 if keep is not None:
                     keep(batch["ids"][i], clips[i])
         return verdicts
+
+    def clips(
+        self, batch: Batch, base: PyTree, lora: PyTree | None, *, text: str, rows: Int[np.ndarray, " b"]
+    ) -> np.ndarray:
+        """Clips [b F H W 3] uint8 for a batch of tasks, each from the noise of (seed, its number in `rows`)."""
+        put = lambda x: hosts.place(x, self._rows)  # noqa: E731
+        condition = Condition(put(batch[f"{text}_text"]), put(batch[f"{text}_mask"]), put(batch["scene"]))
+        return hosts.whole(self._sample(lora, base, condition, self._key, jnp.asarray(rows)))
 
 
 def summarise(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -159,23 +159,25 @@ def fixed_batches(
     batch_size: int,
     *,
     text_length: int,
+    indices: Sequence[int] | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """One pass in order, in batches of one size, each with a `weight` [b] float32.
 
-    The last batch repeats the last record to be full; `weight` is 1 on real rows and 0 on repeated ones. `batch_size`
-    counts the rows of all processes, of which this one gets its contiguous part. Raises like `task_batches`, before
-    the first batch is asked for.
+    `indices` are the records to take, all without it. The last batch repeats the last record to be full; `weight` is 1
+    on real rows and 0 on repeated ones. `batch_size` counts the rows of all processes, of which this one gets its
+    contiguous part. Raises like `task_batches`, before the first batch is asked for.
     """
     rows = _rows(batch_size, process_index, process_count)
     _check_reader(reader, text_length)
+    chosen = range(len(reader)) if indices is None else indices
 
     def batches() -> Iterator[Batch]:
-        for start in range(0, len(reader), batch_size):
-            indices = np.arange(start, start + batch_size)[process_index * rows :][:rows]
-            batch = collate([reader[min(i, len(reader) - 1)] for i in indices], text_length)
-            yield batch | {"weight": (indices < len(reader)).astype(np.float32)}
+        for start in range(0, len(chosen), batch_size):
+            places = np.arange(start, start + batch_size)[process_index * rows :][:rows]
+            batch = collate([reader[chosen[min(i, len(chosen) - 1)]] for i in places], text_length)
+            yield batch | {"weight": (places < len(chosen)).astype(np.float32)}
 
     return batches()
 

@@ -106,6 +106,7 @@ class RecordReader:
         self.longest_text: dict | None = index["longest_text"]  # {"length", "id"} of encoded records
         # Two readers of the same bytes have the same fingerprint.
         self.fingerprint = hashlib.sha256("".join(s["sha256"] for s in index["shards"]).encode()).hexdigest()[:16]
+        self.shards = len(index["shards"])  # how many files
         self._count = index["count"]
         ends = itertools.accumulate(s["count"] for s in index["shards"])
         self._ends = list(ends) if index.get("order") == SEQUENTIAL else None  # record after the last of each shard
