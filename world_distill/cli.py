@@ -39,6 +39,7 @@ VERBS = {
     "quickstart": Verb("world_distill.quickstart", "the whole method in a small world, in minutes on a CPU"),
     "scenes": Verb("world_distill.prepare", "collect or draw scene images", "scenes_"),
     "annotate": Verb("world_distill.prepare", "have a VLM write tasks and solutions for images", "annotate_"),
+    "import-tasks": Verb("world_distill.import_tasks", "read the authors' WorldTasks, or a data set like it"),
     "encode": Verb("world_distill.prepare", "turn images and texts into the records that training reads", "encode_"),
     "inspect": Verb("world_distill.inspect_records", "show the records of a set, with pictures"),
     "convert": Verb("world_distill.convert", "turn published PyTorch weights into a checkpoint"),
