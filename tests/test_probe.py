@@ -77,6 +77,15 @@ def test_kinds_on_which_it_is_not_better_are_named():
     assert "not seen to be better for tasks of the kind push (+0.00" in said and "Too few" in said and "rare." in said
 
 
+def test_many_kinds_and_what_a_model_wrote_leave_the_table_readable():
+    kinds = ["a|\x1b[31m"] * 3 + [f"kind {i}" for i in range(N - 3)]
+    found = figures(probed({"task": 2.0}, kinds=kinds))
+    said = table(found["rows"])
+    assert len(said.splitlines()) == 2 + 2 * 13 and "| a??[31m |" in said
+    assert "and 6 others" in words(found) and "\x1b" not in said + words(found)
+    assert len(found["rows"]) == 2 * 19
+
+
 def test_of_few_tasks_nothing_is_said():
     pairs = probed({"task": 2.0})
     pairs.scores["executor"]["task"][5:] = np.nan

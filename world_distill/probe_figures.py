@@ -17,6 +17,7 @@ ROLES = ("demonstrator", "executor")
 AVERAGE = "average"  # over the questions
 FEWEST = 8  # tasks below which an interval says nothing
 _SAMPLES = 2000  # of a bootstrap
+_MOST_KINDS = 12  # kinds of task in a table or a sentence, those of the most tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +112,18 @@ def standing(row: Mapping[str, Any]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as Markdown: Demonstrator, Executor and their difference, as rates and as log-odds."""
+    """Rows as Markdown: Demonstrator, Executor and their difference, as rates and as log-odds; the largest kinds."""
+    sizes = {row["group"]: row["tasks"] for row in rows}
+    shown = sorted(sizes, key=sizes.get, reverse=True)[: 1 + _MOST_KINDS]  # all tasks together come first
     lines = [
         "| tasks | question | rate, Demonstrator | rate, Executor | difference"
         " | log-odds, Demonstrator | log-odds, Executor | difference | n |",
         "|" + "---|" * 9,
     ]
     for row in rows:
-        cells = [row["group"], row["question"]]
+        if row["group"] not in shown:
+            continue
+        cells = [_plain(row["group"]), row["question"]]
         for figure, form in (("rate", "{:.3f}"), ("log_odds", "{:+.2f}")):
             cells += [form.format(row[role][figure]) for role in ROLES]
             signed = form.replace("{:.", "{:+.")
@@ -151,11 +156,21 @@ def words(found: Mapping[str, Any]) -> str:
         lines.append("So it is on every question.")
     kinds = [row for row in found["rows"] if row["group"] != "all" and row["question"] == AVERAGE]
     if behind := [row for row in kinds if standing(row) in ("worse", "equal")]:
-        named = ", ".join(f"{row['group']} ({_difference(row)})" for row in behind)
+        named = _listed([f"{_plain(row['group'])} ({_difference(row)})" for row in behind])
         lines.append(f"It is not seen to be better for tasks of the kind {named}.")
-    if few := [row["group"] for row in kinds if standing(row) == "too few"]:
-        lines.append(f"Too few tasks to say so of the kind {', '.join(few)}.")
+    if few := [_plain(row["group"]) for row in kinds if standing(row) == "too few"]:
+        lines.append(f"Too few tasks to say so of the kind {_listed(few)}.")
     return "\n".join(lines)
+
+
+def _plain(kind: str) -> str:
+    """A kind as a cell of a table: it is a text that a model wrote."""
+    return "".join(c if c.isprintable() and c != "|" else "?" for c in kind)[:40]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_KINDS
+    return ", ".join(names[:_MOST_KINDS]) + (f" and {more} others" if more > 0 else "")
 
 
 def _difference(row: Mapping[str, Any]) -> str:
