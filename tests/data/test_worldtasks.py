@@ -114,10 +114,10 @@ def test_ambiguous_names_are_reported_and_may_be_settled():
 NAMES = st.sampled_from(sorted({name for names in ALIASES.values() for name in names})) | st.text(max_size=6)
 TEXTS = st.text(max_size=12) | st.sampled_from([TASK, SOLUTION, "a.png", "../a", "/etc/a"])
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
-VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=4) | st.dictionaries(NAMES, v, max_size=4), max_leaves=12)
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=4) | st.dictionaries(NAMES, v, max_size=4), max_leaves=8)
 
 
-@settings(max_examples=300 * SCALE, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200 * SCALE, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(NAMES, VALUES, max_size=8), st.booleans())
 @example({"task": {"task": TASK}, "image": "a", "tasks": {}}, False)
 def test_any_row_is_items_or_reasons(row, bench):
