@@ -40,8 +40,12 @@ def test_variables_come_together():
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, True),
     ],
 )  # fmt: skip
-def test_platforms_are_known(environment, peers):
+def test_platforms_are_known(environment, peers, monkeypatch):
+    monkeypatch.setattr(hosts, "_tpu_vm_hosts", lambda: "")
     assert hosts._has_peers(environment) == peers
+    # A TPU VM of a pod slice says so to whoever asks its metadata server.
+    monkeypatch.setattr(hosts, "_tpu_vm_hosts", lambda: "unknown:8470:10.0.0.2,unknown:8470:10.0.0.3")
+    assert hosts._has_peers(environment) and hosts._has_peers(environment | {"JAX_PLATFORMS": "cpu"}) == peers
 
 
 CODE = """

@@ -3,8 +3,10 @@
 The same functions work in a single process, where they do nothing or little.
 """
 
+import glob
 import hashlib
 import os
+import urllib.request
 from collections.abc import Mapping
 
 import jax
@@ -16,6 +18,7 @@ from world_distill.config import UserError
 
 # What a launcher sets where the platform does not say it (launch/README.md); otherwise JAX finds out by itself.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_TPU_VM_HOSTS = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends the job
 
 
@@ -53,7 +56,20 @@ def _has_peers(environment: Mapping[str, str]) -> bool:
         or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
         or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
         or ("SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS") or 1) > 1)
+        or (environment.get("JAX_PLATFORMS") != "cpu" and "," in _tpu_vm_hosts())
     )
+
+
+def _tpu_vm_hosts() -> str:
+    """The hosts of a TPU VM's slice, with commas, as Google Cloud's metadata server says; "" anywhere else."""
+    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
+        return ""
+    request = urllib.request.Request(_TPU_VM_HOSTS, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return reply.read().decode()
+    except OSError:
+        return ""
 
 
 def is_main() -> bool:
