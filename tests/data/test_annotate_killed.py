@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.data import annotating
+from tests.effort import KILLS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-KILLS = int(os.environ.get("WORLD_DISTILL_KILLS", "6"))
 COUNT = 40
 
 

@@ -1,10 +1,9 @@
 """Answers of VLMs: the forms that they come in are understood, and nothing else becomes a pair.
 
-ANSWERS=20000 fuzzes with so many inputs a test instead of a few hundred.
+WORLD_DISTILL_FUZZ=100 fuzzes with so many times more inputs.
 """
 
 import json
-import os
 import re
 import time
 
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.effort import FUZZ
 from world_distill.data.annotate_prompt import load_prompt
 from world_distill.data.loose_json import find_values
 from world_distill.data.pair_parsing import parse_pairs
@@ -167,7 +167,7 @@ def test_the_prompts_own_example_is_understood_and_keeps_the_rules():
 # ---- Any text at all
 
 MANY = settings(
-    max_examples=int(os.environ.get("ANSWERS", 150)), deadline=None, derandomize="ANSWERS" not in os.environ,
+    max_examples=150 * FUZZ, deadline=None, derandomize=FUZZ == 1,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 WORDS = st.sampled_from(

@@ -5,7 +5,6 @@ WORLD_DISTILL_FUZZ multiplies the number of inputs.
 
 import dataclasses
 import json
-import os
 
 import numpy as np
 import pytest
@@ -13,16 +12,16 @@ from flax import serialization
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.effort import FUZZ
 from world_distill.data.record_types import AnnotatedRecord, EncodedRecord, RecordError
 from world_distill.data.records import RecordReader, write_records
 
-SCALE = int(os.environ.get("WORLD_DISTILL_FUZZ", "1"))
 TYPES = (AnnotatedRecord, EncodedRecord)
 
 
 def fuzzed(examples):
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=examples * SCALE, deadline=None, database=None, derandomize=SCALE == 1,
+    return settings(max_examples=examples * FUZZ, deadline=None, database=None, derandomize=FUZZ == 1,
                     suppress_health_check=checks)  # fmt: skip
 
 

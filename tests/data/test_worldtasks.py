@@ -1,17 +1,16 @@
 """Rows of unknown field names: several plausible layouts, and random ones."""
 
 import json
-import os
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.effort import FUZZ
 from world_distill.data.worldtasks import ALIASES, Item, Schema, Unusable
 
 TASK, SOLUTION = "[Person in blue shirt]: Move forward.", "Description: A person walks."
 OTHER = "[First person view]: Turn left."
-SCALE = int(os.environ.get("WORLD_DISTILL_FUZZ", "1"))
 
 
 def read(*rows, **options):
@@ -117,7 +116,7 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=4) | st.dictionaries(NAMES, v, max_size=4), max_leaves=8)
 
 
-@settings(max_examples=200 * SCALE, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(NAMES, VALUES, max_size=8), st.booleans())
 @example({"task": {"task": TASK}, "image": "a", "tasks": {}}, False)
 def test_any_row_is_items_or_reasons(row, bench):
@@ -133,7 +132,7 @@ def test_any_row_is_items_or_reasons(row, bench):
     json.dumps(schema.report()).encode()
 
 
-@settings(max_examples=200 * SCALE, deadline=None)
+@settings(max_examples=200 * FUZZ, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_items_or_reasons(line):
     assert read(line)[0]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.effort import FUZZ
 from world_distill.judges.answers import MalformedAnswer, NoLogProbs, NoVerdict, read_answer
 
 
@@ -111,7 +112,7 @@ REPLIES = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 * FUZZ, deadline=None)
 @given(st.one_of(REPLIES, JSON, st.builds(lambda x: {"choices": [{"logprobs": x}]}, JSON)), st.integers(0, 40))
 def test_whatever_comes_is_read_rightly_or_refused(value, cut):
     text = json.dumps(value)

@@ -1,9 +1,8 @@
 """Judging that is killed at any instant, and by several processes at once: no answer is lost, none is there twice.
 
-`JUDGING_KILLS=30 pytest tests/judges/test_killed_judging.py -n 0` kills more often.
+`WORLD_DISTILL_KILLS=30 pytest tests/judges/test_killed_judging.py -n 0` kills more often.
 """
 
-import os
 import pathlib
 import random
 import signal
@@ -13,11 +12,11 @@ import time
 
 import pytest
 
+from tests.effort import KILLS
 from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.entries import flat
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-KILLS = int(os.environ.get("JUDGING_KILLS", 4))
 CLIPS, BATCH = 160, 4
 
 # Notes each question when it is asked, and when its answer is stored, in a file that outlives the process.

@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.effort import FUZZ
 from world_distill.judges import segments
 from world_distill.judges.cache import CacheError, JudgmentCache
 from world_distill.judges.entries import About, Entry, flat, from_line, to_line
@@ -230,7 +230,7 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(list(GOOD)), json_values), st.binary(max_size=5))
-@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 200)), deadline=None)
+@settings(max_examples=200 * FUZZ, deadline=None)
 def test_damaged_lines_are_refused_or_make_an_entry_that_can_be_stored(store, changes, noise):
     line = json.dumps(GOOD | changes).encode() + noise
     try:
