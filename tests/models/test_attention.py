@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from world_distill.models.attention import SAVED, attend, blocked_attention
+from world_distill.models.attention import SAVED, attend, blocked_attention, suited
 
 
 def inputs(queries, keys, dtype=jnp.float32):
@@ -55,3 +55,23 @@ def test_dots_policy_keeps_the_output_and_no_scores():
     shapes = {x.shape for x in jax.tree.leaves(pull)}
     assert not any(12 in shape[-1:] for shape in shapes), shapes
     assert any(x.size == q.size and x.ndim == 5 for x in jax.tree.leaves(pull)), shapes
+
+
+@pytest.mark.parametrize("queries, keys", [(128, 128), (150, 37)])  # whole tiles; tiles that are filled up
+def test_the_kernel_for_tpus_gives_the_same_values_and_gradients(queries, keys):
+    *qkv, weights = (jnp.tile(x, (1, 1, 1, 16)) for x in inputs(queries, keys))  # heads of 128
+    expected = value_and_grads(lambda *a: attend(*a, "xla"), *qkv, weights)
+    found = value_and_grads(lambda *a: attend(*a, "splash"), *qkv, weights)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, head, kind",
+    [
+        ("cpu", jnp.float32, 128, "blocked"), ("tpu", jnp.bfloat16, 128, "splash"), ("tpu", jnp.bfloat16, 64, "xla"),
+        ("gpu", jnp.bfloat16, 128, "cudnn"), ("gpu", jnp.float32, 128, "xla"), ("gpu", jnp.bfloat16, 256, "xla"),
+    ],
+)  # fmt: skip
+def test_the_platform_chooses(platform, dtype, head, kind):
+    assert suited(platform, jnp.zeros((1, 1, 1, head), dtype)) == kind

@@ -41,7 +41,7 @@ def attend(
       platform: that the program will run on; None: this process's own.
     """
     platform = platform or jax.default_backend()
-    kind = kind or _suited(platform, q)
+    kind = kind or suited(platform, q)
     if kind == "blocked":
         return blocked_attention(q, k, v)
     if kind == "splash":
@@ -49,7 +49,8 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, implementation=kind)
 
 
-def _suited(platform: str, q: jax.Array) -> str:
+def suited(platform: str, q: Float[Array, "b n h e"]) -> str:
+    """The kind of attention for a platform and queries of this type and head width."""
     if platform == "cpu":
         return "blocked"
     if platform == "tpu":
