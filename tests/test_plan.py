@@ -7,6 +7,7 @@ import pytest
 
 from world_distill import chips, cli, plan
 from world_distill.config import UserError, load_config
+from world_distill.sharding import make_mesh
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is in the extra `tpu`")
 
@@ -38,6 +39,15 @@ def test_the_table_of_chips_knows_what_jax_calls_them():
 def test_a_topology_that_does_not_exist_is_named():
     with pytest.raises(UserError, match="v5e:77x1"):
         plan.topology("v5e:77x1")
+
+
+@needs_compiler
+def test_slices_are_split_along_data():
+    devices = plan.topology("v5e:2x2", slices=2)
+    mesh = make_mesh(data=2, fsdp=4, devices=devices)
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"2 slices need mesh\.data to be a multiple of 2"):
+        make_mesh(data=1, fsdp=8, devices=devices)
 
 
 @needs_compiler

@@ -16,6 +16,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from world_distill.structs import PyTree
@@ -43,8 +44,10 @@ SMALL_BYTES = 1 << 20
 def make_mesh(data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh of all devices (or of `devices`) with the axes `MESH_AXES`; one size may be -1, the rest.
 
+    Devices of several TPU slices, which are joined by a slower network, are split along `data` first.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` not to that of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, context, tensor]
@@ -56,6 +59,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, 
         sizes[sizes.index(-1)] = len(devices) // others  # 0 where the others are too many
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh {asked} does not fit {len(devices)} device(s)")
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ValueError(f"mesh {asked}: {slices} slices need mesh.data to be a multiple of {slices}")
+        within = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
+        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     # Auto, since the default of jax.make_mesh (explicit axes) makes shardings a part of every type.
     return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
