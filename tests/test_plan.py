@@ -9,7 +9,11 @@ from world_distill import chips, cli, plan
 from world_distill.config import UserError, load_config
 from world_distill.sharding import make_mesh
 
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is in the extra `tpu`")
+NO_COMPILER = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is in the extra `tpu`")
+
+
+def needs_compiler(test):
+    return pytest.mark.tpu(NO_COMPILER(test))
 
 
 def test_collectives_are_counted_once_each():
