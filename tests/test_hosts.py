@@ -3,10 +3,13 @@
 import json
 import os
 import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -109,3 +112,17 @@ def test_two_processes_train_as_one(tmp_path):
     # Another config on one of them stops both, before anything is trained.
     codes, said = finish(start_jobs(tmp_path, tmp_path / "other", RUN, RUN | {"steps": 3}))
     assert all(codes) and all("process 1 has another config than process 0" in text for text in said), said
+
+
+def test_all_processes_save_after_the_same_step_when_one_is_told_to_stop(tmp_path):
+    make_inputs(tmp_path)
+    run = RUN | {"steps": 1000, "evaluate_every": 0}
+    jobs = start_jobs(tmp_path, tmp_path / "run", run, run)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    jobs[1].send_signal(signal.SIGTERM)
+    codes, said = finish(jobs)
+    steps = [re.search(r"told to stop: saved after step (\d+)", text)[1] for text in said]
+    assert all(codes) and steps[0] == steps[1], said
+    assert (tmp_path / "run" / "checkpoints" / steps[0]).is_dir()
