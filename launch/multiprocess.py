@@ -119,7 +119,8 @@ def supervise(processes: Sequence[subprocess.Popen], signals: list[int], grace: 
         failed = [process.returncode for process in processes if process.returncode]
         if failed and not code:
             code = failed[0]
-            send(running, signal.SIGTERM)
+            if not handed_on:  # else they know and may be saving, which a second SIGTERM would cut short
+                send(running, signal.SIGTERM)
             kill_at = min(kill_at, time.monotonic() + grace)
         if len(signals) > handed_on:
             kill_at = time.monotonic() + (grace if handed_on == 0 else 0)

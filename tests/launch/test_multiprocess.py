@@ -101,6 +101,24 @@ def test_signals_are_handed_on_so_that_the_processes_can_save(number):
     assert process.returncode == 75 and sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
 
 
+def test_a_process_that_is_still_saving_is_told_once(tmp_path):
+    (tmp_path / "save.py").write_text("""
+import os, signal, sys, time
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # another one ends at once
+    time.sleep(0.5 * int(os.environ["JAX_PROCESS_ID"]))
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+""")
+    process = started(f"exec {shlex.quote(sys.executable)} {tmp_path}/save.py")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 75 and out == "[0] saved\n[1] saved\n"
+
+
 @pytest.mark.parametrize("grace, signals", [("0.2", 1), ("60", 2)])
 def test_what_does_not_end_is_killed_after_the_grace_or_by_a_second_signal(grace, signals):
     process = started('trap "" TERM; echo ready; while :; do sleep 0.05; done', grace)
