@@ -1,5 +1,6 @@
 """What holds for every script of launch/: syntax, help, missing settings, dry runs."""
 
+import argparse
 import json
 import os
 import re
@@ -98,6 +99,19 @@ def test_gcloud_takes_every_command(tmp_path):
     *found, last = json.loads(done.stdout)
     assert not last["success"], "it takes flags that do not exist"
     assert found and not [one for one in found if not one["success"]]
+
+
+def test_xpk_takes_every_command():
+    core = pytest.importorskip("xpk.parser.core", reason="xpk is not installed")
+    parser = argparse.ArgumentParser()
+    core.set_parser(parser)
+    runs = [dry(*words, **settings) for words in CALLS for settings in ({}, ALL) if words[0] == "gke_xpk.sh"]
+    commands = [command[1:] for commands in runs for command in commands if command[0] == "xpk"]
+    assert len(commands) == 10
+    for command in commands:
+        assert parser.parse_args(command).cluster == SETTINGS["CLUSTER"]
+        with pytest.raises(SystemExit):
+            parser.parse_args([*command, "--no-such-flag"])
 
 
 def test_the_image_holds_what_setup_needs():
