@@ -6,6 +6,7 @@
 #   wait             waits until it is ACTIVE
 #   install          copies the last commit of this checkout to every worker and installs it there
 #   run COMMAND      starts the command on every worker in the background, and returns
+#   workers          says of each worker whether the command runs there, and the last line of its log
 #   logs             follows the log of one worker (~/world_distill.log there)
 #   resume COMMAND   after a preemption: delete, create, wait, install, run; training goes on from its newest checkpoint
 #   stop             SIGTERM on every worker, so that training saves and ends; SIGKILL after GRACE seconds
@@ -124,6 +125,11 @@ PATH=~/world_distill/.venv/bin:\$PATH setsid nohup $(quote bash -c "$wrapper" ru
 >> ~/world_distill.log 2>&1 < /dev/null & echo \$! > ~/world_distill.pid"
 }
 
+workers() {
+  on_all "$look if alive; then state='running'; else state='not running'; fi; \
+echo \"\$(hostname): \$state: \$(tail -n 1 ~/world_distill.log 2> /dev/null)\""
+}
+
 logs() {
   remote ssh "${SLICE:-0}" "${WORKER:-0}" "$NAME" "--command=tail -n 200 -F ~/world_distill.log"
 }
@@ -159,7 +165,7 @@ subcommand=${1:---help}
 shift || true
 case $subcommand in
   -h | --help) usage ;;
-  create | status | install | logs | stop | delete)
+  create | status | install | workers | logs | stop | delete)
     no_more "$@"
     place
     "$subcommand"

@@ -14,7 +14,8 @@ from tests.launch.launchers import AWKWARD, LAUNCH, SETTINGS, call, dry, flag
 
 CALLS = [
     ("tpu.sh", "create"), ("tpu.sh", "status"), ("tpu.sh", "wait"), ("tpu.sh", "install"), ("tpu.sh", "logs"),
-    ("tpu.sh", "stop"), ("tpu.sh", "delete"), ("tpu.sh", "run", *AWKWARD), ("tpu.sh", "resume", *AWKWARD),
+    ("tpu.sh", "workers"), ("tpu.sh", "stop"), ("tpu.sh", "delete"), ("tpu.sh", "run", *AWKWARD),
+    ("tpu.sh", "resume", *AWKWARD),
     ("gke_xpk.sh", "cluster"), ("gke_xpk.sh", "image"), ("gke_xpk.sh", "create", *AWKWARD), ("gke_xpk.sh", "list"),
     ("gke_xpk.sh", "logs"), ("gke_xpk.sh", "delete"), ("gke_xpk.sh", "cluster-delete"), ("slurm.sh", *AWKWARD),
 ]  # fmt: skip

@@ -102,6 +102,19 @@ def test_stop_lets_the_command_save_and_only_one_runs_at_a_time(worker, tmp_path
     assert "started" in eventually(log, "again")  # the log goes on
 
 
+def test_workers_say_what_runs_and_how_it_ended(worker, tmp_path):
+    assert worker("workers").stdout.endswith(": not running: \n")
+    worker("run", "bash", "-c", "echo started; until [ -e go ]; do sleep .05; done; exit 3")
+    eventually(tmp_path / "home/world_distill.log", "started")
+    assert worker("workers").stdout.endswith(": running: started\n")
+    (tmp_path / "home/world_distill/go").touch()
+    eventually(tmp_path / "home/world_distill.log", "exit code")
+    for _ in range(100):  # the last line is there just before the end
+        if "not running" in (said := worker("workers").stdout):
+            break
+    assert said.endswith(": not running: ended with exit code 3\n")
+
+
 def test_stop_kills_what_does_not_end(worker, tmp_path):
     worker("run", "bash", "-c", 'trap "" TERM; echo $$; echo started; while :; do sleep .1; done')
     number = eventually(tmp_path / "home/world_distill.log", "started").split()[0]
