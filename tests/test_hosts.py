@@ -39,8 +39,9 @@ def test_variables_come_together():
     "environment, peers",
     [
         ({}, False), ({"TPU_WORKER_HOSTNAMES": "localhost"}, False), ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"MEGASCALE_NUM_SLICES": "2"}, True), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2"}, True), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, False),
+        ({"SLURM_STEP_NODELIST": "n0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_STEP_NODELIST": "n[0-1]", "SLURM_NTASKS": "4"}, True),
     ],
 )  # fmt: skip
 def test_platforms_are_known(environment, peers, monkeypatch):

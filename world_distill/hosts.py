@@ -55,7 +55,8 @@ def _has_peers(environment: Mapping[str, str]) -> bool:
         "," in environment.get("TPU_WORKER_HOSTNAMES", "")
         or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
         or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
-        or ("SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS") or 1) > 1)
+        # Only what srun has started has a step; the script of a job has not, whatever its number of tasks.
+        or ("SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS") or 1) > 1)
         or (environment.get("JAX_PLATFORMS") != "cpu" and "," in _tpu_vm_hosts())
     )
 
