@@ -139,7 +139,8 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
 
     # Each phase takes what the one before gives, laid out as the compiler chose.
     key = jax.eval_shape(lambda: jax.random.key(0))
-    conditions = [_condition(config, family, mesh) for _ in range(2)]
+    tasks = settings.tasks * settings.group // settings.group_in(active)
+    conditions = [_condition(config, family, mesh, tasks) for _ in range(2)]
     roll = collector.programs(active)["rollout"]
     given = (state.lora, base, *conditions, _abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
     phase, rolled = _compile("rollout", roll, given)
@@ -175,8 +176,8 @@ def abstract_base(family, mesh: jax.sharding.Mesh) -> PyTree:
     return jax.tree.map(_abstract, shapes, tree_shardings(mesh, family.base_axes(), shapes))
 
 
-def _condition(config, family, mesh) -> Condition:
-    tasks, length, width = config.rollout.tasks, config.text_length, config.model.text_width
+def _condition(config, family, mesh, tasks: int) -> Condition:
+    length, width = config.text_length, config.model.text_width
     make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))  # noqa: E731
     return Condition(
         text=make((tasks, length, width), jnp.bfloat16),
