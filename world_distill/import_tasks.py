@@ -28,8 +28,8 @@ out with --strict. Then call encode. Called again, or after an interruption, it 
   world-distill import-tasks --folder WorldTasks --rows train/train.jsonl --field solution=long_text --out data
   world-distill import-tasks --folder WorldTasks --bench --out data --name test
 
---bench takes the benchmark's rows, which need no solution: the task then stands in its place, and the record's source
-says so. On such records base and Executor can be evaluated; a Demonstrator would be the base.
+--bench takes the benchmark's rows, which need no solution. Base and Executor can be evaluated on such records; training
+and the Demonstrator refuse them.
 """
 _TRAIN = ("train/train_filtered.jsonl", "train/train.jsonl", "train_filtered.jsonl", "train.jsonl")
 _BENCH = ("bench/bench.jsonl", "bench/test.jsonl", "bench.jsonl", "test.jsonl")

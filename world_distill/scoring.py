@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from world_distill import hosts
 from world_distill.core import metrics, sampling
-from world_distill.data.pipeline import Batch, fixed_batches
+from world_distill.data.pipeline import Batch, fixed_batches, with_solutions
 from world_distill.data.records import RecordReader
 from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.sharding import batch_sharding
@@ -109,7 +109,12 @@ class Evaluator:
     def clips(
         self, batch: Batch, base: PyTree, lora: PyTree | None, *, text: str, rows: Int[np.ndarray, " b"]
     ) -> np.ndarray:
-        """Clips [b F H W 3] uint8 for a batch of tasks, each from the noise of (seed, its number in `rows`)."""
+        """Clips [b F H W 3] uint8 for a batch of tasks, each from the noise of (seed, its number in `rows`).
+
+        Raises RecordError for `text="solution"` and a record without one.
+        """
+        if text == "solution":
+            with_solutions(batch)
         put = lambda x: hosts.place(x, self._rows)  # noqa: E731
         condition = Condition(put(batch[f"{text}_text"]), put(batch[f"{text}_mask"]), put(batch["scene"]))
         return hosts.whole(self._sample(lora, base, condition, self._key, jnp.asarray(rows)))

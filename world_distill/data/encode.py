@@ -117,11 +117,12 @@ def _encode(
             pngs = {i: pngs[i] if fitted[i] is images[i] else encode_png(fitted[i]) for i in images}
             images = fitted
         scenes = _scenes(images, encode_scene, batch)
-        texts = _texts([t for r in part for t in (r.task, r.solution)], encode_text, batch)
-        for k, record in enumerate(part):
+        texts = iter(_texts([t for r in part for t in (r.task, r.solution) if t], encode_text, batch))
+        for record in part:
             fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "source"}
             fields |= {"image_png": pngs[record.image_id], "scene": scenes[record.image_id]}
-            yield EncodedRecord(**fields, task_text=texts[2 * k], solution_text=texts[2 * k + 1])
+            task = next(texts)
+            yield EncodedRecord(**fields, task_text=task, solution_text=next(texts) if record.solution else task[:0])
         report(len(part))
 
 

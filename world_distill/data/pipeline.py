@@ -44,6 +44,16 @@ def collate(records: Sequence[EncodedRecord], text_length: int) -> Batch:
     return batch
 
 
+def with_solutions(batch: Batch) -> Batch:
+    """The batch. Raises RecordError, naming the record, if one of it has no solution to tell the Demonstrator."""
+    for record, solution in zip(batch["ids"], batch["solution"], strict=True):
+        if not solution:
+            raise RecordError(
+                f"record {record!r} has no solution for the Demonstrator: it is for evaluating what is told the task"
+            )
+    return batch
+
+
 def concatenate(batches: Sequence[Batch]) -> Batch:
     """One batch of the rows of several, in order."""
     first = batches[0]
@@ -132,7 +142,7 @@ def task_batches(
 
     Raises:
       ValueError: an argument out of its range.
-      RecordError: not encoded records, or a text longer than `text_length`.
+      RecordError: not encoded records, or a text longer than `text_length`; while reading, a record without a solution.
     """
     rows = _rows(tasks_per_step, process_index, process_count)
     if not 0 <= seed < 2**32:
@@ -143,7 +153,7 @@ def task_batches(
         grain.MapDataset.source(reader)
         .shuffle(seed=seed)
         .repeat()
-        .batch(rows, drop_remainder=True, batch_fn=lambda records: collate(records, text_length))
+        .batch(rows, drop_remainder=True, batch_fn=lambda records: with_solutions(collate(records, text_length)))
     )
     # Every n-th small batch from the p-th on: process p's contiguous part of each step's rows.
     shares = dataset[process_index::process_count]

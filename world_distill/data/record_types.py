@@ -28,7 +28,7 @@ class AnnotatedRecord:
     image_id: str  # shared by the tasks of one image
     image_png: bytes  # RGB
     task: str  # `[agent]: imperative.`
-    solution: str
+    solution: str  # empty if none is known: the task is for evaluation only
     agent: str
     kind: str
     source: dict[str, str]  # where the image and the words come from
@@ -55,7 +55,7 @@ class EncodedRecord:
     kind: str
     scene: np.ndarray  # [1 h w c] clean latent of the first frame
     task_text: np.ndarray  # [l d] true length, no padding
-    solution_text: np.ndarray  # [l d]
+    solution_text: np.ndarray  # [l d]; l is 0 if there is no solution
     image_png: bytes  # what was encoded, for reports; may be empty
 
     def to_bytes(self) -> bytes:
@@ -115,11 +115,13 @@ def _check(record: Record) -> None:
             problems.append(f"{field.name} has entries that are not text")
         elif kind is np.ndarray and not jnp.issubdtype(value.dtype, jnp.floating):
             problems.append(f"{field.name} is {value.dtype}, not floating point")
+        elif field.name == "solution_text" and not record.solution and value.ndim == 2 and value.shape[0] == 0:
+            continue
         elif kind is np.ndarray and (value.ndim != _RANKS[field.name] or value.size == 0):
             problems.append(f"{field.name} has shape {value.shape}, not {_RANKS[field.name]} axes with content")
         elif field.name == "scene" and value.shape[0] != 1:
             problems.append(f"scene has {value.shape[0]} frames, not 1")
-        elif field.name in ("id", "image_id", "task", "solution") and not value:
+        elif field.name in ("id", "image_id", "task") and not value:
             problems.append(f"{field.name} is empty")
     if problems:
         raise RecordError(f"record {getattr(record, 'id', '?')!r}: " + "; ".join(problems))

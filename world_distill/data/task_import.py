@@ -3,9 +3,8 @@
 Writes the records, NAME.unusable.jsonl with a line for each task that makes none, and NAME.card.json with what was
 understood and counted. All three depend on the data alone: importing again gives the same bytes.
 
-A task without a solution (a benchmark's) has its own text in the solution's place, and says so in
-`source["solution"]`: a record's texts are never empty, and a Demonstrator that is told no more than the task is the
-base.
+A task without a solution (a benchmark's) makes a record without one, which training and whatever is told the solution
+refuse.
 """
 
 import collections
@@ -25,7 +24,6 @@ from world_distill.data.shard_files import check_name, disk, remove_leftovers
 from world_distill.data.worldtasks import Item, Schema, Unusable
 from world_distill.interfaces import TaskPair
 
-NO_SOLUTION = "none: the task stands in its place"
 _DECODED = 16  # images kept between the tasks of one
 
 
@@ -120,13 +118,12 @@ class TaskImport:
     def _record(self, item: Item, path: pathlib.Path, digest: str, png: bytes) -> AnnotatedRecord:
         source = {"file": self._relative(path), "rows": self._relative(self.rows), "line": str(item.line)}
         source |= {"licence": self._licence} | ({"id": item.id} if item.id else {})
-        source |= {} if item.solution else {"solution": NO_SOLUTION}
         image_id = digest[:16]
         number = self._images[image_id] = self._images.get(image_id, -1) + 1
         kind = item.kind or "unspecified"
         self.kinds[kind] += 1
         record = AnnotatedRecord(
-            f"{image_id}-{number}", image_id, png, item.task, item.solution or item.task, item.agent, kind, source
+            f"{image_id}-{number}", image_id, png, item.task, item.solution, item.agent, kind, source
         )
         if self.example is None:
             texts = {name: getattr(record, name) for name in ("task", "solution", "agent", "kind")}
