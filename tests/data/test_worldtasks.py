@@ -63,6 +63,9 @@ def test_eight_tasks_a_row_keep_their_numbers_and_what_is_the_images():
         (b"{", ["not_json"]),
         (b"[" * 100_000, ["not_json"]),
         (b'"text"', ["not_an_object"]),
+        (b'{"image": "a", "task": "[a]: b", "task": "[a]: c", "solution": "s"}', ["repeated_key"]),
+        ({"image": "a", "task": TASK, "Task": OTHER, "solution": "s"}, ["repeated_key"]),
+        ({"image": "a", "note": 1, "Note": 2, "task": TASK, "solution": "s"}, [("a", TASK, "s")]),
         ({"task": TASK, "solution": SOLUTION}, ["no_image"]),
         ({"image": 3, "task": TASK, "solution": SOLUTION}, ["no_image"]),
         ({"image": "a", "solution": SOLUTION}, ["no_task"]),
@@ -80,6 +83,12 @@ def test_what_cannot_be_used_has_a_reason(row, reasons):
     found, _ = read(row)
     assert texts(found) == reasons
     assert all(isinstance(i, Item) or i.as_json()["line"] == 1 for i in found)
+
+
+def test_of_several_texts_the_task_is_the_one_that_names_an_agent():
+    found, schema = read({"image": "a", "task": "navigation", "prompt": TASK, "solution": "s"})
+    assert texts(found) == [("a", TASK, "s")]
+    assert schema.report()["ambiguous"] == [{"field": "task", "taken": "prompt", "not": "task", "tasks": 1}]
 
 
 def test_agent_of_tasks_without_one():

@@ -2,7 +2,8 @@
 
 A row is one task about one image, or one image with many: a list of objects with a task each, a list of [task,
 solution], or a list of tasks beside one of solutions. A field is known by any of its names in ALIASES, upper or lower
-case, with spaces or hyphens for underscores; where a row has several, the first counts, and it is reported.
+case, with spaces or hyphens for underscores; where a row has several, the first counts (for a task, the first that
+begins with `[agent]:`), and it is reported. A row that has a known name twice is not used.
 """
 
 import collections
@@ -30,6 +31,7 @@ ALIASES = {
     "kind": ("kind", "category", "task_type", "task_kind"),
     "id": ("id", "uid", "sample_id", "task_id", "index", "image_id"),
 }  # fmt: skip
+_KNOWN = {name for names in ALIASES.values() for name in names}
 _OF_TASK = ("task", "solution")  # fields that an image's own ones do not stand in for
 _MOST_VALUE = 200  # characters of a text in a report
 _MOST_KEYS = 40  # of a row in a report
@@ -117,7 +119,9 @@ class Schema:
         """The tasks of one line."""
         self.rows += 1
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_without_repeats)
+        except _Repeated as error:
+            return [Unusable(number, None, "repeated_key", (), shorten(str(error)))]
         except (ValueError, RecursionError) as error:
             return [Unusable(number, None, "not_json", (), shorten(type(error).__name__))]
         if not isinstance(row, dict):
@@ -205,6 +209,8 @@ class Schema:
         names = [name for name in self.aliases[field] if name in row and convert(row[name]) is not None]
         if not names:
             return None
+        if field == "task":
+            names.sort(key=lambda name: not _has_agent(convert(row[name])))
         if note:
             self.taken[field][names[0]] += 1
             self.ambiguous.update((field, names[0], other) for other in names[1:] if _clashes(field, other))
@@ -215,6 +221,12 @@ def shorten(text: str) -> str:
     """A value for a report: on one line, not long, and without what a terminal would obey."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(clean_text(text).split()))
     return text if len(text) <= _MOST_VALUE else text[: _MOST_VALUE - 1] + "…"
+
+
+def _has_agent(value: Any) -> bool:
+    """Whether a text, or one of a list, begins with `[agent]:`."""
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and _PREFIX.match(text.strip()) for text in texts)
 
 
 def _with_agent(task: str, agent: str) -> tuple[str, str]:
@@ -231,8 +243,20 @@ def _clashes(field: str, other: str) -> bool:
     return not (other == "image_id" and field in ("image", "id"))
 
 
+class _Repeated(Exception):
+    """A name that a field is known by stands twice in one object; the message is the name."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = collections.Counter(_plain_key(key) for key, _ in pairs)
+    for key, count in counts.items():
+        if count > 1 and key in _KNOWN:
+            raise _Repeated(key)
+    return dict(pairs)
+
+
 def _keyed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with plain keys; of keys that become the same, the first."""
+    """A row with plain keys; of unknown ones that become the same, the first."""
     plain: dict[str, Any] = {}
     for key, value in row.items():
         plain.setdefault(_plain_key(key), value)
