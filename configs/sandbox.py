@@ -222,6 +222,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # The run --------------------------------------------------------------------------------------------------------
     c.data = ""  # folder of encoded records (train, validation, test); empty: WORKDIR/data
+    c.train_set = "train"  # record set of that folder to learn from; `probe --keep` writes others
     c.steps = STEPS  # training steps
     c.log_every = 10  # steps
     c.save_every = 20  # steps

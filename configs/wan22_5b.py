@@ -202,6 +202,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # The run --------------------------------------------------------------------------------------------------------
     c.data = ""  # folder of encoded records (train, validation, test); empty: WORKDIR/data
+    c.train_set = "train"  # record set of that folder to learn from; `probe --keep` writes others
     c.steps = 100  # training steps (paper: 100)
     c.log_every = 1  # steps
     c.save_every = 10  # steps

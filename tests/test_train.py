@@ -293,6 +293,11 @@ def test_missing_records_name_the_file_and_the_verb(inputs, tmp_path):
         train.train(config, tmp_path / "run")
 
 
+def test_the_set_to_learn_from_is_a_setting(inputs, tmp_path):
+    with pytest.raises(RecordError, match="better"):
+        train.train(small_config(inputs, train_set="better"), tmp_path / "run")
+
+
 def test_truncated_shard_is_named(inputs, tmp_path):
     shutil.copytree(inputs / "data", tmp_path / "data")
     shard = next((tmp_path / "data").glob("train-*.arrayrecord"))

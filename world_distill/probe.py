@@ -43,7 +43,7 @@ WORKDIR, so that a call that was interrupted, or is repeated, asks nothing twice
 --keep NAME looks at all tasks and writes a record set without those on which the Demonstrator is not better: a task
 stays if, averaged over its clips and over the questions, the Demonstrator's clipped log-odds are above the Executor's.
 Equal counts as not better, as when both are sure to succeed. Tasks without an answer stay, and are counted. One clip
-tells little about one task: take --clips 4 or more.
+tells little about one task: take --clips 4 or more. To train on it: --config.train_set=NAME.
 """
 _SAMPLE = 64  # tasks
 

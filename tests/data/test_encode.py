@@ -1,5 +1,7 @@
 """Encoding: every record gets the latent of its own image and the states of its own texts, each computed once."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -73,6 +75,15 @@ class Mortal(Encoder):
         if sum(self.texts) + len(texts) > self.last:
             raise Killed
         return super().text(texts)
+
+
+def test_a_task_without_a_solution_is_encoded_without_one(tmp_path):
+    records = [annotated(0, 0), dataclasses.replace(annotated(1, 0), solution=""), annotated(2, 0)]
+    write_records(tmp_path, "bare", records, 1)
+    encoded = list(run(RecordReader(tmp_path, "bare"), tmp_path))
+    assert [r.solution_text.shape[0] for r in encoded] == [len(r.solution) for r in records]
+    for raw, new in zip(records, encoded, strict=True):
+        assert "".join(chr(int(c)) for c in new.task_text[:, 0]) == raw.task
 
 
 def test_each_record_gets_its_own(reader, tmp_path):

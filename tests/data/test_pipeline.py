@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from world_distill.data.pipeline import collate, fixed_batches, task_batches
+from world_distill.data.pipeline import collate, fixed_batches, task_batches, with_solutions
 from world_distill.data.records import AnnotatedRecord, EncodedRecord, RecordError, RecordReader, write_records
 
 COUNT, LONGEST = 11, 6
@@ -190,3 +190,18 @@ def test_fixed_batches_visit_each_record_once_in_order(reader, batch_size, proce
         assert set(np.array(ids)[weight == 0]) <= {"r10"}
         real += list(np.array(ids)[weight == 1])
     assert real == [f"r{i}" for i in range(COUNT)]
+
+
+def test_a_task_without_a_solution_is_not_for_training(tmp_path):
+    bare = dataclasses.replace(make(1), solution="", solution_text=np.zeros((0, 4), np.float32))
+    write_records(tmp_path, "set", [make(0), bare], 1)
+    reader = RecordReader(tmp_path, "set")
+    assert reader[1].solution == "" and reader[1].solution_text.shape == (0, 4)
+    with pytest.raises(RecordError, match=r"record 'r1' has no solution for the Demonstrator"):
+        next(start(reader, tasks_per_step=2))
+    (batch,) = fixed_batches(reader, 2, text_length=LONGEST)  # told the task, models can be evaluated on it
+    assert not batch["solution_mask"][1].any() and batch["task_mask"][1].any()
+    with pytest.raises(RecordError, match=r"record 'r1' has no solution"):
+        with_solutions(batch)
+    with pytest.raises(RecordError, match="solution_text has shape"):
+        dataclasses.replace(bare, solution="It moves.").to_bytes()
