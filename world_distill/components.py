@@ -83,14 +83,16 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
       UserError: the processes of the job do not find together, or cannot share out the CPU devices.
     """
     count = hosts.start()
-    if config.host_devices % count:
-        raise UserError(f"config.host_devices = {config.host_devices} does not divide by {count} processes")
-    own = config.host_devices // count
+    own = max(config.host_devices // count, 1)
     if jax.config.jax_num_cpu_devices < own and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Too late if JAX is in use already (a notebook): then take the devices that there are.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", own)
     devices = jax.devices()
+    if devices[0].platform == "cpu" and config.host_devices % jax.process_count():
+        raise UserError(
+            f"config.host_devices = {config.host_devices} does not divide by {jax.process_count()} processes"
+        )
     if devices[0].platform == "cpu" and jax.process_count() == 1:
         devices = devices[: config.host_devices]
     return make_mesh(**config.mesh.to_dict(), devices=devices)

@@ -106,7 +106,7 @@ def generate(args: argparse.Namespace, config) -> tuple[int, int]:
     video_io.require_mp4()
     settings = _settings(args, config)
     mesh = components.start_devices(config)
-    family = components.make_family(config)
+    family = components.make_family(config, mesh)
     lora, settings["executor"] = _load_executor(args.executor, config, family, mesh)
     base = functools.cache(lambda: components.load_base(family, config, mesh))
     rows = args.batch or len(mesh.devices.flat)

@@ -125,7 +125,7 @@ def pretrain(config, workdir, *, command: str) -> dict:
     """Runs (or continues) pretraining; returns steps, last loss and the path of the weights."""
     settings = config.pretrain
     mesh = components.start_devices(config)
-    family = components.make_family(config)
+    family = components.make_family(config, mesh)
     source = components.make(config, "clips")
     state, step_fn = make_training(config, family, mesh)
     rows = batch_sharding(mesh)
