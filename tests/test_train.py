@@ -266,6 +266,15 @@ def test_off_policy_states_are_the_demonstrators(inputs, tmp_path):
 # ---- Bad input
 
 
+def test_a_password_in_an_address_never_reaches_the_disk(inputs, tmp_path):
+    config = small_config(inputs)
+    with config.unlocked():
+        config.judge.options.servers = ("http://localhost:8000/v1", "https://me:hunter2@host/v1")
+    with pytest.raises(UserError, match=r"config\.judge\.options\.servers holds .* password.*api_key_env") as caught:
+        train.train(config, tmp_path)
+    assert "hunter2" not in str(caught.value) and not any(p.is_file() for p in tmp_path.rglob("*"))
+
+
 def test_a_folder_of_another_config_is_refused_before_anything_is_written(inputs, tmp_path):
     train.train(small_config(inputs, **VARIANTS["distill"], steps=2), tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}

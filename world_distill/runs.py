@@ -7,6 +7,7 @@ and `data/` where the config names no other records.
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from world_distill import arguments, components, converted, optim
 from world_distill.checkpoints import Checkpointer
-from world_distill.config import UserError, diff, from_json, override, to_json
+from world_distill.config import UserError, diff, from_json, leaves, override, to_json
 from world_distill.core.schedules import piecewise_linear
 from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.judges.cache import JudgmentCache
@@ -28,6 +29,8 @@ from world_distill.objectives import init_state
 from world_distill.scoring import Evaluator
 from world_distill.sharding import like_weights, replicated, tree_shardings
 from world_distill.structs import PyTree, TrainState
+
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
 
 # What may change between two calls on the same folder: how long, how talkatively and how well audited, not what is
 # trained.
@@ -206,9 +209,16 @@ def check_folder(config, workdir: pathlib.Path) -> None:
     """Writes the config into a new folder; refuses the folder of another run.
 
     Raises:
-      UserError: the folder's config differs in what is trained; every differing key is named.
+      UserError: the folder's config differs in what is trained, every differing key is named; or the config holds a
+        password, which does not belong on a disk.
     """
     path = workdir / "config.json"
+    secret = [key for key, value in leaves(config).items() if _PASSWORD.search(str(value))]
+    if secret:
+        raise UserError(
+            f"config.{secret[0]} holds an address with a password, which config.json and checkpoints would keep: leave "
+            "it out, and name the environment variable that holds the key in api_key_env"
+        )
     if path.exists():
         lines = [line for line in diff(from_json(path.read_text()), config) if not is_free(line.partition(":")[0])]
         if lines:
