@@ -26,6 +26,7 @@ EXTRAS = {
     ],
     "colab": ["ipywidgets>=8", "matplotlib>=3.9"],
     "test": [
+        "pyarrow>=16",
         "av>=14",
         "openai>=1.60",
         "pytest>=8",
