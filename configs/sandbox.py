@@ -150,6 +150,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rollout.group = 4  # rollouts a task (paper: 24)
     c.rollout.spread = True  # a task for every rollout while there is no RL, which alone needs groups
     c.rollout.role = "executor"  # or demonstrator: off-policy distillation
+    c.rollout.micro_batch = 0  # rollouts on their way at once, over all devices; 0: all of a step
     c.rollout.staleness = 0  # 1: roll the next step's clips while these are judged, an update behind
     c.rollout.weights = ConfigDict()
     c.rollout.weights.task = 1.0  # lambda_task: was it done

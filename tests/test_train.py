@@ -189,7 +189,7 @@ def test_devices_and_mesh_do_not_change_the_result(variant, inputs, tmp_path):
     states = []
     for name, overrides in {
         "one": {"host_devices": 1},
-        "eight": {"host_devices": 8, "mesh.data": 4, "mesh.fsdp": 2},
+        "eight": {"host_devices": 8, "mesh.data": 4, "mesh.fsdp": 2, "rollout.micro_batch": 4},  # of 8
     }.items():
         config = small_config(inputs, **VARIANTS[variant], **smooth, steps=2, **overrides)
         train.train(config, tmp_path / name)

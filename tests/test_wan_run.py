@@ -1,6 +1,7 @@
 """Wan from scenes to a LoRA file, on 8 devices: encode, train, evaluate, export, import, generate."""
 
 import json
+import math
 import re
 import shutil
 
@@ -19,7 +20,7 @@ from world_distill.judges.server import ServerJudge
 from world_distill.logs import read_log
 from world_distill.lora_files import read_lora
 from world_distill.models.lora import merge
-from world_distill.sharding import batch_sharding, make_mesh, tree_shardings
+from world_distill.sharding import batch_sharding, make_mesh, replicated, tree_shardings
 from world_distill.structs import Condition
 from world_distill.tensor_files import TensorFileError
 
@@ -154,12 +155,27 @@ def condition_of(text, scene):
 
 def test_clips_decoded_a_few_at_a_time_are_the_same(opened):
     latents = jax.random.normal(jax.random.key(3), (4, *opened.family.latent_shape))
-    base = jax.device_put(opened.base, jax.devices()[0])
-    whole = jax.jit(opened.family.decode)(base, latents)
-    family = components.make_family(config_of(**{"model.rows": 2}))
+    base = {"vae": jax.device_put(opened.base["vae"], jax.devices()[0])}
+    whole = jax.jit(components.make_family(config_of(**{"model.piece": 0})).decode)(base, latents)
+    family = components.make_family(config_of(**{"model.rows": 2, "model.piece": 1}))
     np.testing.assert_allclose(jax.jit(family.decode)(base, latents).astype(int), whole.astype(int), atol=1)
-    with pytest.raises(ValueError, match="does not divide 3 clips"):
+    with pytest.raises(ValueError, match="2 rows at a time do not divide 3"):
         family.decode(base, latents[:3])
+
+
+def test_a_clip_is_decoded_in_parts_on_many_devices(opened):
+    latents = jax.random.normal(jax.random.key(3), (2, *opened.family.latent_shape))
+    found = []
+    for shape in ({"data": 1, "context": 1, "tensor": 1}, {"data": 2, "context": 2, "tensor": 2}):
+        mesh = make_mesh(fsdp=1, **shape, devices=jax.devices()[: math.prod(shape.values())])
+        family = components.make_family(config_of(**{"model.piece": 2}), mesh)
+        base, placed = jax.device_put(({"vae": jax.device_get(opened.base["vae"])}, latents), replicated(mesh))
+        found.append(jax.jit(family.decode).lower(base, placed).compile())
+        clips = found[-1](base, placed)
+        found[-1] = clips, found[-1].memory_analysis().temp_size_in_bytes
+    (one, needs), (many, less) = found
+    np.testing.assert_allclose(one.astype(int), many.astype(int), atol=1)
+    assert less < needs / 4 and many.sharding.shard_shape(many.shape) != many.shape
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "comfy"])

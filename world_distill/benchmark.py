@@ -1,6 +1,7 @@
 """`world-distill benchmark`: how fast each part of a training step is, and what the loop adds to them.
 
-    rollout       the Executor's sampler steps and the decoding of clips
+    rollout       the Executor's sampler steps
+    decode        clips from latents
     demonstrator  velocities at all visited states
     judge         all questions about all clips, without the cache
     update        the optimiser updates of one step
@@ -96,6 +97,7 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     batch, _ = collector(state, base, tasks, key, last)
     jobs = {
         "rollout": lambda: jax.block_until_ready(parts.roll()),
+        "decode": lambda: jax.block_until_ready(parts.decode()),
         "judge": parts.judge,
         "update": lambda: jax.block_until_ready(step(state, base, batch)),
     }

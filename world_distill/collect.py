@@ -29,7 +29,7 @@ from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.judging import judge_clips
 from world_distill.judges.rubric import Rubric
 from world_distill.objectives import Objective
-from world_distill.sharding import batch_sharding, replicated
+from world_distill.sharding import batch_sharding, map_rows, replicated
 from world_distill.structs import Condition, Judgment, PyTree, Rollout, TrainBatch, TrainState
 
 DISTILL = "distill"
@@ -44,6 +44,7 @@ class Collection:
       group: rollouts of each task.
       spread: while L_RL has no weight, give each of the `tasks` x `group` rollouts a task of its own: RL compares
         rollouts of one task, distillation learns the more from different ones.
+      micro_batch: rollouts on their way at once, over all devices; 0: all of a step.
       staleness: 1: a step's clips are rolled before the update of the step before, so that the device need not wait
         for the judge (`experience`); 0: exactly on-policy.
       role: who rolls: "executor" (on-policy) or "demonstrator" (off-policy distillation).
@@ -59,6 +60,7 @@ class Collection:
     tasks: int
     group: int
     spread: bool
+    micro_batch: int
     staleness: int
     role: str
     weights: Mapping[str, float]
@@ -121,6 +123,7 @@ class Parts(NamedTuple):
     """The pieces of collecting a batch, as functions without arguments."""
 
     roll: Callable[[], Any]
+    decode: Callable[[], Any]
     show: Callable[[], Any] | None
     judge: Callable[[], Judgment]
 
@@ -155,7 +158,7 @@ class Collector:
             raise ValueError("rollout.staleness = 1 needs AWM's ratio: set objective.awm_old to start or ema")
         mask = family.free_frames
 
-        def roll(lora, base, task: Condition, solution: Condition, key, first_row, *, diffusion, group, decode):
+        def roll(lora, base, task: Condition, solution: Condition, key, first_row, *, diffusion, group):
             def grow(tree):
                 tree = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
                 return jax.lax.with_sharding_constraint(tree, self._rows)
@@ -164,15 +167,21 @@ class Collector:
             rows = first_row + jnp.arange(task.text.shape[0])
             keys = sampling.sample_keys(key, rows)
             executor = settings.role == "executor"
-            rollout = sampling.rollout(
-                family.denoise, base, lora if executor else None, task if executor else solution, keys,
-                times=grid, latent_shape=family.latent_shape, frame_mask=mask, diffusion=diffusion,
-                keep_states=needs_states,
-            )  # fmt: skip
-            clips = family.decode(base, rollout.latents) if decode else None
-            if decode and jax.process_count() > 1:  # each is looked at by one process
-                clips = jax.lax.with_sharding_constraint(clips, self._rows)
-            return rollout, task, solution, clips
+
+            def some(condition, keys):
+                rollout = sampling.rollout(
+                    family.denoise, base, lora if executor else None, condition, keys, times=grid,
+                    latent_shape=family.latent_shape, frame_mask=mask, diffusion=diffusion, keep_states=needs_states,
+                )  # fmt: skip
+                return _steps_first(rollout)
+
+            rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
+            return _steps_first(rollout), task, solution
+
+        def decode(base, latents):
+            clips = family.decode(base, latents)
+            # Each is looked at by one process.
+            return jax.lax.with_sharding_constraint(clips, self._rows) if jax.process_count() > 1 else clips
 
         def show(base, rollout: Rollout, solution: Condition):
             if settings.role == "demonstrator":
@@ -180,8 +189,12 @@ class Collector:
             else:
 
                 def at(state_and_time):
-                    x, t = state_and_time
-                    return family.denoise(base, None, x, jnp.full(x.shape[:1], t), solution)
+                    state, t = state_and_time
+
+                    def some(x, solution):
+                        return family.denoise(base, None, x, jnp.full(x.shape[:1], t), solution)
+
+                    return map_rows(some, settings.micro_batch, state, solution)
 
                 shown = jax.lax.map(at, (rollout.states, jnp.asarray(grid[:-1], jnp.float32)))
             return shown, losses.distillation_reward(rollout.velocities, shown, grid, mask)
@@ -193,11 +206,12 @@ class Collector:
                     roll,
                     diffusion=diffusion if active else None,
                     group=settings.group_in(active),
-                    decode=active and bool(self._questions),  # what nobody looks at stays latent
-                )  # fmt: skip
+                )
             )
             for active in (True, False)
         }
+        # A program of its own: it takes as long to compile as a step, and its memory is free again for the next one.
+        self._decode = jax.jit(decode)
         self._show = jax.jit(show) if demonstrates else None
         self._keeps_log_probs = objective.rl == "flow_grpo"
         self._finish = jax.jit(lambda r: jnp.concatenate([r.states, r.latents[None]])) if needs_states else None
@@ -225,7 +239,9 @@ class Collector:
         """
         started = time.perf_counter()
         active = self._objective.rl_active(step)
-        rollout, task, solution, clips = self._roll[active](lora, base, *self._conditions(tasks), *_key(key, step))
+        rollout, task, solution = self._roll[active](lora, base, *self._conditions(tasks), *_key(key, step))
+        # What nobody looks at stays latent.
+        clips = self._decode(base, rollout.latents) if active and self._questions else None
         shown = reward = None
         if self._show is not None:
             shown, reward = self._show(base, rollout, solution)
@@ -266,10 +282,11 @@ class Collector:
         """The pieces of a call, each to be run alone (benchmarks)."""
         conditions, at = self._conditions(tasks), _key(key, step)
         roll = self._roll[self._objective.rl_active(step)]
-        rollout, _, solution, clips = roll(state.lora, base, *conditions, *at)
-        frames = np.asarray(clips)
+        rollout, _, solution = roll(state.lora, base, *conditions, *at)
+        frames = np.asarray(self._decode(base, rollout.latents))
         return Parts(
             roll=lambda: roll(state.lora, base, *conditions, *at),
+            decode=lambda: self._decode(base, rollout.latents),
             show=None if self._show is None else lambda: self._show(base, rollout, solution),
             judge=lambda: self._ask(tasks, frames, np.arange(len(frames))),
         )
@@ -285,8 +302,9 @@ class Collector:
         return self._keeps_log_probs
 
     def programs(self, active: bool) -> dict[str, Any]:
-        """The jitted functions of a step, to be looked at: `rollout`, and `demonstrator` or None."""
-        return {"rollout": self._roll[active], "demonstrator": self._show}
+        """The jitted functions of a step, to be looked at: `rollout`; `decode` and `demonstrator`, or None."""
+        decode = self._decode if active and self._questions else None
+        return {"rollout": self._roll[active], "decode": decode, "demonstrator": self._show}
 
     def _conditions(self, tasks: Mapping[str, Any]) -> tuple[Condition, Condition]:
         # Every device gets every task: they are few and small, and need not divide by the devices as the rollouts do.
@@ -359,6 +377,12 @@ class Collector:
 def _key(key: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
     """A step's key, and the first row's number in it."""
     return jax.random.fold_in(key, step), jnp.zeros((), jnp.int32)
+
+
+def _steps_first(rollout: Rollout) -> Rollout:
+    """States [k b ...] become [b k ...], and the other way round; clips stay as they are."""
+    swapped = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), rollout.replace(latents=None))
+    return swapped.replace(latents=rollout.latents)
 
 
 def _mean(values: np.ndarray) -> float:

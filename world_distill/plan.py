@@ -147,7 +147,7 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
     if wanted("rollout"):
         yield phase
     if rolled is not None:
-        rollout, task, solution, _ = rolled
+        rollout, task, solution = rolled
         shown = None
         show = collector.programs(active)["demonstrator"]
         if show is not None:
@@ -163,7 +163,9 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
             )  # fmt: skip
             yield _compile("update", step, (state, base, batch))[0]
         if wanted("decode"):
-            yield _compile("decode", jax.jit(family.decode), (base, rollout.latents), calls=0)[0]
+            decode = collector.programs(active)["decode"]
+            calls = int(decode is not None)
+            yield _compile("decode", decode or jax.jit(family.decode), (base, rollout.latents), calls=calls)[0]
     if wanted("encode") and family.image_size:
         images = jax.ShapeDtypeStruct((config.encode_batch, *family.image_size, 3), np.uint8, sharding=replicated(mesh))
         encode = jax.jit(family.encode_traceable)

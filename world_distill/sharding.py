@@ -13,8 +13,10 @@ replicated on every device, and nothing says so.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -105,6 +107,44 @@ def constrain(mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...]) ->
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, dividing_spec(mesh, names, x.shape)))
+
+
+def spread_pixels(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """Frames [b f h w c] with rows along data and fsdp, and width or height along context and along tensor.
+
+    Width is divided first; what divides neither by an axis of the mesh is not divided by it.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    parts: dict[int, tuple[str, ...]] = {2: (), 3: ()}
+    for axis in ("context", "tensor"):
+        for dim in (3, 2):
+            ways = math.prod(mesh.shape[name] for name in (*parts[dim], axis))
+            if x.shape[dim] % ways == 0:
+                parts[dim] += (axis,)
+                break
+    rows = dividing_spec(mesh, ("batch",), x.shape[:1])[0]
+    spec = PartitionSpec(rows, None, parts[2] or None, parts[3] or None, None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def map_rows(function: Callable[..., PyTree], rows: int, *trees: PyTree) -> PyTree:
+    """`function(*trees)` of arrays [b ...], for `rows` of the rows at a time; 0: all at once.
+
+    Neighbouring rows lie on one device: each turn takes some of every device's.
+
+    Raises:
+      ValueError: `rows` does not divide b.
+    """
+    count = jax.tree.leaves(trees)[0].shape[0]
+    if not rows or count <= rows:
+        return function(*trees)
+    if count % rows:
+        raise ValueError(f"{rows} rows at a time do not divide {count}")
+    turns = count // rows
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows, turns, *x.shape[1:]), 1, 0), trees)
+    done = jax.lax.map(lambda part: function(*part), parts)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(count, *x.shape[2:]), done)
 
 
 def dividing_spec(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:

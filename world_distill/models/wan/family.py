@@ -21,6 +21,7 @@ from world_distill.models.params import Entry, our_shapes
 from world_distill.models.wan import vae
 from world_distill.models.wan.modeling import WanConfig, WanDiT
 from world_distill.models.wan.params import LINEARS, published_configs, transformer_entries, vae_entries
+from world_distill.sharding import map_rows
 from world_distill.structs import Condition, PyTree
 
 # Texts are padded to so many tokens, with zeros that attend like any other token: so the model was trained.
@@ -139,18 +140,10 @@ class WanFamily:
 
     def decode(self, base: PyTree, latents: jax.Array) -> jax.Array:
         def some(latents):
-            clips = vae.decode(base["vae"], latents, self.codec, piece=self.piece)
+            clips = vae.decode(base["vae"], latents, self.codec, piece=self.piece, mesh=self.config.mesh)
             return jnp.round((clips.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
 
-        count = latents.shape[0]
-        if not self.rows or count <= self.rows:
-            return some(latents)
-        if count % self.rows:
-            raise ValueError(f"model.rows = {self.rows} does not divide {count} clips")
-        # Neighbouring rows lie on one device: each turn takes one of them from every device.
-        turns = jnp.moveaxis(latents.reshape(self.rows, count // self.rows, *latents.shape[1:]), 1, 0)
-        clips = jnp.moveaxis(jax.lax.map(some, turns), 0, 1)
-        return clips.reshape(count, *clips.shape[2:])
+        return map_rows(some, self.rows, latents)
 
     def encode_traceable(self, base: PyTree, images: jax.Array) -> jax.Array:
         """`encode_scene` of arrays on devices, to be jitted."""

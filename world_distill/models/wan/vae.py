@@ -2,20 +2,24 @@
 
 A clip of 1 + 4k frames becomes 1 + k latent frames; the first stands for the first frame alone. Convolutions look back
 in time only, and the layers that halve or double the frame rate leave the first frame alone. So a clip can be worked
-off in pieces: the first frame, then any number of latent frames at a time, if every convolution remembers the frames
-that it looks back to (`_Tape`). Pieces and whole give the same result; pieces bound the memory.
+off in pieces, any number of latent frames at a time, if every convolution remembers the frames that it looks back to
+(`_Tape`). Pieces and whole give the same result; pieces bound the memory. On several devices, each has a part of the
+width or height of a clip, and the compiler has them exchange their borders.
 
 Weights are nested dicts of arrays, kernels [t h w i o]; clips are [b F H W 3], latents [b f h w c].
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from world_distill.sharding import spread_pixels
 from world_distill.structs import PyTree
 
 
@@ -85,12 +89,26 @@ def encode(
 
 
 def decode(
-    weights: PyTree, latents: Float[Array, "b f h w c"], config: VaeConfig, *, piece: int = 0
+    weights: PyTree,
+    latents: Float[Array, "b f h w c"],
+    config: VaeConfig,
+    *,
+    piece: int = 0,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b F H W 3"]:
-    """Normalised latents to clips in [-1, 1]; arguments as for `encode`."""
-    p = config.patch
+    """Normalised latents to clips in [-1, 1].
+
+    Args:
+      weights: `decoder`, `post_quant`, and each latent channel's `mean` and `std` are used.
+      latents: of whole clips.
+      config: sizes.
+      piece: latent frames worked on at a time; 0: all at once.
+      mesh: devices that rows, height and width are spread over.
+    """
+    p, lay = config.patch, functools.partial(spread_pixels, mesh)
     z = (latents.astype(jnp.float32) * weights["std"] + weights["mean"]).astype(weights["post_quant"]["kernel"].dtype)
-    x = _in_pieces(lambda z, tape: _decoder(weights, z, config, tape), z, piece)
+    run = lambda z, tape: _decoder(weights, z, config, tape)  # noqa: E731
+    x = _in_even_pieces(run, z, piece, lay) if piece else run(z, _Tape(lay=lay))
     b, frames, height, width, c = x.shape
     x = x.reshape(b, frames, height, width, c // (p * p), p, p).transpose(0, 1, 2, 6, 3, 5, 4)
     return jnp.clip(x.reshape(b, frames, height * p, width * p, -1), -1.0, 1.0)
@@ -99,13 +117,15 @@ def decode(
 class _Tape:
     """What the convolutions remember of earlier frames, in the order in which they are called."""
 
-    def __init__(self, carried: Sequence[Array] | None = None):
+    def __init__(self, carried: Sequence[Array] | None = None, lay: Callable[[Array], Array] = lambda x: x):
         self.first = carried is None  # whether this piece begins with the clip's first frame
         self._carried = iter(carried or ())
+        self._lay = lay
         self.kept: list[Array] = []
 
     def extend(self, x: Array, count: int) -> Array:
         """x with the `count` frames before it: zeros before the first."""
+        x = self._lay(x)
         before = jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype) if self.first else next(self._carried)
         x = jnp.concatenate([before, x], axis=1)
         self.kept.append(x[:, -count:])
@@ -116,6 +136,55 @@ class _Tape:
         joined = x if self.first else jnp.concatenate([next(self._carried), x], axis=1)
         self.kept.append(x[:, -1:])
         return joined
+
+
+class _EvenTape(_Tape):
+    """That of a piece that is as long as every other: the clip's first frame is the last of the first piece.
+
+    What stands before it there is nothing: the convolutions see zeros. One program serves all pieces, then.
+    """
+
+    def __init__(self, carried: Sequence[Array] | None, begins: Array, lay: Callable[[Array], Array]):
+        """`begins` tells the first piece, when the program runs; without `carried`, zeros were before."""
+        super().__init__(carried, lay)
+        self.first, self._begins, self._blank = False, begins, carried is None
+
+    def extend(self, x: Array, count: int, *, doubled: bool = False) -> Array:
+        """As in `_Tape`; `doubled` leaves the first frame out, too."""
+        x = self._lay(x)
+        there = jnp.arange(x.shape[1]) >= x.shape[1] - (0 if doubled else 1)
+        x = jnp.where((there | ~self._begins)[:, None, None, None], x, 0)
+        before = jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype) if self._blank else next(self._carried)
+        x = jnp.concatenate([before, x], axis=1)
+        self.kept.append(x[:, -count:])
+        return x
+
+    def keep_first(self, x: Array, pairs: Array) -> Array:
+        """`pairs`, two frames for each of `x`, but in the first piece the first frame as it was."""
+        return jnp.where(self._begins, jnp.repeat(x, 2, axis=1), pairs)
+
+
+def _in_even_pieces(run: Callable[[Array, _Tape], Array], x: Array, piece: int, lay: Callable[[Array], Array]) -> Array:
+    """`run` over a clip, `piece` frames at a time, of which the first time only the last counts."""
+    rest = x.shape[1] - 1
+    count = 1 + -(-rest // piece)
+    # What is filled in at the end comes after everything else, and so changes nothing.
+    x = jnp.pad(x, [(0, 0), (piece - 1, (count - 1) * piece - rest)] + [(0, 0)] * (x.ndim - 2))
+    pieces = jnp.moveaxis(x.reshape(x.shape[0], count, piece, *x.shape[2:]), 1, 0)
+
+    def step(carried, job):
+        part, number = job
+        tape = _EvenTape(carried, number == 0, lay)
+        y = run(part, tape)
+        return tape.kept, y
+
+    shapes, _ = jax.eval_shape(step, None, (pieces[0], jnp.int32(0)))
+    carried = [lay(jnp.zeros(shape.shape, shape.dtype)) for shape in shapes]
+    _, ys = jax.lax.scan(step, carried, (pieces, jnp.arange(count)))
+    ys = jnp.moveaxis(ys, 0, 1)
+    ys = ys.reshape(ys.shape[0], -1, *ys.shape[3:])
+    each = ys.shape[1] // count
+    return ys[:, each - 1 : each + rest * each // piece]
 
 
 def _in_pieces(run: Callable[[Array, _Tape], Array], x: Array, piece: int) -> Array:
@@ -213,12 +282,13 @@ def _attention(p: PyTree, x: Array) -> Array:
 def _double_time(p: PyTree, x: Array, tape: _Tape) -> Array:
     """Two frames for each, but one for the clip's first, which the others do not see."""
     head, rest = (x[:, :1], x[:, 1:]) if tape.first else (x[:, :0], x)
-    joined = tape.extend(rest, 2)
+    even = isinstance(tape, _EvenTape)
+    joined = tape.extend(rest, 2, doubled=True) if even else tape.extend(rest, 2)
     if not rest.shape[1]:
         return head
     b, f, h, w, c = rest.shape
-    pairs = _conv(p, joined).reshape(b, f, h, w, 2, c).transpose(0, 1, 4, 2, 3, 5)
-    return jnp.concatenate([head, pairs.reshape(b, 2 * f, h, w, c)], axis=1)
+    pairs = _conv(p, joined).reshape(b, f, h, w, 2, c).transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * f, h, w, c)
+    return tape.keep_first(x, pairs) if even else jnp.concatenate([head, pairs], axis=1)
 
 
 def _average(x: Array, outputs: int, time: int, space: int) -> Array:
