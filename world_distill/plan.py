@@ -10,6 +10,7 @@ import argparse
 import collections
 import dataclasses
 import itertools
+import math
 import os
 import re
 import time
@@ -30,9 +31,10 @@ from world_distill.structs import Condition, PyTree, TrainBatch
 HELP = """\
 Compile every phase of a training step for a TPU slice, without having one, and say whether it fits.
 
-Phases: rollout (with decoding, where clips are judged), the Demonstrator's velocities, the update, decoding alone and
-the encoding of scenes. For each: memory a chip against what the chip has, compile time, operations, collectives, and a
-time predicted from the chip's peak at --utilisation. Needs the extra `tpu` (for its compiler); weights are never made.
+Phases: the rollout, the Demonstrator's velocities, the update, the decoding of clips and the encoding of scenes. For
+each: memory a chip (what the program needs and what lies beside it) against what the chip has, compile time,
+operations, collectives, and a time predicted from the chip's peak at --utilisation. Needs the extra `tpu` (for its
+compiler); weights are never made.
 Ends with exit code 1 if a phase does not fit, and names the largest arrays.
 
   world-distill plan --config wan22_5b:wmsd --topology v5p:2x2x1
@@ -56,6 +58,7 @@ class Phase:
     temporaries: float | None = None
     output: float | None = None
     peak: float | None = None
+    beside: float = 0.0  # what else lies in the memory meanwhile: parts of the base and of the state not read here
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
     problem: str = ""
     largest: list[str] = dataclasses.field(default_factory=list)
@@ -143,15 +146,17 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
     conditions = [_condition(config, family, mesh, tasks) for _ in range(2)]
     roll = collector.programs(active)["rollout"]
     given = (state.lora, base, *conditions, _abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
-    phase, rolled = _compile("rollout", roll, given)
+    held = (base, state)
+    phase, rolled = _compile("rollout", roll, given, held)
     if wanted("rollout"):
         yield phase
     if rolled is not None:
         rollout, task, solution = rolled
+        held += rolled
         shown = None
         show = collector.programs(active)["demonstrator"]
         if show is not None:
-            phase, result = _compile("demonstrator", show, (base, rollout, solution))
+            phase, result = _compile("demonstrator", show, (base, rollout, solution), held)
             shown = None if result is None else result[0]
             if wanted("demonstrator"):
                 yield phase
@@ -161,15 +166,16 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
                 make_train_step(family, objective, runs.make_optimizer(config, family, base), grid, diffusion),
                 out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)), donate_argnums=0,
             )  # fmt: skip
-            yield _compile("update", step, (state, base, batch))[0]
+            yield _compile("update", step, (state, base, batch), held)[0]
         if wanted("decode"):
             decode = collector.programs(active)["decode"]
             calls = int(decode is not None)
-            yield _compile("decode", decode or jax.jit(family.decode), (base, rollout.latents), calls=calls)[0]
+            given = base, rollout.latents
+            yield _compile("decode", decode or jax.jit(family.decode), given, held, calls=calls)[0]
     if wanted("encode") and family.image_size:
         images = jax.ShapeDtypeStruct((config.encode_batch, *family.image_size, 3), np.uint8, sharding=replicated(mesh))
         encode = jax.jit(family.encode_traceable)
-        yield _compile("encode", encode, (base, images), calls=0)[0]
+        yield _compile("encode", encode, (base, images), base, calls=0)[0]
 
 
 def abstract_base(family, mesh: jax.sharding.Mesh) -> PyTree:
@@ -207,8 +213,11 @@ def _abstract(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _compile(name: str, function: Any, given: tuple, *, calls: int = 1) -> tuple[Phase, PyTree | None]:
-    """The phase, and its abstract result as the compiler lays it out (None if it refuses)."""
+def _compile(name: str, function: Any, given: tuple, held: PyTree, *, calls: int = 1) -> tuple[Phase, PyTree | None]:
+    """The phase, and its abstract result as the compiler lays it out (None if it refuses).
+
+    `held` is what lies in the memory all the time, read by this program or not.
+    """
     traced = function.trace(*given)
     phase = Phase(name, flops.count(traced.jaxpr), calls, 0.0)
     started = time.perf_counter()
@@ -227,9 +236,16 @@ def _compile(name: str, function: Any, given: tuple, *, calls: int = 1) -> tuple
     phase.temporaries = memory.temp_size_in_bytes / GIB
     phase.output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
     phase.peak = memory.peak_memory_in_bytes / GIB
+    phase.beside = max(_bytes((given, held)) / GIB - phase.arguments, 0.0)
     phase.collectives = collectives(compiled.as_text())
     result = jax.tree.map(_abstract, traced.out_info, compiled.output_shardings)
     return phase, result
+
+
+def _bytes(tree: PyTree) -> float:
+    """On one device, of all different arrays of a tree."""
+    arrays = {id(x): x for x in jax.tree.leaves(tree)}.values()
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * getattr(x.dtype, "itemsize", 4) for x in arrays)
 
 
 def collectives(hlo: str) -> dict[str, int]:
@@ -266,7 +282,7 @@ def summary(config, devices: list[Any], plan: list[Phase], utilisation: float) -
         "rollouts_per_step": config.rollout.tasks * config.rollout.group,
         "utilisation": utilisation,
         "phases": [dataclasses.asdict(phase) for phase in plan],
-        "fits": not any(phase.problem for phase in plan),
+        "fits": not any(phase.problem or (chip and phase.peak + phase.beside > chip.hbm_gib) for phase in plan),
     }
     if chip:
         seconds = sum(p.flops * p.calls for p in plan) / (len(devices) * chip.tflops * 1e12 * utilisation)
@@ -283,7 +299,9 @@ def describe(result: dict[str, Any]) -> list[str]:
     has = f" of {chip['hbm_gib']:g}" if chip else ""
     mesh = " ".join(f"{name}={size}" for name, size in result["mesh"].items())
     lines = [f"{result['devices']} x {result['kind']}, mesh {mesh}, {result['rollouts_per_step']} rollouts a step"]
-    lines.append(f"{'phase':>13}  {'peak GiB' + has:>17}  args  temps  output  compile s       PFLOP  collectives")
+    lines.append(
+        f"{'phase':>13}  {'peak GiB' + has:>17}  (args  temps  output  beside)  compile s       PFLOP  collectives"
+    )
     for phase in result["phases"]:
         if phase["problem"]:
             lines.append(f"{phase['name']:>13}  does not fit: {phase['problem']}")
@@ -291,14 +309,18 @@ def describe(result: dict[str, Any]) -> list[str]:
             continue
         counts = ", ".join(f"{n} {kind}" for kind, n in phase["collectives"].items()) or "none"
         lines.append(
-            f"{phase['name']:>13}  {phase['peak']:17.2f}  {phase['arguments']:4.1f}  {phase['temporaries']:5.1f}  "
-            f"{phase['output']:6.1f}  {phase['compile_seconds']:9.0f}  {phase['flops'] / 1e15:10.2f}  {counts}"
+            f"{phase['name']:>13}  {phase['peak'] + phase['beside']:17.2f}  ({phase['arguments']:4.1f}  "
+            f"{phase['temporaries']:5.1f}  {phase['output']:6.1f}  {phase['beside']:6.1f})  "
+            f"{phase['compile_seconds']:9.0f}  {phase['flops'] / 1e15:10.2f}  {counts}"
         )
     if "step_seconds" in result and result["fits"]:
         lines.append(
             f"predicted, at {result['utilisation']:.0%} of {chip['tflops']:g} TFLOP/s a chip: "
             f"{result['step_seconds']:.3g} s a step, {result['judge_requests_per_second']:.1f} judge requests a second"
         )
+    if chip:
+        over = [p["name"] for p in result["phases"] if not p["problem"] and p["peak"] + p["beside"] > chip["hbm_gib"]]
+        lines += [f"{name}: the program fits, but not beside what else lies in the memory" for name in over]
     lines.append("fits" if result["fits"] else "does not fit")
     return lines
 
@@ -315,7 +337,7 @@ def _search(args: argparse.Namespace, config, devices: list[Any], only: tuple[st
         except ValueError as error:
             arguments.say(f"{text}: {error}")
             continue
-        peak = max((phase["peak"] or 0.0) for phase in result["phases"])
+        peak = max((phase["peak"] or 0.0) + phase["beside"] for phase in result["phases"])
         tried.append(result | {"change": change})
         arguments.say(
             f"{text}: {'fits, ' + format(peak, '.2f') + ' GiB at most' if result['fits'] else 'does not fit'}"
@@ -343,6 +365,6 @@ def candidates(config, devices: int) -> Iterator[dict[str, Any]]:
             if per_update % micro == 0 and micro % fsdp == 0:
                 yield {
                     "mesh.data": 1, "mesh.fsdp": fsdp, "mesh.context": context, "mesh.tensor": 1,
-                    "model.remat": remat, "model.rows": fsdp,
+                    "model.remat": remat, "model.rows": fsdp, "rollout.micro_batch": fsdp,
                     "objective.micro_batch": 0 if micro == per_update else micro,
                 }  # fmt: skip
