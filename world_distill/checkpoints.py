@@ -2,8 +2,8 @@
 
 A checkpoint has three items: the train state (arrays by path), the state of the data iterator (JSON text), and metadata
 (JSON: config, fingerprint, versions). Orbax writes into a temporary folder and renames it when all is there, so a run
-that is killed leaves no half checkpoint under a step's name. `Checkpointer` checks that again, and that the run which
-reads is the run that wrote.
+that is killed leaves no half checkpoint under a step's name. `Checkpointer` checks that again, that every array has the
+bits that were saved (by check sums in the metadata), and that the run which reads is the run that wrote.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import pathlib
 import platform
 import re
 import secrets
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from world_distill.config import UserError
 from world_distill.structs import PyTree
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "world-distill")
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _DTYPES = {"bool", "bfloat16", "float16", "float32", "float64"}
 _DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
@@ -82,6 +84,7 @@ class Checkpointer:
         self.directory = epath.Path(path if "://" in path else os.path.abspath(path))
         self.save_every = save_every
         self._tidied = False
+        self._damaged: set[int] = set()  # steps that look whole, but could not be read
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=async_,
@@ -123,7 +126,8 @@ class Checkpointer:
         if not (force or step % self.save_every == 0 or self._manager.reached_preemption(step)):
             return False
         arrays, keys = _flatten(state)
-        saved = dict(metadata) | {"step": step, "keys": keys}
+        sums = {"sums": _sums(arrays), "iterator_sum": zlib.crc32(iterator_state)}
+        saved = dict(metadata) | {"step": step, "keys": keys} | sums
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
             iterator=ocp.args.JsonSave({"state": iterator_state.decode()}),
@@ -158,7 +162,10 @@ class Checkpointer:
     def restore_latest(
         self, abstract_state: PyTree, *, expect: Mapping[str, Any] | None = None
     ) -> tuple[PyTree, bytes, dict[str, Any]] | None:
-        """The newest whole checkpoint as (state, iterator_state, metadata), or None.
+        """The newest undamaged checkpoint as (state, iterator_state, metadata), or None in an empty folder.
+
+        One that is not whole, cannot be read or holds other bits than were saved is passed over with a warning, and
+        put aside (`torn-STEP-…`) at the first `save`.
 
         Args:
           abstract_state: the state's structure: `ShapeDtypeStruct`s (or arrays) with the shardings to restore to, which
@@ -167,34 +174,54 @@ class Checkpointer:
 
         Raises:
           CheckpointError: another config (every differing key is listed), another structure, shape or dtype (every path
-            is listed), or a damaged checkpoint.
+            is listed), or there are checkpoints, but none that is undamaged.
         """
         self.wait()
-        step = self.latest_step()
-        if step is None:
-            if self._manager.all_steps():
-                # Not the same as an empty folder: to begin anew without a word would throw a run away.
-                raise CheckpointError(f"{self.directory}: none of steps {self._manager.all_steps()} can be opened")
-            return None
-        where = f"{self.directory / str(step)}"
-        metadata = self._json(step, "metadata")
-        if expect is not None:
-            _check_same_run(metadata, expect, where)
-        wanted = _abstract_arrays(abstract_state)
-        found = self._manager.item_metadata(step)["state"]
-        _check_same_arrays(getattr(found, "tree", found), wanted, where)
-        try:
-            items = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), iterator=ocp.args.JsonRestore())
-            )
-        except Exception as error:
-            others = [s for s in self._manager.all_steps() if s < step]
+        self._manager.reload()
+        steps, wanted, damage = self._manager.all_steps(), _abstract_arrays(abstract_state), {}
+        for step in sorted(steps, reverse=True):
+            if not self._is_whole(step):
+                damage[step] = "not whole"
+            else:
+                metadata, where = self._json(step, "metadata"), f"{self.directory / str(step)}"
+                if expect is not None:
+                    _check_same_run(metadata, expect, where)
+                found = self._manager.item_metadata(step)["state"]
+                _check_same_arrays(getattr(found, "tree", found), wanted, where)
+                arrays, iterator, problem = self._read(step, wanted, metadata)
+                if not problem:
+                    return _unflatten(abstract_state, arrays, metadata["keys"], where), iterator, metadata
+                damage[step] = problem
+                self._damaged.add(step)
+            logging.warning("%s: the checkpoint of step %d is passed over: %s", self.directory, step, damage[step])
+        if steps:
+            # Not the same as an empty folder: to begin anew without a word would throw a run away.
             raise CheckpointError(
-                f"{where}: damaged ({_first_line(error)}); delete that folder to go on from"
-                f" {f'step {max(others)}' if others else 'the start'}"
-            ) from error
-        state = _unflatten(abstract_state, items["state"], metadata["keys"], where)
-        return state, items["iterator"]["state"].encode(), metadata
+                f"{self.directory}: none of steps {sorted(steps)} can be read ({damage[max(steps)]}); mend what keeps"
+                " them from being read, or delete the folder to begin anew"
+            )
+        return None
+
+    def _read(
+        self, step: int, wanted: PyTree, metadata: Mapping[str, Any]
+    ) -> tuple[dict[str, jax.Array], bytes, str | None]:
+        """A step's (arrays, iterator state, what is wrong with them or None), the last the same on all processes."""
+        arrays, iterator, problem = {}, b"", None
+        try:
+            # Not by the manager, which waits for all processes when it has read: one that fails would not come.
+            folder, args = self.directory / str(step) / "state", ocp.args.StandardRestore(wanted)
+            arrays = ocp.StandardCheckpointHandler().restore(folder, args=args)
+            iterator = self._json(step, "iterator")["state"].encode()
+        except Exception as error:  # the file system, TensorStore and Orbax each have their own
+            problem = _first_line(error)
+        if _anywhere(problem is not None):
+            return {}, b"", problem or "another process cannot read it"
+        # TensorStore notices a file that is cut off, but not a block of zeros in one, as a crash may leave it.
+        sums = metadata.get("sums", {})
+        differ = [path for path, value in _sums(arrays).items() if sums.get(path, value) != value]
+        if metadata.get("iterator_sum", zlib.crc32(iterator)) != zlib.crc32(iterator):
+            differ.append("the data iterator")
+        return arrays, iterator, f"{', '.join(differ)} differ from what was saved" if differ else None
 
     def wait(self) -> None:
         """Waits for what is being written. Raises CheckpointError if that failed."""
@@ -240,14 +267,14 @@ class Checkpointer:
             return
         # All processes look, since Orbax reads in step; then one acts while the others wait.
         self._manager.reload()
-        torn = [str(step) for step in self._manager.all_steps() if not self._is_whole(step)]
+        torn = [str(step) for step in self._manager.all_steps() if step in self._damaged or not self._is_whole(step)]
         _barrier("look")
         if jax.process_index() == 0:
             for path in self.directory.iterdir():
                 if ".orbax-checkpoint-tmp" in path.name:
                     path.rmtree()
                 elif path.name in torn:
-                    logging.warning("%s is not whole, and is renamed", path)
+                    logging.warning("%s is damaged, and is renamed", path)
                     path.rename(path.with_name(f"torn-{path.name}-{secrets.token_hex(4)}"))
         _barrier("tidied")
         self._manager.reload()
@@ -269,6 +296,31 @@ class Checkpointer:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"world_distill.checkpoints.{name}")
+
+
+def _anywhere(condition: bool) -> bool:
+    """Whether it holds on any process."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.array(condition)).any())
+
+
+def _sums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """A check sum of each array, the same however it lies on the devices."""
+    # One at a time: they have few shapes in common, and so are few programs.
+    return {path: int(value) for path, value in jax.device_get({p: _sum(x) for p, x in arrays.items()}).items()}
+
+
+@jax.jit
+def _sum(x: jax.Array) -> jax.Array:
+    """Sum of (2 i + 1) w_i over the 32-bit words w of an array, modulo 2^32: any change of one word changes it."""
+    bits = x.astype(jnp.uint8) if x.dtype == bool else x
+    words = jax.lax.bitcast_convert_type(bits, _WORDS[min(bits.dtype.itemsize, 4)]).astype(jnp.uint32)
+    place, stride = jnp.uint32(1), 2
+    for axis in reversed(range(words.ndim)):  # not flattened, which would move it between devices
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    return jnp.sum(words * place, dtype=jnp.uint32)
 
 
 def _first_line(error: Exception) -> str:
