@@ -116,10 +116,12 @@ def supervise(processes: Sequence[subprocess.Popen], signals: list[int], grace: 
     """
     handed_on, code, kill_at = 0, 0, float("inf")
     while running := [process for process in processes if process.poll() is None]:
-        failed = [process.returncode for process in processes if process.returncode]
+        failed = [index for index, process in enumerate(processes) if process.returncode]
         if failed and not code:
-            code = failed[0]
+            code = processes[failed[0]].returncode
             if not handed_on:  # else they know and may be saving, which a second SIGTERM would cut short
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                sys.stderr.write(f"multiprocess.py: process {failed[0]} ended with {how}; ending the others\n")
                 send(running, signal.SIGTERM)
             kill_at = min(kill_at, time.monotonic() + grace)
         if len(signals) > handed_on:

@@ -5,13 +5,18 @@ The same functions work in a single process, where they do nothing or little.
 
 import glob
 import hashlib
+import itertools
 import os
+import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 from absl import logging
+from jax._src import distributed  # its client has no public name
 from jax.experimental import multihost_utils
 
 from world_distill.config import UserError
@@ -19,7 +24,10 @@ from world_distill.config import UserError
 # What a launcher sets where the platform does not say it (launch/README.md); otherwise JAX finds out by itself.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _TPU_VM_HOSTS = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-_HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends the job
+SILENCE_SECONDS = 45  # a process that is silent for so long ends the job, with a message of ours
+_HEARTBEAT_SECONDS = 60  # and for so long, with JAX's own: where process 0 has died, or Python does not get to run
+_BEATS = "world_distill/beats/"
+LOST = 69  # exit code of a process that has lost another one (EX_UNAVAILABLE)
 
 
 def start(environment: Mapping[str, str] = os.environ) -> int:
@@ -44,9 +52,44 @@ def start(environment: Mapping[str, str] = os.environ) -> int:
         if count > 1 and not jax.distributed.is_initialized():
             logging.info("process %s of %s", index, processes)
             jax.distributed.initialize(address, count, int(index), heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+            _watch_others()
     elif _has_peers(environment) and not jax.distributed.is_initialized():
         jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        _watch_others()
     return count
+
+
+def _watch_others() -> None:
+    """Ends this process within `SILENCE_SECONDS` of another one's death, and says so: it would wait for that for ever.
+
+    Every process counts up under its number in the memory that JAX's service has for all, and reads the others' counts.
+    """
+    state = distributed.global_state
+    threading.Thread(target=_watch, args=(state.client, state.process_id), name="watch", daemon=True).start()
+
+
+def _watch(client, own: int) -> None:
+    counts: dict[str, str] = {}
+    heard: dict[str, float] = {}
+    for beat in itertools.count():
+        try:
+            client.key_value_set(f"{_BEATS}{own}", str(beat), allow_overwrite=True)
+            found = dict(client.key_value_dir_get(_BEATS))
+        except jax.errors.JaxRuntimeError:  # the job is ending, or process 0 has died, to which JAX sees itself
+            found = counts
+        now = time.monotonic()
+        heard |= {name: now for name, count in found.items() if counts.get(name) != count}
+        counts = found
+        silent = [name.removeprefix(_BEATS) for name, when in heard.items() if now - when > SILENCE_SECONDS]
+        if silent and counts.get(f"{_BEATS}{own}") == str(beat):
+            sys.stderr.write(
+                f"error: process {', '.join(sorted(silent))} of this job has died or hangs (nothing heard for"
+                f" {SILENCE_SECONDS} s): look at what it said last. Process {own} ends, too; the same command, on all,"
+                " goes on from the newest checkpoint\n"
+            )
+            sys.stderr.flush()
+            os._exit(LOST)  # an ordinary end would wait for the others
+        time.sleep(SILENCE_SECONDS / 9)
 
 
 def _has_peers(environment: Mapping[str, str]) -> bool:

@@ -91,6 +91,7 @@ def test_when_one_process_fails_the_others_end_and_its_exit_code_is_returned():
 def test_a_process_that_a_signal_ended_counts_as_failed():
     done = launch(*CPU, "sh", "-c", "[ $JAX_PROCESS_ID = 0 ] && kill -9 $$; sleep 60")
     assert done.returncode == 128 + signal.SIGKILL
+    assert done.stderr == "multiprocess.py: process 0 ended with SIGKILL; ending the others\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
