@@ -39,7 +39,7 @@ def clips(*levels):
 
 def watched(audit, *levels):
     names = [f"r{level}" for level in levels]
-    audit.watch(clips(*levels), names, names, names)
+    audit.watch(clips(*levels), np.arange(len(names)), {"ids": names, "task": names, "agent": names})
 
 
 def test_figures_are_those_of_the_clips_that_both_judged(tmp_path):

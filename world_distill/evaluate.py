@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from world_distill import arguments, components, held_out, report, runs
+from world_distill import arguments, components, held_out, hosts, report, runs
 from world_distill.config import UserError
 from world_distill.data.records import RecordReader
 from world_distill.scoring import Verdict, breakdown, markdown, summarise
@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         tables.append(markdown(result[f"by_{by}"], first=("group", "name")))
     if audit is not None:
         tables.append(held_out.markdown(result["held_out"]))
+    if not hosts.is_main():
+        return 0
     arguments.write_json(args.workdir / "evaluation.json", result)
     arguments.write_text(args.workdir / "evaluation.md", "\n\n".join(tables) + "\n")
     page = report.build(args.workdir, args.workdir / "evaluation.html")

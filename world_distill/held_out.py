@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from world_distill import components, runs
+from world_distill import components, hosts, runs
 from world_distill.collect import Collection
 from world_distill.config import UserError
 from world_distill.core.metrics import rank_correlation
@@ -48,17 +48,25 @@ class HeldOut:
         self._cache = cache
         self._scores: list[dict[str, np.ndarray]] = []
 
-    def watch(self, clips: np.ndarray, ids: Sequence[str], tasks: Sequence[str], agents: Sequence[str]) -> None:
-        """Has clips [n F H W 3] uint8 judged, for `take`."""
-        scores = {}
-        for name, (judge, rubric), questions in (
-            ("held", self._held, self._held[1].names),
-            ("reward", self._reward, self._compared),
-        ):
-            if questions:
+    def watch(self, clips: np.ndarray, own: np.ndarray, records: Mapping[str, Sequence[str]]) -> None:
+        """Has clips [n F H W 3] uint8 judged, for `take`: each clip by the process that looks after it.
+
+        Args:
+          clips: those of this process.
+          own: their numbers among all.
+          records: `ids`, `task` and `agent` of all clips.
+        """
+        ids, tasks, agents = ([records[name][i] for i in own] for name in ("ids", "task", "agent"))
+        parts = []
+        for (judge, rubric), questions in ((self._held, self._held[1].names), (self._reward, self._compared)):
+            found = np.zeros((len(own), len(questions)))
+            if questions and len(own):
                 judgment = judge_clips(judge, self._cache, clips, tasks, agents, rubric, questions, records=ids)
-                scores |= {f"{name}/{question}": values for question, values in judgment.scores.items()}
-        self._scores.append(scores)
+                found = np.stack([judgment.scores[question] for question in questions], axis=1)
+            parts.append(found)
+        names = [f"held/{q}" for q in self._held[1].names] + [f"reward/{q}" for q in self._compared]
+        joined = hosts.join_rows(own, np.concatenate(parts, axis=1), len(records["ids"]))
+        self._scores.append(dict(zip(names, joined.T, strict=True)))
 
     def take(self, reference: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Figures of what was watched since the last call, by `QUESTION/FIGURE`; `QUESTION` alone is the rate.

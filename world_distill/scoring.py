@@ -8,7 +8,7 @@ A clip depends on (seed, record, weights) alone: the same starting noise for eve
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,7 @@ class Evaluator:
             )  # fmt: skip
             return family.decode(base, rollout.latents)
 
-        self._sample = jax.jit(sample)
+        self._sample = jax.jit(sample, out_shardings=self._rows)
 
     def run(
         self,
@@ -74,9 +74,9 @@ class Evaluator:
         text: str,
         limit: int = 0,
         keep: Callable[[str, np.ndarray], None] | None = None,
-        watch: Callable[[np.ndarray, Sequence[str], Sequence[str], Sequence[str]], None] | None = None,
+        watch: Callable[[np.ndarray, np.ndarray, Mapping[str, Sequence[str]]], None] | None = None,
     ) -> list[Verdict]:
-        """Verdicts on one clip a record.
+        """Verdicts on one clip a record, the same on every process; each clip is looked at by one of them.
 
         Args:
           reader: encoded records.
@@ -84,26 +84,30 @@ class Evaluator:
           lora: the Executor; None is the base model.
           text: "task" or "solution": what the model is told.
           limit: look at the first `limit` records only; 0 takes all.
-          keep: called with each record's id and its clip [F H W 3] uint8.
-          watch: called with each batch's clips [n F H W 3], and its records' ids, tasks and agents.
+          keep: called with each record's id and its clip [F H W 3] uint8, on every process.
+          watch: called with the clips [n F H W 3] of each batch that this process is to look at, their numbers in the
+            batch, and `ids`, `task` and `agent` of all its records; on every process, if without clips.
         """
         verdicts: list[Verdict] = []
         total = min(limit or len(reader), len(reader))
         for number, batch in enumerate(fixed_batches(reader, self._batch, text_length=self._text_length)):
             if number * self._batch >= total:
                 break
-            clips = self.clips(batch, base, lora, text=text, rows=np.arange(self._batch) + number * self._batch)
+            sampled = self._clips(batch, base, lora, text, np.arange(self._batch) + number * self._batch)
             count = min(int(batch["weight"].sum()), total - number * self._batch)
+            own, clips = hosts.own_rows(sampled)
+            own, clips = own[own < count], clips[own < count]
             if watch is not None:
-                watch(clips[:count], batch["ids"][:count], batch["task"][:count], batch["agent"][:count])
-            scores = self._benchmark.check(clips[:count], batch["task"][:count], batch["image_png"][:count])
+                watch(clips, own, {name: batch[name][:count] for name in ("ids", "task", "agent")})
+            scores = hosts.join_rows(own, self._check(clips, own, batch), count)
             for i in range(count):
-                answers = {q: float(scores[q][i]) for q in QUESTIONS}
+                answers = dict(zip(QUESTIONS, scores[i].tolist(), strict=True))
                 verdicts.append(
                     Verdict(batch["ids"][i], batch["task"][i], batch["agent"][i], batch["kind"][i], answers)
                 )
-                if keep is not None:
-                    keep(batch["ids"][i], clips[i])
+            if keep is not None:
+                for name, clip in zip(batch["ids"][:count], hosts.whole(sampled)[:count], strict=True):
+                    keep(name, clip)
         return verdicts
 
     def clips(
@@ -113,11 +117,21 @@ class Evaluator:
 
         Raises RecordError for `text="solution"` and a record without one.
         """
+        return hosts.whole(self._clips(batch, base, lora, text, rows))
+
+    def _check(self, clips: np.ndarray, own: np.ndarray, batch: Batch) -> np.ndarray:
+        """What the benchmark says [n, questions] about clips, whose numbers in the batch are `own`."""
+        if not len(own):
+            return np.zeros((0, len(QUESTIONS)))
+        scores = self._benchmark.check(clips, [batch["task"][i] for i in own], [batch["image_png"][i] for i in own])
+        return np.stack([np.asarray(scores[question], np.float64) for question in QUESTIONS], axis=1)
+
+    def _clips(self, batch: Batch, base: PyTree, lora: PyTree | None, text: str, rows: np.ndarray) -> jax.Array:
         if text == "solution":
             with_solutions(batch)
         put = lambda x: hosts.place(x, self._rows)  # noqa: E731
         condition = Condition(put(batch[f"{text}_text"]), put(batch[f"{text}_mask"]), put(batch["scene"]))
-        return hosts.whole(self._sample(lora, base, condition, self._key, jnp.asarray(rows)))
+        return self._sample(lora, base, condition, self._key, jnp.asarray(rows))
 
 
 def summarise(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
