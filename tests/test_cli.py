@@ -153,6 +153,12 @@ def test_last_override_counts_and_values_may_hold_anything(capsys, config):
     assert got["train"]["arg"] == "a=b --c" and got["workdir"] == "elsewhere"
 
 
+def test_a_bucket_is_no_workdir_but_there_are_settings_for_one(capsys, config):
+    with pytest.raises(SystemExit):
+        cli.main(["fake", "--config", config, "--workdir", "gs://bucket/run"])
+    assert "set --config.checkpoints=gs://bucket/run (and --config.judge.cache" in capsys.readouterr().err
+
+
 def test_seed_is_short_for_the_configs_seed(capsys, config):
     assert settings(capsys, "--config", config, "--seed", "9")["seed"] == 9
     message = error(capsys, "fake", "--config", config, "--seed", "9", "--config.seed=8")

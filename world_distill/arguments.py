@@ -35,11 +35,20 @@ def add_workdir(parser: argparse.ArgumentParser, default: str | None = None) -> 
     parser.add_argument(
         "--workdir",
         metavar="DIR",
-        type=pathlib.Path,
+        type=_local_folder,
         default=pathlib.Path(default) if default else None,
         required=default is None,
         help="folder of this run; an interrupted run continues from what it finds there" + _default(default),
     )
+
+
+def _local_folder(text: str) -> pathlib.Path:
+    if "://" in text:  # a path would make one slash of the two, and then a folder of it
+        raise argparse.ArgumentTypeError(
+            f"{text} is an address, and this is a folder of a file system. To keep what matters in a bucket, take a"
+            f" folder and set --config.checkpoints={text} (and --config.judge.cache={text.rstrip('/')}/judgments)"
+        )
+    return pathlib.Path(text)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

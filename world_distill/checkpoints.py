@@ -128,6 +128,7 @@ class Checkpointer:
         arrays, keys = _flatten(state)
         sums = {"sums": _sums(arrays), "iterator_sum": zlib.crc32(iterator_state)}
         saved = dict(metadata) | {"step": step, "keys": keys} | sums
+        saved["sum"] = _text_sum(saved)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
             iterator=ocp.args.JsonSave({"state": iterator_state.decode()}),
@@ -249,9 +250,11 @@ class Checkpointer:
     def _is_whole(self, step: int) -> bool:
         """Whether all items of a step are there and can be opened (their arrays are not read)."""
         try:
+            metadata = self._json(step, "metadata")
             return (
                 self._manager.item_metadata(step)["state"] is not None
-                and self._json(step, "metadata")["step"] == step
+                and metadata["step"] == step
+                and metadata.get("sum", _text_sum(metadata)) == _text_sum(metadata)
                 and "state" in self._json(step, "iterator")
             )
         except Exception as error:  # whatever a torn folder makes Orbax say
@@ -303,6 +306,11 @@ def _anywhere(condition: bool) -> bool:
     if jax.process_count() == 1:
         return condition
     return bool(multihost_utils.process_allgather(np.array(condition)).any())
+
+
+def _text_sum(metadata: Mapping[str, Any]) -> int:
+    """A check sum of a checkpoint's metadata, but for itself."""
+    return zlib.crc32(json.dumps({k: v for k, v in metadata.items() if k != "sum"}, sort_keys=True).encode())
 
 
 def _sums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:

@@ -1,0 +1,68 @@
+"""Training in processes of its own, one or several to a job, as fault tests start, kill and start again."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+from world_distill import hosts
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CODE = """
+    import pathlib, sys
+    sys.path[:0] = [{tests!r}, {root!r}]
+    from small import small_config
+    from world_distill import cli, hosts, train
+    hosts.SILENCE_SECONDS = 5
+    inputs, workdir = map(pathlib.Path, sys.argv[1:3])
+    {before}
+    config = small_config(inputs, **{overrides!r})
+    train.arguments.config_from = lambda args: config
+    sys.exit(cli.main(["train", "--config", "sandbox", "--workdir", str(workdir)]))
+"""
+
+
+def start(inputs, workdir, *overrides, before="", environment=()):
+    """A process for each set of overrides, sharing the CPU devices; `before` is code that it runs first."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    jobs = []
+    for index, given in enumerate(overrides):
+        places = dict(tests=str(ROOT / "tests"), root=str(ROOT), overrides=given, before=before)
+        code = textwrap.dedent(CODE).format(**places)
+        flags = os.environ["XLA_FLAGS"]
+        if len(overrides) > 1:
+            flags = flags.replace("--xla_force_host_platform_device_count=8", "")
+        values = (f"localhost:{port}", str(len(overrides)), str(index))
+        variables = dict(zip(hosts.VARIABLES, values, strict=True)) | {"XLA_FLAGS": flags} | dict(environment)
+        command = [sys.executable, "-c", code, str(inputs), str(workdir)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        jobs.append(subprocess.Popen(command, env=os.environ | variables, text=True, **pipes))
+    return jobs
+
+
+def finish(jobs, timeout=240):
+    """(exit codes, what each said)."""
+    try:
+        said = [job.communicate(timeout=timeout)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    return [job.returncode for job in jobs], said
+
+
+def logged(workdir) -> int:
+    """Steps that a run has logged."""
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(condition, jobs, timeout=200):
+    """Until it holds, or a process has ended."""
+    deadline = time.monotonic() + timeout
+    while not condition() and all(job.poll() is None for job in jobs) and time.monotonic() < deadline:
+        time.sleep(0.01)
