@@ -67,9 +67,9 @@ def random_weights(family, seed: int):
     return redraw(jax.eval_shape(family.init_base, jax.random.key(0)), seed)
 
 
-def make_inputs(folder: pathlib.Path) -> None:
-    """Writes the base weights and the records that `small_config` names."""
-    config = small_config(folder)
+def make_inputs(folder: pathlib.Path, **overrides) -> None:
+    """Writes the base weights and the records that `small_config` names, with the same overrides."""
+    config = small_config(folder, **overrides)
     family = components.make_family(config)
     save_weights(folder / "base.safetensors", random_weights(family, 7), {"note": "random"})
     prepare.make_records(config, folder / "data")

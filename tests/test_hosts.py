@@ -1,29 +1,28 @@
 """Jobs of several processes: what they agree on, and that they train as one process does."""
 
 import json
-import os
-import pathlib
+import random
 import re
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import time
 
 import jax
+import jobs
 import numpy as np
 import pytest
 from small import VARIANTS, make_inputs, small_config
-from test_train import final_states
+from test_train import assert_same, final_states
 
+from tests.effort import KILLS
 from world_distill import hosts, train
 from world_distill.config import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 # See test_train: entries of vanishing gradient, and rows on either side of a clip, would follow the rounding of sums.
-SMOOTH = {"optimizer.eps": 1e-3, "objective.awm_temperature": 1.0, "host_devices": 4, "steps": 2}
-RUN = VARIANTS["awm"] | SMOOTH | {"rollout.staleness": 1, "evaluate_every": 2}
+SMOOTH = {"optimizer.eps": 1e-3, "objective.awm_temperature": 1.0, "host_devices": 4}
+STEPS = 6
+SIZES = {"model.depth": 1, "sampler.steps": 2, "objective.updates": 1, "scenes.validation": 4, "steps": STEPS}
+EVALUATION = {"evaluate_every": 2, "evaluate_batch": 4, "held_out.factory": "world_distill.sandbox.factories:oracle"}
+RUN = VARIANTS["awm"] | SMOOTH | SIZES | EVALUATION | {"rollout.staleness": 1}
 
 
 def test_variables_come_together():
@@ -52,78 +51,91 @@ def test_platforms_are_known(environment, peers, monkeypatch):
     assert hosts._has_peers(environment) and hosts._has_peers(environment | {"JAX_PLATFORMS": "cpu"}) == peers
 
 
-CODE = """
-    import pathlib, sys
-    sys.path[:0] = [{tests!r}, {root!r}]
-    from small import small_config
-    from world_distill import train
-    inputs, workdir = map(pathlib.Path, sys.argv[1:3])
-    overrides = {overrides!r}
-    train.train(small_config(inputs, **overrides), workdir)
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder, **SIZES)
+    return folder
+
+
+# Says how many clips each process's benchmark is shown, and how many questions its held-out judge is asked.
+COUNTING = """
+from world_distill import components
+make = components.make
+def counting(config, section):
+    made, name = make(config, section), {"benchmark": "check", "held_out": "ask"}.get(section)
+    if name:
+        function = getattr(made, name)
+        setattr(made, name, lambda first, *rest: [print(section, len(first), flush=True), function(first, *rest)][1])
+    return made
+components.make = counting
 """
 
 
-def start_jobs(inputs, workdir, *overrides):
-    """A process for each set of overrides, on 2 CPU devices each."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    jobs = []
-    for index, given in enumerate(overrides):
-        code = textwrap.dedent(CODE).format(tests=str(ROOT / "tests"), root=str(ROOT), overrides=given)
-        flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-        values = (f"localhost:{port}", str(len(overrides)), str(index))
-        environment = os.environ | dict(zip(hosts.VARIABLES, values, strict=True)) | {"XLA_FLAGS": flags}
-        command = [sys.executable, "-c", code, str(inputs), str(workdir)]
-        jobs.append(
-            subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
-    return jobs
-
-
-def finish(jobs, timeout=240):
-    try:
-        said = [job.communicate(timeout=timeout) for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-    return [job.returncode for job in jobs], ["".join(texts) for texts in said]
-
-
-def test_two_processes_train_as_one(tmp_path):
-    make_inputs(tmp_path)
-    config = small_config(tmp_path, **RUN)
-    train.train(config, tmp_path / "one")
-    codes, said = finish(start_jobs(tmp_path, tmp_path / "two", RUN, RUN))
+@pytest.fixture(scope="module")
+def two(inputs, tmp_path_factory):
+    """(folder, words of each process) of a job of two that nothing befalls."""
+    folder = tmp_path_factory.mktemp("two")
+    codes, said = jobs.finish(jobs.start(inputs, folder, RUN, RUN, before=COUNTING))
     assert codes == [0, 0], said
-    (one, data), (two, other) = final_states(config, tmp_path / "one", tmp_path / "two")
-    assert data == other
-    for a, b in zip(jax.tree.leaves(one.lora), jax.tree.leaves(two.lora), strict=True):
+    return folder, said
+
+
+def test_two_processes_train_as_one(inputs, two, tmp_path):
+    config = small_config(inputs, **RUN)
+    train.train(config, tmp_path)
+    folder, said = two
+    (one, data), (other, other_data) = final_states(config, tmp_path, folder)
+    assert data == other_data
+    for a, b in zip(jax.tree.leaves(one.lora), jax.tree.leaves(other.lora), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
     lines = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (tmp_path, folder)
     ]
     for a, b in zip(*lines, strict=True):  # judged in two places, each clip once
         assert a.keys() == b.keys()
-        np.testing.assert_allclose(a.get("reward/total", 0), b.get("reward/total", 0), atol=1e-4)
-    assert len(list((tmp_path / "two").glob("judgments-*.sqlite"))) == 2
-    assert "step 2/2" in said[0] and "step 2/2" not in said[1]
+        same = [name for name in a if name.startswith(("validation/", "held_out/")) or name == "reward/total"]
+        one, other = ([np.nan if line[name] is None else line[name] for name in same] for line in (a, b))
+        np.testing.assert_allclose(one, other, atol=1e-3)
+    assert len(list(folder.glob("judgments-*.sqlite"))) == 2
+    assert "step 2/" in said[0] and "step 2/" not in said[1]
+    for text in said:  # of four clips, three questions about each, at every evaluation
+        assert re.findall(r"benchmark (\d+)", text) == ["2"] * (STEPS // 2)
+        assert re.findall(r"held_out (\d+)", text) == ["6"] * (STEPS // 2)
 
-    # Another config on one of them stops both, before anything is trained.
-    codes, said = finish(start_jobs(tmp_path, tmp_path / "other", RUN, RUN | {"steps": 3}))
+
+def test_another_config_on_one_of_them_stops_all_before_anything_is_trained(inputs, tmp_path):
+    codes, said = jobs.finish(jobs.start(inputs, tmp_path, RUN, RUN | {"steps": 3}))
     assert all(codes) and all("process 1 has another config than process 0" in text for text in said), said
 
 
-def test_all_processes_save_after_the_same_step_when_one_is_told_to_stop(tmp_path):
-    make_inputs(tmp_path)
-    run = RUN | {"steps": 1000, "evaluate_every": 0}
-    jobs = start_jobs(tmp_path, tmp_path / "run", run, run)
-    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
-    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    jobs[1].send_signal(signal.SIGTERM)
-    codes, said = finish(jobs)
-    steps = [re.search(r"told to stop: saved after step (\d+)", text)[1] for text in said]
-    assert all(codes) and steps[0] == steps[1], said
-    assert (tmp_path / "run" / "checkpoints" / steps[0]).is_dir()
+def test_a_job_goes_on_as_if_none_had_been_killed_or_told_to_stop(inputs, two, tmp_path):
+    rng, faults, wanted = random.Random(0), 0, max(KILLS // 3, 2)
+    while faults < wanted:
+        workdir, codes = tmp_path / f"run {faults}", []
+        while faults < wanted and codes != [0, 0]:
+            job = jobs.start(inputs, workdir, RUN | {"save_every": 1}, RUN | {"save_every": 1})
+            done, kill = jobs.logged(workdir), (1 - faults % 2)
+            jobs.wait_for(lambda w=workdir, n=done: jobs.logged(w) > n, job)
+            time.sleep(rng.uniform(0, 0.5) if faults > 1 else 0)
+            victim = rng.randrange(2) if faults > 1 else 1
+            job[victim].send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+            began = time.monotonic()
+            codes, said = jobs.finish(job)
+            if codes == [0, 0]:
+                continue
+            if kill:
+                assert time.monotonic() - began < 30 and codes[victim] == -signal.SIGKILL, said
+                if victim == 1:
+                    assert codes[0] == hosts.LOST and "process 1 of this job has died or hangs" in said[0], said
+                else:  # JAX ends the others itself
+                    assert codes[1] not in (0, 75) and "most likely indicates that another task died" in said[1], said
+            else:
+                assert codes == [75, 75], said
+                steps = [re.search(r"told to stop: saved after step (\d+)", text)[1] for text in said]
+                assert steps[0] == steps[1] and (workdir / "checkpoints" / steps[0]).is_dir()
+            faults += 1
+        if codes != [0, 0]:
+            codes, said = jobs.finish(jobs.start(inputs, workdir, RUN, RUN))
+        assert codes == [0, 0], said
+        assert_same(*final_states(small_config(inputs, **RUN), two[0], workdir))
