@@ -30,10 +30,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from world_distill.config import UserError
+from world_distill.core.check_sum import check_sum
 from world_distill.structs import PyTree
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "world-distill")
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _DTYPES = {"bool", "bfloat16", "float16", "float32", "float64"}
 _DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
@@ -314,21 +314,9 @@ def _text_sum(metadata: Mapping[str, Any]) -> int:
 
 
 def _sums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """A check sum of each array, the same however it lies on the devices."""
+    """A check sum of each array."""
     # One at a time: they have few shapes in common, and so are few programs.
-    return {path: int(value) for path, value in jax.device_get({p: _sum(x) for p, x in arrays.items()}).items()}
-
-
-@jax.jit
-def _sum(x: jax.Array) -> jax.Array:
-    """Sum of (2 i + 1) w_i over the 32-bit words w of an array, modulo 2^32: any change of one word changes it."""
-    bits = x.astype(jnp.uint8) if x.dtype == bool else x
-    words = jax.lax.bitcast_convert_type(bits, _WORDS[min(bits.dtype.itemsize, 4)]).astype(jnp.uint32)
-    place, stride = jnp.uint32(1), 2
-    for axis in reversed(range(words.ndim)):  # not flattened, which would move it between devices
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    return jnp.sum(words * place, dtype=jnp.uint32)
+    return {path: int(value) for path, value in jax.device_get(jax.tree.map(check_sum, dict(arrays))).items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,8 @@ A verb is a module with three members, imported only when the verb is called:
 `args.overrides` holds the `--config.KEY=VALUE` pairs; `arguments.config_from(args)` applies them. A
 module that holds several verbs puts the verb's prefix before each name: `SCENES_HELP`, `scenes_run`.
 
-Exit codes: 0 done, 2 a wrong call or an error that the user can mend, 130 interrupted.
+Exit codes: 0 done, 2 a wrong call or an error that the user can mend, 69 another process of the job was lost, 75 told
+to stop and saved, 130 interrupted.
 """
 
 import argparse
