@@ -119,11 +119,12 @@ def test_a_run_that_is_killed_at_any_instant_goes_on_as_if_it_had_not_been(input
 
 
 def damaged_copy(folder, to, rng):
-    """A copy of a run whose newest checkpoint has lost a file, or the end or a block of one."""
+    """A copy of a run whose newest checkpoint has its weights, and another file, deleted, cut or zeroed."""
     shutil.copytree(folder, to)
     files = [f for f in (to / "checkpoints/4/state").rglob("*") if f.is_file() and f.stat().st_size]
-    largest = max(files, key=lambda f: f.stat().st_size)
-    for file in {largest, rng.choice(files)}:
+    # Several, since Orbax leaves files that nothing refers to.
+    most = max(f.stat().st_size for f in files)
+    for file in sorted({f for f in files if f.stat().st_size > most / 2} | {rng.choice(files)}):
         size, how = file.stat().st_size, rng.choice(["deleted", "cut", "zeroed"])
         if how == "deleted":
             file.unlink()
