@@ -62,6 +62,11 @@ def final_states(config, *workdirs):
     return found
 
 
+def lasting(line):
+    """A line of a log without what depends on the machine and the hour."""
+    return {k: v for k, v in line.items() if not k.startswith(("time/", "speed/"))}
+
+
 def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a[0], b[0])
     assert a[1] == b[1]
@@ -85,9 +90,7 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(variant, who
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, tmp_path)
     ]
     for one, other in zip(*logs, strict=True):
-        assert {k: v for k, v in one.items() if "time/" not in k} == {
-            k: v for k, v in other.items() if "time/" not in k
-        }
+        assert lasting(one) == lasting(other)
 
 
 def test_a_run_that_is_killed_at_any_instant_goes_on_as_if_it_had_not_been(inputs, whole, tmp_path):
@@ -273,7 +276,7 @@ def test_muon_trains_full_weights_on_a_mesh(inputs, tmp_path):
     assert np.abs(state.lora["full"]["blocks"]["table"]).max() > 0
 
 
-def test_one_trace_of_each_step_function_over_many_steps(inputs, tmp_path, monkeypatch):
+def test_one_trace_of_each_step_function_over_many_steps(inputs, tmp_path, monkeypatch, caplog):
     traces = []
     make = objectives.make_train_step
 
@@ -291,6 +294,24 @@ def test_one_trace_of_each_step_function_over_many_steps(inputs, tmp_path, monke
     staged = {**VARIANTS["awm"], "objective.rl_weight": ((2, 0.0), (3, 1.0)), "evaluate_every": 2}
     train.train(small_config(inputs, **staged, steps=6), tmp_path)
     assert traces == ["none", "awm"]
+    assert "compiled" not in caplog.text  # none that was not to be expected
+
+    # What the run says of its speed.
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = {line["step"]: line for line in lines if "time/step" in line}
+    assert list(lines) == [1, 2, 3, 4, 5, 6]
+    phases = ["time/rollout", "time/demonstrator", "time/update"]
+    for line in lines.values():
+        judged = ["time/decode", "time/judge", "time/judge_wait"] if line["step"] > 3 else []
+        assert all(line[name] >= 0 for name in phases + judged)
+        assert sum(line[name] for name in phases) <= line["time/step"]
+        assert 0 < line["speed/goodput"] < 1 and line["speed/tokens"] > 0 and "speed/mfu" not in line
+        assert line["speed/tflops"] == pytest.approx(line["speed/tflop"] / line["time/step"] / 2)
+    assert [step for step, line in lines.items() if "time/save" in line] == [3, 5]
+    assert [step for step, line in lines.items() if line.get("time/compile", 0) > 0.5] == [1, 4]
+    # With RL, an update has more passes; the same ones in each step.
+    work = [line["speed/tflop"] for line in lines.values()]
+    assert len(set(work[:3])) == len(set(work[3:])) == 1 and work[0] < work[3]
 
 
 def test_the_base_is_held_once(inputs, tmp_path, monkeypatch):

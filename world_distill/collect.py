@@ -264,7 +264,7 @@ class Collector:
         numbers, clips = hosts.own_rows(pending.clips)
         rolled = time.perf_counter()
         judgment = self._ask(pending.tasks, clips, numbers)
-        info = {"time/rollout": rolled - pending.started, "time/judge": time.perf_counter() - rolled}
+        info = {"time/clips": rolled - pending.started, "time/judge": time.perf_counter() - rolled}
         health = getattr(self._judge, "health", dict)()  # a judge may have figures of its own
         return Judged(numbers, judgment, info | {f"judge/{name}": value for name, value in health.items()})
 
@@ -300,6 +300,12 @@ class Collector:
     def keeps_log_probs(self) -> bool:
         """Whether a batch has the rollouts' log-probabilities."""
         return self._keeps_log_probs
+
+    def clock(self, program: Callable[[str, Any, Callable], Any]) -> None:
+        """Puts every program of a step on a clock: `speed.Clock.program`."""
+        self._roll = {active: program("rollout", f, lambda out: out[0].latents) for active, f in self._roll.items()}
+        self._decode = program("decode", self._decode, lambda clips: clips)
+        self._show = self._show and program("demonstrator", self._show, lambda out: out[1])
 
     def programs(self, active: bool) -> dict[str, Any]:
         """The jitted functions of a step, to be looked at: `rollout`; `decode` and `demonstrator`, or None."""

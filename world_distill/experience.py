@@ -51,7 +51,10 @@ class Experience:
         self._states = {k: v for k, v in self._states.items() if k >= step}
         if not self._collector.settings.staleness:
             ids, pending = self._roll(state.lora, step)
-            return Step(*self._collector.weigh(pending, self._collector.judge(pending)), ids)
+            judged = self._collector.judge(pending)
+            batch, info = self._collector.weigh(pending, judged)
+            waited = {"time/judge_wait": info["time/judge"]} if "time/judge" in info else {}
+            return Step(batch, info | waited, ids)
         for number, lora in ((step, state.lora_rolled), (step + 1, state.lora)):
             if number not in self._begun and number < self._steps:
                 ids, pending = self._roll(lora, number)
@@ -59,7 +62,7 @@ class Experience:
         ids, pending, job = self._begun.pop(step)
         started = time.perf_counter()
         judged = job.result()
-        waited = time.perf_counter() - max(started, pending.started + judged.info.get("time/rollout", 0.0))
+        waited = time.perf_counter() - max(started, pending.started + judged.info.get("time/clips", 0.0))
         batch, info = self._collector.weigh(pending, judged)
         return Step(batch, info | {"time/judge_wait": max(waited, 0.0)}, ids)
 

@@ -35,6 +35,7 @@ class ModelFamily(Protocol):
 
     name: str
     latent_shape: tuple[int, int, int, int]  # f h w c of one clip
+    tokens: int  # of one clip, as the network sees it
     free_frames: np.ndarray  # [f] float32: 1 where a latent frame is generated, 0 where it is pinned to the scene
     fps: float  # frames a second of a decoded clip
     image_size: tuple[int, int] | None  # (height, width) that scenes are cut to; None: they have to fit already

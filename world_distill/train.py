@@ -36,6 +36,7 @@ from world_distill.logs import MetricLog
 from world_distill.objectives import Objective, make_train_step
 from world_distill.scoring import QUESTIONS, summarise
 from world_distill.sharding import replicated
+from world_distill.speed import UPDATE, Clock
 
 HELP = """\
 Train an Executor on task records: on- or off-policy distillation, RL from a judge, or both together (WMSD).
@@ -84,6 +85,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
       TooFewJudgments: the judge failed too often; what was trained is saved.
       Preempted: SIGTERM; what was trained is saved.
     """
+    started = time.perf_counter()
     # Devices, model, data -------------------------------------------------------------------------------------------
     mesh = components.start_devices(config)
     family = components.make_family(config, mesh)
@@ -151,7 +153,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
 
     # The loop -------------------------------------------------------------------------------------------------------
     log = MetricLog(workdir, first) if hosts.is_main() else None
-    row, started = None, time.perf_counter()
+    row = None
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
     progress = tqdm(
         total=config.steps, initial=first, unit="step", disable=not (sys.stderr.isatty() and hosts.is_main())
@@ -160,7 +162,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
 
     def settle() -> None:
         """Fetches and logs the oldest step's metrics; the device is busy with a later step meanwhile."""
-        step, info, metrics, ids, began = waiting.pop(0)
+        step, info, metrics, ids = waiting.pop(0)
         values = {**info, **jax.device_get(metrics)}
         values = {name: float(value) for name, value in values.items()}
         bad = [n for n in ("train/gradient_norm", "train/lora_norm") if not np.isfinite(values[n])]
@@ -169,7 +171,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
                 f"{' and '.join(bad)} not finite in step {step}; its tasks: {', '.join(ids)}. "
                 f"The last checkpoint in {checkpointer.directory} is good."
             )
-        values["time/step"] = time.perf_counter() - began
+        values |= clock.figures(step)
         if log is None:
             return
         log.write(step, values)
@@ -179,44 +181,56 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
             text = "  ".join(f"{n} {v}" for n, v in _short(values).items())
             (arguments.say if progress.disable else logging.debug)(f"step {step}/{config.steps}  {text}")
 
+    rows = collection.tasks * collection.group
+    clock = Clock(devices=mesh.devices.size, tokens=rows * family.tokens, started=started)
+    collector.clock(clock.program)
+    updates = {
+        active: clock.program(UPDATE, f, lambda out: out[1]["train/lora_norm"]) for active, f in step_fns.items()
+    }
     experience = Experience(collector, tasks, base, key, steps=config.steps)
     interruption = Interruption()
     try:
         interruption.watch()
         for step in range(first, config.steps):
-            began = time.perf_counter()
-            try:
-                batch, info, ids = experience.take(state, step)
-            except TooFewJudgments:
-                while waiting:
+            with clock.turn(step + 1):
+                try:
+                    batch, info, ids = experience.take(state, step)
+                except TooFewJudgments:
+                    while waiting:
+                        settle()
+                    checkpointer.save(step, state, experience.data_state(step), metadata, force=True)
+                    raise
+                state, metrics = updates[objective.rl_active(step)](state, base, batch)
+                waiting.append((step + 1, info, metrics, ids))
+                last = step + 1 == config.steps
+                stops = interruption.asked(step + 1) and not last
+                saves = last or stops or (step + 1) % config.save_every == 0
+                evaluates = evaluator is not None and (last or (step + 1) % config.evaluate_every == 0)
+                # Nothing that is not finite gets into a checkpoint.
+                while len(waiting) > (0 if saves or evaluates else 1):
                     settle()
-                checkpointer.save(step, state, experience.data_state(step), metadata, force=True)
-                raise
-            state, metrics = step_fns[objective.rl_active(step)](state, base, batch)
-            waiting.append((step + 1, info, metrics, ids, began))
-            last = step + 1 == config.steps
-            stops = interruption.asked(step + 1) and not last
-            saves = last or stops or (step + 1) % config.save_every == 0
-            while len(waiting) > (0 if saves else 1):  # nothing that is not finite gets into a checkpoint
-                settle()
-            if evaluator is not None and (last or (step + 1) % config.evaluate_every == 0):
-                verdicts = evaluator.run(
-                    validation, base, state.lora_ema, text="task", limit=config.evaluate_tasks,
-                    watch=held_out and held_out.watch,
-                )  # fmt: skip
-                row = summarise("executor", verdicts)
-                rates = {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")} | audit(held_out, workdir)
+            if evaluates:
+                with clock.away("evaluate"):
+                    verdicts = evaluator.run(
+                        validation, base, state.lora_ema, text="task", limit=config.evaluate_tasks,
+                        watch=held_out and held_out.watch,
+                    )  # fmt: skip
+                    row = summarise("executor", verdicts)
+                    rates = {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")}
+                    rates |= audit(held_out, workdir)
                 if log is not None:
                     log.write(step + 1, rates)
             if saves:
                 if cache is not None:
                     cache.sync()
-                checkpointer.save(step + 1, state, experience.data_state(step + 1), metadata, force=last or stops)
+                with clock.away("save"):
+                    checkpointer.save(step + 1, state, experience.data_state(step + 1), metadata, force=last or stops)
             if stops:
                 interruption.stop(step + 1)
     finally:
         interruption.close()
         experience.close()
+        clock.close()
         progress.close()
         if log is not None:
             log.close()
@@ -247,5 +261,9 @@ def _short(values: dict[str, float]) -> dict[str, str]:
         "consistency": "rate/consistency",
         "ratio": "train/ratio",
         "s": "time/step",
+        "judge_s": "time/judge_wait",
+        "TFLOP/s": "speed/tflops",
+        "mfu": "speed/mfu",
+        "goodput": "speed/goodput",
     }
     return {short: f"{values[name]:.3g}" for short, name in names.items() if name in values}

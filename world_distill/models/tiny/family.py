@@ -1,6 +1,7 @@
 """`interfaces.ModelFamily` for the small video DiT."""
 
 import functools
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -51,6 +52,7 @@ class TinyFamily:
         self.config, self.patch, self.stride, self.fps = config, patch, stride, fps
         self.lora_targets, self.lora_scale, self.merge_lora = lora_targets, lora_scale, merge_lora
         self.latent_shape = (*config.grid, config.channels)
+        self.tokens = math.prod(config.grid)
         self.text_encoder = f"words-{config.text_width}"
         self.free_frames = np.array([0.0] + [1.0] * (config.grid[0] - 1), np.float32)
 

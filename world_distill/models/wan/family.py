@@ -75,6 +75,7 @@ class WanFamily:
         self.latent_shape = (
             1 + (frames - 1) // codec.time, size[0] // codec.space, size[1] // codec.space, config.channels,
         )  # fmt: skip
+        self.tokens = math.prod(self.latent_shape[:3]) // config.patch**2
         self.free_frames = np.array([0.0] + [1.0] * (self.latent_shape[0] - 1), np.float32)
 
     @functools.cached_property

@@ -1,0 +1,92 @@
+"""Compilation while a loop runs: how long it takes, and a warning where there should be none.
+
+The first visit of a part of the loop compiles, and so does one that calls a program for the first time. After that, a
+compilation means that something changes from step to step (a shape, a type, a layout on the devices), and costs minutes
+each time. JAX says when it compiles (`jax.monitoring`), and why it traces anew (`jax_explain_cache_misses`).
+"""
+
+import contextlib
+import logging as python_logging
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+
+_EVENTS = "/jax/core/compile/"  # tracing, lowering, compiling; each with the name of the function
+_COMPILED = "backend_compile_duration"
+_EXPLAINS = "jax._src.interpreters.partial_eval"  # the logger's name
+_MISS = "TRACING CACHE MISS"
+
+
+class Compiles:
+    """Watches what JAX compiles on the thread that makes this, until `close`."""
+
+    def __init__(self):
+        self._thread = threading.get_ident()
+        self._spans: list[tuple[float, float]] = []  # seconds from and to, none inside another
+        self._visits: set[str] = set()
+        self._found: list[tuple[str, float]] | None = None  # of the visit that is under way
+        self._expected = False
+        self._reasons: list[str] = []
+        self._explains = not jax.config.jax_explain_cache_misses  # else the user wants to read them all
+        python_logging.getLogger(_EXPLAINS).addFilter(self._hear_reason)
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+        python_logging.getLogger(_EXPLAINS).removeFilter(self._hear_reason)
+        if self._explains:
+            jax.config.update("jax_explain_cache_misses", False)
+
+    @property
+    def seconds(self) -> float:
+        """What went into tracing and compiling so far."""
+        return sum(end - start for start, end in self._spans)
+
+    def expect(self) -> None:
+        """Something new is called in this visit."""
+        self._expected = True
+
+    @contextlib.contextmanager
+    def visit(self, part: str, where: str) -> Iterator[None]:
+        """A part of the loop, run for one more time; `where` is told with what it compiles unexpectedly."""
+        self._found, self._expected = [], part not in self._visits
+        try:
+            yield
+        finally:
+            found, self._found = self._found, None
+        if not self._expected:
+            for name, seconds in found:
+                logging.warning("%s compiled %s again, for %.1f s: %s", where, name, seconds, self._reason(name))
+        self._reasons.clear()
+        self._visits.add(part)
+        if self._explains:
+            jax.config.update("jax_explain_cache_misses", True)
+
+    def _reason(self, name: str) -> str:
+        function = name.removeprefix("jit(").removesuffix(")")
+        for text in self._reasons:
+            if f"for {function} defined" in text:
+                return " ".join(text.split())
+        return "not traced anew, so its arguments lie on the devices in another way than before"
+
+    def _hear_reason(self, record: python_logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not text.startswith(_MISS):
+            return True
+        self._reasons.append(text)
+        return not self._explains
+
+    def _hear(self, event: str, seconds: float, **kwargs) -> None:
+        if not event.startswith(_EVENTS) or threading.get_ident() != self._thread:
+            return
+        end = time.perf_counter()
+        start = end - seconds
+        # A function is traced inside of the one that calls it.
+        while self._spans and self._spans[-1][0] >= start:
+            self._spans.pop()
+        self._spans.append((start, end))
+        if event.endswith(_COMPILED) and self._found is not None:
+            self._found.append((kwargs.get("fun_name", "a program"), seconds))
