@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from world_distill import chips
-from world_distill.compiles import Compiles
+from world_distill.compiles import Compiles, keep_programs
 from world_distill.speed import UPDATE, Clock
 
 
@@ -85,3 +85,28 @@ def test_a_compilation_in_a_later_step_is_reported_with_its_cause(caplog):
     assert warning.startswith("step 2 compiled jit(double) again") and "now f32[4] and before f32[3]" in warning
     assert compiles.seconds > 0 and not jax.config.jax_explain_cache_misses
     assert "TRACING CACHE MISS" not in caplog.text.replace(warning, "")
+
+
+def test_compiled_programs_are_kept_where_nothing_else_is_said(tmp_path, monkeypatch, caplog):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def kept(platform, **settings):
+        for name, value in {"jax_compilation_cache_dir": None, **settings}.items():
+            jax.config.update(name, value)
+        keep_programs(platform)
+        return jax.config.jax_compilation_cache_dir
+
+    try:
+        assert kept("cpu") is None
+        assert kept("tpu", jax_enable_compilation_cache=False) is None
+        assert not list(tmp_path.iterdir())
+        assert kept("tpu", jax_enable_compilation_cache=True) == str(tmp_path / "world_distill" / "jax")
+        assert kept("gpu", jax_compilation_cache_dir="/else") == "/else"
+        assert not caplog.text
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        assert kept("tpu") is None and "compiled programs are not kept" in caplog.text
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_enable_compilation_cache", True)

@@ -25,6 +25,7 @@ from world_distill.data.records import RecordError
 from world_distill.interfaces import JudgeAnswer
 from world_distill.interruption import Preempted
 from world_distill.logs import MetricLog
+from world_distill.profiling import Profiler, parse_steps
 
 
 @pytest.fixture(scope="module")
@@ -336,8 +337,10 @@ def test_the_base_is_held_once(inputs, tmp_path, monkeypatch):
 
 def test_off_policy_states_are_the_demonstrators(inputs, tmp_path):
     config = small_config(inputs, **VARIANTS["distill"], **{"rollout.role": "demonstrator"}, steps=2)
-    train.train(config, tmp_path)
+    train.train(config, tmp_path, profile=frozenset({2}))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert all(name in trace.read_bytes() for name in (b"rollout", b"demonstrator", b"update", b"jit_train_step"))
     # The Demonstrator's own velocities are its targets there: its distance to itself is 0.
     assert all(abs(line["reward/distill"]) < 1e-6 for line in lines)
     assert lines[0]["train/anchor"] > 0
@@ -416,6 +419,21 @@ def test_a_full_disk_is_an_error_that_names_the_folder(inputs, tmp_path, monkeyp
 def test_opening_a_folder_without_a_run_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match="world-distill train"):
         runs.open_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [("5:3", "5:3"), ("0", "from 1 on"), ("two", "'two' is not a step"), (",", "names no step")],
+)
+def test_steps_to_profile_that_are_none_are_named(steps, message):
+    with pytest.raises(UserError, match=message):
+        parse_steps(steps)
+
+
+def test_steps_to_profile_have_to_be_ahead(tmp_path):
+    assert parse_steps("3:5,8") == {3, 4, 5, 8} and parse_steps("") == frozenset()
+    with pytest.raises(UserError, match="step 3, 9 cannot be traced: the run makes steps 4 to 8"):
+        Profiler(tmp_path, parse_steps("3,8:9"), first=4, last=8)
 
 
 def test_group_and_batch_settings_are_checked(inputs, tmp_path):

@@ -1,4 +1,4 @@
-"""Compilation while a loop runs: how long it takes, and a warning where there should be none.
+"""Compilation: what was compiled before is kept on disk, and where a loop should not compile any more, it is told.
 
 The first visit of a part of the loop compiles, and so does one that calls a program for the first time. After that, a
 compilation means that something changes from step to step (a shape, a type, a layout on the devices), and costs minutes
@@ -7,6 +7,8 @@ each time. JAX says when it compiles (`jax.monitoring`), and why it traces anew 
 
 import contextlib
 import logging as python_logging
+import os
+import pathlib
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,28 @@ _EVENTS = "/jax/core/compile/"  # tracing, lowering, compiling; each with the na
 _COMPILED = "backend_compile_duration"
 _EXPLAINS = "jax._src.interpreters.partial_eval"  # the logger's name
 _MISS = "TRACING CACHE MISS"
+
+
+def keep_programs(platform: str) -> None:
+    """Has JAX keep compiled programs from one run to the next, on accelerators, where nobody decided otherwise.
+
+    They lie in `JAX_COMPILATION_CACHE_DIR`, or else in the user's cache folder (`XDG_CACHE_HOME`, ~/.cache) under
+    world_distill/jax; `JAX_ENABLE_COMPILATION_CACHE=false` keeps none. A program is found again by all that went into
+    it, compiler and device included, so results are the same with it and without. Not on a CPU unless the folder is
+    set: a program compiled on one model of CPU may not run on another, and folders are shared by machines.
+    """
+    if platform == "cpu" or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(home) / "world_distill" / "jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written")
+    except OSError as error:
+        logging.warning("compiled programs are not kept: %s; set JAX_COMPILATION_CACHE_DIR", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class Compiles:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from world_distill import converted, hosts, models
 from world_distill.checkpoints import load_weights
+from world_distill.compiles import keep_programs
 from world_distill.config import UserError
 from world_distill.core import flow, sampling
 from world_distill.interfaces import ModelFamily
@@ -77,7 +78,7 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
     On a CPU, XLA runs the small operations of a small model on one thread a device, so the cores are used by splitting
     the batch over `config.host_devices` CPU devices. Their number is part of the config and not of the machine: sums
     over the batch are grouped by device, and a run should be the same everywhere. In a job of several processes each
-    has its part of them.
+    has its part of them. On accelerators compiled programs are kept on disk (`compiles.keep_programs`).
 
     Raises:
       UserError: the processes of the job do not find together, or cannot share out the CPU devices.
@@ -89,6 +90,7 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", own)
     devices = jax.devices()
+    keep_programs(devices[0].platform)
     if devices[0].platform == "cpu" and config.host_devices % jax.process_count():
         raise UserError(
             f"config.host_devices = {config.host_devices} does not divide by {jax.process_count()} processes"

@@ -12,7 +12,7 @@ Figures belong to a turn of the loop: with `rollout.staleness` 1, its rollouts a
     time/NAME               seconds that the device took for a program: rollout, decode, demonstrator, update
     time/step               from the end of one update to that of the next, without `time/save` and the like
     time/compile            of it, what went into tracing and compiling, where there was such a thing
-    time/save, evaluate     seconds for which the loop stood still before this step: for checkpoints, for evaluation
+    time/save, evaluate     seconds for which the loop stood still before this step, for checkpoints and for evaluation
     speed/tflop             operations of the step's programs, as traced, over all devices (`flops`): 1e12 of them
     speed/tflops            of these, a second and device
     speed/mfu, speed/hfu    shares of the devices' peak (`chips`; none for a CPU): without and with what a backward

@@ -34,6 +34,7 @@ from world_distill.interruption import Interruption
 from world_distill.judges.rubric import load_rubric
 from world_distill.logs import MetricLog
 from world_distill.objectives import Objective, make_train_step
+from world_distill.profiling import Profiler, parse_steps
 from world_distill.scoring import QUESTIONS, summarise
 from world_distill.sharding import replicated
 from world_distill.speed import UPDATE, Clock
@@ -46,6 +47,7 @@ Records come from config.data (or WORKDIR/data), as `world-distill encode` write
 
   world-distill train --config sandbox --workdir runs/mine
   world-distill train --config sandbox:variant=on_policy --config.steps=100 --workdir runs/distilled
+  world-distill train --config sandbox --workdir runs/mine --profile 3:5
 """
 
 
@@ -53,11 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser)
     arguments.add_workdir(parser)
     arguments.add_seed(parser)
+    parser.add_argument(
+        "--profile", metavar="STEPS", default="",
+        help="trace these steps for XProf, into WORKDIR/profile: 3, 3:5 (3, 4 and 5) or 3,7",
+    )  # fmt: skip
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    summary = train(arguments.config_from(args), args.workdir)
+    summary = train(arguments.config_from(args), args.workdir, profile=parse_steps(args.profile))
     row = summary["validation"]
     if row is not None:
         arguments.say("validation: " + ", ".join(f"{q} {row[q]:.3f}" for q in (*QUESTIONS, "average", "all")))
@@ -66,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) -> dict[str, Any]:
+def train(
+    config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None, profile: frozenset[int] = frozenset()
+) -> dict[str, Any]:
     """Runs (or continues) training.
 
     Args:
@@ -74,6 +82,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
       workdir: the run's folder.
       stem: folder of a run to branch off, at its newest checkpoint, where `workdir` has none yet. That its steps are
         those that this config would have made is the caller's word.
+      profile: steps to trace (`profiling`).
 
     Returns:
       steps, seconds, and `validation`: the last row of rates on the validation records (None if never evaluated).
@@ -125,6 +134,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     first = int(state.step)
     if restored is not None:
         arguments.say(f"continuing {workdir} after step {first}")
+    profiler = Profiler(workdir / "profile", profile, first=first + 1, last=config.steps)
 
     # Parts of a step ------------------------------------------------------------------------------------------------
     cache = runs.open_cache(config, workdir) if judge is not None or config.held_out.factory else None
@@ -192,6 +202,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
     try:
         interruption.watch()
         for step in range(first, config.steps):
+            profiler.before(step + 1, clock)
             with clock.turn(step + 1):
                 try:
                     batch, info, ids = experience.take(state, step)
@@ -207,8 +218,9 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
                 saves = last or stops or (step + 1) % config.save_every == 0
                 evaluates = evaluator is not None and (last or (step + 1) % config.evaluate_every == 0)
                 # Nothing that is not finite gets into a checkpoint.
-                while len(waiting) > (0 if saves or evaluates else 1):
+                while len(waiting) > (0 if saves or evaluates or profiler.borders(step + 1) else 1):
                     settle()
+            profiler.after(step + 1, clock)
             if evaluates:
                 with clock.away("evaluate"):
                     verdicts = evaluator.run(
@@ -229,6 +241,7 @@ def train(config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None) ->
                 interruption.stop(step + 1)
     finally:
         interruption.close()
+        profiler.close()
         experience.close()
         clock.close()
         progress.close()
