@@ -44,6 +44,7 @@ def test_seconds_are_those_of_the_device_and_the_loop_does_not_wait(clock):
     assert first["time/compile"] > 0 and "time/save" not in first
     assert second["time/rollout"] >= 0.2 and second["time/update"] >= 0.1
     assert second["time/rollout"] + second["time/update"] <= second["time/step"]
+    assert second["time/idle"] <= second["time/step"] - 0.3
     # Saving, after the first step, is not part of the second.
     assert second["time/save"] >= 0.3
     assert 0.3 <= second["time/step"] <= ends[1] - ends[0] - second["time/save"] + 0.01

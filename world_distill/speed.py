@@ -11,6 +11,8 @@ Figures belong to a turn of the loop: with `rollout.staleness` 1, its rollouts a
 
     time/NAME               seconds that the device took for a program: rollout, decode, demonstrator, update
     time/step               from the end of one update to that of the next, without `time/save` and the like
+    time/idle               of it, when the device had none of these to run and nothing was compiled: it waited for the
+                            judge or for the loop. `time/judge_wait` is the loop's wait, which the device may work in
     time/compile            of it, what went into tracing and compiling, where there was such a thing
     time/save, evaluate     seconds for which the loop stood still before this step, for checkpoints and for evaluation
     speed/tflop             operations of the step's programs, as traced, over all devices (`flops`): 1e12 of them
@@ -124,6 +126,7 @@ class Clock:
         before, *after = self._compiling.pop(step, [0.0, 0.0])
         compiling = (after or [self._compiles.seconds])[0] - before
         compiling = max(min(compiling, seconds - sum(phases.values())), 0.0)
+        phases["idle"] = max(seconds - compiling - sum(phases.values()), 0.0)
         self._before, self._good = ended, self._good + seconds - compiling
         found = {"step": seconds} | phases | self._away | ({"compile": compiling} if compiling else {})
         self._away.clear()
