@@ -16,7 +16,7 @@ CODE = """
     sys.path[:0] = [{tests!r}, {root!r}]
     from small import small_config
     from world_distill import cli, hosts, train
-    hosts.SILENCE_SECONDS = 5
+    hosts.SILENCE_SECONDS = 10
     inputs, workdir = map(pathlib.Path, sys.argv[1:3])
     {before}
     config = small_config(inputs, **{overrides!r})
