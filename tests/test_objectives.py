@@ -59,6 +59,10 @@ def noisy(family, base, lora) -> TrainBatch:
     return make_batch(family, base, lora, DIFFUSION)
 
 
+def flat(x):
+    return x.reshape(*x.shape[:3], -1)
+
+
 def make_batch(family, base, lora, diffusion=None) -> TrainBatch:
     @jax.jit
     def make(base, lora, key):
@@ -78,7 +82,7 @@ def make_batch(family, base, lora, diffusion=None) -> TrainBatch:
         )
         return TrainBatch(
             task=task, solution=solution, latents=rollout.latents,
-            states=jnp.concatenate([rollout.states, rollout.latents[None]]), demonstrator=shown,
+            states=flat(jnp.concatenate([rollout.states, rollout.latents[None]])), demonstrator=flat(shown),
             log_probs=rollout.log_probs, advantages=jnp.array([1.0, -1.0, 0.5, -0.5, 0.2, -0.2]),
             valid=jnp.ones(ROWS, bool),
         )  # fmt: skip
@@ -134,10 +138,13 @@ def test_anchor_alone_is_the_gradient_of_equation_11(family, base, lora, batch):
     objective = make_objective(rl="none", beta_d=2.0, updates=1, draws=STEPS)
     state, metrics = run(family, base, lora, batch, objective)
 
+    def frames(x):
+        return x.reshape(ROWS, *family.latent_shape)
+
     def direct(lora):
         gaps = [
-            jnp.mean((family.denoise(base, lora, batch.states[i], jnp.full(ROWS, GRID[i]), batch.task)
-                      - batch.demonstrator[i])[:, 1:] ** 2)
+            jnp.mean((family.denoise(base, lora, frames(batch.states[i]), jnp.full(ROWS, GRID[i]), batch.task)
+                      - frames(batch.demonstrator[i]))[:, 1:] ** 2)
             for i in range(STEPS)
         ]  # fmt: skip
         return sum(gaps) / STEPS

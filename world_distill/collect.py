@@ -176,7 +176,12 @@ class Collector:
                 return _steps_first(rollout)
 
             rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
-            return _steps_first(rollout), task, solution
+            return flat(_steps_first(rollout)), task, solution
+
+        def flat(rollout):
+            """Frames as they leave and enter programs, [k b f p]: a TPU would fill up c, their last axis, to 128."""
+            as_rows = lambda x: None if x is None else x.reshape(*x.shape[:3], -1)  # noqa: E731
+            return rollout.replace(states=as_rows(rollout.states), velocities=as_rows(rollout.velocities))
 
         def decode(base, latents):
             clips = family.decode(base, latents)
@@ -184,6 +189,7 @@ class Collector:
             return jax.lax.with_sharding_constraint(clips, self._rows) if jax.process_count() > 1 else clips
 
         def show(base, rollout: Rollout, solution: Condition):
+            frames = lambda x: x.reshape(*x.shape[:-2], *family.latent_shape)  # noqa: E731
             if settings.role == "demonstrator":
                 shown = rollout.velocities
             else:
@@ -192,12 +198,13 @@ class Collector:
                     state, t = state_and_time
 
                     def some(x, solution):
-                        return family.denoise(base, None, x, jnp.full(x.shape[:1], t), solution)
+                        v = family.denoise(base, None, frames(x), jnp.full(x.shape[:1], t), solution)
+                        return v.reshape(x.shape)
 
                     return map_rows(some, settings.micro_batch, state, solution)
 
                 shown = jax.lax.map(at, (rollout.states, jnp.asarray(grid[:-1], jnp.float32)))
-            return shown, losses.distillation_reward(rollout.velocities, shown, grid, mask)
+            return shown, losses.distillation_reward(frames(rollout.velocities), frames(shown), grid, mask)
 
         # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
         self._roll = {
@@ -214,7 +221,8 @@ class Collector:
         self._decode = jax.jit(decode)
         self._show = jax.jit(show) if demonstrates else None
         self._keeps_log_probs = objective.rl == "flow_grpo"
-        self._finish = jax.jit(lambda r: jnp.concatenate([r.states, r.latents[None]])) if needs_states else None
+        finish = lambda r: jnp.concatenate([r.states, r.latents.reshape(1, *r.states.shape[1:])])  # noqa: E731
+        self._finish = jax.jit(finish) if needs_states else None
 
     def __call__(
         self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int

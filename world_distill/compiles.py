@@ -18,7 +18,9 @@ from absl import logging
 
 _EVENTS = "/jax/core/compile/"  # tracing, lowering, compiling; each with the name of the function
 _COMPILED = "backend_compile_duration"
-_EXPLAINS = "jax._src.interpreters.partial_eval"  # the logger's name
+# Loggers of `jax_explain_cache_misses`: why a function is traced anew; what the cache on disk lacks.
+_TRACES = "jax._src.interpreters.partial_eval"
+_DISK = ("jax._src.compiler", "jax._src.compilation_cache")
 _MISS = "TRACING CACHE MISS"
 
 
@@ -55,12 +57,16 @@ class Compiles:
         self._expected = False
         self._reasons: list[str] = []
         self._explains = not jax.config.jax_explain_cache_misses  # else the user wants to read them all
-        python_logging.getLogger(_EXPLAINS).addFilter(self._hear_reason)
+        python_logging.getLogger(_TRACES).addFilter(self._hear_reason)
+        for name in _DISK:
+            python_logging.getLogger(name).addFilter(self._no_news)
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._hear)
-        python_logging.getLogger(_EXPLAINS).removeFilter(self._hear_reason)
+        python_logging.getLogger(_TRACES).removeFilter(self._hear_reason)
+        for name in _DISK:
+            python_logging.getLogger(name).removeFilter(self._no_news)
         if self._explains:
             jax.config.update("jax_explain_cache_misses", False)
 
@@ -102,6 +108,10 @@ class Compiles:
             return True
         self._reasons.append(text)
         return not self._explains
+
+    def _no_news(self, record: python_logging.LogRecord) -> bool:
+        """Whether a record is more than that a program was not on disk, or was not worth being put there."""
+        return not self._explains or not record.getMessage().startswith(("PERSISTENT", "Not writing persistent"))
 
     def _hear(self, event: str, seconds: float, **kwargs) -> None:
         if not event.startswith(_EVENTS) or threading.get_ident() != self._thread:

@@ -163,77 +163,103 @@ def make_train_step(
     def anchor_terms(v, v_d):
         return gap(v, v_d, mask), metrics.velocity_diagnostics(v, v_d, mask)
 
-    def draw_loss(lora, base, others, rows: TrainBatch, key, indices, weights):
-        """Weighted sum over rows of all losses at one draw of times, with their per-row parts.
+    def frames_at(values, at):
+        """Latents [b f h w c] of [k b f p], each row's at its own index."""
+        return _each(values, at).reshape(-1, *family.latent_shape)
 
-        `indices` are three arrays [rows] of grid indices: of visited states, of re-noised ones, of sampler steps.
-        """
+    # The losses of one draw of times, by the pass of the Executor that they are made of. Each function gives their
+    # weighted sum over rows, and them [rows] by name; `at` is an array [rows] of indices of the grid.
+
+    def on_visited(lora, base, others, rows: TrainBatch, key, at, weights):
+        """The anchor on the rollout's states."""
+        v = family.denoise(base, lora, frames_at(rows.states, at), grid[at], rows.task)
+        return total({}, weights, rows, anchor=anchor_terms(v, frames_at(rows.demonstrator, at)))
+
+    def on_renoised(lora, base, others, rows: TrainBatch, key, at, weights):
+        """AWM, anchors on the same noised clips."""
         start, old = others
-        index_visited, index_renoised, index_step = indices
-        valid = rows.valid.astype(jnp.float32)
-        total = jnp.zeros_like(rows.advantages)
-        out = {}
+        t = grid[at]
+        eps = sampling.initial_noise(key, rows.task.scene, family.latent_shape, mask)
+        x_t = flow.interpolate(rows.latents, eps, t)
+        x_t = sampling.pin_frames(x_t, rows.task.scene, mask)
 
-        def v_at(weights_, x, t, condition):
-            return family.denoise(base, weights_, x, t, condition)
+        def v_of(weights_, condition=rows.task):
+            return family.denoise(base, weights_, x_t, t, condition)
 
-        if objective.uses_visited:
-            # Not masked by `valid`: the anchor needs no judgment.
-            x = _each(rows.states, index_visited)
-            v = v_at(lora, x, grid[index_visited], rows.task)
-            out["anchor"], diagnostics = anchor_terms(v, _each(rows.demonstrator, index_visited))
-            out |= {f"velocity_{name}": value for name, value in diagnostics.items()}
-        if objective.uses_renoised:
-            t = grid[index_renoised]
-            eps = sampling.initial_noise(key, rows.task.scene, family.latent_shape, mask)
-            x_t = flow.interpolate(rows.latents, eps, t)
-            x_t = sampling.pin_frames(x_t, rows.task.scene, mask)
-            v = v_at(lora, x_t, t, rows.task)
-            if objective.anchor_states == "renoised" and objective.anchored:
-                v_d = jax.lax.stop_gradient(v_at(None, x_t, t, rows.solution))
-                out["anchor"], diagnostics = anchor_terms(v, v_d)
-                out |= {f"velocity_{name}": value for name, value in diagnostics.items()}
-            if objective.rl == "awm":
-                target = flow.velocity(rows.latents, eps)
+        v = v_of(lora)
+        out, anchor = {}, None
+        if objective.anchor_states == "renoised" and objective.anchored:
+            anchor = anchor_terms(v, jax.lax.stop_gradient(v_of(None, rows.solution)))
+        if objective.rl == "awm":
+            target = flow.velocity(rows.latents, eps)
 
-                def likelihood(velocity):
-                    m = losses.velocity_gap(velocity, target, mask)
-                    return losses.awm_log_likelihood(m, t, objective.awm_weighting, objective.awm_power)
+            def likelihood(velocity):
+                m = losses.velocity_gap(velocity, target, mask)
+                return losses.awm_log_likelihood(m, t, objective.awm_weighting, objective.awm_power)
 
-                new = likelihood(v)
-                reference = {"current": lambda: new, "start": lambda: likelihood(v_at(start, x_t, t, rows.task)),
-                             "ema": lambda: likelihood(v_at(old, x_t, t, rows.task))}[objective.awm_old]()  # fmt: skip
-                out["rl"], out["ratio"] = losses.awm_surrogate(
-                    new, reference, rows.advantages, objective.awm_clip, objective.awm_temperature
-                )
-            if objective.beta_old:
-                out["old"] = losses.velocity_gap(v, v_at(old, x_t, t, rows.task), mask)
-                total += objective.beta_old * out["old"]
-            if objective.beta_base:
-                out["base"] = losses.velocity_gap(v, v_at(None, x_t, t, rows.task), mask)
-                total += objective.beta_base * out["base"]
-        if objective.rl == "flow_grpo":
-            t, t_next = grid[index_step], grid[index_step + 1]
-            g = jnp.asarray(diffusion, jnp.float32)[index_step]
-            x, x_next = _each(rows.states, index_step), _each(rows.states, index_step + 1)
-            v = v_at(lora, x, t, rows.task)
-            _, mean, std = sampling.sde_step(x, v, t, t_next, g, None)
-            log_prob = sampling.gaussian_log_prob(x_next, mean, std, mask)
-            out["rl"], out["ratio"] = losses.flow_grpo_surrogate(
-                log_prob, _each(rows.log_probs, index_step), rows.advantages, objective.grpo_clip
+            new = likelihood(v)
+            reference = {"current": lambda: new, "start": lambda: likelihood(v_of(start)),
+                         "ema": lambda: likelihood(v_of(old))}[objective.awm_old]()  # fmt: skip
+            out["rl"], out["ratio"] = losses.awm_surrogate(
+                new, reference, rows.advantages, objective.awm_clip, objective.awm_temperature
             )
-            if objective.grpo_beta:
-                v_base = jax.lax.stop_gradient(v_at(None, x, t, rows.task))
-                _, mean_base, _ = sampling.sde_step(x, v_base, t, t_next, g, None)
-                out["kl"] = losses.flow_grpo_kl(mean, mean_base, std, mask)
-                total += objective.grpo_beta * out["kl"]
-        if "anchor" in out:
-            total += weights["beta_d"] * out["anchor"]
-        if "rl" in out:
-            total += weights["rl"] * valid * out["rl"]
-        return total.sum(), out
+        if objective.beta_old:
+            out["old"] = losses.velocity_gap(v, v_of(old), mask)
+        if objective.beta_base:
+            out["base"] = losses.velocity_gap(v, v_of(None), mask)
+        return total(out, weights, rows, anchor=anchor)
 
-    gradient = jax.grad(draw_loss, has_aux=True)
+    def on_steps(lora, base, others, rows: TrainBatch, key, at, weights):
+        """Flow-GRPO on the sampler's steps."""
+        t, t_next = grid[at], grid[at + 1]
+        g = jnp.asarray(diffusion, jnp.float32)[at]
+        x, x_next = frames_at(rows.states, at), frames_at(rows.states, at + 1)
+        v = family.denoise(base, lora, x, t, rows.task)
+        _, mean, std = sampling.sde_step(x, v, t, t_next, g, None)
+        log_prob = sampling.gaussian_log_prob(x_next, mean, std, mask)
+        out = {}
+        out["rl"], out["ratio"] = losses.flow_grpo_surrogate(
+            log_prob, _each(rows.log_probs, at), rows.advantages, objective.grpo_clip
+        )
+        if objective.grpo_beta:
+            v_base = jax.lax.stop_gradient(family.denoise(base, None, x, t, rows.task))
+            _, mean_base, _ = sampling.sde_step(x, v_base, t, t_next, g, None)
+            out["kl"] = losses.flow_grpo_kl(mean, mean_base, std, mask)
+        return total(out, weights, rows)
+
+    def total(out, weights, rows: TrainBatch, anchor=None):
+        if anchor is not None:
+            out["anchor"], diagnostics = anchor
+            out |= {f"velocity_{name}": value for name, value in diagnostics.items()}
+        # The anchor needs no judgment.
+        factors = {
+            "old": objective.beta_old, "base": objective.beta_base, "kl": objective.grpo_beta,
+            "anchor": weights["beta_d"], "rl": weights["rl"] * rows.valid.astype(jnp.float32),
+        }  # fmt: skip
+        return sum(factor * out[name] for name, factor in factors.items() if name in out).sum(), out
+
+    passes = [
+        jax.grad(function, has_aux=True) if used else None
+        for function, used in (
+            (on_visited, objective.uses_visited),
+            (on_renoised, objective.uses_renoised),
+            (on_steps, objective.rl == "flow_grpo"),
+        )
+    ]
+
+    def gradient(lora, base, others, rows: TrainBatch, key, indices, weights):
+        """Of the sum of all losses; `indices` are three arrays [rows], of visited states, re-noised ones and steps."""
+        grads, out = None, {}
+        for one_pass, at in zip(passes, indices, strict=True):
+            if one_pass is None:
+                continue
+            if grads is not None:
+                # One after the other, so that only one pass's activations are in memory.
+                lora, grads = jax.lax.optimization_barrier((lora, grads))
+            more, seen = one_pass(lora, base, others, rows, key, at, weights)
+            grads = more if grads is None else jax.tree.map(jnp.add, grads, more)
+            out |= seen
+        return grads, out
 
     def draw_times(keys, rows: int):
         """Grid indices [draws rows] of visited states, of re-noised states and of stochastic sampler steps."""

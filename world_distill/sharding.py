@@ -34,10 +34,14 @@ RULES = (
     ("heads", "tensor"),
     ("head_dim", None),
     ("channels", None),  # of latents or of patches
+    ("conv", "fsdp"),  # channels of an autoencoder's convolutions, gathered all at once before use
     ("text", None),  # the text encoder's width
     ("rank", None),  # of LoRA factors
     ("layers", None),  # blocks stacked for scan
 )
+
+# Left whole where they do not divide, whatever the size: widths that nobody chose with devices in mind.
+_WHOLE_IF_UNEVEN = ("conv",)
 
 # Below this size a copy on every device costs less than an error would.
 SMALL_BYTES = 1 << 20
@@ -107,6 +111,13 @@ def constrain(mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...]) ->
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, dividing_spec(mesh, names, x.shape)))
+
+
+def gathered(mesh: Mesh | None, tree: PyTree) -> PyTree:
+    """The tree, whole on every device."""
+    if mesh is None or mesh.size == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def spread_pixels(mesh: Mesh | None, x: jax.Array) -> jax.Array:
@@ -192,7 +203,7 @@ def _spec(mesh: Mesh, names: tuple[str | None, ...] | None, shape) -> PartitionS
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
             nbytes = math.prod(shape.shape) * np.dtype(shape.dtype).itemsize
-            if nbytes >= SMALL_BYTES:
+            if nbytes >= SMALL_BYTES and name not in _WHOLE_IF_UNEVEN:
                 raise ValueError(f"{name} = {size} is not divisible by {'*'.join(axes)} = {ways}")
             axes = ()
         used.update(axes)

@@ -1,7 +1,8 @@
 """The arrays that travel through the project, as frozen pytrees.
 
 One letter an axis: b batch, k sampler step, f latent frames, h w latent height and width, c latent channels,
-l text tokens, d text width; F H W are the pixels of a decoded clip. Arrays are float32 unless a comment says otherwise.
+l text tokens, d text width, p = h w c; F H W are the pixels of a decoded clip. Arrays are float32 unless a comment
+says otherwise.
 
 This module carries no run-time shape checks on purpose: pytrees are rebuilt by JAX with leaves that are not arrays
 (shardings, shape structs, None), which a checking hook would refuse.
@@ -52,8 +53,8 @@ class TrainBatch:
     task: Condition  # the Executor's condition
     solution: Condition  # the Demonstrator's condition
     latents: jax.Array  # [b f h w c] final clean latents of the rollouts
-    states: jax.Array | None  # [k+1 b f h w c] visited x_t, the final clean latents last
-    demonstrator: jax.Array | None  # [k b f h w c] v_D(states[:-1] | solution)
+    states: jax.Array | None  # [k+1 b f p] visited x_t, the final clean latents last
+    demonstrator: jax.Array | None  # [k b f p] v_D(states[:-1] | solution)
     log_probs: jax.Array | None  # [k b] log-probabilities at sampling time (Flow-GRPO)
     advantages: jax.Array | None  # [b] 0 where invalid; None until the clips are judged
     valid: jax.Array | None  # [b] bool: the clip was judged, and its group kept

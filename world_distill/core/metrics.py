@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.stats import rankdata
 
 from world_distill.core.flow import FrameMask, masked_mean
 
@@ -114,6 +113,8 @@ def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> 
         raise ValueError(f"need two finite lists of one length, got {a.shape} and {b.shape}")
     if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
+    from scipy.stats import rankdata  # half a second to import, and seldom needed
+
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 
 

@@ -56,7 +56,7 @@ def tree_of(tensors, scale, **settings):
     return lora_tree(tensors, {METADATA_KEY: json.dumps(settings)}, LINEARS, shapes(), scale=scale)
 
 
-def check_gradients(weights, golden, arrays, *, alpha, rank):
+def check_gradients(weights, golden, arrays, *, alpha, rank, config=CONFIG):
     """Ours of the weighted sum of velocities against those in `arrays`, which `make_goldens.lora_gradients` made."""
     factors = {key: x for key, x in arrays.items() if "lora_" in key and not key.startswith("grad:")}
     # With PEFT's strength as our scale, `b` is lora_B as it stands, and so are the gradients.
@@ -64,7 +64,7 @@ def check_gradients(weights, golden, arrays, *, alpha, rank):
     lora = tree_of(factors, scale, lora_alpha=alpha)
     expected = tree_of({key[5:]: x for key, x in arrays.items() if key.startswith("grad:")}, 1.0)
     each = np.moveaxis(arrays["weights"], 1, -1)
-    found = jax.jit(jax.grad(lambda w: (network(CONFIG)(weights, *inputs(golden), w, scale) * each).sum()))(lora)
+    found = jax.jit(jax.grad(lambda w: (network(config)(weights, *inputs(golden), w, scale) * each).sum()))(lora)
     for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         for n in range(len(ours)) if ours.ndim == 3 else [...]:
             # Where a block is not adapted, both are exactly 0.

@@ -21,7 +21,7 @@ from world_distill.models.params import Entry, our_shapes
 from world_distill.models.wan import vae
 from world_distill.models.wan.modeling import WanConfig, WanDiT
 from world_distill.models.wan.params import LINEARS, published_configs, transformer_entries, vae_entries
-from world_distill.sharding import map_rows
+from world_distill.sharding import gathered, map_rows
 from world_distill.structs import Condition, PyTree
 
 # Texts are padded to so many tokens, with zeros that attend like any other token: so the model was trained.
@@ -117,8 +117,8 @@ class WanFamily:
         return our_shapes(vae_entries(self.codec)) | {"mean": (channels,), "std": (channels,)}
 
     def base_axes(self) -> PyTree:
-        # Every device has all of the autoencoder: convolutions gain nothing from cut channels.
-        codec = jax.tree.map(lambda shape: None, self._codec_shapes(), is_leaf=_is_shape)
+        # Kept in parts and gathered before use: convolutions gain nothing from cut channels.
+        codec = jax.tree.map(_conv_axes, self._codec_shapes(), is_leaf=_is_shape)
         return {"transformer": self.network.axes(), "vae": codec}
 
     def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:
@@ -140,15 +140,18 @@ class WanFamily:
         return velocity * self.free_frames[:, None, None, None]
 
     def decode(self, base: PyTree, latents: jax.Array) -> jax.Array:
+        weights = gathered(self.config.mesh, base["vae"])
+
         def some(latents):
-            clips = vae.decode(base["vae"], latents, self.codec, piece=self.piece, mesh=self.config.mesh)
+            clips = vae.decode(weights, latents, self.codec, piece=self.piece, mesh=self.config.mesh)
             return jnp.round((clips.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
 
         return map_rows(some, self.rows, latents)
 
     def encode_traceable(self, base: PyTree, images: jax.Array) -> jax.Array:
         """`encode_scene` of arrays on devices, to be jitted."""
-        return vae.encode(base["vae"], images[:, None].astype(jnp.float32) / 127.5 - 1, self.codec)
+        weights = gathered(self.config.mesh, base["vae"])
+        return vae.encode(weights, images[:, None].astype(jnp.float32) / 127.5 - 1, self.codec)
 
     @functools.cached_property
     def _encode(self):
@@ -180,6 +183,13 @@ class WanFamily:
 
 def _is_shape(node: Any) -> bool:
     return isinstance(node, tuple)
+
+
+def _conv_axes(shape: tuple[int, ...]) -> tuple[str | None, ...] | None:
+    """Names of a convolution's axes: the wider of its channels, in or out, may be cut. Vectors stay whole."""
+    if len(shape) < 3:
+        return None
+    return (*[None] * (len(shape) - 2), *(("conv", None) if shape[-2] > shape[-1] else (None, "conv")))
 
 
 def _random_codec(name: str, noise: jax.Array) -> jax.Array:

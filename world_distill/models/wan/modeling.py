@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -37,9 +38,9 @@ from world_distill.models.layers import (
 )
 from world_distill.sharding import constrain, platform_of
 
-Remat = Literal["none", "dots", "attention", "full"]
+Remat = Literal["none", "dots", "attention", "full", "offload"]
 
-
+_BLOCK_INPUT = "block_input"
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
 _KEPT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -47,7 +48,11 @@ _KEPT = {
     ),
     "attention": _ATTENTION,
     "full": None,
-}
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[_BLOCK_INPUT],
+        offload_src="device", offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,8 @@ class WanConfig:
       eps: of all norms.
       theta: of RoPE.
       remat: what the backward pass computes again: "none", all but matrix products and attention ("dots"), all but
-        attention ("attention"), or each block ("full").
+        attention ("attention"), or each block ("full"). All but "none" keep the inputs of blocks; "offload" is "full"
+        with these in the host's memory until they are needed.
       attention: what computes attention, see `attention.attend`.
       mesh: devices that activations are laid out on; None leaves that to the compiler.
     """
@@ -235,7 +241,8 @@ class WanDiT(nnx.Module):
 
         def body(h, layer):
             weights, layer_lora = layer
-            return lay(nnx.merge(graph, weights)(lay(h), modulation, text, rope, layer_lora, scale, places)), None
+            h = checkpoint_name(lay(h), _BLOCK_INPUT)
+            return lay(nnx.merge(graph, weights)(h, modulation, text, rope, layer_lora, scale, places)), None
 
         if config.remat != "none":
             body = jax.checkpoint(body, policy=_KEPT[config.remat])
