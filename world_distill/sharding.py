@@ -37,11 +37,12 @@ RULES = (
     ("conv", "fsdp"),  # channels of an autoencoder's convolutions, gathered all at once before use
     ("text", None),  # the text encoder's width
     ("rank", None),  # of LoRA factors
+    ("factor", ("tensor", "fsdp")),  # the wide axis of a factor where the layer's is heads or mlp, or has no name
     ("layers", None),  # blocks stacked for scan
 )
 
 # Left whole where they do not divide, whatever the size: widths that nobody chose with devices in mind.
-_WHOLE_IF_UNEVEN = ("conv",)
+_WHOLE_IF_UNEVEN = ("conv", "factor")
 
 # Below this size a copy on every device costs less than an error would.
 SMALL_BYTES = 1 << 20

@@ -171,7 +171,7 @@ def test_axes_mirror_the_tree(base, rank):
     jax.tree.map(check, lora, axes)  # raises where the structures differ
     if rank is not None:
         assert tuple(axes["blocks"]["self_attention"]["q"]["a"]) == ("layers", "embed", None)
-        assert tuple(axes["blocks"]["self_attention"]["q"]["b"]) == ("layers", None, "heads")
+        assert tuple(axes["blocks"]["self_attention"]["q"]["b"]) == ("layers", None, "factor")
         assert tuple(axes["text_out"]["a"]) == ("embed", None)
 
 

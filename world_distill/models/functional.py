@@ -10,6 +10,12 @@ from flax import nnx
 from world_distill.structs import PyTree
 
 
+@functools.lru_cache(maxsize=16)
+def functional(module: Callable[..., nnx.Module], config: Any) -> "Functional":
+    """`module(config, rngs=...)` as functions; the same for the same config, since taking it apart takes a while."""
+    return Functional(lambda rngs: module(config, rngs=rngs))
+
+
 class Functional:
     """A module seen as three functions: fresh weights, their logical axes, and the forward pass.
 

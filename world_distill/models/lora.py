@@ -63,13 +63,19 @@ def init_lora(key: jax.Array, base: PyTree, *, rank: int, targets: str) -> PyTre
 
 
 def lora_axes(lora: PyTree, base_axes: PyTree) -> PyTree:
-    """Logical axis names for `init_lora`'s tree (or a full Executor), from those of the base."""
+    """Logical axis names for `init_lora`'s tree (or a full Executor), from those of the base.
+
+    A factor has one wide axis: where the layer's is not cut along fsdp, the factor's is ("factor"), since its average,
+    its start and its moments would else be whole on every device.
+    """
     if "full" in lora:
         return {"full": base_axes}
     axes = {}
     for name, value in lora.items():
         if "a" in value and not isinstance(value["a"], dict):
-            *stack, inputs, outputs = base_axes[name]["kernel"]
+            *stack, inputs, outputs = (
+                axis if axis in ("layers", "embed") else "factor" for axis in base_axes[name]["kernel"]
+            )
             axes[name] = {"a": (*stack, inputs, None), "b": (*stack, None, outputs)}
         else:
             axes[name] = lora_axes(value, base_axes[name])

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from world_distill.models import lora as lora_lib
-from world_distill.models.functional import Functional
+from world_distill.models.functional import Functional, functional
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN, TinyConfig, TinyDiT
 from world_distill.models.words import encode_text
@@ -59,7 +59,7 @@ class TinyFamily:
     @functools.cached_property
     def network(self) -> Functional:
         """The transformer as a function of its weights."""
-        return Functional(lambda rngs: TinyDiT(self.config, rngs=rngs))
+        return functional(TinyDiT, self.config)
 
     def on(self, mesh: Mesh) -> "TinyFamily":
         return self  # so small that the compiler may lay out its activations

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from world_distill.models import lora as lora_lib
-from world_distill.models.functional import Functional
+from world_distill.models.functional import Functional, functional
 from world_distill.models.params import Entry, our_shapes
 from world_distill.models.wan import vae
 from world_distill.models.wan.modeling import WanConfig, WanDiT
@@ -81,7 +81,7 @@ class WanFamily:
     @functools.cached_property
     def network(self) -> Functional:
         """The transformer as a function of its weights."""
-        return Functional(lambda rngs: WanDiT(self.config, rngs=rngs))
+        return functional(WanDiT, self.config)
 
     def on(self, mesh: Mesh) -> "WanFamily":
         """The same with its activations laid out on a mesh: rows, places in a frame, heads."""
