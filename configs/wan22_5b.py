@@ -10,13 +10,14 @@ Variants, `--config wan22_5b:VARIANT`:
   distill   on-policy distillation (Eq. 11): needs no judge; the default
   wmsd      distillation with RL (AWM) from a VLM judge, which `launch/serve_judge.sh` starts
   debug     the same code on a tiny untrained network, in the sandbox's world: minutes on a CPU, no downloads
+  mid       the same with blocks large enough that matrix products take the time: for `world-distill benchmark`
 """
 
 from ml_collections import ConfigDict
 
 from world_distill.config import UserError, parse_arg
 
-VARIANTS = ("distill", "wmsd", "debug")
+VARIANTS = ("distill", "wmsd", "debug", "mid")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -212,8 +213,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.evaluate_every = 0  # steps; 0: never
     c.evaluate_tasks = 64  # validation tasks looked at each time
     c.evaluate_batch = 8  # clips sampled at once
-    if variant == "debug":
+    if variant in ("debug", "mid"):
         _shrink(c)
+    if variant == "mid":
+        c.model.size = (192, 192)
+        c.model.width, c.model.depth, c.model.heads, c.model.mlp = 768, 4, 6, 3072
+        c.model.text_width, c.model.time_width = 256, 256
+        c.model.remat = "dots"
+        c.world.size = 192
     return c
 
 

@@ -6,7 +6,7 @@
     judge         all questions about all clips, without the cache
     update        the optimiser updates of one step
     loop          a whole step, less the sum of the parts: data, cache, advantages, transfers
-    pretraining   one update of the base model, clips ready made
+    pretraining   one update of the base model, clips ready made (of the sandbox's model, which has such a stage)
 
 Every part runs alone, after a warm-up, on the same batch, in turns; the median is shown. On a machine that other
 programs share, compare figures of one run only.
@@ -39,7 +39,7 @@ Samples a second for each part at the config's sizes, and the share of a whole s
 training run: records are made in a temporary folder.
 
   world-distill benchmark --config sandbox
-  world-distill benchmark --config sandbox --repeats 20 --json speed.json
+  world-distill benchmark --config wan22_5b:mid --repeats 3 --json speed.json
 """
 
 
@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
     arguments.say(
         f"{'whole step':>13}  {result['step_seconds']:8.3f} s  {rows / result['step_seconds']:8.1f} samples/s"
     )
-    base = result["pretraining"]
-    arguments.say(f"{'pretraining':>13}  {base['seconds']:8.3f} s  {base['samples_per_second']:8.1f} samples/s")
+    if "pretraining" in result:
+        base = result["pretraining"]
+        arguments.say(f"{'pretraining':>13}  {base['seconds']:8.3f} s  {base['samples_per_second']:8.1f} samples/s")
     arguments.say(f"{'loop':>13}  {100 * result['overhead']:7.1f} % of a step is none of the parts")
     if args.json:
         arguments.write_json(args.json, result)
@@ -109,7 +110,8 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         jax.block_until_ready(step(state, base, made))
 
     jobs["step"] = whole
-    jobs["pretraining"] = _pretraining(config, family, mesh)
+    if "pretrain" in config:
+        jobs["pretraining"] = _pretraining(config, family, mesh)
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(repeats + 1):
         for name, job in jobs.items():
@@ -118,16 +120,19 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
             if turn:  # the first turn compiles
                 times[name].append(time.perf_counter() - started)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    total, pretraining = seconds.pop("step"), seconds.pop("pretraining")
-    rows, clips = collection.tasks * collection.group, config.pretrain.batch
-    return {
+    total, pretraining = seconds.pop("step"), seconds.pop("pretraining", None)
+    rows = collection.tasks * collection.group
+    result = {
         "device": f"{len(mesh.devices.flat)} x {jax.devices()[0].device_kind}",
         "rollouts_per_step": rows,
         "parts": {n: {"seconds": s, "samples_per_second": rows / s} for n, s in seconds.items()},
         "step_seconds": total,
         "overhead": float(np.clip(1 - sum(seconds.values()) / total, -1, 1)),
-        "pretraining": {"clips": clips, "seconds": pretraining, "samples_per_second": clips / pretraining},
     }
+    if pretraining is not None:
+        clips = config.pretrain.batch
+        result["pretraining"] = {"clips": clips, "seconds": pretraining, "samples_per_second": clips / pretraining}
+    return result
 
 
 def _pretraining(config, family: ModelFamily, mesh: jax.sharding.Mesh) -> Callable[[], None]:

@@ -1,0 +1,96 @@
+"""Does a training step fit, as slices grow: memory a chip, by XLA's compiler for TPUs, which needs no TPU.
+
+Every row is a slice that makes 16 rollouts a chip, one of them on a chip at a time (weak scaling), with the weights in
+up to 64 parts and copies of these parts beyond. Needs the extra `tpu`. A row takes minutes; with --json, what is there
+already is not compiled again, so that a run that was stopped goes on.
+
+    python tests/benchmarks/plan_table.py --json plans.json
+    python tests/benchmarks/plan_table.py --json plans.json --only 13b       # rows whose name has that
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from world_distill import plan
+from world_distill.config import load_config
+
+ROLLOUTS, GROUP, PARTS = 16, 8, 64
+PHASES = ("rollout", "demonstrator", "update")
+# (config, topology, phases); decoding takes no part in scaling: each chip decodes one clip at a time.
+ROWS = [
+    *(("wan22_5b:wmsd", f"v5e:{shape}", PHASES) for shape in ("4x4", "8x8", "16x16")),
+    *(("wan22_5b:wmsd", f"v5p:{shape}", PHASES) for shape in ("4x4x4", "8x8x8")),
+    *(("wan22_5b:wmsd", f"v6e:{shape}", PHASES) for shape in ("2x2", "8x8", "16x16")),
+    *((f"wan_sizes:{size}", "v5p:2x2x1", PHASES) for size in ("14b", "19b")),
+    *((f"wan_sizes:{size}", "v6e:4x4", PHASES) for size in ("14b", "19b")),
+]
+WHOLE = [
+    ("wan_sizes:13b", "v5e:2x2", (*PHASES, "decode", "encode")),
+    ("wan22_5b:wmsd", "v5e:2x2", (*PHASES, "decode", "encode")),
+    ("wan22_5b:wmsd", "v5p:2x2x1", (*PHASES, "decode", "encode")),
+]
+
+
+def make_row(name: str, topology: str, phases: tuple[str, ...]) -> dict:
+    """The plan of one slice, as plain values; `error` where the config does not fit the slice at all."""
+    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+    parts = min(chips, PARTS)
+    changes = {
+        "rollout.tasks": ROLLOUTS * chips // GROUP, "rollout.group": GROUP, "rollout.micro_batch": chips,
+        "objective.micro_batch": chips, "model.rows": chips, "model.vae_dtype": "bfloat16",
+        "mesh.fsdp": parts, "mesh.data": chips // parts,
+    }  # fmt: skip
+    config = load_config(name, changes)
+    devices = plan.topology(topology)
+    started = time.perf_counter()
+    phases = plan.make_plan(config, devices, phases, say=lambda text: print(f"  {text}", flush=True))
+    result = plan.summary(config, devices, phases, 0.4)
+    return result | {"seconds": time.perf_counter() - started, "parts": parts}
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown: what each phase needs of a chip's memory."""
+    names = (*PHASES, "decode")
+    lines = [f"| config | slice | chip, GiB | {' | '.join(names)} | compiled in | fits |", "|---" * 9 + "|"]
+    for key, row in rows.items():
+        name, topology = key.split(" ")
+        phases = {phase["name"]: phase for phase in row["phases"]}
+
+        def cell(phase, phases=phases):
+            found = phases.get(phase)
+            if found is None:
+                return ""
+            return "refused" if found["problem"] else f"{found['peak'] + found['beside']:.1f}"
+
+        cells = " | ".join(map(cell, names))
+        seconds = sum(phase["compile_seconds"] for phase in phases.values())
+        about = f"{name} | {topology}, {row['devices']} chips | {row['chip']['hbm_gib']:.1f}"
+        lines.append(f"| {about} | {cells} | {seconds:.0f} s | {'yes' if row['fits'] else 'no'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=pathlib.Path, help="rows are added to this file as they are done")
+    parser.add_argument("--only", default="", help="rows with this in their name, such as 13b or v5e:")
+    args = parser.parse_args()
+    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    for name, topology, phases in [*WHOLE, *ROWS]:
+        key = f"{name} {topology}"
+        if key in rows or args.only not in key:
+            continue
+        print(key, flush=True)
+        rows[key] = make_row(name, topology, phases)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
