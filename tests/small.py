@@ -1,4 +1,7 @@
-"""A sandbox run small enough for tests: a few scenes, a tiny random base, a handful of rollouts."""
+"""A sandbox run small enough for tests: a few scenes, a tiny random base, a handful of rollouts.
+
+Tests that share these settings share compiled programs, which is most of their time.
+"""
 
 import pathlib
 
@@ -23,6 +26,12 @@ SMALL = {
     "objective.updates": 2,
     "objective.minibatches": 2,
     "optimizer.name": "adam",
+    # On other devices, sums are rounded otherwise. Two things would blow that up: Adam moves an entry of vanishing
+    # gradient by the sign of its rounding, and a low temperature puts rows on either side of the ratio's clip.
+    "optimizer.eps": 1e-3,
+    "objective.awm_temperature": 1.0,
+    "objective.awm_old": "start",
+    "objective.beta_d": ((0, 0.1),),
     "optimizer.learning_rate": ((0, 2e-3),),
     "objective.rl_weight": ((0, 1.0),),
     "scenes.train": 6,
@@ -36,14 +45,14 @@ SMALL = {
     "evaluate_every": 0,
     "evaluate_batch": 8,
     "evaluate_tasks": 4,
-    "host_devices": 2,
+    "host_devices": 1,
 }
 
-# The three kinds of training step that are tested throughout.
+# The three kinds of training step that are tested throughout; AWM is what the others change.
 VARIANTS = {
     "distill": {"objective.rl": "none", "objective.beta_d": ((0, 1.0),)},
-    "awm": {"objective.rl": "awm", "objective.awm_old": "start", "objective.beta_d": ((0, 0.1),)},
-    "flow_grpo": {"objective.rl": "flow_grpo", "sampler.eta": 0.7, "objective.beta_d": ((0, 0.1),)},
+    "awm": {},
+    "flow_grpo": {"objective.rl": "flow_grpo", "sampler.eta": 0.7},
 }
 # Two steps of distillation, each rollout with a task of its own; then RL on groups, rolled a step ahead.
 STAGED = VARIANTS["awm"] | {"objective.rl_weight": ((1, 0.0), (2, 1.0)), "rollout.staleness": 1}

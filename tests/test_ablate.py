@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from small import make_inputs, small_config
+from small import VARIANTS, make_inputs, small_config
 
 from world_distill import ablate, runs, train
 from world_distill.ablate import Ordering
@@ -72,25 +72,20 @@ def test_ablation_runs_and_continues(tmp_path, monkeypatch):
     make_inputs(tmp_path)
 
     def variant_config(variant, seed):
-        config = small_config(tmp_path, seed=seed, steps=2)
-        with config.unlocked():
-            if variant == "distill":
-                config.objective.rl = "none"
-            if variant == "others":
-                config.annotator.options.kinds = ("beside",)
-        return config
+        others = VARIANTS["distill"] | {"annotator.options.kinds": ("beside",)}
+        return small_config(tmp_path, seed=seed, steps=2, **(others if variant == "others" else {}))
 
     orderings = [Ordering("awm", "demonstrator", "task", "a claim")]
     run = lambda: ablate.ablate(  # noqa: E731
-        variant_config, ["awm", "distill", "others"], [0, 1], tmp_path / "ablation", "awm", orderings
+        variant_config, ["awm", "others"], [0, 1], tmp_path / "ablation", "awm", orderings
     )
     result = run()
     rows = {row["name"]: row["n"] for row in result["rows"]}
-    names = ["base", "demonstrator", "awm", "distill", "base:others", "demonstrator:others", "others"]
+    names = ["base", "demonstrator", "awm", "base:others", "demonstrator:others", "others"]
     assert rows == dict.fromkeys(names, 8)
     scores = json.loads((tmp_path / "ablation/runs/others/0/results.json").read_text())
     assert {verdict["kind"] for verdict in scores["verdicts"]["executor"]} == {"beside"}
-    assert result["steps"]["distill"] > result["steps"]["awm"] == 2
+    assert result["steps"]["others"] > result["steps"]["awm"] == 2
     assert [name for _, name in result["sweep"]] == ["awm"]
     assert json.loads((tmp_path / "ablation" / "ablation.json").read_text())["rows"] == result["rows"]
     assert "a claim" in (tmp_path / "ablation" / "ablation.html").read_text()

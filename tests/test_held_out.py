@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
-from small import VARIANTS, random_weights, small_config
+from small import random_weights, small_config
 
 from world_distill import components, held_out, prepare, report, runs, train
 from world_distill.checkpoints import save_weights
@@ -94,9 +94,8 @@ ORACLE = "world_distill.sandbox.factories:oracle"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     inputs, folder = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("run")
-    sizes = {"model.depth": 1, "sampler.steps": 2, "steps": 2, "objective.updates": 1, "objective.minibatches": 1}
-    settings = sizes | {"evaluate_every": 1, "held_out.factory": ORACLE, "judge.cache": f"{inputs}/shared/"}
-    config = small_config(inputs, **VARIANTS["awm"], **settings, **{"judge.keep_clips": 0.5})
+    settings = {"evaluate_every": 1, "held_out.factory": ORACLE, "judge.cache": f"{inputs}/shared/"}
+    config = small_config(inputs, steps=2, **settings, **{"judge.keep_clips": 0.5})
     family = components.make_family(config)
     save_weights(inputs / "base.safetensors", random_weights(family, 7), {})
     prepare.make_records(config, inputs / "data")

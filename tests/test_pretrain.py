@@ -17,24 +17,30 @@ def pretrain_config(tmp_path, steps, **overrides):
     return small_config(tmp_path, **changes | {"pretrain.warmup": 2} | overrides)
 
 
-def test_brief_training_learns(tmp_path):
-    config = pretrain_config(tmp_path, 80, **{"pretrain.save_every": 40})
-    summary = pretrain.pretrain(config, tmp_path / "run", command="test")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "pretrain.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(config, folder, summary) of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = pretrain_config(folder, 80, **{"pretrain.save_every": 40})
+    return config, folder / "run", pretrain.pretrain(config, folder / "run", command="test")
+
+
+def test_brief_training_learns(whole, tmp_path):
+    _, run, summary = whole
+    lines = [json.loads(line) for line in (run / "pretrain.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(5, 81, 5))
     # Copying the scene is the first thing to learn, and lowers the error at once.
     assert lines[-1]["clean_error"] < 0.8 * lines[0]["clean_error"]
     assert summary["loss"] == pytest.approx(lines[-1]["loss"])
-    weights, metadata = load_weights(tmp_path / "run" / "base.safetensors")
+    weights, metadata = load_weights(run / "base.safetensors")
     assert metadata["command"] == "test" and metadata["seed"] == "0"
-    config = pretrain_config(tmp_path, 80, base=str(tmp_path / "run" / "base.safetensors"))
+    config = pretrain_config(tmp_path, 80, base=str(run / "base.safetensors"))
     base = components.load_base(components.make_family(config), config, components.start_devices(config))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(base), weights)
 
 
-def test_resumed_pretraining_equals_uninterrupted(tmp_path, monkeypatch):
-    config = pretrain_config(tmp_path, 8)
-    pretrain.pretrain(config, tmp_path / "whole", command="test")
+def test_resumed_pretraining_equals_uninterrupted(whole, tmp_path, monkeypatch):
+    config, run, _ = whole
 
     class Stop(Exception):
         pass
@@ -42,17 +48,17 @@ def test_resumed_pretraining_equals_uninterrupted(tmp_path, monkeypatch):
     save = pretrain.Checkpointer.save
 
     def stopping(self, step, *args, **kwargs):
-        if step == 6:
+        if step == 45:
             raise Stop
         return save(self, step, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain.Checkpointer, "save", stopping)
         with pytest.raises(Stop):
-            pretrain.pretrain(config, tmp_path / "parts", command="test")
-    pretrain.pretrain(config, tmp_path / "parts", command="test")
-    whole, parts = (load_weights(tmp_path / run / "base.safetensors")[0] for run in ("whole", "parts"))
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+            pretrain.pretrain(config, tmp_path, command="test")
+    pretrain.pretrain(config, tmp_path, command="test")
+    one, other = (load_weights(folder / "base.safetensors")[0] for folder in (run, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_captions_of_pretraining_are_no_tasks():

@@ -59,9 +59,15 @@ def test_interrupted_after_training_it_only_scores(base, whole, tmp_path, monkey
     assert quickstart.quickstart(config, tmp_path)["rows"] == whole[1]["rows"]
 
 
-def test_the_seed_changes_scenes_and_a_used_folder_is_refused(base, whole, tmp_path):
+def test_the_seed_changes_scenes_and_a_used_folder_is_refused(base, whole, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="seed"):
         quickstart.quickstart(config_of(base, seed=1), whole[0])
-    quickstart.quickstart(config_of(base, seed=1), tmp_path)
+
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", dies)  # scenes are made before
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.quickstart(config_of(base, seed=1), tmp_path)
     scenes = [{p.read_bytes() for p in (run / "data" / "scenes").rglob("*.png")} for run in (whole[0], tmp_path)]
     assert scenes[0] and scenes[1] and not scenes[0] & scenes[1]
