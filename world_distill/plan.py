@@ -359,7 +359,7 @@ def candidates(config, devices: int) -> Iterator[dict[str, Any]]:
     rows = config.rollout.tasks * config.rollout.group
     shards = [n for n in range(devices, 0, -1) if devices % n == 0 and rows % n == 0]
     per_update = rows // config.objective.minibatches
-    for fsdp, remat in itertools.product(shards, ("attention", "full")):
+    for fsdp, remat in itertools.product(shards, ("attention", "full", "offload")):
         context = devices // fsdp
         for micro in sorted({per_update, max(per_update // 4, fsdp), fsdp}, reverse=True):
             if per_update % micro == 0 and micro % fsdp == 0:

@@ -70,7 +70,9 @@ def attend_on(
 
     Rows lie along data and fsdp, heads along tensor, the places m of a frame along context. Over themselves, tokens are
     exchanged for heads (Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509), so that each device sees every token of
-    some heads. Keys of a text [b l h e] are on every device of `context`, and nothing is exchanged.
+    some heads. On c devices each sends 4 (c - 1) / c^2 of a clip's tokens that way (queries, keys, values, results);
+    around a ring it would be 2 (c - 1) / c (keys, values), more from c = 3 on, so there is no ring here. Keys of a text
+    [b l h e] are on every device of `context`, and nothing is exchanged.
 
     Args:
       mesh: None or one device: all of this is one sequence.
