@@ -39,6 +39,18 @@ def test_the_table_of_chips_knows_what_jax_calls_them():
     assert chips.chip("TPU v5 lite").name == "v5e" and chips.chip("cpu") is None
 
 
+def test_the_devices_of_this_machine_are_a_topology(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    flags = ["--config", "wan22_5b:debug", "--topology", "local", "--phases", "rollout", "--json", str(path)]
+    assert cli.main(["plan", *flags, "--config.mesh.data=2", "--config.mesh.fsdp=4"]) == 0
+    result = json.loads(path.read_text())
+    assert result["devices"] == 8 and result["chip"] is None and result["fits"]
+    [rollout] = result["phases"]
+    assert rollout["peak"] > 0 and rollout["collectives"] and rollout["flops"] > 0
+    assert cli.main(["plan", "--config", "wan22_5b:debug", "--topology", "local", "--slices", "2"]) == 2
+    assert "--slices 2" in capsys.readouterr().err
+
+
 @needs_compiler
 def test_a_topology_that_does_not_exist_is_named():
     with pytest.raises(UserError, match="v5e:77x1"):

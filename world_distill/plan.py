@@ -1,4 +1,5 @@
-"""`world-distill plan`: does a config fit and compile on a slice of TPUs, and what will a step cost there?
+"""`world-distill plan`: does a config fit and compile on a slice of TPUs, or on this machine's GPUs, and what will a
+step cost there?
 
 XLA's compiler for TPUs runs without one: every phase of a training step is traced with abstract weights, at the
 config's real sizes, and compiled for the topology. What is printed of memory and collectives is the compiler's;
@@ -29,7 +30,8 @@ from world_distill.sharding import make_mesh, replicated, tree_shardings
 from world_distill.structs import Condition, PyTree, TrainBatch
 
 HELP = """\
-Compile every phase of a training step for a TPU slice, without having one, and say whether it fits.
+Compile every phase of a training step for a TPU slice, without having one (or for this machine's GPUs), and say
+whether it fits.
 
 Phases: the rollout, the Demonstrator's velocities, the update, the decoding of clips and the encoding of scenes. For
 each: memory a chip (what the program needs and what lies beside it) against what the chip has, compile time,
@@ -40,8 +42,10 @@ Ends with exit code 1 if a phase does not fit, and names the largest arrays.
   world-distill plan --config wan22_5b:wmsd --topology v5p:2x2x1
   world-distill plan --config wan22_5b:wmsd --topology v5e:4x4 --slices 2 --config.mesh.data=2
   world-distill plan --config wan22_5b:wmsd --topology v6e:2x4 --search
+  world-distill plan --config wan22_5b:wmsd --topology local                # on a machine with GPUs
 """
 
+LOCAL = "local"
 GIB = 2**30
 _COLLECTIVE = re.compile(r" = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
@@ -66,7 +70,10 @@ class Phase:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser)
-    parser.add_argument("--topology", required=True, help="generation and chips, such as v5e:2x4, v5p:4x4x4, v6e:8x8")
+    parser.add_argument(
+        "--topology", required=True,
+        help=f"generation and chips, such as v5e:2x4, v5p:4x4x4, v6e:8x8; {LOCAL}: this machine's devices (GPUs)",
+    )  # fmt: skip
     parser.add_argument("--slices", type=int, default=1, help="slices of that topology, joined by DCN (default: 1)")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that times assume (0.4)")
     parser.add_argument("--phases", default="", help="only these, comma-separated (and those that they need)")
@@ -92,11 +99,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def topology(name: str, slices: int = 1) -> list[Any]:
-    """Devices of a TPU topology that need not exist.
+    """Devices of a TPU topology that need not exist; or, as "local", those of this machine.
 
     Raises:
-      UserError: the compiler is not installed, or knows no such topology.
+      UserError: the compiler is not installed, or knows no such topology; slices of "local".
     """
+    if name == LOCAL:
+        if slices > 1:
+            raise UserError(f"--slices {slices}: the devices of this machine (--topology {LOCAL}) are one slice")
+        return list(jax.devices())
     # Off a TPU VM, libtpu would look for its surroundings.
     for key, value in {
         "TPU_SKIP_MDS_QUERY": "1",
