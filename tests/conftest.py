@@ -35,3 +35,14 @@ import jaxtyping  # noqa: E402
 # Not on `structs`: JAX rebuilds its classes with leaves that are no arrays. Needs to come before the first import
 # of either package, which is why nothing of world_distill is imported here.
 jaxtyping.install_import_hook(["world_distill.core", "world_distill.models"], "beartype.beartype")
+
+# Begun first, so that the workers end together.
+LONGEST = (
+    "test_train", "test_hosts", "test_wan_run", "test_ablate", "test_objectives", "test_pretrain", "test_notebooks",
+    "test_experience", "test_checkpoints", "test_quickstart", "test_server_judge", "test_report", "test_convert",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))

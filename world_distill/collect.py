@@ -173,13 +173,13 @@ class Collector:
                     family.denoise, base, lora if executor else None, condition, keys, times=grid,
                     latent_shape=family.latent_shape, frame_mask=mask, diffusion=diffusion, keep_states=needs_states,
                 )  # fmt: skip
-                return _steps_first(rollout)
+                return flat(_steps_first(rollout))
 
             rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
-            return flat(_steps_first(rollout)), task, solution
+            return _steps_first(rollout), task, solution
 
         def flat(rollout):
-            """Frames as they leave and enter programs, [k b f p]: a TPU would fill up c, their last axis, to 128."""
+            """Frames as they are kept, [.. f p]: a TPU would fill up c, their last axis, to 128."""
             as_rows = lambda x: None if x is None else x.reshape(*x.shape[:3], -1)  # noqa: E731
             return rollout.replace(states=as_rows(rollout.states), velocities=as_rows(rollout.velocities))
 
