@@ -177,7 +177,7 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
                 make_train_step(family, objective, runs.make_optimizer(config, family, base), grid, diffusion),
                 out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)), donate_argnums=0,
             )  # fmt: skip
-            yield _compile("update", step, (state, base, batch), held)[0]
+            yield _compile("update", step, (state, base, batch), (base, state))[0]  # the rollout is gone by then
         if wanted("decode"):
             decode = collector.programs(active)["decode"]
             calls = int(decode is not None)
