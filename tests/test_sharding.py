@@ -132,3 +132,8 @@ def test_a_family_declares_shardings_that_are_allocated():
     whole = sum(x.nbytes for x in jax.tree.leaves(base))
     held = sum(s.data.nbytes for x in jax.tree.leaves(base) for s in x.addressable_shards)
     assert held < 3 * whole  # 2 where all is split over fsdp and tensor, 8 where nothing is
+
+
+def test_rows_are_cut_where_they_divide(mesh):
+    assert sharding.rows_or_whole(mesh, 8) == sharding.batch_sharding(mesh)
+    assert sharding.rows_or_whole(mesh, 6) == sharding.replicated(mesh)  # data * fsdp = 4

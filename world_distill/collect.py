@@ -29,7 +29,7 @@ from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.judging import judge_clips
 from world_distill.judges.rubric import Rubric
 from world_distill.objectives import Objective
-from world_distill.sharding import batch_sharding, map_rows, replicated
+from world_distill.sharding import batch_sharding, map_rows, rows_or_whole
 from world_distill.structs import Condition, Judgment, PyTree, Rollout, TrainBatch, TrainState
 
 DISTILL = "distill"
@@ -145,7 +145,7 @@ class Collector:
         rubric: Rubric | None,
     ):
         self.settings, self._judge, self.cache, self.rubric = settings, judge, cache, rubric
-        self._rows, self._everywhere = batch_sharding(mesh), replicated(mesh)
+        self._mesh, self._rows = mesh, batch_sharding(mesh)
         self._objective = objective
         self._needs_advantages = objective.rl != "none"
         self._questions = settings.questions if self._needs_advantages else ()
@@ -321,8 +321,9 @@ class Collector:
         return {"rollout": self._roll[active], "decode": decode, "demonstrator": self._show}
 
     def _conditions(self, tasks: Mapping[str, Any]) -> tuple[Condition, Condition]:
-        # Every device gets every task: they are few and small, and need not divide by the devices as the rollouts do.
-        put = lambda name: hosts.place(np.asarray(tasks[name]), self._everywhere)  # noqa: E731
+        # Tasks need not divide by the devices, as the rollouts do: then each device gets all of them.
+        sharding = rows_or_whole(self._mesh, len(tasks["scene"]))
+        put = lambda name: hosts.place(np.asarray(tasks[name]), sharding)  # noqa: E731
         scene = put("scene")
         return (
             Condition(put("task_text"), put("task_mask"), scene),

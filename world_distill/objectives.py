@@ -305,7 +305,8 @@ def make_train_step(
 
         def one(accumulated, job):
             draw, part = job
-            take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, part * micro, micro, axis)  # noqa: E731
+            # Rows of every device: neighbours lie on one, and would have to be sent to all the others.
+            take = lambda x, axis: _deal(x, axis, pieces, part)  # noqa: E731
             piece = batch if pieces == 1 else _rows(batch, take)
             key = jax.vmap(lambda k: jax.random.fold_in(k, draw))(noise_keys)
             at = tuple(index[draw] for index in indices)

@@ -26,7 +26,7 @@ from world_distill import arguments, chips, components, flops, runs
 from world_distill.collect import Collection, Collector
 from world_distill.config import UserError, override, section
 from world_distill.objectives import Objective, make_train_step
-from world_distill.sharding import make_mesh, replicated, tree_shardings
+from world_distill.sharding import make_mesh, replicated, rows_or_whole, tree_shardings
 from world_distill.structs import Condition, PyTree, TrainBatch
 
 HELP = """\
@@ -197,7 +197,8 @@ def abstract_base(family, mesh: jax.sharding.Mesh) -> PyTree:
 
 def _condition(config, family, mesh, tasks: int) -> Condition:
     length, width = config.text_length, config.model.text_width
-    make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))  # noqa: E731
+    sharding = rows_or_whole(mesh, tasks)
+    make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
     return Condition(
         text=make((tasks, length, width), jnp.bfloat16),
         text_mask=make((tasks, length), jnp.bool_),

@@ -183,6 +183,12 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, dict(RULES)["batch"]))
 
 
+def rows_or_whole(mesh: Mesh, count: int) -> NamedSharding:
+    """That of `batch_sharding` where it divides so many rows, else the whole on every device."""
+    ways = math.prod(mesh.shape[axis] for axis in dict(RULES)["batch"])
+    return replicated(mesh) if count % ways else batch_sharding(mesh)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
