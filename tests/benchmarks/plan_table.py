@@ -38,7 +38,7 @@ WHOLE = [
 
 
 def make_row(name: str, topology: str, phases: tuple[str, ...]) -> dict:
-    """The plan of one slice, as plain values; `error` where the config does not fit the slice at all."""
+    """The plan of one slice, as plain values."""
     chips = math.prod(map(int, topology.partition(":")[2].split("x")))
     parts = min(chips, PARTS)
     changes = {
