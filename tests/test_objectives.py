@@ -13,6 +13,8 @@ from small import redraw
 from world_distill import objectives
 from world_distill.config import load_config, section
 from world_distill.core import flow, losses, sampling
+from world_distill.plan import collectives
+from world_distill.sharding import batch_sharding, make_mesh, replicated
 from world_distill.structs import Condition, TrainBatch
 
 ROWS, STEPS = 6, 4
@@ -181,6 +183,25 @@ def test_micro_batches_do_not_change_an_update(family, base, lora, batch):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), *results)
     with pytest.raises(ValueError, match="does not divide"):
         run(family, base, lora, batch, make_objective(micro_batch=4))
+
+
+def test_micro_batches_send_no_rows_from_device_to_device(family, base, lora, batch):
+    """A part takes rows of every device; a slice of neighbours would have all devices gather the whole batch."""
+    mesh = make_mesh()
+    rows = 2 * mesh.size
+
+    def place(x, axis):
+        shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=batch_sharding(mesh, axis))
+
+    wide = objectives._rows(batch, place)
+    step = make_step(family, make_objective(rl="awm", updates=1, draws=1, micro_batch=mesh.size), 1.0, False)
+    everywhere = lambda tree: jax.tree.map(  # noqa: E731
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree
+    )
+    compiled = step.lower(everywhere(make_state(optax.sgd(1.0), lora)), everywhere(base), wide).compile()
+    counts = collectives(compiled.as_text())
+    assert counts.keys() == {"all-reduce"}, counts
 
 
 def test_tied_rows_share_times_that_cover_the_grid(family, base, lora, batch):
