@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from world_distill.collect import Collection
+from world_distill.collection import Collection
 from world_distill.config import load_config
 from world_distill.data.pipeline import concatenate
 

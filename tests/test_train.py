@@ -18,7 +18,7 @@ import pytest
 from small import STAGED, VARIANTS, make_inputs, redraw, small_config
 
 from tests.effort import KILLS
-from world_distill import components, objectives, runs, train
+from world_distill import components, programs, runs, train
 from world_distill.checkpoints import Checkpointer
 from world_distill.collect import TooFewJudgments
 from world_distill.config import UserError
@@ -27,6 +27,7 @@ from world_distill.interfaces import JudgeAnswer
 from world_distill.interruption import Preempted
 from world_distill.logs import MetricLog
 from world_distill.profiling import Profiler, parse_steps
+from world_distill.programs import make_programs
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,10 @@ def whole(inputs, tmp_path_factory):
 def final_states(config, *workdirs):
     """Every array of each folder's newest checkpoint, on the host, and the state of its data."""
     mesh = components.start_devices(config)
-    family = components.make_family(config)
-    base = components.load_base(family, config, mesh)
-    _, abstract = runs.make_state(config, family, mesh, base)
     found = []
     for workdir in workdirs:
         with Checkpointer(workdir / "checkpoints") as checkpointer:
-            state, iterator, _ = checkpointer.restore_latest(abstract)
+            state, iterator, _ = checkpointer.restore_latest(make_programs(config, mesh).state)
         found.append((jax.device_get(state.replace(key=jax.random.key_data(state.key))), iterator))
     return found
 
@@ -282,19 +280,16 @@ def test_muon_moves_full_weights_on_a_mesh_as_on_one_device(inputs):
     for devices in ({"host_devices": 1}, {"host_devices": 4, "mesh.data": 2, "mesh.fsdp": 2}):
         config = small_config(inputs, **devices, **{"executor.rank": 0, "optimizer.name": "muon"})
         mesh = components.start_devices(config)
-        family = components.make_family(config)
-        base = components.load_base(family, config, mesh)
-        init, abstract = runs.make_state(config, family, mesh, base)
-        places = jax.tree.map(lambda x: x.sharding, abstract)
-        optimizer = runs.make_optimizer(config, family, base)
-        state = init(base)
+        made = make_programs(config, mesh)
+        places = jax.tree.map(lambda x: x.sharding, made.state)
+        state = made.init(components.load_base(made.family, config, mesh), config.seed)
         assert set(state.lora) == {"full"}
 
-        def step(state, gradient, optimizer=optimizer):
+        def step(state, gradient, optimizer=made.optimizer):
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
             return state.replace(lora=optax.apply_updates(state.lora, changes), opt_state=opt_state)
 
-        gradient = jax.device_put(redraw(abstract.lora, 3), places.lora)
+        gradient = jax.device_put(redraw(made.state.lora, 3), places.lora)
         state = jax.jit(step, out_shardings=places)(state, gradient)
         assert len(state.lora["full"]["blocks"]["mlp"]["up"]["kernel"].devices()) == len(mesh.devices.flat)
         found.append(jax.device_get((state.lora, state.opt_state)))
@@ -306,7 +301,7 @@ def test_muon_moves_full_weights_on_a_mesh_as_on_one_device(inputs):
 
 def test_one_trace_of_each_step_function_over_many_steps(inputs, tmp_path, monkeypatch, caplog):
     traces = []
-    make = objectives.make_train_step
+    make = programs.make_train_step
 
     def counting(family, objective, *args):
         step = make(family, objective, *args)
@@ -317,7 +312,7 @@ def test_one_trace_of_each_step_function_over_many_steps(inputs, tmp_path, monke
 
         return traced
 
-    monkeypatch.setattr(train, "make_train_step", counting)
+    monkeypatch.setattr(programs, "make_train_step", counting)
     # A schedule that begins with distillation alone has a second step function, and no more.
     staged = {**VARIANTS["awm"], "objective.rl_weight": ((2, 0.0), (3, 1.0)), "evaluate_every": 2}
     train.train(small_config(inputs, **staged, steps=6), tmp_path)
@@ -383,6 +378,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_tasks(inputs, tmp
     steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
     for step in steps:  # what was saved is finite
         assert step < 4
+
+
+def test_runs_of_one_process_share_their_programs(inputs):
+    config = small_config(inputs)
+    mesh = components.start_devices(config)
+    made = make_programs(config, mesh)
+    for same in ({"seed": 1}, {"steps": 9}, {"judge.factory": "another"}):
+        assert make_programs(small_config(inputs, **same), mesh) is made
+    for other in ({"objective.updates": 1}, {"executor.alpha": 4.0}, {"rollout.weights.task": 2.0}):
+        assert make_programs(small_config(inputs, **other), mesh) is not made
 
 
 def test_missing_records_name_the_file_and_the_verb(inputs, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.vlm.fake_server import FakeServer
-from world_distill import cli, components, converted, evaluate, export, generate, plan, prepare, runs, train
+from world_distill import cli, components, converted, evaluate, export, generate, prepare, runs, train
 from world_distill.config import UserError, load_config
 from world_distill.data.records import RecordReader
 from world_distill.data.vlm_annotator import ServerAnnotator
@@ -20,6 +20,7 @@ from world_distill.judges.server import ServerJudge
 from world_distill.logs import read_log
 from world_distill.lora_files import read_lora
 from world_distill.models.lora import merge
+from world_distill.programs import make_programs
 from world_distill.sharding import batch_sharding, make_mesh, replicated, tree_shardings
 from world_distill.structs import Condition
 from world_distill.tensor_files import TensorFileError
@@ -184,13 +185,13 @@ def test_an_exported_lora_is_an_executor_to_start_from(opened, files, layout):
     found = read_lora(path, opened.family.linears, opened.family.kernel_shapes(), scale=opened.family.lora_scale)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, jax.device_get(opened.executor))
     config = config_of(**{"executor.start": path})
-    init, _ = runs.make_state(config, opened.family, opened.mesh, opened.base)
-    state = runs.start_from_file(path, config, opened.family, init(opened.base))
+    state = make_programs(config, opened.mesh).init(opened.base, config.seed)
+    state = runs.start_from_file(path, config, opened.family, state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.lora), found)
     config = config_of(**{"executor.rank": 2})
-    init, _ = runs.make_state(config, components.make_family(config), opened.mesh, opened.base)
+    state = make_programs(config, opened.mesh).init(opened.base, config.seed)
     with pytest.raises(UserError, match=r"blocks.cross_attention.k.a is \(2, 32, 4\), not \(2, 32, 2\)"):
-        runs.start_from_file(path, config, opened.family, init(opened.base))
+        runs.start_from_file(path, config, opened.family, state)
 
 
 def test_merged_weights_are_base_plus_executor(opened, merged):
@@ -316,7 +317,7 @@ def test_the_full_size_takes_its_place_on_a_mesh():
     assert base["transformer"]["head"]["kernel"].dtype == jnp.bfloat16
     shardings = components.tree_shardings(mesh, family.base_axes(), base)
     assert shardings["transformer"]["blocks"]["mlp"]["up"]["kernel"].spec[1] == "fsdp"
-    _, state = runs.make_state(config, family, mesh, base)
+    state = make_programs(config, mesh).state
     assert state.lora["blocks"]["self_attention"]["q"]["a"].shape == (30, 3072, 32)
     assert family.latent_shape == (13, 30, 52, 48)
     condition = Condition(
@@ -337,9 +338,8 @@ def test_no_device_holds_the_whole_of_a_large_array(name):
     for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}, mixed):
         config = load_config(name, {f"mesh.{axis}": size for axis, size in shape.items()})
         mesh = make_mesh(**config.mesh.to_dict())
-        family = components.make_family(config, mesh)
-        base = plan.abstract_base(family, mesh)
-        _, state = runs.make_state(config, family, mesh, base)
+        base = components.abstract_base(components.make_family(config, mesh), mesh)
+        state = make_programs(config, mesh).state
         large = 0
         for path, x in jax.tree_util.tree_leaves_with_path((base, state)):
             if math.prod(x.shape) * getattr(x.dtype, "itemsize", 4) < 2**20:

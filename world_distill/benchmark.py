@@ -23,13 +23,12 @@ import jax
 import numpy as np
 
 from world_distill import arguments, components, prepare, pretrain, runs
-from world_distill.collect import Collection, Collector
-from world_distill.config import section
+from world_distill.collect import Collector
 from world_distill.data.pipeline import pad_texts, task_batches
 from world_distill.data.records import RecordReader
 from world_distill.interfaces import ModelFamily
 from world_distill.judges.rubric import load_rubric
-from world_distill.objectives import Objective, make_train_step
+from world_distill.programs import make_programs
 from world_distill.sharding import batch_sharding
 
 HELP = """\
@@ -72,19 +71,14 @@ def run(args: argparse.Namespace) -> int:
 def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     """Seconds and samples a second of every part; see the module's text."""
     mesh = components.start_devices(config)
-    family = components.make_family(config, mesh)
+    programs = make_programs(config, mesh)
+    family, objective, collection = programs.family, programs.objective, programs.collection
     data = runs.data_folder(config, folder)
     prepare.make_records(config, data)
     base = components.load_base(family, config, mesh)
-    objective, collection = section(config.objective, Objective), Collection(**config.rollout.to_dict())
-    grid, diffusion = components.sampler_grid(config)
-    init, _ = runs.make_state(config, family, mesh, base)
-    state = init(base)
+    state = programs.init(base, config.seed)
     judge = components.make(config, "judge")
-    collector = Collector(
-        family, mesh, collection, objective, grid=grid, diffusion=diffusion, judge=judge, cache=None,
-        rubric=load_rubric(config.judge.rubric or None),
-    )  # fmt: skip
+    collector = Collector(programs, judge=judge, cache=None, rubric=load_rubric(config.judge.rubric or None))
     batches = task_batches(
         RecordReader(data, "train"), tasks_per_step=collection.tasks, seed=config.seed,
         text_length=config.text_length,
@@ -92,22 +86,28 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     last = config.steps - 1  # of a schedule: with all losses in force
     active = objective.rl_active(last)
     tasks = collection.draw(batches, active)
-    step = jax.jit(make_train_step(family, objective, runs.make_optimizer(config, family, base), grid, diffusion))
+    trained = programs.init(base, config.seed)  # an update gives away the buffers of the state that it is given
     key = jax.random.key(config.seed)
     parts = collector.parts(state, base, tasks, key, last)
     batch, _ = collector(state, base, tasks, key, last)
+
+    def update(batch):
+        nonlocal trained
+        trained, metrics = programs.update[active](trained, base, batch)
+        jax.block_until_ready((trained, metrics))
+
     jobs = {
         "rollout": lambda: jax.block_until_ready(parts.roll()),
         "decode": lambda: jax.block_until_ready(parts.decode()),
         "judge": parts.judge,
-        "update": lambda: jax.block_until_ready(step(state, base, batch)),
+        "update": lambda: update(batch),
     }
     if parts.show is not None:
         jobs["demonstrator"] = lambda: jax.block_until_ready(parts.show())
 
     def whole():
         made, _ = collector(state, base, collection.draw(batches, active), key, last)
-        jax.block_until_ready(step(state, base, made))
+        update(made)
 
     jobs["step"] = whole
     if "pretrain" in config:

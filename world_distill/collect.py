@@ -9,7 +9,6 @@ A rollout depends on (seed, step, row) and the weights alone, so a resumed or re
 their judgments in the cache, and goes on bit for bit as before.
 """
 
-import dataclasses
 import functools
 import time
 import types
@@ -21,78 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from world_distill import hosts
+from world_distill.collection import DISTILL
 from world_distill.config import UserError
-from world_distill.core import advantages, losses, sampling
-from world_distill.data.pipeline import Batch, concatenate
-from world_distill.interfaces import Judge, ModelFamily
+from world_distill.core import advantages
+from world_distill.data.pipeline import Batch
+from world_distill.interfaces import Judge
 from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.judging import judge_clips
 from world_distill.judges.rubric import Rubric
-from world_distill.objectives import Objective
-from world_distill.sharding import batch_sharding, map_rows, rows_or_whole
-from world_distill.structs import Condition, Judgment, PyTree, Rollout, TrainBatch, TrainState
-
-DISTILL = "distill"
-
-
-@dataclasses.dataclass(frozen=True)
-class Collection:
-    """Settings of a batch of experience.
-
-    Attributes:
-      tasks: tasks in a step.
-      group: rollouts of each task.
-      spread: while L_RL has no weight, give each of the `tasks` x `group` rollouts a task of its own: RL compares
-        rollouts of one task, distillation learns the more from different ones.
-      micro_batch: rollouts on their way at once, over all devices; 0: all of a step.
-      staleness: 1: a step's clips are rolled before the update of the step before, so that the device need not wait
-        for the judge (`experience`); 0: exactly on-policy.
-      role: who rolls: "executor" (on-policy) or "demonstrator" (off-policy distillation).
-      weights: reward name -> lambda of Eq. 10; questions of the rubric, and "distill" for Eq. 9. 0 leaves one out.
-      clip: log-odds are clipped to +-clip before anything else; 0 does not clip.
-      normalise: divide each reward by its std over the "batch" or the "group", or by nothing ("none").
-      std: what the advantage is divided by: std of the "batch" or of the "group", or nothing ("none").
-      min_valid: groups with fewer valid judgments are left out.
-      max_invalid: share of a step's clips without a judgment above which the run stops.
-      negative_scale: factor on negative advantages; below 1 is steadier and learns less from failures.
-    """
-
-    tasks: int
-    group: int
-    spread: bool
-    micro_batch: int
-    staleness: int
-    role: str
-    weights: Mapping[str, float]
-    clip: float
-    normalise: str
-    std: str
-    min_valid: int
-    max_invalid: float
-    negative_scale: float
-
-    def __post_init__(self):
-        if self.role not in ("executor", "demonstrator"):
-            raise ValueError(f"rollout.role must be executor or demonstrator, got {self.role!r}")
-        if self.tasks < 1 or self.group < 1:
-            raise ValueError(f"rollout.tasks and rollout.group are at least 1, got {self.tasks} and {self.group}")
-        if self.staleness not in (0, 1) or not 0 <= self.max_invalid <= 1:
-            raise ValueError(
-                f"rollout.staleness is 0 or 1 and rollout.max_invalid 0 to 1, got {self.staleness}, {self.max_invalid}"
-            )
-
-    @property
-    def questions(self) -> tuple[str, ...]:
-        """Questions that the judge has to answer."""
-        return tuple(name for name, weight in self.weights.items() if weight and name != DISTILL)
-
-    def group_in(self, active: bool) -> int:
-        """Rollouts of each task in a step in which L_RL has a weight (`active`) or has none."""
-        return 1 if self.spread and not active else self.group
-
-    def draw(self, batches: Iterator[Batch], active: bool) -> Batch:
-        """The tasks of such a step, from batches of `tasks` tasks."""
-        return concatenate([next(batches) for _ in range(self.group // self.group_in(active))])
+from world_distill.programs import Programs
+from world_distill.sharding import batch_sharding, rows_or_whole
+from world_distill.structs import Condition, Judgment, PyTree, TrainBatch, TrainState
 
 
 class TooFewJudgments(UserError):
@@ -129,100 +67,15 @@ class Parts(NamedTuple):
 
 
 class Collector:
-    """Makes `TrainBatch`es. Holds jitted functions and settings, no weights."""
+    """Makes `TrainBatch`es. Holds programs and settings, no weights."""
 
-    def __init__(
-        self,
-        family: ModelFamily,
-        mesh: jax.sharding.Mesh,
-        settings: Collection,
-        objective: Objective,
-        *,
-        grid: np.ndarray,
-        diffusion: np.ndarray | None,
-        judge: Judge | None,
-        cache: JudgmentCache | None,
-        rubric: Rubric | None,
-    ):
-        self.settings, self._judge, self.cache, self.rubric = settings, judge, cache, rubric
-        self._mesh, self._rows = mesh, batch_sharding(mesh)
-        self._objective = objective
-        self._needs_advantages = objective.rl != "none"
-        self._questions = settings.questions if self._needs_advantages else ()
-        distills = self._needs_advantages and settings.weights.get(DISTILL, 0.0) != 0
-        needs_states = objective.uses_visited or distills or objective.rl == "flow_grpo"
-        if diffusion is not None and objective.rl != "flow_grpo":
-            raise ValueError("sampler.eta above 0 is for objective.rl = flow_grpo; the others sample the ODE")
-        demonstrates = objective.uses_visited or distills
-        if settings.staleness and objective.rl == "awm" and objective.awm_old == "current":
-            raise ValueError("rollout.staleness = 1 needs AWM's ratio: set objective.awm_old to start or ema")
-        mask = family.free_frames
-
-        def roll(lora, base, task: Condition, solution: Condition, key, first_row, *, diffusion, group):
-            def grow(tree):
-                tree = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
-                return jax.lax.with_sharding_constraint(tree, self._rows)
-
-            task, solution = grow(task), grow(solution)
-            rows = first_row + jnp.arange(task.text.shape[0])
-            keys = sampling.sample_keys(key, rows)
-            executor = settings.role == "executor"
-
-            def some(condition, keys):
-                rollout = sampling.rollout(
-                    family.denoise, base, lora if executor else None, condition, keys, times=grid,
-                    latent_shape=family.latent_shape, frame_mask=mask, diffusion=diffusion, keep_states=needs_states,
-                )  # fmt: skip
-                return flat(_steps_first(rollout))
-
-            rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
-            return _steps_first(rollout), task, solution
-
-        def flat(rollout):
-            """Frames as they are kept, [.. f p]: a TPU would fill up c, their last axis, to 128."""
-            as_rows = lambda x: None if x is None else x.reshape(*x.shape[:3], -1)  # noqa: E731
-            return rollout.replace(states=as_rows(rollout.states), velocities=as_rows(rollout.velocities))
-
-        def decode(base, latents):
-            clips = family.decode(base, latents)
-            # Each is looked at by one process.
-            return jax.lax.with_sharding_constraint(clips, self._rows) if jax.process_count() > 1 else clips
-
-        def show(base, rollout: Rollout, solution: Condition):
-            frames = lambda x: x.reshape(*x.shape[:-2], *family.latent_shape)  # noqa: E731
-            if settings.role == "demonstrator":
-                shown = rollout.velocities
-            else:
-
-                def at(state_and_time):
-                    state, t = state_and_time
-
-                    def some(x, solution):
-                        v = family.denoise(base, None, frames(x), jnp.full(x.shape[:1], t), solution)
-                        return v.reshape(x.shape)
-
-                    return map_rows(some, settings.micro_batch, state, solution)
-
-                shown = jax.lax.map(at, (rollout.states, jnp.asarray(grid[:-1], jnp.float32)))
-            return shown, losses.distillation_reward(frames(rollout.velocities), frames(shown), grid, mask)
-
-        # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
-        self._roll = {
-            active: jax.jit(
-                functools.partial(
-                    roll,
-                    diffusion=diffusion if active else None,
-                    group=settings.group_in(active),
-                )
-            )
-            for active in (True, False)
-        }
-        # A program of its own: it takes as long to compile as a step, and its memory is free again for the next one.
-        self._decode = jax.jit(decode)
-        self._show = jax.jit(show) if demonstrates else None
-        self._keeps_log_probs = objective.rl == "flow_grpo"
-        finish = lambda r: jnp.concatenate([r.states, r.latents.reshape(1, *r.states.shape[1:])])  # noqa: E731
-        self._finish = jax.jit(finish) if needs_states else None
+    def __init__(self, programs: Programs, *, judge: Judge | None, cache: JudgmentCache | None, rubric: Rubric | None):
+        self.settings, self._judge, self.cache, self.rubric = programs.collection, judge, cache, rubric
+        self._programs, self._objective = programs, programs.objective
+        self._rows = batch_sharding(programs.mesh)
+        self._questions = self.settings.questions if self._objective.rl != "none" else ()
+        # Those of them that `clock` may put on a clock.
+        self._roll, self._decode, self._show = programs.roll, programs.decode, programs.show
 
     def __call__(
         self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int
@@ -257,9 +110,9 @@ class Collector:
             task=task,
             solution=solution,
             latents=rollout.latents,
-            states=None if self._finish is None else self._finish(rollout),
+            states=None if self._programs.finish is None else self._programs.finish(rollout),
             demonstrator=shown,
-            log_probs=rollout.log_probs if self._keeps_log_probs and active else None,
+            log_probs=rollout.log_probs if self._programs.keeps_log_probs and active else None,
             advantages=None,
             valid=None,
         )
@@ -299,30 +152,15 @@ class Collector:
             judge=lambda: self._ask(tasks, frames, np.arange(len(frames))),
         )
 
-    @property
-    def rows(self) -> jax.sharding.NamedSharding:
-        """Where the rows of a batch lie."""
-        return self._rows
-
-    @property
-    def keeps_log_probs(self) -> bool:
-        """Whether a batch has the rollouts' log-probabilities."""
-        return self._keeps_log_probs
-
     def clock(self, program: Callable[[str, Any, Callable], Any]) -> None:
         """Puts every program of a step on a clock: `speed.Clock.program`."""
         self._roll = {active: program("rollout", f, lambda out: out[0].latents) for active, f in self._roll.items()}
         self._decode = program("decode", self._decode, lambda clips: clips)
         self._show = self._show and program("demonstrator", self._show, lambda out: out[1])
 
-    def programs(self, active: bool) -> dict[str, Any]:
-        """The jitted functions of a step, to be looked at: `rollout`; `decode` and `demonstrator`, or None."""
-        decode = self._decode if active and self._questions else None
-        return {"rollout": self._roll[active], "decode": decode, "demonstrator": self._show}
-
     def _conditions(self, tasks: Mapping[str, Any]) -> tuple[Condition, Condition]:
         # Tasks need not divide by the devices, as the rollouts do: then each device gets all of them.
-        sharding = rows_or_whole(self._mesh, len(tasks["scene"]))
+        sharding = rows_or_whole(self._programs.mesh, len(tasks["scene"]))
         put = lambda name: hosts.place(np.asarray(tasks[name]), sharding)  # noqa: E731
         scene = put("scene")
         return (
@@ -392,12 +230,6 @@ class Collector:
 def _key(key: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
     """A step's key, and the first row's number in it."""
     return jax.random.fold_in(key, step), jnp.zeros((), jnp.int32)
-
-
-def _steps_first(rollout: Rollout) -> Rollout:
-    """States [k b ...] become [b k ...], and the other way round; clips stay as they are."""
-    swapped = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), rollout.replace(latents=None))
-    return swapped.replace(latents=rollout.latents)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from world_distill import converted, hosts, models
 from world_distill.checkpoints import load_weights
@@ -60,8 +60,23 @@ def make_partial(config: ConfigDict, section: str) -> Callable[..., Any]:
     return functools.partial(factory, **options)
 
 
+FAMILY_SECTIONS = ("model", "executor")  # of a config: all that a family is made from
+
+
 def make_family(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> ModelFamily:
-    """The model family, with the config's sizes and LoRA settings; for programs on the mesh, if there is one."""
+    """The model family, with the config's sizes and LoRA settings; for programs on the mesh, if there is one.
+
+    The same one for the same settings, so that what was traced of it is traced once.
+
+    Raises:
+      UserError: the section `model` does not fit the family.
+      ValueError: sizes that do not go together, or no such family.
+    """
+    return _make_family(FrozenConfigDict({name: config[name] for name in FAMILY_SECTIONS}), mesh)
+
+
+@functools.lru_cache(maxsize=32)
+def _make_family(config: FrozenConfigDict, mesh: jax.sharding.Mesh | None) -> ModelFamily:
     sizes = {k: v for k, v in config.model.to_dict().items() if k != "family"}
     executor = config.executor
     scale = executor.alpha / executor.rank if executor.rank else 1.0
@@ -103,6 +118,14 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
 RANDOM = "random"
 
 
+@functools.lru_cache(maxsize=32)
+def abstract_base(family: ModelFamily, mesh: jax.sharding.Mesh) -> PyTree:
+    """Shapes and shardings of the base on a mesh."""
+    shapes = jax.eval_shape(family.init_base, jax.random.key(0))
+    places = tree_shardings(mesh, family.base_axes(), shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
 def load_base(
     family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh, *, parts: Sequence[str] | None = None
 ) -> PyTree:
@@ -124,8 +147,8 @@ def load_base(
     def chosen(tree):
         return tree if parts is None else {part: tree[part] for part in parts}
 
-    expected = jax.eval_shape(family.init_base, jax.random.key(0))
-    shardings = chosen(tree_shardings(mesh, family.base_axes(), expected))
+    expected = abstract_base(family, mesh)
+    shardings = chosen(jax.tree.map(lambda x: x.sharding, expected))
     if path == RANDOM:
         return jax.jit(lambda key: chosen(family.init_base(key)), out_shardings=shardings)(jax.random.key(0))
     if pathlib.Path(path).is_dir():

@@ -75,7 +75,7 @@ def export_lora(workdir: pathlib.Path, out: pathlib.Path, *, layout: str, dtype:
     config = runs.read_config(workdir)
     mesh = components.start_devices(config)
     family = published_family(config)
-    lora, step = runs.load_executor(config, family, mesh, workdir)
+    lora, step = runs.load_executor(config, mesh, workdir)
     if lora is None:
         raise UserError(f"{workdir} has no checkpoint yet: there is no Executor to export")
     if "full" in lora:

@@ -261,7 +261,10 @@ def _load_executor(
     if path is None:
         return None, None
     if path.is_dir():
-        lora, step = runs.load_executor(runs.read_config(path), family, mesh, path)
+        trained = runs.read_config(path)
+        with trained.unlocked():
+            trained.model = config.model  # that the Executor fits it is checked when it is read
+        lora, step = runs.load_executor(trained, mesh, path)
         if lora is None:
             raise UserError(f"{path} has no checkpoint yet: there is no Executor")
         return lora, {"run": str(path), "step": step}

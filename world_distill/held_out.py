@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from world_distill import components, hosts, runs
-from world_distill.collect import Collection
+from world_distill.collection import Collection
 from world_distill.config import UserError
 from world_distill.core.metrics import rank_correlation
 from world_distill.interfaces import Judge

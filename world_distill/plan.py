@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from world_distill import arguments, chips, components, flops, runs
-from world_distill.collect import Collection, Collector
-from world_distill.config import UserError, override, section
-from world_distill.objectives import Objective, make_train_step
-from world_distill.sharding import make_mesh, replicated, rows_or_whole, tree_shardings
+from world_distill import arguments, chips, components, flops
+from world_distill.collection import Collection
+from world_distill.config import UserError, override
+from world_distill.programs import Programs, make_programs
+from world_distill.sharding import batch_sharding, make_mesh, replicated, rows_or_whole
 from world_distill.structs import Condition, PyTree, TrainBatch
 
 HELP = """\
@@ -140,59 +140,40 @@ def make_plan(config, devices: list[Any], only: tuple[str, ...] = (), *, say=lam
 
 def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase]:
     mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
-    family = components.make_family(config, mesh)
-    base = abstract_base(family, mesh)
-    objective, settings = section(config.objective, Objective), Collection(**config.rollout.to_dict())
-    grid, diffusion = components.sampler_grid(config)
-    _, state = runs.make_state(config, family, mesh, base)
-    collector = Collector(
-        family, mesh, settings, objective, grid=grid, diffusion=diffusion, judge=None, cache=None, rubric=None
-    )
-    active = objective.rl != "none"
+    programs = make_programs(config, mesh)
+    family, settings, state = programs.family, programs.collection, programs.state
+    base = components.abstract_base(family, mesh)
+    active = programs.objective.rl != "none"
     wanted = lambda name: not only or name in only  # noqa: E731
 
     # Each phase takes what the one before gives, laid out as the compiler chose.
     key = jax.eval_shape(lambda: jax.random.key(0))
     tasks = settings.tasks * settings.group // settings.group_in(active)
     conditions = [_condition(config, family, mesh, tasks) for _ in range(2)]
-    roll = collector.programs(active)["rollout"]
     given = (state.lora, base, *conditions, _abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
     held = (base, state)
-    phase, rolled = _compile("rollout", roll, given, held)
+    phase, rolled = _compile("rollout", programs.roll[active], given, held)
     if wanted("rollout"):
         yield phase
     if rolled is not None:
         rollout, task, solution = rolled
         held += rolled
         shown = None
-        show = collector.programs(active)["demonstrator"]
-        if show is not None:
-            phase, result = _compile("demonstrator", show, (base, rollout, solution), held)
+        if programs.show is not None:
+            phase, result = _compile("demonstrator", programs.show, (base, rollout, solution), held)
             shown = None if result is None else result[0]
             if wanted("demonstrator"):
                 yield phase
-        if wanted("update") and (show is None or shown is not None):
-            batch = _batch(collector, rollout, task, solution, shown, active)
-            step = jax.jit(
-                make_train_step(family, objective, runs.make_optimizer(config, family, base), grid, diffusion),
-                out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)), donate_argnums=0,
-            )  # fmt: skip
-            yield _compile("update", step, (state, base, batch), (base, state))[0]  # the rollout is gone by then
+        if wanted("update") and (programs.show is None or shown is not None):
+            given = state, base, _batch(programs, rollout, task, solution, shown, active)
+            yield _compile("update", programs.update[active], given, (base, state))[0]  # the rollout is gone by then
         if wanted("decode"):
-            decode = collector.programs(active)["decode"]
-            calls = int(decode is not None)
-            given = base, rollout.latents
-            yield _compile("decode", decode or jax.jit(family.decode), given, held, calls=calls)[0]
+            judged = active and bool(settings.questions)
+            yield _compile("decode", programs.decode, (base, rollout.latents), held, calls=int(judged))[0]
     if wanted("encode") and family.image_size:
         images = jax.ShapeDtypeStruct((config.encode_batch, *family.image_size, 3), np.uint8, sharding=replicated(mesh))
         encode = jax.jit(family.encode_traceable)
         yield _compile("encode", encode, (base, images), base, calls=0)[0]
-
-
-def abstract_base(family, mesh: jax.sharding.Mesh) -> PyTree:
-    """Shapes and shardings of the base."""
-    shapes = jax.eval_shape(family.init_base, jax.random.key(0))
-    return jax.tree.map(_abstract, shapes, tree_shardings(mesh, family.base_axes(), shapes))
 
 
 def _condition(config, family, mesh, tasks: int) -> Condition:
@@ -206,8 +187,8 @@ def _condition(config, family, mesh, tasks: int) -> Condition:
     )
 
 
-def _batch(collector: Collector, rollout, task, solution, shown, active: bool) -> TrainBatch:
-    rows = collector.rows
+def _batch(programs: Programs, rollout, task, solution, shown, active: bool) -> TrainBatch:
+    rows = batch_sharding(programs.mesh)
     count = rollout.latents.shape[0]
     states = None
     if rollout.states is not None:
@@ -215,7 +196,7 @@ def _batch(collector: Collector, rollout, task, solution, shown, active: bool) -
         states = jax.ShapeDtypeStruct(shape, rollout.states.dtype, sharding=rollout.states.sharding)
     return TrainBatch(
         task=task, solution=solution, latents=rollout.latents, states=states, demonstrator=shown,
-        log_probs=rollout.log_probs if collector.keeps_log_probs and active else None,
+        log_probs=rollout.log_probs if programs.keeps_log_probs and active else None,
         advantages=jax.ShapeDtypeStruct((count,), jnp.float32, sharding=rows),
         valid=jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=rows),
     )  # fmt: skip
@@ -299,8 +280,7 @@ def summary(config, devices: list[Any], plan: list[Phase], utilisation: float) -
     if chip:
         seconds = sum(p.flops * p.calls for p in plan) / (len(devices) * chip.tflops * 1e12 * utilisation)
         result["step_seconds"] = seconds
-        settings = Collection(**config.rollout.to_dict())
-        asked = len(settings.questions) if config.objective.rl != "none" else 0
+        asked = len(Collection(**config.rollout.to_dict()).questions) if config.objective.rl != "none" else 0
         result["judge_requests_per_second"] = result["rollouts_per_step"] * asked / seconds if seconds else 0.0
     return result
 

@@ -8,26 +8,23 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from world_distill import arguments, components, converted, optim
+from world_distill import arguments, components, converted
 from world_distill.checkpoints import Checkpointer
 from world_distill.config import UserError, diff, from_json, leaves, override, to_json
-from world_distill.core.schedules import piecewise_linear
 from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.segments import SyncedCache, is_shared
 from world_distill.kept_clips import KeptClips
 from world_distill.lora_files import read_lora
-from world_distill.objectives import init_state
+from world_distill.programs import make_programs
 from world_distill.scoring import Evaluator
-from world_distill.sharding import like_weights, replicated, tree_shardings
 from world_distill.structs import PyTree, TrainState
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
@@ -90,18 +87,14 @@ def open_run(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None) 
     mesh = components.start_devices(config)
     family = components.make_family(config, mesh)
     base = components.load_base(family, config, mesh)
-    executor, step = load_executor(config, family, mesh, workdir)
+    executor, step = load_executor(config, mesh, workdir)
     return Run(config, mesh, family, base, executor=executor, step=step, data=data_folder(config, workdir))
 
 
-def load_executor(
-    config, family: ModelFamily, mesh: jax.sharding.Mesh, workdir: pathlib.Path
-) -> tuple[PyTree | None, int]:
+def load_executor(config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> tuple[PyTree | None, int]:
     """(slow average of a run's trained weights, its step); (None, 0) before the first checkpoint. Needs no base."""
-    base = jax.eval_shape(family.init_base, jax.random.key(0))
-    _, abstract = make_state(config, family, mesh, base)
     with Checkpointer(checkpoint_folder(config, workdir), keep=config.keep) as checkpointer:
-        restored = checkpointer.restore_latest(abstract)
+        restored = checkpointer.restore_latest(make_programs(config, mesh).state)
     if restored is None:
         return None, 0
     state, _, _ = restored
@@ -139,38 +132,6 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
 
     rolled = None if state.lora_rolled is None else placed()
     return dataclasses.replace(state, lora=placed(), lora_ema=placed(), lora_old=placed(), lora_rolled=rolled)
-
-
-def make_optimizer(config, family: ModelFamily, base: PyTree) -> optax.GradientTransformation:
-    """The config's optimiser, for an Executor of `base`; its learning rate may be (training step, rate) points."""
-    settings = config.optimizer.to_dict()
-    if not isinstance(settings["learning_rate"], float):
-        by_step = piecewise_linear(settings["learning_rate"])
-        # The optimiser counts updates, several a step.
-        settings["learning_rate"] = lambda count: by_step(count // config.objective.updates)
-    executor = jax.eval_shape(lambda: family.init_lora(jax.random.key(0), base, rank=config.executor.rank or None))
-    return optim.make_optimizer(**settings, axes=family.lora_axes(executor))
-
-
-def make_state(
-    config, family: ModelFamily, mesh: jax.sharding.Mesh, base: PyTree
-) -> tuple[Callable[[PyTree], TrainState], TrainState]:
-    """(function that makes the first state on the mesh, the state's shapes and shardings)."""
-    optimizer = make_optimizer(config, family, base)
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
-
-    def init(base):
-        ahead = config.rollout.staleness > 0
-        return init_state(family, base, optimizer, key, rank=config.executor.rank or None, ahead=ahead)
-
-    shapes = jax.eval_shape(init, base)
-    weights = tree_shardings(mesh, family.lora_axes(shapes.lora), shapes.lora)
-    everywhere = replicated(mesh)
-    moments = like_weights(shapes.opt_state, shapes.lora, weights, everywhere)
-    rolled = None if shapes.lora_rolled is None else weights
-    shardings = TrainState(everywhere, weights, weights, weights, moments, everywhere, rolled)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return jax.jit(init, out_shardings=shardings), abstract
 
 
 def is_free(key: str) -> bool:

@@ -8,6 +8,7 @@ A clip depends on (seed, record, weights) alone: the same starting noise for eve
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,15 +56,7 @@ class Evaluator:
         self._benchmark, self._batch, self._text_length = benchmark, batch, text_length
         self._rows = batch_sharding(mesh)
         self._key = jax.random.key(seed)
-
-        def sample(lora, base, condition, key, rows):
-            rollout = sampling.rollout(
-                family.denoise, base, lora, condition, sampling.sample_keys(key, rows),
-                times=grid, latent_shape=family.latent_shape, frame_mask=family.free_frames, keep_states=False,
-            )  # fmt: skip
-            return family.decode(base, rollout.latents)
-
-        self._sample = jax.jit(sample, out_shardings=self._rows)
+        self._sample = _sampler(family, mesh, tuple(np.asarray(grid).tolist()))
 
     def run(
         self,
@@ -132,6 +125,20 @@ class Evaluator:
         put = lambda x: hosts.place(x, self._rows)  # noqa: E731
         condition = Condition(put(batch[f"{text}_text"]), put(batch[f"{text}_mask"]), put(batch["scene"]))
         return self._sample(lora, base, condition, self._key, jnp.asarray(rows))
+
+
+@functools.lru_cache(maxsize=16)
+def _sampler(family: ModelFamily, mesh: jax.sharding.Mesh, times: tuple[float, ...]) -> Callable[..., jax.Array]:
+    """(lora, base, condition, key, rows) -> clips; one program for all evaluators of a family."""
+
+    def sample(lora, base, condition, key, rows):
+        rollout = sampling.rollout(
+            family.denoise, base, lora, condition, sampling.sample_keys(key, rows), times=np.asarray(times),
+            latent_shape=family.latent_shape, frame_mask=family.free_frames, keep_states=False,
+        )  # fmt: skip
+        return family.decode(base, rollout.latents)
+
+    return jax.jit(sample, out_shardings=batch_sharding(mesh))
 
 
 def summarise(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:

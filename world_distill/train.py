@@ -9,7 +9,6 @@ its folder, it continues from the newest checkpoint, bit for bit as if it had no
 """
 
 import argparse
-import dataclasses
 import pathlib
 import shutil
 import sys
@@ -23,8 +22,8 @@ from tqdm import tqdm
 
 from world_distill import arguments, components, hosts, runs
 from world_distill.checkpoints import Checkpointer, make_metadata
-from world_distill.collect import Collection, Collector, TooFewJudgments
-from world_distill.config import UserError, section, to_json
+from world_distill.collect import Collector, TooFewJudgments
+from world_distill.config import UserError, to_json
 from world_distill.data.pipeline import task_batches
 from world_distill.data.records import RecordReader
 from world_distill.experience import Experience
@@ -33,10 +32,9 @@ from world_distill.interfaces import Judge
 from world_distill.interruption import Interruption
 from world_distill.judges.rubric import load_rubric
 from world_distill.logs import MetricLog
-from world_distill.objectives import Objective, make_train_step
 from world_distill.profiling import Profiler, parse_steps
+from world_distill.programs import make_programs
 from world_distill.scoring import QUESTIONS, summarise
-from world_distill.sharding import replicated
 from world_distill.speed import UPDATE, Clock
 
 HELP = """\
@@ -97,12 +95,10 @@ def train(
     started = time.perf_counter()
     # Devices, model, data -------------------------------------------------------------------------------------------
     mesh = components.start_devices(config)
-    family = components.make_family(config, mesh)
+    programs = make_programs(config, mesh)
+    family, objective, collection = programs.family, programs.objective, programs.collection
     folder = runs.data_folder(config, workdir)
     reader = RecordReader(folder, config.train_set)
-    objective = section(config.objective, Objective)
-    collection = Collection(**config.rollout.to_dict())
-    grid, diffusion = components.sampler_grid(config)
     hosts.agree("config", to_json(config))
     hosts.agree("set of records", reader.fingerprint)
     runs.check_folder(config, workdir)
@@ -114,18 +110,17 @@ def train(
     )  # each process reads all of them: they are few, and need not divide by the processes
 
     # State: the newest checkpoint, or a fresh Executor --------------------------------------------------------------
-    init, abstract = runs.make_state(config, family, mesh, base)
     metadata = make_metadata(runs.fixed_settings(config))
     checkpointer = Checkpointer(runs.checkpoint_folder(config, workdir), keep=config.keep, save_every=config.save_every)
-    restored = checkpointer.restore_latest(abstract, expect=metadata)
+    restored = checkpointer.restore_latest(programs.state, expect=metadata)
     if restored is None and stem is not None:
         with Checkpointer(stem / "checkpoints") as source:
-            restored = source.restore_latest(abstract)
+            restored = source.restore_latest(programs.state)
         if restored is None:
             raise UserError(f"{stem} holds no checkpoint to branch off")
         shutil.copy(stem / "metrics.jsonl", workdir)
     if restored is None:
-        state = init(base)
+        state = programs.init(base, config.seed)
         if config.executor.start:
             state = runs.start_from_file(config.executor.start, config, family, state)
     else:
@@ -138,22 +133,7 @@ def train(
 
     # Parts of a step ------------------------------------------------------------------------------------------------
     cache = runs.open_cache(config, workdir) if judge is not None or config.held_out.factory else None
-    collector = Collector(
-        family, mesh, collection, objective, grid=grid, diffusion=diffusion, judge=judge, cache=cache,
-        rubric=load_rubric(config.judge.rubric or None),
-    )  # fmt: skip
-    optimizer = runs.make_optimizer(config, family, base)
-    # While a schedule holds L_RL at weight 0, its forward passes are left out: a step function of its own.
-    step_fns = {
-        active: jax.jit(
-            make_train_step(
-                family, objective if active else dataclasses.replace(objective, rl="none"), optimizer, grid, diffusion
-            ),
-            out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh)),
-            donate_argnums=0,
-        )
-        for active in (True, False)
-    }  # fmt: skip
+    collector = Collector(programs, judge=judge, cache=cache, rubric=load_rubric(config.judge.rubric or None))
     evaluator = validation = None
     if config.evaluate_every:
         evaluator = runs.make_evaluator(config, family, mesh, components.make(config, "benchmark"))
@@ -195,7 +175,7 @@ def train(
     clock = Clock(devices=mesh.devices.size, tokens=rows * family.tokens, started=started)
     collector.clock(clock.program)
     updates = {
-        active: clock.program(UPDATE, f, lambda out: out[1]["train/lora_norm"]) for active, f in step_fns.items()
+        active: clock.program(UPDATE, f, lambda out: out[1]["train/lora_norm"]) for active, f in programs.update.items()
     }
     experience = Experience(collector, tasks, base, key, steps=config.steps)
     interruption = Interruption()

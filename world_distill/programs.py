@@ -1,0 +1,241 @@
+"""The compiled programs of a training step: pure functions of weights and a batch, made once for settings and a mesh.
+
+    init      the base                                  -> the first state
+    roll      an Executor, the base, tasks, a key       -> rollouts, and the conditions of each
+    decode    the base, final latents                   -> RGB clips
+    show      the base, rollouts, their solutions       -> the Demonstrator's velocities, Eq. 9's reward
+    update    a state, the base, a batch                -> the next state, metrics        (objectives.py)
+
+`train` runs them, `benchmark` times each alone, `plan` compiles them for machines that are not there. Runs of one
+process that have the same settings share them, so that the second neither traces nor compiles: seeds of an ablation, a
+run that goes on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from world_distill import components, optim
+from world_distill.collection import DISTILL, Collection
+from world_distill.config import section
+from world_distill.core import losses, sampling
+from world_distill.core.schedules import piecewise_linear
+from world_distill.interfaces import ModelFamily
+from world_distill.objectives import Objective, init_state, make_train_step
+from world_distill.sharding import batch_sharding, like_weights, map_rows, replicated, tree_shardings
+from world_distill.structs import Condition, PyTree, Rollout, TrainState
+
+# All that the programs are made from; seeds, judges and records are not.
+SECTIONS = (*components.FAMILY_SECTIONS, "rollout", "objective", "optimizer", "sampler")
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """See the module's text. Holds no weights.
+
+    Attributes:
+      state: shapes and shardings of the state.
+      finish: rollouts -> visited states [k+1 b f p], the final latents last; None if no loss reads them.
+      keeps_log_probs: whether a batch has the rollouts' log-probabilities.
+      by_activity: in steps in which L_RL has a weight (True) or has none, `roll` and `update` are other programs.
+    """
+
+    mesh: jax.sharding.Mesh
+    family: ModelFamily
+    collection: Collection
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    roll: Mapping[bool, Any]
+    decode: Any
+    show: Any | None
+    finish: Any | None
+    update: Mapping[bool, Any]
+    _init: Any
+
+    def init(self, base: PyTree, seed: int) -> TrainState:
+        """The first state of a run, on the mesh."""
+        return self._init(base, jax.random.fold_in(jax.random.key(seed), 2))
+
+    @property
+    def keeps_log_probs(self) -> bool:
+        return self.objective.rl == "flow_grpo"
+
+
+def make_programs(config: ConfigDict, mesh: jax.sharding.Mesh) -> Programs:
+    """The programs of a config; the same ones for the same settings.
+
+    Raises:
+      UserError: a section of the config has unknown or missing keys.
+      ValueError: settings that do not go together.
+    """
+    return _make(FrozenConfigDict({name: config[name] for name in SECTIONS}), mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
+    objective, settings = section(config.objective, Objective), Collection(**config.rollout.to_dict())
+    grid, diffusion = components.sampler_grid(config)
+    distills = objective.rl != "none" and settings.weights.get(DISTILL, 0.0) != 0
+    if diffusion is not None and objective.rl != "flow_grpo":
+        raise ValueError("sampler.eta above 0 is for objective.rl = flow_grpo; the others sample the ODE")
+    if settings.staleness and objective.rl == "awm" and objective.awm_old == "current":
+        raise ValueError("rollout.staleness = 1 needs AWM's ratio: set objective.awm_old to start or ema")
+    family = components.make_family(config, mesh)
+    optimizer = _make_optimizer(config, family, mesh)
+    init, state = _make_state(config, family, mesh, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    keep_states = objective.uses_visited or distills or objective.rl == "flow_grpo"
+    roll = functools.partial(_roll, family, mesh, settings, grid=grid, keep_states=keep_states)
+
+    def show(base, rollout, solution):
+        return _show(family, settings, grid, base, rollout, solution)
+
+    def decode(base, latents):
+        clips = family.decode(base, latents)
+        # Each is looked at by one process.
+        return jax.lax.with_sharding_constraint(clips, batch_sharding(mesh)) if jax.process_count() > 1 else clips
+
+    def finish(rollout):
+        return jnp.concatenate([rollout.states, rollout.latents.reshape(1, *rollout.states.shape[1:])])
+
+    def train_step(active):
+        # While a schedule holds L_RL at weight 0, its forward passes are left out.
+        losses_in_force = objective if active else dataclasses.replace(objective, rl="none")
+        return jax.jit(
+            make_train_step(family, losses_in_force, optimizer, grid, diffusion),
+            out_shardings=(shardings, replicated(mesh)),
+            donate_argnums=0,
+        )
+
+    return Programs(
+        mesh=mesh,
+        family=family,
+        collection=settings,
+        objective=objective,
+        optimizer=optimizer,
+        state=state,
+        # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
+        roll={
+            active: jax.jit(
+                functools.partial(roll, diffusion=diffusion if active else None, group=settings.group_in(active))
+            )
+            for active in (True, False)
+        },
+        # A program of its own: it takes as long to compile as a step, and its memory is free again for the next one.
+        decode=jax.jit(decode),
+        show=jax.jit(show) if objective.uses_visited or distills else None,
+        finish=jax.jit(finish) if keep_states else None,
+        update={active: train_step(active) for active in (True, False)},
+        _init=init,
+    )
+
+
+def _make_optimizer(config, family: ModelFamily, mesh: jax.sharding.Mesh) -> optax.GradientTransformation:
+    """The config's optimiser; its learning rate may be (training step, rate) points."""
+    settings = config.optimizer.to_dict()
+    if not isinstance(settings["learning_rate"], float):
+        by_step = piecewise_linear(settings["learning_rate"])
+        # The optimiser counts updates, several a step.
+        settings["learning_rate"] = lambda count: by_step(count // config.objective.updates)
+    base, rank = components.abstract_base(family, mesh), config.executor.rank or None
+    executor = jax.eval_shape(lambda: family.init_lora(jax.random.key(0), base, rank=rank))
+    return optim.make_optimizer(**settings, axes=family.lora_axes(executor))
+
+
+def _make_state(config, family: ModelFamily, mesh: jax.sharding.Mesh, optimizer) -> tuple[Any, TrainState]:
+    """(program that makes the first state of the base and a key, the state's shapes and shardings)."""
+
+    def init(base, key):
+        ahead = config.rollout.staleness > 0
+        return init_state(family, base, optimizer, key, rank=config.executor.rank or None, ahead=ahead)
+
+    shapes = jax.eval_shape(init, components.abstract_base(family, mesh), jax.random.key(0))
+    weights = tree_shardings(mesh, family.lora_axes(shapes.lora), shapes.lora)
+    everywhere = replicated(mesh)
+    moments = like_weights(shapes.opt_state, shapes.lora, weights, everywhere)
+    rolled = None if shapes.lora_rolled is None else weights
+    shardings = TrainState(everywhere, weights, weights, weights, moments, everywhere, rolled)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.jit(init, out_shardings=shardings), abstract
+
+
+def _roll(
+    family: ModelFamily,
+    mesh: jax.sharding.Mesh,
+    settings: Collection,
+    lora: PyTree,
+    base: PyTree,
+    task: Condition,
+    solution: Condition,
+    key: jax.Array,
+    first_row: jax.Array,
+    *,
+    grid: np.ndarray,
+    keep_states: bool,
+    diffusion: np.ndarray | None,
+    group: int,
+) -> tuple[Rollout, Condition, Condition]:
+    """Rollouts of every task `group` times (row i from the noise of `first_row` + i), and the conditions of each."""
+
+    def grow(tree):
+        tree = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
+        return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
+
+    task, solution = grow(task), grow(solution)
+    rows = first_row + jnp.arange(task.text.shape[0])
+    keys = sampling.sample_keys(key, rows)
+    executor = settings.role == "executor"
+
+    def some(condition, keys):
+        rollout = sampling.rollout(
+            family.denoise, base, lora if executor else None, condition, keys, times=grid,
+            latent_shape=family.latent_shape, frame_mask=family.free_frames, diffusion=diffusion,
+            keep_states=keep_states,
+        )  # fmt: skip
+        return _flat(_steps_first(rollout))
+
+    rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
+    return _steps_first(rollout), task, solution
+
+
+def _show(
+    family: ModelFamily, settings: Collection, grid: np.ndarray, base: PyTree, rollout: Rollout, solution: Condition
+) -> tuple[jax.Array, jax.Array]:
+    """(the Demonstrator's velocities at the visited states [k b f p], Eq. 9's reward [b])."""
+    frames = lambda x: x.reshape(*x.shape[:-2], *family.latent_shape)  # noqa: E731
+
+    def at(state_and_time):
+        state, t = state_and_time
+
+        def some(x, solution):
+            v = family.denoise(base, None, frames(x), jnp.full(x.shape[:1], t), solution)
+            return v.reshape(x.shape)
+
+        return map_rows(some, settings.micro_batch, state, solution)
+
+    if settings.role == "demonstrator":
+        shown = rollout.velocities
+    else:
+        shown = jax.lax.map(at, (rollout.states, jnp.asarray(grid[:-1], jnp.float32)))
+    reward = losses.distillation_reward(frames(rollout.velocities), frames(shown), grid, family.free_frames)
+    return shown, reward
+
+
+def _flat(rollout: Rollout) -> Rollout:
+    """Frames as they are kept, [.. f p]: a TPU would fill up c, their last axis, to 128."""
+    as_rows = lambda x: None if x is None else x.reshape(*x.shape[:3], -1)  # noqa: E731
+    return rollout.replace(states=as_rows(rollout.states), velocities=as_rows(rollout.velocities))
+
+
+def _steps_first(rollout: Rollout) -> Rollout:
+    """States [k b ...] become [b k ...], and the other way round; clips stay as they are."""
+    swapped = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), rollout.replace(latents=None))
+    return swapped.replace(latents=rollout.latents)
