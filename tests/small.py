@@ -54,8 +54,6 @@ VARIANTS = {
     "awm": {},
     "flow_grpo": {"objective.rl": "flow_grpo", "sampler.eta": 0.7},
 }
-# Two steps of distillation, each rollout with a task of its own; then RL on groups, rolled a step ahead.
-STAGED = VARIANTS["awm"] | {"objective.rl_weight": ((1, 0.0), (2, 1.0)), "rollout.staleness": 1}
 
 
 def small_config(folder: pathlib.Path, **overrides):

@@ -204,6 +204,19 @@ def test_micro_batches_send_no_rows_from_device_to_device(family, base, lora, ba
     assert counts.keys() == {"all-reduce"}, counts
 
 
+def test_devices_do_not_change_an_update(family, base, lora, batch):
+    """Flow-GRPO, with the anchor; `test_train` has all of a step with AWM."""
+    mesh, settings = make_mesh(), make_objective(rl="flow_grpo", beta_d=0.5, grpo_beta=0.1, updates=1)
+    wide = objectives._rows(batch, lambda x, axis: jnp.take(x, jnp.arange(mesh.size) % ROWS, axis=axis))
+    placed = objectives._rows(wide, lambda x, axis: jax.device_put(x, batch_sharding(mesh, axis)))
+    (one, _), (other, _) = (
+        run(family, jax.device_put(base, where), jax.device_put(lora, where), rows, settings, diffuses=True)
+        for where, rows in ((jax.devices()[0], wide), (replicated(mesh), placed))
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), one.lora, jax.device_get(other.lora))
+    assert all(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(change(lora, one.lora)))
+
+
 def test_tied_rows_share_times_that_cover_the_grid(family, base, lora, batch):
     """Six equal rows in two blocks, two draws: four strata, so each of the four visited states counts once."""
     equal = lambda x, axis: jnp.repeat(jax.lax.slice_in_dim(x, 0, 1, axis=axis), ROWS, axis=axis)  # noqa: E731

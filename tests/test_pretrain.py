@@ -13,7 +13,7 @@ from world_distill.config import load_config
 
 
 def pretrain_config(tmp_path, steps, **overrides):
-    changes = {"pretrain.steps": steps, "pretrain.batch": 16, "pretrain.log_every": 5, "pretrain.save_every": 4}
+    changes = {"pretrain.steps": steps, "pretrain.batch": 4, "pretrain.log_every": 8, "pretrain.save_every": 20}
     return small_config(tmp_path, **changes | {"pretrain.warmup": 2} | overrides)
 
 
@@ -21,20 +21,20 @@ def pretrain_config(tmp_path, steps, **overrides):
 def whole(tmp_path_factory):
     """(config, folder, summary) of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    config = pretrain_config(folder, 80, **{"pretrain.save_every": 40})
+    config = pretrain_config(folder, 64)
     return config, folder / "run", pretrain.pretrain(config, folder / "run", command="test")
 
 
 def test_brief_training_learns(whole, tmp_path):
     _, run, summary = whole
     lines = [json.loads(line) for line in (run / "pretrain.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(5, 81, 5))
+    assert [line["step"] for line in lines] == list(range(8, 65, 8))
     # Copying the scene is the first thing to learn, and lowers the error at once.
     assert lines[-1]["clean_error"] < 0.8 * lines[0]["clean_error"]
     assert summary["loss"] == pytest.approx(lines[-1]["loss"])
     weights, metadata = load_weights(run / "base.safetensors")
     assert metadata["command"] == "test" and metadata["seed"] == "0"
-    config = pretrain_config(tmp_path, 80, base=str(run / "base.safetensors"))
+    config = pretrain_config(tmp_path, 64, base=str(run / "base.safetensors"))
     base = components.load_base(components.make_family(config), config, components.start_devices(config))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(base), weights)
 
@@ -48,7 +48,7 @@ def test_resumed_pretraining_equals_uninterrupted(whole, tmp_path, monkeypatch):
     save = pretrain.Checkpointer.save
 
     def stopping(self, step, *args, **kwargs):
-        if step == 45:
+        if step == 25:
             raise Stop
         return save(self, step, *args, **kwargs)
 

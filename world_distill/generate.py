@@ -278,6 +278,30 @@ def _load_executor(
 # ---- Sampling
 
 
+@functools.lru_cache(maxsize=4)
+def _program(
+    family: ModelFamily, sampler: str, steps: int, shift: float | None, sigmas: tuple[float, ...] | None, scale: float
+) -> Callable[..., jax.Array]:
+    """(base, lora, condition, negative text or None, key, numbers of the clips) -> clips."""
+    options = {"latent_shape": family.latent_shape, "frame_mask": family.free_frames}
+    if sampler == "unipc":
+        schedule = unipc.unipc_schedule(steps, shift)
+    else:
+        grid = flow.sampling_times(steps, shift or 1.0, sigmas)
+
+    @jax.jit
+    def sample(base, lora, condition, negative, key, numbers):
+        denoise = family.denoise if negative is None else guided(family.denoise, scale, *negative)
+        keys = sampling.sample_keys(key, numbers)
+        if sampler == "unipc":
+            rollout = unipc.unipc_rollout(denoise, base, lora, condition, keys, schedule=schedule, **options)
+        else:
+            rollout = sampling.rollout(denoise, base, lora, condition, keys, times=grid, keep_states=False, **options)
+        return family.decode(base, rollout.latents)
+
+    return sample
+
+
 def make_sampler(
     family: ModelFamily,
     mesh: jax.sharding.Mesh,
@@ -285,24 +309,8 @@ def make_sampler(
     negative: tuple[np.ndarray, np.ndarray] | None,
 ) -> Callable[..., np.ndarray]:
     """(base, lora, jobs, text_length, seed) -> clips [b F H W 3] uint8, compiled once for each role."""
-    options = {"latent_shape": family.latent_shape, "frame_mask": family.free_frames}
-    if settings["sampler"] == "unipc":
-        schedule = unipc.unipc_schedule(settings["steps"], settings["shift"])
-    else:
-        grid = flow.sampling_times(settings["steps"], settings["shift"] or 1.0, settings["sigmas"])
-
-    @jax.jit
-    def sample(base, lora, condition, negative, key, numbers):
-        denoise = family.denoise if negative is None else guided(family.denoise, settings["guidance"], *negative)
-        keys = sampling.sample_keys(key, numbers)
-        if settings["sampler"] == "unipc":
-            rollout = unipc.unipc_rollout(denoise, base, lora, condition, keys, schedule=schedule, **options)
-        else:
-            rollout = sampling.rollout(
-                denoise, base, lora, condition, keys, times=grid, keep_states=False, **options
-            )  # fmt: skip
-        return family.decode(base, rollout.latents)
-
+    how = (settings[name] for name in ("sampler", "steps", "shift", "sigmas", "guidance"))
+    sample = _program(family, *(tuple(x) if isinstance(x, list) else x for x in how))
     rows = batch_sharding(mesh)
 
     def clips(base, lora, jobs: Sequence[Job], text_length: int, seed: int) -> np.ndarray:

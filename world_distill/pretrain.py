@@ -8,6 +8,7 @@ interrupted continues bit for bit. The result is the exponential average of the 
 
 import argparse
 import concurrent.futures
+import functools
 import time
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from ml_collections import FrozenConfigDict
 
 import world_distill
 from world_distill import arguments, components, optim
@@ -99,26 +101,31 @@ def make_step(family: ModelFamily, optimizer: optax.GradientTransformation, sett
 
 def make_training(config, family: ModelFamily, mesh: jax.sharding.Mesh):
     """(first state, jitted step) of the config's pretraining, on the mesh; see `make_step`."""
-    settings = config.pretrain
+    init, step = _programs(family, FrozenConfigDict(config.pretrain), mesh)
+    return init(jax.random.fold_in(jax.random.key(config.seed), 0)), step
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(family: ModelFamily, settings: FrozenConfigDict, mesh: jax.sharding.Mesh):
+    """(key -> first state, step), jitted; the same ones for the same settings."""
     optimizer = optim.make_optimizer(
         name=settings.optimizer, learning_rate=settings.learning_rate, grad_clip=settings.grad_clip,
         warmup_steps=settings.warmup, decay_steps=settings.steps, axes=family.base_axes(),
     )  # fmt: skip
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
 
-    def init():
-        weights = family.init_base(jax.random.fold_in(jax.random.key(config.seed), 0))
+    def init(key):
+        weights = family.init_base(key)
         return PretrainState(
             jnp.zeros((), jnp.int32), weights, jax.tree.map(jnp.copy, weights), optimizer.init(weights)
         )
 
     # A base of this kind is small: every device holds all of it, the batch is split.
-    state = jax.jit(init, out_shardings=everywhere)()
-    step_fn = jax.jit(
+    step = jax.jit(
         make_step(family, optimizer, settings),
         in_shardings=(everywhere, rows, rows, rows, everywhere), out_shardings=everywhere, donate_argnums=0,
     )  # fmt: skip
-    return state, step_fn
+    return jax.jit(init, out_shardings=everywhere), step
 
 
 def pretrain(config, workdir, *, command: str) -> dict:
