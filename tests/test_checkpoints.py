@@ -197,6 +197,7 @@ def step_with_a_large_array(step):
 
 
 # Orbax leaves coroutines behind where reading fails.
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_however_a_file_is_damaged_the_state_is_the_saved_one_or_that_of_the_step_before(tmp_path):
     rng, back = random.Random(0), {"deleted": 0, "cut": 0, "zeroed": 0, "flipped": 0}
@@ -253,6 +254,7 @@ while True:
 """
 
 
+@pytest.mark.once
 def test_killed_runs_go_on_from_a_whole_checkpoint(tmp_path):
     rng, last = np.random.default_rng(0), 0
     code = WRITER.format(tests=os.path.dirname(__file__), folder=str(tmp_path))

@@ -107,6 +107,7 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(variant, who
         assert lasting(one) == lasting(other)
 
 
+@pytest.mark.once
 def test_a_run_that_is_killed_at_any_instant_goes_on_as_if_it_had_not_been(inputs, whole, tmp_path):
     config, folder = whole("awm")
     rng, faults, wanted = random.Random(0), 0, max(KILLS // 6, 1)
@@ -169,6 +170,7 @@ FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_0
 READ_ONLY = "import ctypes; ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())"
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
 def test_a_disk_that_takes_no_more_ends_the_run_with_the_last_good_step(inputs, whole, tmp_path):
     config, folder = whole("distill")

@@ -1,8 +1,9 @@
 """Does a training step fit, as slices grow: memory a chip, by XLA's compiler for TPUs, which needs no TPU.
 
 Every row is a slice that makes 16 rollouts a chip, one of them on a chip at a time (weak scaling), with the weights in
-up to 64 parts and copies of these parts beyond. Needs the extra `tpu`. A row takes minutes; with --json, what is there
-already is not compiled again, so that a run that was stopped goes on.
+up to 64 parts and copies of these parts beyond; or, `one clip`, what any trainer of LoRA does: one update of one clip,
+by distillation alone, with heads and hidden units spread over the chips. Needs the extra `tpu`. A row takes minutes; with
+--json, what is there already is not compiled again, so that a run that was stopped goes on.
 
     python tests/benchmarks/plan_table.py --json plans.json
     python tests/benchmarks/plan_table.py --json plans.json --only 13b       # rows whose name has that
@@ -10,7 +11,6 @@ already is not compiled again, so that a run that was stopped goes on.
 
 import argparse
 import json
-import math
 import pathlib
 import sys
 import time
@@ -29,7 +29,11 @@ ROWS = [
     *(("wan22_5b:wmsd", f"v6e:{shape}", PHASES) for shape in ("2x2", "8x8", "16x16")),
     *((f"wan_sizes:{size}", "v5p:2x2x1", PHASES) for size in ("14b", "19b")),
     *((f"wan_sizes:{size}", "v6e:4x4", PHASES) for size in ("14b", "19b")),
+    ("wan22_5b:wmsd", "2*v5p:4x4x4", PHASES),  # two slices
 ]
+ONE_CLIP = [
+    ("wan_sizes:13b", "v5e:2x2", PHASES), ("wan_sizes:14b", "v5e:2x2", PHASES), ("wan_sizes:14b", "v5p:2x2x1", PHASES)
+]  # fmt: skip
 WHOLE = [
     ("wan_sizes:13b", "v5e:2x2", (*PHASES, "decode", "encode")),
     ("wan22_5b:wmsd", "v5e:2x2", (*PHASES, "decode", "encode")),
@@ -37,21 +41,33 @@ WHOLE = [
 ]
 
 
-def make_row(name: str, topology: str, phases: tuple[str, ...]) -> dict:
-    """The plan of one slice, as plain values."""
-    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+def one_clip(chips: int) -> dict:
+    """Settings of an update of one clip."""
+    return {
+        "rollout.tasks": 1, "rollout.group": 1, "rollout.micro_batch": 0, "objective.rl": "none",
+        "objective.updates": 1, "objective.minibatches": 1, "objective.draws": 1, "mesh.fsdp": 1, "mesh.tensor": chips,
+    }  # fmt: skip
+
+
+def weak_scaling(chips: int) -> dict:
+    """Settings of a step of as many rollouts on every chip of any slice."""
     parts = min(chips, PARTS)
-    changes = {
+    return {
         "rollout.tasks": ROLLOUTS * chips // GROUP, "rollout.group": GROUP, "rollout.micro_batch": chips,
         "objective.micro_batch": chips, "model.rows": chips, "model.vae_dtype": "bfloat16",
         "mesh.fsdp": parts, "mesh.data": chips // parts,
     }  # fmt: skip
-    config = load_config(name, changes)
-    devices = plan.topology(topology)
+
+
+def make_row(name: str, topology: str, phases: tuple[str, ...], settings) -> dict:
+    """The plan of one slice, as plain values; `settings` of the number of its chips."""
+    *slices, topology = topology.split("*")
+    devices = plan.topology(topology, *map(int, slices))
+    config = load_config(name, settings(len(devices)))
     started = time.perf_counter()
     phases = plan.make_plan(config, devices, phases, say=lambda text: print(f"  {text}", flush=True))
     result = plan.summary(config, devices, phases, 0.4)
-    return result | {"seconds": time.perf_counter() - started, "parts": parts}
+    return result | {"seconds": time.perf_counter() - started}
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -59,7 +75,7 @@ def table(rows: dict[str, dict]) -> str:
     names = (*PHASES, "decode")
     lines = [f"| config | slice | chip, GiB | {' | '.join(names)} | compiled in | fits |", "|---" * 9 + "|"]
     for key, row in rows.items():
-        name, topology = key.split(" ")
+        name, topology, *what = key.split(" ", 2)
         phases = {phase["name"]: phase for phase in row["phases"]}
 
         def cell(phase, phases=phases):
@@ -70,7 +86,7 @@ def table(rows: dict[str, dict]) -> str:
 
         cells = " | ".join(map(cell, names))
         seconds = sum(phase["compile_seconds"] for phase in phases.values())
-        about = f"{name} | {topology}, {row['devices']} chips | {row['chip']['hbm_gib']:.1f}"
+        about = f"{', '.join([name, *what])} | {topology}, {row['devices']} chips | {row['chip']['hbm_gib']:.1f}"
         lines.append(f"| {about} | {cells} | {seconds:.0f} s | {'yes' if row['fits'] else 'no'} |")
     return "\n".join(lines)
 
@@ -81,12 +97,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows with this in their name, such as 13b or v5e:")
     args = parser.parse_args()
     rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    for name, topology, phases in [*WHOLE, *ROWS]:
-        key = f"{name} {topology}"
+    wanted = [(*row, "", weak_scaling) for row in [*WHOLE, *ROWS]] + [(*row, " one clip", one_clip) for row in ONE_CLIP]
+    for name, topology, phases, what, settings in wanted:
+        key = f"{name} {topology}{what}"
         if key in rows or args.only not in key:
             continue
         print(key, flush=True)
-        rows[key] = make_row(name, topology, phases)
+        rows[key] = make_row(name, topology, phases, settings)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1))
     print(table(rows))
