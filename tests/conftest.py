@@ -31,6 +31,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 gc.set_threshold(50_000, 20, 50)
 
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 # Not on `structs`: JAX rebuilds its classes with leaves that are no arrays. Needs to come before the first import
 # of either package, which is why nothing of world_distill is imported here.
@@ -42,7 +43,17 @@ LONGEST = (
     "test_experience", "test_checkpoints", "test_quickstart", "test_server_judge", "test_report", "test_convert",
 )  # fmt: skip
 
+# `once`, as single tests elsewhere: what these folders and files test is the same with every Python and every JAX.
+ONCE = {
+    "data", "judges", "launch", "sandbox", "vlm", "test_ablate", "test_charts", "test_convert", "test_experience",
+    "test_held_out", "test_judgments", "test_notebooks", "test_probe", "test_report", "test_report_parts",
+}  # fmt: skip
 
+
+@pytest.hookimpl(tryfirst=True)  # before -m leaves tests out
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if not ONCE.isdisjoint((item.path.parent.name, item.path.stem)):
+            item.add_marker("once")
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))

@@ -45,7 +45,7 @@ def start(inputs, workdir, *overrides, before="", environment=()):
     return jobs
 
 
-def finish(jobs, timeout=240):
+def finish(jobs, timeout=600):
     """(exit codes, what each said)."""
     try:
         said = [job.communicate(timeout=timeout)[0] for job in jobs]

@@ -137,7 +137,6 @@ convert.convert(pathlib.Path(sys.argv[4]), pathlib.Path(sys.argv[5]))
 """
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("instant", [("partial", "save", 4), ("os", "rename", 25)], ids=["writing", "finalizing"])
 def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, instant):
     source = make_source(tmp_path / "source")

@@ -5,10 +5,7 @@ import pathlib
 
 import nbclient
 import nbformat
-import pytest
 from small import SMALL, make_inputs
-
-pytestmark = pytest.mark.once
 
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "colab"
 TINY_WAN = {

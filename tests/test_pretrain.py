@@ -39,6 +39,7 @@ def test_brief_training_learns(whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(base), weights)
 
 
+@pytest.mark.once
 def test_resumed_pretraining_equals_uninterrupted(whole, tmp_path, monkeypatch):
     config, run, _ = whole
 

@@ -46,6 +46,7 @@ def test_quickstart_writes_results_and_report_and_continues(base, whole, monkeyp
     assert quickstart.quickstart(config_of(base), folder)["rows"] == results["rows"]
 
 
+@pytest.mark.once
 def test_interrupted_after_training_it_only_scores(base, whole, tmp_path, monkeypatch):
     config = config_of(base)
 

@@ -13,8 +13,6 @@ from PIL import Image
 from tests.report_runs import HOSTILE, Checker, make_run, text_of
 from world_distill import page, report, report_data, video_io
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):

@@ -13,8 +13,6 @@ from world_distill import cli, report, report_data, report_figures
 from world_distill.config import UserError
 from world_distill.report_data import Change
 
-pytestmark = pytest.mark.once
-
 # ---- What is missing or damaged
 
 

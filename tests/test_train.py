@@ -232,6 +232,7 @@ def test_a_second_run_and_a_replay_from_the_cache_are_the_same(whole, tmp_path, 
     assert all(line["judge/invalid"] == 1.0 for line in lines)
 
 
+@pytest.mark.once
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_from_there(whole, tmp_path, monkeypatch):
     config, folder = whole("awm")
     write = MetricLog.write
@@ -252,6 +253,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_from_there(whole, tmp_path
     assert_same(*final_states(config, folder, tmp_path))
 
 
+@pytest.mark.once
 def test_a_judge_that_fails_too_often_stops_the_run_which_goes_on_when_it_works(whole, tmp_path, monkeypatch):
     config, folder = whole("awm")
     oracle, make, asked = components.make(config, "judge"), components.make, []
@@ -371,6 +373,7 @@ def test_a_folder_of_another_config_is_refused_before_anything_is_written(inputs
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
+@pytest.mark.once
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_tasks(inputs, tmp_path):
     config = small_config(inputs, **VARIANTS["distill"], **{"optimizer.learning_rate": ((0, 1e30),)}, save_every=1)
     with pytest.raises(FloatingPointError, match=r"step \d; its tasks: \w+") as caught:

@@ -219,6 +219,7 @@ def test_large_models_are_written_in_shards_with_an_index(run, merged, monkeypat
     )
 
 
+@pytest.mark.once
 def test_clips_are_made_once_and_interrupted_calls_go_on(run, tmp_path, capsys, monkeypatch):
     common = ("--records", run / "data", "--limit", 1, "--steps", 2, "--batch", 2, "--count", 2)
     assert call("--executor", run, *common, "--text", "both", out=tmp_path / "a") == 0
@@ -245,6 +246,7 @@ def test_clips_are_made_once_and_interrupted_calls_go_on(run, tmp_path, capsys, 
     assert "seed 0 -> 1" in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_images_guidance_and_every_kind_of_executor(run, files, merged, monkeypatch):
     seen = {}
     monkeypatch.setattr(generate, "_write", lambda folder, job, clip, *rest: seen.setdefault((folder, job.name), clip))

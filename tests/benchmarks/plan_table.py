@@ -2,8 +2,8 @@
 
 Every row is a slice that makes 16 rollouts a chip, one of them on a chip at a time (weak scaling), with the weights in
 up to 64 parts and copies of these parts beyond; or, `one clip`, what any trainer of LoRA does: one update of one clip,
-by distillation alone, with heads and hidden units spread over the chips. Needs the extra `tpu`. A row takes minutes; with
---json, what is there already is not compiled again, so that a run that was stopped goes on.
+by distillation alone, with heads and hidden units spread over the chips. Needs the extra `tpu`. A row takes minutes;
+with --json, what is there already is not compiled again, so that a run that was stopped goes on.
 
     python tests/benchmarks/plan_table.py --json plans.json
     python tests/benchmarks/plan_table.py --json plans.json --only 13b       # rows whose name has that

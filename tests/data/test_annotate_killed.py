@@ -16,8 +16,6 @@ from PIL import Image
 from tests.data import annotating
 from tests.effort import KILLS
 
-pytestmark = pytest.mark.once
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COUNT = 40
 

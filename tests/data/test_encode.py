@@ -156,7 +156,6 @@ def whole(reader, tmp_path):
     return contents(tmp_path / "whole")
 
 
-@pytest.mark.once
 def test_a_killed_job_goes_on_at_the_first_unfinished_shard(reader, whole, tmp_path):
     with pytest.raises(Killed):
         count(reader, tmp_path, Mortal(2 * 5 + 4), shards=3)  # in the second shard

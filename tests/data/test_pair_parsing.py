@@ -18,8 +18,6 @@ from world_distill.data.pair_parsing import parse_pairs
 from world_distill.data.pair_rules import Rules, check_pair
 from world_distill.interfaces import TaskPair
 
-pytestmark = pytest.mark.once
-
 TOLD = "The fox in the snow lifts its head, trots to the left past the log, and stops at the gate. The camera is fixed."
 FOX = TaskPair("[Fox in the snow]: Go to the gate.", TOLD, "Fox in the snow", "navigation")
 OWL = TaskPair("[Owl]: Land on the log.", TOLD.replace("fox in the snow", "owl"), "Owl", "other")

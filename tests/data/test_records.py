@@ -357,7 +357,6 @@ for g in range(1, 10**6):
 """
 
 
-@pytest.mark.once
 def test_killed_writers_never_leave_a_mixture(tmp_path):
     rng, seen = np.random.default_rng(1), []
     code = WRITER.format(tests=os.path.dirname(__file__), folder=str(tmp_path))

@@ -16,8 +16,6 @@ from tests.effort import FUZZ
 from world_distill.data.record_types import AnnotatedRecord, EncodedRecord, RecordError
 from world_distill.data.records import RecordReader, write_records
 
-pytestmark = pytest.mark.once
-
 TYPES = (AnnotatedRecord, EncodedRecord)
 
 

@@ -25,8 +25,6 @@ from world_distill.data.vlm_selftest import PROBE
 from world_distill.interfaces import AnnotationError
 from world_distill.vlm.frames import data_urls
 
-pytestmark = pytest.mark.once
-
 QUICK = {"backoff": 0.01, "backoff_limit": 0.05, "timeout": 5, "give_up_after": 5, "quality": 0}
 VLLM = {"chat_template_kwargs", "max_tokens", "seed", "temperature"}
 TRANSPORT_FAULTS = ("reset", "cut", "truncated", "html", "gateway", "busy", 408, 500, 503)

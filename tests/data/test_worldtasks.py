@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from tests.effort import FUZZ
 from world_distill.data.worldtasks import ALIASES, Item, Schema, Unusable
 
-pytestmark = pytest.mark.once
-
 TASK, SOLUTION = "[Person in blue shirt]: Move forward.", "Description: A person walks."
 OTHER = "[First person view]: Turn left."
 

@@ -143,7 +143,6 @@ def writer(path, n, count):
     )
 
 
-@pytest.mark.once
 def test_processes_share_one_file_and_may_be_killed(tmp_path):
     path, count = tmp_path / "c", 150
     steady = [writer(path, n, count) for n in (0, 1)]

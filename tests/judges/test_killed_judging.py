@@ -16,8 +16,6 @@ from tests.effort import KILLS
 from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.entries import flat
 
-pytestmark = pytest.mark.once
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLIPS, BATCH = 160, 4
 

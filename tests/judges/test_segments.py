@@ -19,8 +19,6 @@ from world_distill.judges.cache import CacheError, JudgmentCache
 from world_distill.judges.entries import About, Entry, flat, from_line, to_line
 from world_distill.judges.segments import SyncedCache, list_segments, read_segment, write_segment
 
-pytestmark = pytest.mark.once
-
 REGISTRY = sys.modules["fsspec.registry"]  # `fsspec.registry` is something else
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -23,8 +23,6 @@ from world_distill.judges.server import ServerJudge
 from world_distill.vlm import pool as pool_module
 from world_distill.vlm.frames import data_urls
 
-pytestmark = pytest.mark.once
-
 QUICK = {"backoff": 0.01, "backoff_limit": 0.05, "timeout": 5, "give_up_after": 5, "frames": 2, "quality": 0}
 
 

@@ -12,8 +12,6 @@ import pytest
 
 from tests.launch.launchers import AWKWARD, LAUNCH, SETTINGS, call, dry, flag
 
-pytestmark = pytest.mark.once
-
 CALLS = [
     ("tpu.sh", "create"), ("tpu.sh", "status"), ("tpu.sh", "wait"), ("tpu.sh", "install"), ("tpu.sh", "logs"),
     ("tpu.sh", "workers"), ("tpu.sh", "stop"), ("tpu.sh", "delete"), ("tpu.sh", "run", *AWKWARD),

@@ -9,8 +9,6 @@ import pytest
 
 from tests.launch.launchers import AWKWARD, SETTINGS, call, dry, flag
 
-pytestmark = pytest.mark.once
-
 # `describe` says the next of the states, `ssh` runs its command here, in another home.
 GCLOUD = """#!/usr/bin/env bash
 echo "$4" >> "$FAKE/calls"
