@@ -321,7 +321,7 @@ def test_two_processes_save_restore_and_tidy_together(tmp_path):
         for i in range(2)
     ]  # fmt: skip
     try:
-        said = [run.communicate(timeout=120) for run in runs]
+        said = [run.communicate(timeout=300) for run in runs]
     finally:
         for run in runs:
             run.kill()
