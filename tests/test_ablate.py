@@ -107,12 +107,13 @@ def test_branches_are_the_runs_that_they_stand_for(tmp_path):
     make_inputs(tmp_path)
     late = {"objective.rl_weight": ((1, 0.0), (2, 1.0)), "steps": 3}
     first = small_config(tmp_path, **late)
-    branch = small_config(
-        tmp_path, **late, **{"objective.rl": "flow_grpo", "sampler.eta": 0.7, "objective.beta_d": ((1, 1.0), (2, 0.1))}
+    branch = small_config(tmp_path, **late, **{"objective.beta_d": ((1, 1.0), (2, 0.1))})
+    other = small_config(
+        tmp_path, **late, **{"objective.rl": "flow_grpo", "sampler.eta": 0.7, "objective.beta_d": ((0, 1.0),)}
     )
     with first.unlocked():
         first.objective.beta_d = ((0, 1.0),)
-    assert ablate.shared_steps(branch, first) == ablate.shared_steps(first, first) == 2
+    assert [ablate.shared_steps(config, first) for config in (first, branch, other)] == [2, 2, 2]
     train.train(branch, tmp_path / "whole")
     with first.unlocked():
         first.steps = 2

@@ -154,6 +154,7 @@ def damaged_copy(folder, to, rng):
 
 # Orbax leaves coroutines behind where reading fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.once
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(whole, tmp_path, capsys):
     config, folder = whole("awm")
     for number in range(max(KILLS // 6, 1)):
@@ -289,6 +290,7 @@ def test_devices_and_mesh_do_not_change_the_result(inputs, whole, tmp_path):
     assert any(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(one.lora))
 
 
+@pytest.mark.once
 def test_muon_moves_full_weights_on_a_mesh_as_on_one_device(inputs):
     """Its state holds no moments where a weight is not a matrix, and the placing on devices has to see through that."""
     found = []
@@ -341,6 +343,7 @@ def test_one_compilation_of_each_program_over_many_steps(whole):
     assert len(set(work[:3])) == len(set(work[3:])) == 1 and work[0] < work[3]
 
 
+@pytest.mark.once
 def test_off_policy_states_are_the_demonstrators(inputs, tmp_path):
     config = small_config(inputs, **VARIANTS["distill"], **{"rollout.role": "demonstrator"}, steps=2)
     train.train(config, tmp_path, profile=frozenset({2}))

@@ -4,12 +4,14 @@ import json
 import math
 import re
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from small import redraw
 
 from tests.vlm.fake_server import FakeServer
 from world_distill import cli, components, converted, evaluate, export, generate, prepare, runs, train
@@ -56,6 +58,16 @@ def opened(run):
 
 
 @pytest.fixture(scope="module")
+def random():
+    """As `opened`, but of weights that were never trained, all of them random."""
+    config = config_of()
+    mesh = components.start_devices(config)
+    family, programs = components.make_family(config, mesh), make_programs(config, mesh)
+    base = redraw(components.abstract_base(family, mesh), 1, size=0.3)
+    return types.SimpleNamespace(config=config, base=base, executor=redraw(programs.state.lora, 2), family=family)
+
+
+@pytest.fixture(scope="module")
 def files(run):
     """LoRA files of the run's Executor, in both layouts."""
     paths = {layout: run / f"{layout}.safetensors" for layout in ("diffusers", "comfy")}
@@ -77,6 +89,7 @@ def call(*flags, out):
     return cli.main(["generate", *map(str, flags), "--out", str(out)])
 
 
+@pytest.mark.once
 def test_training_moves_the_executor_and_leaves_the_base_in_parts(opened):
     lora = jax.tree.leaves(opened.executor)
     assert all(np.isfinite(x).all() for x in lora) and any(np.abs(x).max() > 0 for x in lora)
@@ -85,6 +98,7 @@ def test_training_moves_the_executor_and_leaves_the_base_in_parts(opened):
     assert {x.sharding.num_devices for x in jax.tree.leaves(opened.base)} == {8}
 
 
+@pytest.mark.once
 def test_training_was_judged_by_the_server(run):
     lines = read_log(run / "metrics.jsonl")
     clips = config_of().rollout.tasks * config_of().rollout.group
@@ -92,6 +106,7 @@ def test_training_was_judged_by_the_server(run):
     assert all(line["judge/mass_min"] > 0.9 and line["judge/invalid"] == 0 for line in lines)
 
 
+@pytest.mark.once
 def test_records_hold_scenes_of_the_model(run, opened):
     record = RecordReader(run / "data", "train")[0]
     assert record.scene.shape == (1, 4, 4, 6)
@@ -99,6 +114,7 @@ def test_records_hold_scenes_of_the_model(run, opened):
     assert image.shape == (64, 64, 3)
 
 
+@pytest.mark.once
 def test_the_judge_saw_the_clips_and_evaluation_runs(run, opened):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["judge/invalid"] for line in lines if "judge/invalid" in line] == [0, 0]
@@ -110,29 +126,29 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "fsdp":
 
 
 @pytest.fixture(scope="module")
-def on_one_device(opened):
-    return value_and_gradient(components.make_family(opened.config), jax.devices()[0], opened)
+def on_one_device(random):
+    return value_and_gradient(components.make_family(random.config), jax.devices()[0], random)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_every_mesh_gives_the_values_and_gradients_of_one_device(shape, opened, on_one_device):
+def test_every_mesh_gives_the_values_and_gradients_of_one_device(shape, random, on_one_device):
     mesh = make_mesh(**{"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | shape)
-    found = value_and_gradient(components.make_family(opened.config, mesh), mesh, opened)
+    found = value_and_gradient(components.make_family(random.config, mesh), mesh, random)
     for a, b in zip(jax.tree.leaves(on_one_device), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_heads_that_do_not_divide_are_an_error_that_names_the_axes(opened):
+def test_heads_that_do_not_divide_are_an_error_that_names_the_axes(random):
     mesh = make_mesh(data=2, fsdp=1, context=4, tensor=1)  # 2 heads
     with pytest.raises(
         ValueError, match=r"2 attention heads do not divide by mesh\.tensor = 1 times mesh\.context = 4"
     ):
-        value_and_gradient(components.make_family(opened.config, mesh), mesh, opened)
+        value_and_gradient(components.make_family(random.config, mesh), mesh, random)
 
 
-def value_and_gradient(family, where, opened):
+def value_and_gradient(family, where, weights):
     """A loss of 8 rows, and its gradient with respect to the Executor, with everything on a device or a mesh."""
-    base, lora = opened.base, opened.executor
+    base, lora = weights.base, weights.executor
     x = jax.random.normal(jax.random.key(1), (8, *family.latent_shape))
     text = jax.random.normal(jax.random.key(2), (8, 64, 20))
     condition = condition_of(text, x[:, :1])
@@ -154,9 +170,9 @@ def condition_of(text, scene):
     return Condition(text, jnp.ones(text.shape[:2], bool), scene)
 
 
-def test_clips_decoded_a_few_at_a_time_are_the_same(opened):
-    latents = jax.random.normal(jax.random.key(3), (4, *opened.family.latent_shape))
-    base = {"vae": jax.device_put(opened.base["vae"], jax.devices()[0])}
+def test_clips_decoded_a_few_at_a_time_are_the_same(random):
+    latents = jax.random.normal(jax.random.key(3), (4, *random.family.latent_shape))
+    base = {"vae": jax.device_put(random.base["vae"], jax.devices()[0])}
     whole = jax.jit(components.make_family(config_of(**{"model.piece": 0})).decode)(base, latents)
     family = components.make_family(config_of(**{"model.rows": 2, "model.piece": 1}))
     np.testing.assert_allclose(jax.jit(family.decode)(base, latents).astype(int), whole.astype(int), atol=1)
@@ -164,13 +180,13 @@ def test_clips_decoded_a_few_at_a_time_are_the_same(opened):
         family.decode(base, latents[:3])
 
 
-def test_a_clip_is_decoded_in_parts_on_many_devices(opened):
-    latents = jax.random.normal(jax.random.key(3), (2, *opened.family.latent_shape))
+def test_a_clip_is_decoded_in_parts_on_many_devices(random):
+    latents = jax.random.normal(jax.random.key(3), (2, *random.family.latent_shape))
     found = []
     for shape in ({"data": 1, "context": 1, "tensor": 1}, {"data": 2, "context": 2, "tensor": 2}):
         mesh = make_mesh(fsdp=1, **shape, devices=jax.devices()[: math.prod(shape.values())])
         family = components.make_family(config_of(**{"model.piece": 2}), mesh)
-        base, placed = jax.device_put(({"vae": jax.device_get(opened.base["vae"])}, latents), replicated(mesh))
+        base, placed = jax.device_put(({"vae": jax.device_get(random.base["vae"])}, latents), replicated(mesh))
         found.append(jax.jit(family.decode).lower(base, placed).compile())
         clips = found[-1](base, placed)
         found[-1] = clips, found[-1].memory_analysis().temp_size_in_bytes
@@ -180,6 +196,7 @@ def test_a_clip_is_decoded_in_parts_on_many_devices(opened):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "comfy"])
+@pytest.mark.once
 def test_an_exported_lora_is_an_executor_to_start_from(opened, files, layout):
     path = str(files[layout])
     found = read_lora(path, opened.family.linears, opened.family.kernel_shapes(), scale=opened.family.lora_scale)
@@ -194,6 +211,7 @@ def test_an_exported_lora_is_an_executor_to_start_from(opened, files, layout):
         runs.start_from_file(path, config, opened.family, state)
 
 
+@pytest.mark.once
 def test_merged_weights_are_base_plus_executor(opened, merged):
     want = merge(opened.base["transformer"], opened.executor, opened.family.lora_scale)
     config = config_of(base=str(merged[1]))
@@ -208,6 +226,7 @@ def test_merged_weights_are_base_plus_executor(opened, merged):
         components.load_base(components.make_family(config_of(**{"model.mlp": 64})), config, opened.mesh)
 
 
+@pytest.mark.once
 def test_large_models_are_written_in_shards_with_an_index(run, merged, monkeypatch):
     monkeypatch.setattr(export, "SHARD_BYTES", 30_000)
     export.export_merged(run, run / "sharded")
@@ -280,6 +299,7 @@ def test_images_guidance_and_every_kind_of_executor(run, files, merged, monkeypa
         (["--task", "[a]: b.", "--records", "data"], "either --image"),
     ],
 )
+@pytest.mark.once
 def test_flags_that_do_not_fit_are_explained(run, tmp_path, capsys, flags, text):
     changes = [
         f"--config.{key}={value}" for key, value in SMALL.items() if key != "model.size" or "--size" not in flags
@@ -292,6 +312,7 @@ def test_flags_that_do_not_fit_are_explained(run, tmp_path, capsys, flags, text)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.once
 def test_pictures_that_are_none_and_runs_without_checkpoint_are_named(run, tmp_path, capsys):
     (tmp_path / "picture.png").write_text("no picture")
     assert call("--executor", run, "--image", tmp_path / "picture.png", "--task", "[a]: b.", out=tmp_path / "o") == 2
@@ -303,6 +324,7 @@ def test_pictures_that_are_none_and_runs_without_checkpoint_are_named(run, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.json", "picture.png"]
 
 
+@pytest.mark.once
 def test_lora_of_another_model_is_refused(files):
     config = config_of(**{"model.width": 64})
     family = components.make_family(config)
