@@ -109,7 +109,6 @@ def test_another_config_on_one_of_them_stops_all_before_anything_is_trained(inpu
     assert all(codes) and all("process 1 has another config than process 0" in text for text in said), said
 
 
-@pytest.mark.once
 def test_a_job_goes_on_as_if_none_had_been_killed_or_told_to_stop(inputs, two, tmp_path):
     rng, faults, wanted = random.Random(0), 0, max(KILLS // 3, 2)
     unwatched = RUN | {"evaluate_every": 0, "held_out.factory": ""}  # compiles less

@@ -1,9 +1,11 @@
 """The main job at test size: what it writes, that it goes on after an interruption, that the seed matters."""
 
 import json
+import shutil
 
 import pytest
 from small import SMALL, make_inputs
+from test_notebooks import execute, shown
 
 from world_distill import quickstart, train
 from world_distill.config import UserError, load_config
@@ -41,9 +43,19 @@ def test_quickstart_writes_results_and_report_and_continues(base, whole, monkeyp
     def again(*args, **kwargs):
         raise AssertionError("this was done already")
 
-    monkeypatch.setattr(train.Collector, "__call__", again)
+    monkeypatch.setattr(train.Collector, "begin", again)
     monkeypatch.setattr(quickstart, "evaluate_roles", again)
     assert quickstart.quickstart(config_of(base), folder)["rows"] == results["rows"]
+
+
+@pytest.mark.once
+def test_the_notebook_goes_on_with_a_run_that_was_trained(base, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder, ignore=shutil.ignore_patterns("results.json", "report.html", "clips"))
+    cells = execute("quickstart", tmp_path, workdir=str(folder), settings={**SMALL, "base": base, "steps": 2})
+    assert any("demonstrator" in table and "executor" in table for table in shown(cells, "text/markdown"))
+    assert (folder / "report.html").exists() and shown(cells, "image/gif")
+    assert json.loads((folder / "results.json").read_text())["rows"] == whole[1]["rows"]
 
 
 @pytest.mark.once

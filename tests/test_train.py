@@ -92,7 +92,11 @@ def after_two_steps(folder, to):
 
 
 # "staged" is AWM that begins with distillation; AWM from the start is resumed after a kill, below.
-@pytest.mark.parametrize("variant", ["distill", "flow_grpo", "staged"])
+# Of which "staged" has all but the stochastic sampler in one run: enough for a second Python.
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param("distill", marks=pytest.mark.once), pytest.param("flow_grpo", marks=pytest.mark.once), "staged"],
+)
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(variant, whole, tmp_path):
     config, folder = whole(variant)
     resumed = after_two_steps(folder, tmp_path / "run")
