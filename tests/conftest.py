@@ -43,8 +43,8 @@ LONGEST = (
     "test_experience", "test_checkpoints", "test_quickstart", "test_server_judge", "test_report", "test_convert",
 )  # fmt: skip
 
-# `once`, as single tests elsewhere: what these folders and files test is the same with every Python and every JAX. (Of
-# jobs of several processes, `test_checkpoints` has one for each.)
+# `once`, as single tests elsewhere: about files, processes, servers and pages, or training through programs that
+# `test_train` compiles too. (Of jobs of several processes, `test_checkpoints` has one for every Python.)
 ONCE = {
     "data", "judges", "launch", "sandbox", "vlm", "test_ablate", "test_charts", "test_convert", "test_experience",
     "test_held_out", "test_hosts", "test_judgments", "test_notebooks", "test_probe", "test_report", "test_report_parts",

@@ -42,9 +42,9 @@ class Programs:
 
     Attributes:
       state: shapes and shardings of the state.
+      roll, update: by whether L_RL has a weight in the step.
+      show: None if no loss and no reward needs the Demonstrator.
       finish: rollouts -> visited states [k+1 b f p], the final latents last; None if no loss reads them.
-      keeps_log_probs: whether a batch has the rollouts' log-probabilities.
-      by_activity: in steps in which L_RL has a weight (True) or has none, `roll` and `update` are other programs.
     """
 
     mesh: jax.sharding.Mesh
@@ -66,6 +66,7 @@ class Programs:
 
     @property
     def keeps_log_probs(self) -> bool:
+        """Whether a batch has the rollouts' log-probabilities."""
         return self.objective.rl == "flow_grpo"
 
 
