@@ -18,12 +18,21 @@ def needs_compiler(test):
 
 def test_collectives_are_counted_once_each():
     hlo = """
-      %a = f32[8]{0} all-gather(f32[2]{0} %x), dimensions={0}
-      %b = (f32[2], f32[8]) all-gather-start(f32[2]{0} %x), dimensions={0}
+    ENTRY %main (x: f32[2]) -> f32[8] {
+      %a = f32[8]{0} all-gather(f32[2]{0} %x), channel_id=1, dimensions={0}
+      %b = (f32[2], f32[8]) all-gather-start(f32[2]{0} %x), channel_id=2, dimensions={0}
       %c = f32[8]{0} all-gather-done((f32[2], f32[8]) %b)
       %d = f32[2]{0} all-reduce(f32[2]{0} %x), to_apply=%add
+    }
+    %async_collective_fusion.2 (x: f32[2]) -> f32[8] {
+      %part = f32[8]{0} all-gather(f32[2]{0} %x), channel_id=1, dimensions={0}
+    }
+    %all-reduce-scatter.1 (x: f32[8]) -> f32[2] {
+      %whole = f32[8]{0} all-reduce(f32[8]{0} %x), channel_id=3, to_apply=%add
+      %mine = f32[2]{0} dynamic-slice(f32[8]{0} %whole, s32[] %here), dynamic_slice_sizes={2}
+    }
     """
-    assert plan.collectives(hlo) == {"all-gather": 2, "all-reduce": 1}
+    assert plan.collectives(hlo) == {"all-gather": 2, "all-reduce": 1, "reduce-scatter": 1}
 
 
 def test_candidates_use_every_chip_and_divide_the_rows():
@@ -77,6 +86,14 @@ def test_phases_of_a_small_model_compile_for_a_slice(tmp_path):
     phases = {phase["name"]: phase for phase in found["phases"]}
     assert phases["update"]["collectives"]["all-to-all"] > 0  # tokens for heads
     assert phases["update"]["flops"] > phases["demonstrator"]["flops"] > 1e6
+
+
+@needs_compiler
+def test_tensor_parallel_blocks_scatter_their_sums():
+    flags = {"mesh.fsdp": 1, "mesh.tensor": 4, "objective.rl": "none", "model.width": 512, "model.heads": 4}
+    config = load_config("wan22_5b:debug", flags | {"model.size": (128, 128), "model.depth": 3})
+    [update] = plan.make_plan(config, plan.topology("v5e:2x2"), ("update",))
+    assert update.collectives["reduce-scatter"] >= 8  # three of a block; two again and three more in its gradient
 
 
 @needs_compiler

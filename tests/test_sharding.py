@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from world_distill import sharding
 from world_distill.models import build
@@ -110,6 +110,27 @@ def test_batch_is_split_over_data_and_fsdp(mesh):
     assert {s.data.shape for s in states.addressable_shards} == {(3, 1, 2)}
     whole = jax.device_put(np.zeros(5), sharding.replicated(mesh))
     assert {s.data.shape for s in whole.addressable_shards} == {(5,)}
+
+
+def test_an_activation_and_its_gradient_lie_where_they_are_told(mesh):
+    seen = []
+    look = jax.custom_vjp(lambda x: x)
+
+    def look_back(_, dx):
+        jax.debug.inspect_array_sharding(dx, callback=seen.append)
+        return (dx,)
+
+    look.defvjp(lambda x: (x, None), look_back)
+
+    def loss(x):
+        y = sharding.constrain(mesh, look(jnp.sin(x)), ("batch", "length", None), ("batch", "stream", None))
+        return jnp.sum(jnp.cos(sharding.constrain(mesh, y, ("batch", None, "heads"))))
+
+    x = np.arange(4 * 6 * 8.0, dtype=np.float32).reshape(4, 6, 8)
+    gradient = jax.jit(jax.grad(loss))(x)
+    np.testing.assert_allclose(gradient, -np.sin(np.sin(x)) * np.cos(x), atol=1e-5)
+    [found] = seen
+    assert found.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor", None)), 3)
 
 
 def test_nnx_reads_the_same_table(mesh):

@@ -47,7 +47,9 @@ Ends with exit code 1 if a phase does not fit, and names the largest arrays.
 
 LOCAL = "local"
 GIB = 2**30
-_COLLECTIVE = re.compile(r" = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_COLLECTIVE = re.compile(
+    r" = .+? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((?:.*channel_id=(\d+))?"
+)
 
 
 @dataclasses.dataclass
@@ -242,8 +244,21 @@ def _bytes(tree: PyTree) -> float:
 
 
 def collectives(hlo: str) -> dict[str, int]:
-    """How many of each collective stand in a compiled program; one in a loop's body counts once."""
-    return dict(sorted(collections.Counter(kind for _, kind in _COLLECTIVE.findall(hlo)).items()))
+    """How many of each collective stand in a compiled program; one in a loop's body counts once.
+
+    So does one that the compiler sends in parts, which share a channel. An all-reduce of which every device keeps a
+    part is a reduce-scatter.
+    """
+    counts, channels, scattered = collections.Counter(), set(), False
+    for line in hlo.splitlines():
+        if line.endswith("{"):  # a computation begins
+            scattered = "all-reduce-scatter" in line
+        for kind, channel in _COLLECTIVE.findall(line):
+            if channel and (kind, channel) in channels:
+                continue
+            channels.add((kind, channel))
+            counts["reduce-scatter" if scattered and kind == "all-reduce" else kind] += 1
+    return dict(sorted(counts.items()))
 
 
 def _largest(jaxpr: Any, count: int = 5) -> list[str]:

@@ -6,12 +6,13 @@ nothing of devices. `RULES` maps the names to four mesh axes:
     data     copies of the weights, another part of the batch each
     fsdp     another part of the batch each, and the weights in parts, gathered layer by layer
     context  parts of one clip's tokens
-    tensor   parts of the heads and of the hidden units
+    tensor   parts of the heads and of the hidden units; between layers, of one clip's tokens, too
 
 Shardings have to be handed to `jax.jit(init, out_shardings=...)`: without them the result comes back
 replicated on every device, and nothing says so.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from world_distill.structs import PyTree
@@ -29,12 +31,13 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 RULES = (
     ("batch", ("data", "fsdp")),
     ("length", "context"),  # tokens of a clip
+    ("stream", ("context", "tensor")),  # the same on the residual stream, where each token is by itself
     ("embed", "fsdp"),  # the residual stream's width
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("head_dim", None),
     ("channels", None),  # of latents or of patches
-    ("conv", "fsdp"),  # channels of an autoencoder's convolutions, gathered all at once before use
+    ("conv", ("fsdp", "context", "tensor")),  # channels of an autoencoder's, gathered all at once before use
     ("text", None),  # the text encoder's width
     ("rank", None),  # of LoRA factors
     ("factor", ("tensor", "fsdp")),  # the wide axis of a factor where the layer's is heads or mlp, or has no name
@@ -107,11 +110,39 @@ def tree_shardings(mesh: Mesh, axes_tree: PyTree, shapes_tree: PyTree) -> PyTree
     return shardings
 
 
-def constrain(mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """An activation laid out by the logical names of its dimensions; one that does not divide is not split."""
+def constrain(
+    mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...], gradient: tuple[str | None, ...] | None = None
+) -> jax.Array:
+    """An activation laid out by the logical names of its dimensions; one that does not divide is not split.
+
+    Its gradient is laid out by the names `gradient`, or as it is itself.
+    """
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, dividing_spec(mesh, names, x.shape)))
+    there, back = (NamedSharding(mesh, dividing_spec(mesh, axes, x.shape)) for axes in (names, gradient or names))
+    return _laid_out(there, back, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _laid_out(there: NamedSharding, back: NamedSharding, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+_laid_out.defvjp(
+    lambda there, back, x: (_laid_out(there, back, x), None),
+    lambda there, back, _, dx: (jax.lax.with_sharding_constraint(dx, back),),
+)
+
+
+def rows_in_order(mesh: Mesh | None, x: jax.Array) -> jax.Array:
+    """`x` with its last axis the innermost in a TPU's memory, and its gradient too; elsewhere `x` itself.
+
+    What the compiler would else choose for `x` it carries back to the weights that `x` is made of, and it copies those
+    of all layers into that order before the loop over layers.
+    """
+    if platform_of(mesh) != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def gathered(mesh: Mesh | None, tree: PyTree) -> PyTree:

@@ -5,7 +5,9 @@ MLP. The timestep modulates self-attention and MLP through one projection that a
 block's own. The first latent frame is the scene: its tokens are clean and have time 0, so times differ by frame.
 
 Tokens keep two axes, frames and the places in a frame: on a device mesh the places lie along the axis `context`, and
-what belongs to a frame is there on every device. Attention alone sees them as one sequence.
+what belongs to a frame is there on every device. Attention alone sees them as one sequence. On the residual stream
+places lie along `tensor`, too: they are gathered before the products that are split by heads or hidden units, and the
+products' sums are scattered (sequence parallelism: Korthikanti et al., arXiv 2205.05198).
 
 Norms, modulation and gates are computed in float32 whatever the weights are in, and the residual stream is kept in the
 weights' type in between: bfloat16 differs visibly otherwise.
@@ -36,9 +38,13 @@ from world_distill.models.layers import (
     stack,
     sub,
 )
-from world_distill.sharding import constrain, platform_of
+from world_distill.sharding import constrain, platform_of, rows_in_order
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
+
+# An activation's axes on the residual stream, and within attention and MLP.
+_STREAM = ("batch", None, "stream", None)
+_WITHIN = ("batch", None, "length", None)
 
 _BLOCK_INPUT = "block_input"
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -95,6 +101,23 @@ class WanConfig:
         space = 2 * (head // 6)
         return head - 2 * space, space, space
 
+    def spare_places(self, places: int) -> int:
+        """How many to add to the places of a frame, so that they divide by the devices that share them."""
+        if self.mesh is None:
+            return 0
+        tensor = self.mesh.shape["tensor"]
+        # The compiler for TPUs scatters sums only in whole tiles of 16 rows; else each chip gets, and drops, the rest.
+        tile = 16 if tensor > 1 and platform_of(self.mesh) == "tpu" else 1
+        return -places % (self.mesh.shape["context"] * tensor * tile)
+
+    def gather(self, x: Float[Array, "b f m d"]) -> Float[Array, "b f m d"]:
+        """From the residual stream into attention or MLP; the gradient's sums are scattered."""
+        return constrain(self.mesh, x, _WITHIN, _STREAM)
+
+    def scatter(self, x: Float[Array, "b f m d"]) -> Float[Array, "b f m d"]:
+        """What attention or MLP adds to the residual stream; its gradient is gathered."""
+        return constrain(self.mesh, x, _STREAM, _WITHIN)
+
     def rows(self, x: Float[Array, "*n d"]) -> Float[Array, "*m d"]:
         """[n d] on one CPU, where XLA would else transpose each activation for the gradient of the matrix it meets.
 
@@ -134,7 +157,7 @@ class Attention(nnx.Module):
         context = x if text is None else self.config.rows(text)
         q = rms_norm(self.q(x, sub(lora, "q"), scale), self.q_norm[...], eps)
         k = rms_norm(self.k(context, sub(lora, "k"), scale), self.k_norm[...], eps)
-        v = self.v(context, sub(lora, "v"), scale)
+        v = rows_in_order(self.config.mesh, self.v(context, sub(lora, "v"), scale))
         q, k, v = split(q, shape), split(k, source), split(v, source)
         if rope is not None:
             q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))
@@ -164,17 +187,17 @@ class Block(nnx.Module):
         scale: float,
         places: int | None = None,
     ) -> Float[Array, "b f m d"]:
-        eps, rows = self.config.eps, self.config.rows
+        eps, rows, gather, scatter = self.config.eps, self.config.rows, self.config.gather, self.config.scatter
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(
             self.table[...].astype(jnp.float32) + modulation.astype(jnp.float32), 2, 0
         )
-        h = _modulate(x, scale1, shift1, eps)
+        h = gather(_modulate(x, scale1, shift1, eps))
         h = self.self_attention(h, None, rope, sub(lora, "self_attention"), scale, places)
-        x = _gated(x, h, gate1)
-        h = self.cross_norm(x, eps)
-        x = x + self.cross_attention(h, text, None, sub(lora, "cross_attention"), scale)
-        h = self.mlp(rows(_modulate(x, scale2, shift2, eps)), sub(lora, "mlp"), scale)
-        return _gated(x, h.reshape(x.shape), gate2)
+        x = _gated(x, scatter(h), gate1)
+        h = gather(self.cross_norm(x, eps))
+        x = x + scatter(self.cross_attention(h, text, None, sub(lora, "cross_attention"), scale))
+        h = self.mlp(rows(gather(_modulate(x, scale2, shift2, eps))), sub(lora, "mlp"), scale)
+        return _gated(x, scatter(h.reshape(x.shape)), gate2)
 
 
 class WanDiT(nnx.Module):
@@ -229,14 +252,14 @@ class WanDiT(nnx.Module):
         time = self.time_out(time, sub(lora, "time_out"), scale)  # [b f d]
         modulation = self.time_table(jax.nn.silu(time), sub(lora, "time_table"), scale).reshape(b, f, 6, -1)
         places = grid[1] * grid[2]
-        spare = -places % config.mesh.shape["context"] if config.mesh else 0
+        spare = config.spare_places(places)
         rope = rope_tables(grid, config.rope_dims, theta=config.theta)
         rope = tuple(np.pad(y.reshape(f, places, -1), ((0, 0), (0, spare), (0, 0))) for y in rope)
 
         h = x.astype(dtype).reshape(b, f, grid[1], p, grid[2], p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
         h = jnp.pad(h.reshape(b, f, places, -1), ((0, 0), (0, 0), (0, spare), (0, 0)))
-        h = self.patch(h, sub(lora, "patch"), scale)
-        lay = lambda h: constrain(config.mesh, h, ("batch", None, "length", None))  # noqa: E731
+        lay = lambda h: constrain(config.mesh, h, _STREAM)  # noqa: E731
+        h = self.patch(lay(h), sub(lora, "patch"), scale)
         graph, blocks = nnx.split(self.blocks)
 
         def body(h, layer):
