@@ -26,20 +26,25 @@ CODE = """
 
 
 def start(inputs, workdir, *overrides, before="", environment=()):
-    """A process for each set of overrides, sharing the CPU devices; `before` is code that it runs first."""
+    """A process that trains for each set of overrides, sharing the CPU devices; `before` is code that it runs first."""
+    places = dict(tests=str(ROOT / "tests"), root=str(ROOT), before=before)
+    codes = [textwrap.dedent(CODE).format(**places, overrides=given) for given in overrides]
+    return start_scripts(codes, str(inputs), str(workdir), environment=environment)
+
+
+def start_scripts(codes, *arguments, environment=()):
+    """A process for each Python script; several are one job."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     jobs = []
-    for index, given in enumerate(overrides):
-        places = dict(tests=str(ROOT / "tests"), root=str(ROOT), overrides=given, before=before)
-        code = textwrap.dedent(CODE).format(**places)
+    for index, code in enumerate(codes):
         flags = os.environ["XLA_FLAGS"]
-        if len(overrides) > 1:
+        if len(codes) > 1:
             flags = flags.replace("--xla_force_host_platform_device_count=8", "")
-        values = (f"localhost:{port}", str(len(overrides)), str(index))
+        values = (f"localhost:{port}", str(len(codes)), str(index))
         variables = dict(zip(hosts.VARIABLES, values, strict=True)) | {"XLA_FLAGS": flags} | dict(environment)
-        command = [sys.executable, "-c", code, str(inputs), str(workdir)]
+        command = [sys.executable, "-c", code, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         jobs.append(subprocess.Popen(command, env=os.environ | variables, text=True, **pipes))
     return jobs

@@ -34,6 +34,25 @@ def test_variables_come_together():
     assert hosts.is_main() and not jax.distributed.is_initialized()
 
 
+JOIN = "import sys, time; from world_distill import cli, hosts; hosts.{} = {}; hosts.start(); "
+
+
+def test_a_process_ends_well_while_it_watches_the_others():
+    """An interpreter that ends within a call of JAX's client is aborted (-6)."""
+    codes, said = jobs.finish(jobs.start_scripts([JOIN.format("_BEATS_IN_SILENCE", 1e9) + "time.sleep(1)"] * 2))
+    assert codes == [0, 0], said
+
+
+def test_others_go_on_without_a_process_that_is_done_but_not_without_one_that_gave_up():
+    join = JOIN.format("SILENCE_SECONDS", 2)
+    waits, fails = join + "time.sleep(6)", join + "sys.exit(cli.main(['inspect', '--records', 'nowhere']))"
+    codes, said = jobs.finish(jobs.start_scripts([waits, join]))
+    assert codes == [0, 0], said
+    codes, said = jobs.finish(jobs.start_scripts([waits, fails]))
+    assert codes[0] == hosts.LOST and "process 1 of this job has died" in said[0], said
+    assert codes[1] and "nowhere" in said[1], said
+
+
 @pytest.mark.parametrize(
     "environment, peers",
     [

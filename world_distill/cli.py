@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as e:
+        if (hosts := sys.modules.get("world_distill.hosts")) is not None:  # no verb without JAX needs to load it
+            hosts.give_up()
         message = _explain(e)
         if (code := getattr(e, "exit_code", None)) is not None:
             return _fail(str(e), code)

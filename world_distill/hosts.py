@@ -3,6 +3,8 @@
 The same functions work in a single process, where they do nothing or little.
 """
 
+import atexit
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -26,7 +28,9 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _TPU_VM_HOSTS = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 SILENCE_SECONDS = 45  # a process that is silent for so long ends the job, with a message of ours
 _HEARTBEAT_SECONDS = 60  # and for so long, with JAX's own: where process 0 has died, or Python does not get to run
+_BEATS_IN_SILENCE = 9  # that others would have heard in that time
 _BEATS = "world_distill/beats/"
+_ENDED = "ended"  # the last beat of a process whose work is done
 LOST = 69  # exit code of a process that has lost another one (EX_UNAVAILABLE)
 
 
@@ -59,16 +63,32 @@ def start(environment: Mapping[str, str] = os.environ) -> int:
     return count
 
 
+def give_up() -> None:
+    """Says that this process ends with its work undone: others that wait for it notice in `SILENCE_SECONDS`."""
+    _gave_up.set()
+
+
+_gave_up = threading.Event()
+
+
 def _watch_others() -> None:
     """Ends this process within `SILENCE_SECONDS` of another one's death, and says so: it would wait for that for ever.
 
     Every process counts up under its number in the memory that JAX's service has for all, and reads the others' counts.
     """
-    state = distributed.global_state
-    threading.Thread(target=_watch, args=(state.client, state.process_id), name="watch", daemon=True).start()
+    state, ended = distributed.global_state, threading.Event()
+    watch = threading.Thread(target=_watch, args=(state.client, state.process_id, ended), name="watch", daemon=True)
+    watch.start()
+
+    def end() -> None:
+        ended.set()
+        watch.join(SILENCE_SECONDS)
+
+    # An interpreter that ends while one of its threads is within JAX's client is aborted, whatever it did before.
+    atexit.register(end)
 
 
-def _watch(client, own: int) -> None:
+def _watch(client, own: int, ended: threading.Event) -> None:
     counts: dict[str, str] = {}
     heard: dict[str, float] = {}
     for beat in itertools.count():
@@ -80,7 +100,8 @@ def _watch(client, own: int) -> None:
         now = time.monotonic()
         heard |= {name: now for name, count in found.items() if counts.get(name) != count}
         counts = found
-        silent = [name.removeprefix(_BEATS) for name, when in heard.items() if now - when > SILENCE_SECONDS]
+        overdue = [name for name, when in heard.items() if now - when > SILENCE_SECONDS and counts.get(name) != _ENDED]
+        silent = [name.removeprefix(_BEATS) for name in overdue]
         if silent and counts.get(f"{_BEATS}{own}") == str(beat):
             sys.stderr.write(
                 f"error: process {', '.join(sorted(silent))} of this job has died or hangs (nothing heard for"
@@ -89,7 +110,11 @@ def _watch(client, own: int) -> None:
             )
             sys.stderr.flush()
             os._exit(LOST)  # an ordinary end would wait for the others
-        time.sleep(SILENCE_SECONDS / 9)
+        if ended.wait(SILENCE_SECONDS / _BEATS_IN_SILENCE):
+            break
+    if not _gave_up.is_set():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"{_BEATS}{own}", _ENDED, allow_overwrite=True)
 
 
 def _has_peers(environment: Mapping[str, str]) -> bool:

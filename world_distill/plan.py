@@ -127,7 +127,7 @@ def topology(name: str, slices: int = 1) -> list[Any]:
         if "libtpu" in str(error) or "Unknown platform" in str(error) or "not found" in str(error):
             raise UserError(f"the compiler for TPUs is missing: pip install -e '.[tpu]' ({error})") from error
         raise UserError(
-            f"--topology {name}: {str(error).splitlines()[0]} (such as v5e:2x4, v5p:2x2x2 or v6e:4x4)"
+            f"--topology {name}: {str(error).splitlines()[0]} (such as v5e:2x4, v5p:2x2x2, v6e:4x4 or tpu7x:2x2x1)"
         ) from error
 
 
