@@ -1,9 +1,9 @@
 """Does a training step fit, as slices grow: memory a chip, by XLA's compiler for TPUs, which needs no TPU.
 
 Every row is a slice that makes 16 rollouts a chip, one of them on a chip at a time (weak scaling), with the weights in
-up to 64 parts and copies of these parts beyond; or, `one clip`, what any trainer of LoRA does: one update of one clip,
-by distillation alone, with heads and hidden units spread over the chips. Needs the extra `tpu`. A row takes minutes;
-with --json, what is there already is not compiled again, so that a run that was stopped goes on.
+up to 64 parts and copies of these parts beyond; or, `tensor 4`, what any trainer of LoRA does: one update by
+distillation alone, of a clip on every four chips, over which heads and hidden units are spread. Needs the extra `tpu`.
+A row takes minutes; with --json, what is there already is not compiled again, so that a run that was stopped goes on.
 
     python tests/benchmarks/plan_table.py --json plans.json
     python tests/benchmarks/plan_table.py --json plans.json --only 13b       # rows whose name has that
@@ -31,8 +31,9 @@ ROWS = [
     *((f"wan_sizes:{size}", "v6e:4x4", PHASES) for size in ("14b", "19b")),
     ("wan22_5b:wmsd", "2*v5p:4x4x4", PHASES),  # two slices
 ]
-ONE_CLIP = [
-    ("wan_sizes:13b", "v5e:2x2", PHASES), ("wan_sizes:14b", "v5e:2x2", PHASES), ("wan_sizes:14b", "v5p:2x2x1", PHASES)
+TENSOR = [
+    ("wan_sizes:13b", "v5e:2x2"), ("wan_sizes:13b", "v5p:2x2x2"), ("wan_sizes:13b", "v6e:4x4"),
+    ("wan_sizes:14b", "v5e:2x2"), ("wan_sizes:14b", "v5p:2x2x1"), ("wan_sizes:14b", "v6e:4x4"),
 ]  # fmt: skip
 WHOLE = [
     ("wan_sizes:13b", "v5e:2x2", (*PHASES, "decode", "encode")),
@@ -41,11 +42,11 @@ WHOLE = [
 ]
 
 
-def one_clip(chips: int) -> dict:
-    """Settings of an update of one clip."""
+def tensor_parallel(chips: int) -> dict:
+    """Settings of an update of a clip on every four chips."""
     return {
-        "rollout.tasks": 1, "rollout.group": 1, "rollout.micro_batch": 0, "objective.rl": "none",
-        "objective.updates": 1, "objective.minibatches": 1, "objective.draws": 1, "mesh.fsdp": 1, "mesh.tensor": chips,
+        "rollout.tasks": chips // 4, "rollout.group": 1, "rollout.micro_batch": 0, "objective.rl": "none",
+        "objective.updates": 1, "objective.minibatches": 1, "objective.draws": 1, "mesh.fsdp": -1, "mesh.tensor": 4,
     }  # fmt: skip
 
 
@@ -97,7 +98,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows with this in their name, such as 13b or v5e:")
     args = parser.parse_args()
     rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    wanted = [(*row, "", weak_scaling) for row in [*WHOLE, *ROWS]] + [(*row, " one clip", one_clip) for row in ONE_CLIP]
+    wanted = [(*row, "", weak_scaling) for row in [*WHOLE, *ROWS]]
+    wanted += [(*row, PHASES, " tensor 4", tensor_parallel) for row in TENSOR]
     for name, topology, phases, what, settings in wanted:
         key = f"{name} {topology}{what}"
         if key in rows or args.only not in key:
