@@ -290,9 +290,12 @@ class Checkpointer:
             good = self.latest_step() if jax.process_count() == 1 else max(self._manager.all_steps(), default=None)
         except Exception:  # looking may fail as the writing did; the error at hand is the one to tell of
             good = None
+        advice = "Check space and permissions, and start again from there"
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:  # of a barrier, not of the disk
+            advice = "Another process of the job has failed or cannot be reached: see what it said last"
         return CheckpointError(
             f"{self.directory}: {what} could not be written ({_first_line(error)}); last good checkpoint:"
-            f" {'none' if good is None else f'step {good}'}. Check space and permissions, and start again from there"
+            f" {'none' if good is None else f'step {good}'}. {advice}"
         )
 
 

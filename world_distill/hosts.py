@@ -81,6 +81,9 @@ def _watch_others() -> None:
     watch.start()
 
     def end() -> None:
+        if _gave_up.is_set():  # perhaps since another process is gone, in which case this waits for it, watching
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                jax.distributed.shutdown()
         ended.set()
         watch.join(SILENCE_SECONDS)
 
@@ -93,16 +96,17 @@ def _watch(client, own: int, ended: threading.Event) -> None:
     heard: dict[str, float] = {}
     for beat in itertools.count():
         try:
-            client.key_value_set(f"{_BEATS}{own}", str(beat), allow_overwrite=True)
-            found = dict(client.key_value_dir_get(_BEATS))
+            if not _gave_up.is_set():
+                client.key_value_set(f"{_BEATS}{own}", str(beat), allow_overwrite=True)
+            found, answered = dict(client.key_value_dir_get(_BEATS)), True
         except jax.errors.JaxRuntimeError:  # the job is ending, or process 0 has died, to which JAX sees itself
-            found = counts
+            found, answered = counts, False
         now = time.monotonic()
-        heard |= {name: now for name, count in found.items() if counts.get(name) != count}
+        heard |= {name: now for name, count in found.items() if counts.get(name) != count or count == _ENDED}
         counts = found
-        overdue = [name for name, when in heard.items() if now - when > SILENCE_SECONDS and counts.get(name) != _ENDED]
-        silent = [name.removeprefix(_BEATS) for name in overdue]
-        if silent and counts.get(f"{_BEATS}{own}") == str(beat):
+        silent = [name.removeprefix(_BEATS) for name, when in heard.items() if now - when > SILENCE_SECONDS]
+        silent = [name for name in silent if name != str(own)]
+        if silent and answered:
             sys.stderr.write(
                 f"error: process {', '.join(sorted(silent))} of this job has died or hangs (nothing heard for"
                 f" {SILENCE_SECONDS} s): look at what it said last. Process {own} ends, too; the same command, on all,"

@@ -105,10 +105,13 @@ class WanConfig:
         """How many to add to the places of a frame, so that they divide by the devices that share them."""
         if self.mesh is None:
             return 0
-        tensor = self.mesh.shape["tensor"]
-        # The compiler for TPUs scatters sums only in whole tiles of 16 rows; else each chip gets, and drops, the rest.
-        tile = 16 if tensor > 1 and platform_of(self.mesh) == "tpu" else 1
-        return -places % (self.mesh.shape["context"] * tensor * tile)
+        ways = self.mesh.shape["context"] * self.mesh.shape["tensor"]
+        if self.mesh.shape["tensor"] > 1 and platform_of(self.mesh) == "tpu":
+            # Their compiler scatters sums only in whole tiles of 16 rows; else each chip gets all, and drops the rest.
+            spare = -places % (16 * ways)
+            if spare <= places // 16:
+                return spare
+        return -places % ways
 
     def gather(self, x: Float[Array, "b f m d"]) -> Float[Array, "b f m d"]:
         """From the residual stream into attention or MLP; the gradient's sums are scattered."""
