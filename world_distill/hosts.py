@@ -31,6 +31,7 @@ _HEARTBEAT_SECONDS = 60  # and for so long, with JAX's own: where process 0 has 
 _BEATS_IN_SILENCE = 9  # that others would have heard in that time
 _BEATS = "world_distill/beats/"
 _ENDED = "ended"  # the last beat of a process whose work is done
+_gave_up = threading.Event()
 LOST = 69  # exit code of a process that has lost another one (EX_UNAVAILABLE)
 
 
@@ -66,9 +67,6 @@ def start(environment: Mapping[str, str] = os.environ) -> int:
 def give_up() -> None:
     """Says that this process ends with its work undone: others that wait for it notice in `SILENCE_SECONDS`."""
     _gave_up.set()
-
-
-_gave_up = threading.Event()
 
 
 def _watch_others() -> None:
