@@ -133,6 +133,19 @@ def test_an_activation_and_its_gradient_lie_where_they_are_told(mesh):
     assert found.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor", None)), 3)
 
 
+def test_an_activation_whose_rows_are_put_in_order_stays_where_it_is(mesh, monkeypatch):
+    monkeypatch.setattr(sharding, "platform_of", lambda mesh: "tpu")
+    names, x = ("batch", None, "heads"), np.arange(4 * 6 * 8.0, dtype=np.float32).reshape(4, 6, 8)
+
+    def twice(x):
+        return sharding.rows_in_order(mesh, sharding.constrain(mesh, 2 * x, names), names)
+
+    y, back = jax.jit(lambda x: jax.vjp(twice, x))(x)
+    np.testing.assert_array_equal(y, 2 * x)
+    np.testing.assert_array_equal(back(y)[0], 4 * x)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")), 3)
+
+
 def test_nnx_reads_the_same_table(mesh):
     """Modules that carry their names agree with `tree_shardings`."""
     kernel = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", "mlp"))

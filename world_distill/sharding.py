@@ -134,15 +134,20 @@ _laid_out.defvjp(
 )
 
 
-def rows_in_order(mesh: Mesh | None, x: jax.Array) -> jax.Array:
-    """`x` with its last axis the innermost in a TPU's memory, and its gradient too; elsewhere `x` itself.
+def rows_in_order(mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """An activation with its last axis the innermost in a TPU's memory, and its gradient too; elsewhere `x` itself.
 
     What the compiler would else choose for `x` it carries back to the weights that `x` is made of, and it copies those
-    of all layers into that order before the loop over layers.
+    of all layers into that order before the loop over layers. `names` are of its dimensions, as for `constrain`.
     """
     if platform_of(mesh) != "tpu":
         return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    order = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # noqa: E731
+    if mesh is None or mesh.size == 1:
+        return order(x)
+    # For each device's part: of the whole, rows that lie along both data and fsdp would be gathered.
+    spec = dividing_spec(mesh, names, x.shape)
+    return jax.shard_map(order, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def gathered(mesh: Mesh | None, tree: PyTree) -> PyTree:

@@ -160,7 +160,9 @@ class Attention(nnx.Module):
         context = x if text is None else self.config.rows(text)
         q = rms_norm(self.q(x, sub(lora, "q"), scale), self.q_norm[...], eps)
         k = rms_norm(self.k(context, sub(lora, "k"), scale), self.k_norm[...], eps)
-        v = rows_in_order(self.config.mesh, self.v(context, sub(lora, "v"), scale))
+        v = self.v(context, sub(lora, "v"), scale)
+        names = ("batch", None, "length", "heads") if text is None else ("batch", None, "heads")
+        v = rows_in_order(self.config.mesh, v, names)
         q, k, v = split(q, shape), split(k, source), split(v, source)
         if rope is not None:
             q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))
