@@ -76,6 +76,15 @@ def test_slices_are_split_along_data():
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", ["v5e:16x16", "v6e:16x16", "v5p:8x8x8", "tpu7x:4x4x4"])
+def test_an_axis_need_not_be_a_product_of_those_of_the_torus(name):
+    devices = plan.topology(name)
+    mesh = make_mesh(fsdp=64, data=-1, devices=devices)
+    assert mesh.shape["fsdp"] == 64 and {d.id for d in mesh.devices.flat} == {d.id for d in devices}
+    assert make_mesh(data=2, fsdp=-1, tensor=4, devices=devices).size == len(devices)
+
+
+@needs_compiler
 def test_phases_of_a_small_model_compile_for_a_slice(tmp_path):
     path = tmp_path / "plan.json"
     flags = ["--topology", "v5e:2x2", "--phases", "demonstrator,update", "--json", str(path)]

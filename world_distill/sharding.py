@@ -70,14 +70,18 @@ def make_mesh(data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, 
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh {asked} does not fit {len(devices)} device(s)")
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    # Splitting: an axis of 64 on a torus of 16x16 takes one of its axes and a part of the other.
     if slices > 1:
         if sizes[0] % slices:
             raise ValueError(f"mesh {asked}: {slices} slices need mesh.data to be a multiple of {slices}")
         within = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
-        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    # Auto, since the default of jax.make_mesh (explicit axes) makes shardings a part of every type.
-    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )  # fmt: skip
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Auto, since the default (explicit axes) makes shardings a part of every type.
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def tree_shardings(mesh: Mesh, axes_tree: PyTree, shapes_tree: PyTree) -> PyTree:
