@@ -74,6 +74,14 @@ def test_small_leaf_that_does_not_divide_is_whole_on_that_axis(mesh):
     assert got["w"].spec == PartitionSpec(None, "tensor")
 
 
+def test_a_width_that_nobody_chose_is_split_as_far_as_it_divides(mesh):
+    for size, spec in ((8, PartitionSpec(("fsdp", "context", "tensor"))), (6, PartitionSpec(("fsdp", "context")))):
+        [found] = jax.tree.leaves(sharding.tree_shardings(mesh, {"w": ("conv",)}, shapes(w=(size,))))
+        assert found.spec == spec
+    [found] = jax.tree.leaves(sharding.tree_shardings(mesh, {"w": ("conv",)}, shapes(w=(7,))))
+    assert found.is_fully_replicated
+
+
 def test_every_leaf_that_cannot_be_placed_is_named(mesh):
     axes = {"a": {"w": ("embed", "mlp")}, "b": ("embedd",), "c": ("embed",)}
     tree = {"a": shapes(w=(513, 1024)), **shapes(b=(4,), c=(4, 4))}

@@ -44,8 +44,8 @@ RULES = (
     ("layers", None),  # blocks stacked for scan
 )
 
-# Left whole where they do not divide, whatever the size: widths that nobody chose with devices in mind.
-_WHOLE_IF_UNEVEN = ("conv", "factor")
+# Split along the first of their mesh axes, as many as divide: widths that nobody chose with devices in mind.
+_AS_FAR_AS_EVEN = ("conv", "factor")
 
 # Below this size a copy on every device costs less than an error would.
 SMALL_BYTES = 1 << 20
@@ -75,9 +75,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, 
         if sizes[0] % slices:
             raise ValueError(f"mesh {asked}: {slices} slices need mesh.data to be a multiple of {slices}")
         within = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(
-            within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
-        )  # fmt: skip
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto, since the default (explicit axes) makes shardings a part of every type.
@@ -247,10 +245,12 @@ def _spec(mesh: Mesh, names: tuple[str | None, ...] | None, shape) -> PartitionS
         target = rules.get(name) if name else None
         axes = (target,) if isinstance(target, str) else target or ()
         axes = tuple(axis for axis in axes if axis not in used)  # one mesh axis splits one dimension
+        while name in _AS_FAR_AS_EVEN and size % math.prod(mesh.shape[axis] for axis in axes):
+            axes = axes[:-1]
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
             nbytes = math.prod(shape.shape) * np.dtype(shape.dtype).itemsize
-            if nbytes >= SMALL_BYTES and name not in _WHOLE_IF_UNEVEN:
+            if nbytes >= SMALL_BYTES:
                 raise ValueError(f"{name} = {size} is not divisible by {'*'.join(axes)} = {ways}")
             axes = ()
         used.update(axes)
