@@ -16,6 +16,9 @@ Variants, `--config sandbox:VARIANT`:
   rl_only           RL from the start, no Demonstrator
   full_weights      wmsd with full differences from the base in place of LoRA
   full_kinds        wmsd on all kinds of task (`kinds=full`)
+
+With a guided Demonstrator, any of them but rl_only: --config.demonstrator.guidance=2. It leads away from the empty
+text, whose states `quickstart`, `ablate` and `encode` keep beside the records.
 """
 
 from ml_collections import ConfigDict
@@ -130,6 +133,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.filters.min_sharpness = 0.0  # variance of the Laplacian at 512 pixels, at least
     c.filters.near = -1  # bits of 64 that hashes of near-duplicates differ in, at most; -1: none is sought
 
+    # Demonstrator ---------------------------------------------------------------------------------------------------
+    c.demonstrator = ConfigDict()
+    c.demonstrator.guidance = 1.0  # scale of classifier-free guidance; 1: none; above: two forward passes a velocity
+    c.demonstrator.negative = ""  # text that guidance leads away from, rollout.guidance too; `encode` reads it
+
     # Executor -------------------------------------------------------------------------------------------------------
     c.executor = ConfigDict()
     c.executor.rank = 16  # of the LoRA factors; 0 trains full differences from the base
@@ -151,6 +159,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rollout.spread = True  # a task for every rollout while there is no RL, which alone needs groups
     c.rollout.role = "executor"  # or demonstrator: off-policy distillation
     c.rollout.micro_batch = 0  # rollouts on their way at once, over all devices; 0: all of a step
+    c.rollout.guidance = 1.0  # scale of guidance of the Executor's clips, in training and evaluation; 1: none
     c.rollout.staleness = 0  # 1: roll the next step's clips while these are judged, an update behind
     c.rollout.weights = ConfigDict()
     c.rollout.weights.task = 1.0  # lambda_task: was it done

@@ -18,6 +18,15 @@ from ml_collections import ConfigDict
 from world_distill.config import UserError, parse_arg
 
 VARIANTS = ("distill", "wmsd", "debug", "mid")
+# The negative prompt of the published model's configuration (sample_neg_prompt). In English: garish colours,
+# overexposed, static, blurred details, subtitles, style, works, paintings, picture, still, greyish, worst quality, low
+# quality, JPEG residue, ugly, incomplete, extra fingers, badly drawn hands and faces, deformed, disfigured, misshapen
+# limbs, fused fingers, motionless picture, cluttered background, three legs, crowds behind, walking backwards.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -103,6 +112,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.filters.min_sharpness = 100.0  # variance of the Laplacian at 512 pixels, at least: less is blur
     c.filters.near = 4  # bits of 64 that hashes of near-duplicates differ in, at most; -1: none is sought
 
+    # Demonstrator ---------------------------------------------------------------------------------------------------
+    c.demonstrator = ConfigDict()
+    c.demonstrator.guidance = 5.0  # scale of classifier-free guidance, the model's own; 1: none (and `negative` empty)
+    c.demonstrator.negative = NEGATIVE  # text that guidance leads away from, rollout.guidance too; `encode` reads it
+
     # Executor -------------------------------------------------------------------------------------------------------
     c.executor = ConfigDict()
     c.executor.rank = 32  # of the LoRA factors; 0 trains full differences from the base
@@ -126,6 +140,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rollout.spread = True  # a task for every rollout while there is no RL, which alone needs groups
     c.rollout.role = "executor"  # or demonstrator: off-policy distillation
     c.rollout.micro_batch = 0  # rollouts on their way at once, over all devices; 0: all of a step
+    c.rollout.guidance = 1.0  # scale of guidance of the Executor's clips; 1: none, which training makes good
     c.rollout.staleness = 0  # 1: roll the next step's clips while these are judged, an update behind
     c.rollout.weights = ConfigDict()
     c.rollout.weights.task = 1.0  # lambda_task: was it done

@@ -3,13 +3,13 @@
 Every run is an ordinary run of `train` in its own folder, WORKDIR/runs/VARIANT/SEED, so an interrupted ablation goes on
 where it stopped and any run can be looked at by itself. Runs with the same seed share scenes, tasks, test set and the
 starting noise of their test clips, so comparisons between variants are paired, clip by clip. A variant with records of
-its own (other kinds of task) is compared with the base and the Demonstrator on those: rows `base:VARIANT` and
-`demonstrator:VARIANT`.
+its own (other kinds of task), or with a Demonstrator of its own (other guidance), is compared with the base and the
+Demonstrator on those: rows `base:VARIANT` and `demonstrator:VARIANT`.
 
-Compute is counted in forward passes of the model a rollout (a backward pass counts as two); every variant gets as many
-steps as the reference variant's forwards pay for, and the last point of its learning-rate schedule is moved to its own
-last step. Judging and decoding are not counted. Steps that several variants have in common (distillation before RL) are
-trained once and counted for each.
+Compute is counted in forward passes of the model a rollout (a backward pass counts as two, and so does a guided
+velocity); every variant gets as many steps as the reference variant's forwards pay for, and the last point of its
+learning-rate schedule is moved to its own last step. Judging and decoding are not counted. Steps that several variants
+have in common (distillation before RL) are trained once and counted for each.
 """
 
 import argparse
@@ -25,10 +25,12 @@ from typing import Any
 import numpy as np
 
 from world_distill import ablate_page, arguments, prepare, runs, train
+from world_distill.collection import Collection
 from world_distill.config import UserError, diff, load_config, section
 from world_distill.core.metrics import bootstrap_difference
 from world_distill.core.schedules import piecewise_linear
 from world_distill.evaluate import evaluate_roles
+from world_distill.guidance import uses_demonstrator
 from world_distill.logs import read_log
 from world_distill.objectives import Objective
 from world_distill.scoring import QUESTIONS, Verdict, markdown, summarise
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.config.partition(":")[0]
 
     def variant_config(variant: str, seed: int):
-        return load_config(f"{name}:{variant}", dict(args.overrides) | {"seed": seed})
+        return _without_idle_guidance(load_config(f"{name}:{variant}", dict(args.overrides) | {"seed": seed}))
 
     orderings = [Ordering(*o) for o in config.ablation.orderings]
     result = ablate(variant_config, variants, seeds, args.workdir, config.ablation.reference, orderings)
@@ -85,6 +87,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _without_idle_guidance(config):
+    """The config; if it trains without the Demonstrator, no guidance of the Demonstrator, which would be refused."""
+    objective, collection = section(config.objective, Objective), Collection(**config.rollout.to_dict())
+    if not uses_demonstrator(objective, collection):
+        config.demonstrator.guidance = 1.0
+        if collection.guidance == 1:
+            config.demonstrator.negative = ""
+    return config
+
+
 def forwards(config, step: int) -> float:
     """Forward passes of the model that training step `step` costs, a backward pass counted as two."""
     objective, rollout = section(config.objective, Objective), config.rollout
@@ -93,10 +105,13 @@ def forwards(config, step: int) -> float:
     rl, steps = objective.rl, config.sampler.steps
     visited, renoised = objective.uses_visited, objective.uses_renoised
     rewarded = rl != "none" and rollout.weights.get("distill", 0.0) != 0
+    # A guided velocity is two forward passes.
+    shows, rolls = (1 + (scale > 1) for scale in (config.demonstrator.guidance, rollout.guidance))
     # Of a Demonstrator's rollout the velocities are known already.
-    shown = steps if (visited or rewarded) and rollout.role == "executor" else 0
+    shown = steps * shows if (visited or rewarded) and rollout.role == "executor" else 0
+    steps *= rolls if rollout.role == "executor" else shows
     update = 3 * (visited + renoised + (rl == "flow_grpo"))  # the Executor, forward and backward
-    update += objective.anchored and objective.anchor_states == "renoised"
+    update += shows * (objective.anchored and objective.anchor_states == "renoised")
     update += rl == "awm" and objective.awm_old != "current"
     update += renoised * (bool(objective.beta_old) + bool(objective.beta_base))
     update += rl == "flow_grpo" and bool(objective.grpo_beta)
@@ -126,8 +141,8 @@ def equal_steps(config, reference) -> int:
 
 
 VALIDATION = "validation/average"
-# What records are made of: keys that start like this.
-RECORDS = re.compile(r"(seed|world|scenes|annotator|model|base|text_length)\b")
+# What records are made of, and the Demonstrator: keys that start like this.
+RECORDS = re.compile(r"(seed|world|scenes|annotator|model|base|text_length|demonstrator)\b")
 # What has no effect on a training step in which L_RL has no weight.
 LATE = re.compile(
     r"objective\.(rl|rl_weight|beta_d|beta_old|beta_base|awm_.*|grpo_.*|skip_first|keep_fraction)|judge\..*"

@@ -26,6 +26,7 @@ from world_distill import arguments, components, prepare, pretrain, runs
 from world_distill.collect import Collector
 from world_distill.data.pipeline import pad_texts, task_batches
 from world_distill.data.records import RecordReader
+from world_distill.guidance import load_negative
 from world_distill.interfaces import ModelFamily
 from world_distill.judges.rubric import load_rubric
 from world_distill.programs import make_programs
@@ -78,9 +79,11 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     base = components.load_base(family, config, mesh)
     state = programs.init(base, config.seed)
     judge = components.make(config, "judge")
-    collector = Collector(programs, judge=judge, cache=None, rubric=load_rubric(config.judge.rubric or None))
+    reader, rubric = RecordReader(data, "train"), load_rubric(config.judge.rubric or None)
+    negative = load_negative(reader, programs.guidance, config.text_length, mesh)
+    collector = Collector(programs, judge=judge, cache=None, rubric=rubric, negative=negative)
     batches = task_batches(
-        RecordReader(data, "train"), tasks_per_step=collection.tasks, seed=config.seed,
+        reader, tasks_per_step=collection.tasks, seed=config.seed,
         text_length=config.text_length,
     )  # fmt: skip
     last = config.steps - 1  # of a schedule: with all losses in force

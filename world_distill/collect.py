@@ -30,7 +30,7 @@ from world_distill.judges.judging import judge_clips
 from world_distill.judges.rubric import Rubric
 from world_distill.programs import Programs
 from world_distill.sharding import batch_sharding, rows_or_whole
-from world_distill.structs import Condition, Judgment, PyTree, TrainBatch, TrainState
+from world_distill.structs import Condition, Judgment, Negative, PyTree, TrainBatch, TrainState
 
 
 class TooFewJudgments(UserError):
@@ -69,7 +69,17 @@ class Parts(NamedTuple):
 class Collector:
     """Makes `TrainBatch`es. Holds programs and settings, no weights."""
 
-    def __init__(self, programs: Programs, *, judge: Judge | None, cache: JudgmentCache | None, rubric: Rubric | None):
+    def __init__(
+        self,
+        programs: Programs,
+        *,
+        judge: Judge | None,
+        cache: JudgmentCache | None,
+        rubric: Rubric | None,
+        negative: Negative | None = None,
+    ):
+        """`negative` is the text of the records that guidance leads away from (`guidance.load_negative`)."""
+        self._negative = negative
         self.settings, self._judge, self.cache, self.rubric = programs.collection, judge, cache, rubric
         self._programs, self._objective = programs, programs.objective
         self._rows = batch_sharding(programs.mesh)
@@ -100,12 +110,14 @@ class Collector:
         """
         started = time.perf_counter()
         active = self._objective.rl_active(step)
-        rollout, task, solution = self._roll[active](lora, base, *self._conditions(tasks), *_key(key, step))
+        rollout, task, solution = self._roll[active](
+            lora, base, *self._conditions(tasks), *_key(key, step), self._negative
+        )
         # What nobody looks at stays latent.
         clips = self._decode(base, rollout.latents) if active and self._questions else None
         shown = reward = None
         if self._show is not None:
-            shown, reward = self._show(base, rollout, solution)
+            shown, reward = self._show(base, rollout, solution, self._negative)
         batch = TrainBatch(
             task=task,
             solution=solution,
@@ -115,6 +127,7 @@ class Collector:
             log_probs=rollout.log_probs if self._programs.keeps_log_probs and active else None,
             advantages=None,
             valid=None,
+            negative=self._negative,
         )
         return Pending(step, active, tasks, batch, clips, reward, started)
 
@@ -143,12 +156,12 @@ class Collector:
         """The pieces of a call, each to be run alone (benchmarks)."""
         conditions, at = self._conditions(tasks), _key(key, step)
         roll = self._roll[self._objective.rl_active(step)]
-        rollout, _, solution = roll(state.lora, base, *conditions, *at)
+        rollout, _, solution = roll(state.lora, base, *conditions, *at, self._negative)
         frames = np.asarray(self._decode(base, rollout.latents))
         return Parts(
-            roll=lambda: roll(state.lora, base, *conditions, *at),
+            roll=lambda: roll(state.lora, base, *conditions, *at, self._negative),
             decode=lambda: self._decode(base, rollout.latents),
-            show=None if self._show is None else lambda: self._show(base, rollout, solution),
+            show=None if self._show is None else lambda: self._show(base, rollout, solution, self._negative),
             judge=lambda: self._ask(tasks, frames, np.arange(len(frames))),
         )
 

@@ -17,7 +17,9 @@ class Collection:
       group: rollouts of each task.
       spread: while L_RL has no weight, give each of the `tasks` x `group` rollouts a task of its own: RL compares
         rollouts of one task, distillation learns the more from different ones.
-      micro_batch: rollouts on their way at once, over all devices; 0: all of a step.
+      micro_batch: rollouts on their way at once, over all devices; 0: all of a step. With guidance, the network sees
+        twice as many rows.
+      guidance: classifier-free guidance scale of the Executor where it is sampled; 1 is none.
       staleness: 1: a step's clips are rolled before the update of the step before, so that the device need not wait
         for the judge (`experience`); 0: exactly on-policy.
       role: who rolls: "executor" (on-policy) or "demonstrator" (off-policy distillation).
@@ -34,6 +36,7 @@ class Collection:
     group: int
     spread: bool
     micro_batch: int
+    guidance: float
     staleness: int
     role: str
     weights: Mapping[str, float]

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from world_distill.core import flow, losses, metrics, sampling, schedules, times
+from world_distill.core.guidance import with_guidance
 from world_distill.interfaces import ModelFamily
 from world_distill.structs import PyTree, TrainBatch, TrainState
 
@@ -145,8 +146,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     grid: np.ndarray,
     diffusion: np.ndarray | None = None,
+    guidance: float = 1.0,
 ) -> Callable[[TrainState, PyTree, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]:
     """The training step for one sampler grid [k + 1] (and its diffusion coefficients [k], for Flow-GRPO).
+
+    `guidance` is the scale of the Demonstrator, who leads away from `TrainBatch.negative`. Every other velocity of the
+    losses, the base's given the task too, is without guidance.
 
     Raises:
       ValueError: Flow-GRPO without stochastic steps.
@@ -183,13 +188,14 @@ def make_train_step(
         x_t = flow.interpolate(rows.latents, eps, t)
         x_t = sampling.pin_frames(x_t, rows.task.scene, mask)
 
-        def v_of(weights_, condition=rows.task):
-            return family.denoise(base, weights_, x_t, t, condition)
+        def v_of(weights_):
+            return family.denoise(base, weights_, x_t, t, rows.task)
 
         v = v_of(lora)
         out, anchor = {}, None
         if objective.anchor_states == "renoised" and objective.anchored:
-            anchor = anchor_terms(v, jax.lax.stop_gradient(v_of(None, rows.solution)))
+            demonstrate = with_guidance(family.denoise, guidance, rows.negative)
+            anchor = anchor_terms(v, jax.lax.stop_gradient(demonstrate(base, None, x_t, t, rows.solution)))
         if objective.rl == "awm":
             target = flow.velocity(rows.latents, eps)
 
@@ -388,4 +394,5 @@ def _rows(batch: TrainBatch, take: Callable) -> TrainBatch:
         log_probs=second(batch.log_probs),
         advantages=first(batch.advantages),
         valid=first(batch.valid),
+        negative=batch.negative,
     )

@@ -25,6 +25,7 @@ import numpy as np
 from world_distill import arguments, chips, components, flops
 from world_distill.collection import Collection
 from world_distill.config import UserError, override
+from world_distill.guidance import abstract_negative
 from world_distill.programs import Programs, make_programs
 from world_distill.sharding import batch_sharding, make_mesh, replicated, rows_or_whole
 from world_distill.structs import Condition, PyTree, TrainBatch
@@ -152,7 +153,10 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
     key = jax.eval_shape(lambda: jax.random.key(0))
     tasks = settings.tasks * settings.group // settings.group_in(active)
     conditions = [_condition(config, family, mesh, tasks) for _ in range(2)]
-    given = (state.lora, base, *conditions, _abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
+    width = config.model.text_width
+    negative = abstract_negative(programs.guidance, config.text_length, width, jnp.bfloat16, mesh)
+    at = (_abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
+    given = (state.lora, base, *conditions, *at, negative)
     held = (base, state)
     phase, rolled = _compile("rollout", programs.roll[active], given, held)
     if wanted("rollout"):
@@ -162,12 +166,12 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
         held += rolled
         shown = None
         if programs.show is not None:
-            phase, result = _compile("demonstrator", programs.show, (base, rollout, solution), held)
+            phase, result = _compile("demonstrator", programs.show, (base, rollout, solution, negative), held)
             shown = None if result is None else result[0]
             if wanted("demonstrator"):
                 yield phase
         if wanted("update") and (programs.show is None or shown is not None):
-            given = state, base, _batch(programs, rollout, task, solution, shown, active)
+            given = state, base, _batch(programs, rollout, task, solution, shown, active).replace(negative=negative)
             yield _compile("update", programs.update[active], given, (base, state))[0]  # the rollout is gone by then
         if wanted("decode"):
             judged = active and bool(settings.questions)

@@ -23,7 +23,9 @@ from world_distill.data.annotate import annotate_images
 from world_distill.data.encode import encode_records
 from world_distill.data.image_filters import Filters
 from world_distill.data.image_sources import find_images
+from world_distill.data.negative import keep_negative
 from world_distill.data.records import RecordError, RecordReader
+from world_distill.guidance import Guidance
 from world_distill.structs import PyTree
 
 SPLITS = ("train", "validation", "test")
@@ -34,6 +36,8 @@ def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None
     encoder = Encoder(config)
     for split in SPLITS:
         if is_complete(folder, split):
+            if encoder.guidance.used:  # records of an earlier version have no negative text
+                encoder.keep_negative(folder, split)
             continue
         make_scenes = components.make_partial(config, "scenes")
         paths = make_scenes(str(folder / "scenes" / split), config.scenes[split], split=split, seed=config.seed)
@@ -45,6 +49,7 @@ def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None
                 max_failures=config.annotator.max_failures,
             )  # fmt: skip
         reader = RecordReader(folder, f"{split}_annotated")
+        encoder.keep_negative(folder, split)
         encoder.encode(reader, folder, name=split, batch=config.encode_batch)
         say(f"{split}: {len(paths)} scenes, {len(reader)} tasks")
 
@@ -54,6 +59,7 @@ class Encoder:
 
     def __init__(self, config):
         self._config, self._family = config, components.make_family(config)
+        self.guidance = Guidance.of(config)
 
     @functools.cached_property
     def _codec(self) -> PyTree:
@@ -65,7 +71,7 @@ class Encoder:
         metadata = {
             "family": family.name,
             "weights": pathlib.Path(self._config.base or family.default_base or "").name,
-            "text_encoder": pathlib.Path(family.text_encoder).name,
+            "text_encoder": self._text_encoder,
             "image_size": "x".join(map(str, size)) if size else "as annotated",  # height x width
             "scene": "x".join(map(str, family.latent_shape[1:])),  # h w c of its latent
         }
@@ -73,6 +79,18 @@ class Encoder:
             reader, folder, name=name, encode_scene=lambda images: family.encode_scene(self._codec, images),
             encode_text=family.encode_text, size=size, metadata=metadata, **options,
         )  # fmt: skip
+
+    def keep_negative(self, folder: pathlib.Path, name: str) -> bool:
+        """Encodes the config's negative text for a record set that lacks it; returns whether it did.
+
+        To be called before `encode`, so that a set that is complete has it.
+        """
+        text, encode = self.guidance.negative, self._family.encode_text
+        return keep_negative(folder, name, text, text_encoder=self._text_encoder, encode_text=encode)
+
+    @property
+    def _text_encoder(self) -> str:
+        return pathlib.Path(self._family.text_encoder).name
 
 
 @contextlib.contextmanager
@@ -215,6 +233,9 @@ same; any other work of that NAME is replaced. To have it done anew, delete NAME
 Several machines that share the folder do a shard each with --shard I/N, I from 0 to N - 1; the last of them to finish
 makes the set whole. An image is encoded once for each shard that holds a task of it.
 
+The states of config.demonstrator.negative, which guidance leads away from, are kept in NAME.negative. For another text,
+or for records that were encoded without one, call it again in the same way: the records stay, and the text is encoded.
+
   world-distill encode --config sandbox --records data --name train
   world-distill encode --config sandbox --records data --name train --shard 0/4     # and 1/4, 2/4, 3/4 elsewhere
 """
@@ -238,11 +259,13 @@ def encode_run(args: argparse.Namespace) -> int:
     if shards < 1 or batch < 1:
         raise UserError("--shards and --batch are at least 1")
     reader = RecordReader(args.records, f"{args.name}_annotated")
+    encoder = Encoder(config)
+    negative = encoder.keep_negative(args.records, args.name)
     with progress_bar("record") as show:
-        counts = Encoder(config).encode(
+        counts = encoder.encode(
             reader, args.records, name=args.name, shards=shards, only=only, batch=batch, progress=show
         )
-    arguments.say(describe_encoding(counts, args.records / args.name))
+    arguments.say(describe_encoding(counts, args.records / args.name, negative=negative))
     if args.json:
         arguments.write_json(args.json, counts)
     return 0
@@ -267,12 +290,14 @@ def _span(shards: int) -> str:
     return f"0/{shards} to {shards - 1}/{shards}" if shards else "none"
 
 
-def describe_encoding(counts: dict[str, int], where: pathlib.Path) -> str:
-    """One line about the counts of `encode_records`."""
+def describe_encoding(counts: dict[str, int], where: pathlib.Path, *, negative: bool = False) -> str:
+    """One line about the counts of `encode_records`, and about the negative text where nothing else was encoded."""
     missing = counts["shards_missing"]
     if missing:
         rest = f"{missing} of {counts['shards']} shards of {where} are still to be written"
         return f"encoded {counts['encoded']} records; {rest}"
     if counts["encoded"]:
         return f"encoded {counts['encoded']} records; {where} is complete with {counts['records']}"
+    if negative:
+        return f"encoded the negative text; {where} is complete with {counts['records']} records"
     return f"{where} is complete with {counts['records']} records: nothing to do"

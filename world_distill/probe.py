@@ -12,6 +12,7 @@ import numpy as np
 from world_distill import arguments, components, prepare, runs
 from world_distill.collect import TooFewJudgments
 from world_distill.config import UserError
+from world_distill.data.negative import read_negative, write_negative
 from world_distill.data.pipeline import fixed_batches
 from world_distill.data.records import EncodedRecord, RecordReader, write_records
 from world_distill.interfaces import Judge, ModelFamily
@@ -22,16 +23,17 @@ from world_distill.lora_files import read_lora
 from world_distill.probe_figures import ROLES, Probed, figures, table, words
 from world_distill.scoring import Evaluator
 from world_distill.sharding import tree_shardings
-from world_distill.structs import PyTree
+from world_distill.structs import Negative, PyTree
 
 HELP = """\
 Before training: have the judge compare the Demonstrator with the Executor on a sample of tasks.
 
 Distillation can teach the Executor no more than the Demonstrator shows. So both make clips for the same tasks from the
 same noise, the Demonstrator told the solution, the Executor (the base, or the LoRA file of config.executor.start) told
-the task; and the config's judge answers its questions about them. Shows how often it said yes and the mean log-odds,
-clipped as the reward clips them (config.rollout.clip), for each question and each kind of task, with the paired
-difference and its 95 % interval; and says in words whether the Demonstrator is better, and where it is not.
+the task, each with its own guidance (config.demonstrator.guidance, config.rollout.guidance); and the config's judge
+answers its questions about them. Shows how often it said yes and the mean log-odds, clipped as the reward clips them
+(config.rollout.clip), for each question and each kind of task, with the paired difference and its 95 % interval; and
+says in words whether the Demonstrator is better, and where it is not.
 
 The sample is drawn by the seed, and a larger one has the smaller one's tasks. Answers go into the judgment cache of
 WORKDIR, so that a call that was interrupted, or is repeated, asks nothing twice.
@@ -131,7 +133,10 @@ def probe(
         for batch in batches:
             count = int(batch["weight"].sum())
             for role, text, weights in ((ROLES[0], "solution", None), (ROLES[1], "task", lora)):
-                made = [_clips(evaluator, batch, base, weights, text, number)[:count] for number in range(clips)]
+                negative = evaluator.negative(reader, text)
+                made = [
+                    _clips(evaluator, batch, base, weights, text, number, negative)[:count] for number in range(clips)
+                ]
                 parts[role].append(_judge(judge, cache, made, batch, rubric))
                 if progress is not None:
                     done = 2 * len(ids) + (1 + ROLES.index(role)) * count
@@ -165,6 +170,8 @@ def keep_better(probed: Probed, reader: RecordReader, folder: pathlib.Path, name
         folder, name, (record for record in reader if record.id in kept), reader.shards,
         metadata={**reader.metadata, "kept_of": reader.fingerprint},
     )  # fmt: skip
+    if (negative := read_negative(reader.index_path.parent, reader.index_path.stem)) is not None:
+        write_negative(folder, name, negative)
     unjudged = int((~probed.judged).sum())
     return {"records": len(advantage), "kept": len(kept), "dropped": len(advantage) - len(kept), "unjudged": unjudged}
 
@@ -176,9 +183,16 @@ def noise_numbers(ids: Sequence[str], number: int) -> np.ndarray:
 
 
 def _clips(
-    evaluator: Evaluator, batch: dict[str, Any], base: PyTree, lora: PyTree | None, text: str, number: int
+    evaluator: Evaluator,
+    batch: dict[str, Any],
+    base: PyTree,
+    lora: PyTree | None,
+    text: str,
+    number: int,
+    negative: Negative | None,
 ) -> np.ndarray:
-    return evaluator.clips(batch, base, lora, text=text, rows=noise_numbers(batch["ids"], number))
+    rows = noise_numbers(batch["ids"], number)
+    return evaluator.clips(batch, base, lora, text=text, rows=rows, negative=negative)
 
 
 def _judge(

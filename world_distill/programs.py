@@ -6,6 +6,8 @@
     show      the base, rollouts, their solutions       -> the Demonstrator's velocities, Eq. 9's reward
     update    a state, the base, a batch                -> the next state, metrics        (objectives.py)
 
+With guidance, `roll` and `show` also take the states of the negative text.
+
 `train` runs them, `benchmark` times each alone, `plan` compiles them for machines that are not there. Runs of one
 process that have the same settings share them, so that the second neither traces nor compiles: seeds of an ablation, a
 run that goes on.
@@ -26,14 +28,16 @@ from world_distill import components, optim
 from world_distill.collection import DISTILL, Collection
 from world_distill.config import section
 from world_distill.core import losses, sampling
+from world_distill.core.guidance import with_guidance
 from world_distill.core.schedules import piecewise_linear
-from world_distill.interfaces import ModelFamily
+from world_distill.guidance import Guidance
+from world_distill.interfaces import Denoise, ModelFamily
 from world_distill.objectives import Objective, init_state, make_train_step
 from world_distill.sharding import batch_sharding, like_weights, map_rows, replicated, tree_shardings
-from world_distill.structs import Condition, PyTree, Rollout, TrainState
+from world_distill.structs import Condition, Negative, PyTree, Rollout, TrainState
 
 # All that the programs are made from; seeds, judges and records are not.
-SECTIONS = (*components.FAMILY_SECTIONS, "rollout", "objective", "optimizer", "sampler")
+SECTIONS = (*components.FAMILY_SECTIONS, "demonstrator", "rollout", "objective", "optimizer", "sampler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Programs:
     family: ModelFamily
     collection: Collection
     objective: Objective
+    guidance: Guidance
     optimizer: optax.GradientTransformation
     state: TrainState
     roll: Mapping[bool, Any]
@@ -77,6 +82,7 @@ def make_programs(config: ConfigDict, mesh: jax.sharding.Mesh) -> Programs:
       UserError: a section of the config has unknown or missing keys.
       ValueError: settings that do not go together.
     """
+    Guidance.of(config)  # says what an older config lacks
     return _make(FrozenConfigDict({name: config[name] for name in SECTIONS}), mesh)
 
 
@@ -84,6 +90,8 @@ def make_programs(config: ConfigDict, mesh: jax.sharding.Mesh) -> Programs:
 def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     objective, settings = section(config.objective, Objective), Collection(**config.rollout.to_dict())
     grid, diffusion = components.sampler_grid(config)
+    guidance = Guidance.of(config)
+    guidance.check(objective, settings)
     distills = objective.rl != "none" and settings.weights.get(DISTILL, 0.0) != 0
     if diffusion is not None and objective.rl != "flow_grpo":
         raise ValueError("sampler.eta above 0 is for objective.rl = flow_grpo; the others sample the ODE")
@@ -94,10 +102,11 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     init, state = _make_state(config, family, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     keep_states = objective.uses_visited or distills or objective.rl == "flow_grpo"
-    roll = functools.partial(_roll, family, mesh, settings, grid=grid, keep_states=keep_states)
+    roll = functools.partial(_roll, family, mesh, settings, guidance, grid=grid, keep_states=keep_states)
 
-    def show(base, rollout, solution):
-        return _show(family, settings, grid, base, rollout, solution)
+    def show(base, rollout, solution, negative=None):
+        demonstrate = with_guidance(family.denoise, guidance.demonstrator, negative)
+        return _show(family, demonstrate, settings, grid, base, rollout, solution)
 
     def decode(base, latents):
         clips = family.decode(base, latents)
@@ -111,7 +120,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         # While a schedule holds L_RL at weight 0, its forward passes are left out.
         losses_in_force = objective if active else dataclasses.replace(objective, rl="none")
         return jax.jit(
-            make_train_step(family, losses_in_force, optimizer, grid, diffusion),
+            make_train_step(family, losses_in_force, optimizer, grid, diffusion, guidance.demonstrator),
             out_shardings=(shardings, replicated(mesh)),
             donate_argnums=0,
         )
@@ -121,6 +130,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         family=family,
         collection=settings,
         objective=objective,
+        guidance=guidance,
         optimizer=optimizer,
         state=state,
         # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
@@ -172,19 +182,24 @@ def _roll(
     family: ModelFamily,
     mesh: jax.sharding.Mesh,
     settings: Collection,
+    guidance: Guidance,
     lora: PyTree,
     base: PyTree,
     task: Condition,
     solution: Condition,
     key: jax.Array,
     first_row: jax.Array,
+    negative: Negative | None = None,
     *,
     grid: np.ndarray,
     keep_states: bool,
     diffusion: np.ndarray | None,
     group: int,
 ) -> tuple[Rollout, Condition, Condition]:
-    """Rollouts of every task `group` times (row i from the noise of `first_row` + i), and the conditions of each."""
+    """Rollouts of every task `group` times (row i from the noise of `first_row` + i), and the conditions of each.
+
+    `Rollout.velocities` are those that made the clips: with guidance, the guided ones.
+    """
 
     def grow(tree):
         tree = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
@@ -194,10 +209,11 @@ def _roll(
     rows = first_row + jnp.arange(task.text.shape[0])
     keys = sampling.sample_keys(key, rows)
     executor = settings.role == "executor"
+    denoise = with_guidance(family.denoise, guidance.rollout if executor else guidance.demonstrator, negative)
 
     def some(condition, keys):
         rollout = sampling.rollout(
-            family.denoise, base, lora if executor else None, condition, keys, times=grid,
+            denoise, base, lora if executor else None, condition, keys, times=grid,
             latent_shape=family.latent_shape, frame_mask=family.free_frames, diffusion=diffusion,
             keep_states=keep_states,
         )  # fmt: skip
@@ -208,16 +224,26 @@ def _roll(
 
 
 def _show(
-    family: ModelFamily, settings: Collection, grid: np.ndarray, base: PyTree, rollout: Rollout, solution: Condition
+    family: ModelFamily,
+    demonstrate: Denoise,
+    settings: Collection,
+    grid: np.ndarray,
+    base: PyTree,
+    rollout: Rollout,
+    solution: Condition,
 ) -> tuple[jax.Array, jax.Array]:
-    """(the Demonstrator's velocities at the visited states [k b f p], Eq. 9's reward [b])."""
+    """(the Demonstrator's velocities at the visited states [k b f p], Eq. 9's reward [b]).
+
+    The reward compares the velocity that made the clip (`Rollout.velocities`, guided if the rollout was) with the
+    Demonstrator's, which is guided if `demonstrate` is: how far the clip was led from where the Demonstrator leads.
+    """
     frames = lambda x: x.reshape(*x.shape[:-2], *family.latent_shape)  # noqa: E731
 
     def at(state_and_time):
         state, t = state_and_time
 
         def some(x, solution):
-            v = family.denoise(base, None, frames(x), jnp.full(x.shape[:1], t), solution)
+            v = demonstrate(base, None, frames(x), jnp.full(x.shape[:1], t), solution)
             return v.reshape(x.shape)
 
         return map_rows(some, settings.micro_batch, state, solution)

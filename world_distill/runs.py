@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from world_distill import arguments, components, converted
 from world_distill.checkpoints import Checkpointer
 from world_distill.config import UserError, diff, from_json, leaves, override, to_json
+from world_distill.guidance import Guidance
 from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.segments import SyncedCache, is_shared
@@ -60,7 +61,7 @@ def make_evaluator(config, family: ModelFamily, mesh: jax.sharding.Mesh, benchma
     grid, _ = components.sampler_grid(config)
     return Evaluator(
         family, mesh, benchmark, grid=grid, batch=config.evaluate_batch, text_length=config.text_length,
-        seed=config.seed,
+        seed=config.seed, guidance=Guidance.of(config),
     )  # fmt: skip
 
 

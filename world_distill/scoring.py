@@ -4,7 +4,8 @@ One clip a task. The benchmark says yes or no to each question: was the task com
 the clip physically and temporally consistent. `average` is the mean of the three rates, `all` the share of clips that
 pass all three. Intervals are at 95 %: Wilson's for rates, a normal one for the average.
 
-A clip depends on (seed, record, weights) alone: the same starting noise for every model that is compared.
+A clip depends on (seed, record, weights) alone: the same starting noise for every model that is compared. The
+Demonstrator's clips, told the solution, are made with demonstrator.guidance, all others with rollout.guidance.
 """
 
 import dataclasses
@@ -19,11 +20,13 @@ from jaxtyping import Int
 
 from world_distill import hosts
 from world_distill.core import metrics, sampling
+from world_distill.core.guidance import with_guidance
 from world_distill.data.pipeline import Batch, fixed_batches, with_solutions
 from world_distill.data.records import RecordReader
+from world_distill.guidance import Guidance, load_negative
 from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.sharding import batch_sharding
-from world_distill.structs import Condition, PyTree
+from world_distill.structs import Condition, Negative, PyTree
 
 QUESTIONS = ("task", "agent", "consistency")
 
@@ -52,11 +55,13 @@ class Evaluator:
         batch: int,
         text_length: int,
         seed: int,
+        guidance: Guidance = Guidance(),  # noqa: B008  (frozen)
     ):
+        self._family, self._mesh, self._grid = family, mesh, tuple(np.asarray(grid).tolist())
+        self._guidance, self._negatives = guidance, {}
         self._benchmark, self._batch, self._text_length = benchmark, batch, text_length
         self._rows = batch_sharding(mesh)
         self._key = jax.random.key(seed)
-        self._sample = _sampler(family, mesh, tuple(np.asarray(grid).tolist()))
 
     def run(
         self,
@@ -83,10 +88,12 @@ class Evaluator:
         """
         verdicts: list[Verdict] = []
         total = min(limit or len(reader), len(reader))
+        negative = self.negative(reader, text)
         for number, batch in enumerate(fixed_batches(reader, self._batch, text_length=self._text_length)):
             if number * self._batch >= total:
                 break
-            sampled = self._clips(batch, base, lora, text, np.arange(self._batch) + number * self._batch)
+            rows = np.arange(self._batch) + number * self._batch
+            sampled = self._clips(batch, base, lora, text, rows, negative)
             count = min(int(batch["weight"].sum()), total - number * self._batch)
             own, clips = hosts.own_rows(sampled)
             own, clips = own[own < count], clips[own < count]
@@ -104,13 +111,34 @@ class Evaluator:
         return verdicts
 
     def clips(
-        self, batch: Batch, base: PyTree, lora: PyTree | None, *, text: str, rows: Int[np.ndarray, " b"]
+        self,
+        batch: Batch,
+        base: PyTree,
+        lora: PyTree | None,
+        *,
+        text: str,
+        rows: Int[np.ndarray, " b"],
+        negative: Negative | None = None,
     ) -> np.ndarray:
         """Clips [b F H W 3] uint8 for a batch of tasks, each from the noise of (seed, its number in `rows`).
 
+        `negative` is what `negative` gives for the batch's records.
+
         Raises RecordError for `text="solution"` and a record without one.
         """
-        return hosts.whole(self._clips(batch, base, lora, text, rows))
+        return hosts.whole(self._clips(batch, base, lora, text, rows, negative))
+
+    def negative(self, reader: RecordReader, text: str) -> Negative | None:
+        """The negative text of records, if clips of what is told `text` are made with guidance.
+
+        Raises RecordError where the records have none, or another one than the config.
+        """
+        if self._guidance.scale(text) == 1:
+            return None
+        if reader.index_path not in self._negatives:
+            found = load_negative(reader, self._guidance, self._text_length, self._mesh)
+            self._negatives[reader.index_path] = found
+        return self._negatives[reader.index_path]
 
     def _check(self, clips: np.ndarray, own: np.ndarray, batch: Batch) -> np.ndarray:
         """What the benchmark says [n, questions] about clips, whose numbers in the batch are `own`."""
@@ -119,21 +147,33 @@ class Evaluator:
         scores = self._benchmark.check(clips, [batch["task"][i] for i in own], [batch["image_png"][i] for i in own])
         return np.stack([np.asarray(scores[question], np.float64) for question in QUESTIONS], axis=1)
 
-    def _clips(self, batch: Batch, base: PyTree, lora: PyTree | None, text: str, rows: np.ndarray) -> jax.Array:
+    def _clips(
+        self,
+        batch: Batch,
+        base: PyTree,
+        lora: PyTree | None,
+        text: str,
+        rows: np.ndarray,
+        negative: Negative | None,
+    ) -> jax.Array:
         if text == "solution":
             with_solutions(batch)
         put = lambda x: hosts.place(x, self._rows)  # noqa: E731
         condition = Condition(put(batch[f"{text}_text"]), put(batch[f"{text}_mask"]), put(batch["scene"]))
-        return self._sample(lora, base, condition, self._key, jnp.asarray(rows))
+        sample = _sampler(self._family, self._mesh, self._grid, self._guidance.scale(text))
+        return sample(lora, base, condition, negative, self._key, jnp.asarray(rows))
 
 
 @functools.lru_cache(maxsize=16)
-def _sampler(family: ModelFamily, mesh: jax.sharding.Mesh, times: tuple[float, ...]) -> Callable[..., jax.Array]:
-    """(lora, base, condition, key, rows) -> clips; one program for all evaluators of a family."""
+def _sampler(
+    family: ModelFamily, mesh: jax.sharding.Mesh, times: tuple[float, ...], scale: float
+) -> Callable[..., jax.Array]:
+    """(lora, base, condition, negative text, key, rows) -> clips; one program for all evaluators of a family."""
 
-    def sample(lora, base, condition, key, rows):
+    def sample(lora, base, condition, negative, key, rows):
+        denoise = with_guidance(family.denoise, scale, negative)
         rollout = sampling.rollout(
-            family.denoise, base, lora, condition, sampling.sample_keys(key, rows), times=np.asarray(times),
+            denoise, base, lora, condition, sampling.sample_keys(key, rows), times=np.asarray(times),
             latent_shape=family.latent_shape, frame_mask=family.free_frames, keep_states=False,
         )  # fmt: skip
         return family.decode(base, rollout.latents)

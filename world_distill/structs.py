@@ -27,6 +27,14 @@ class Condition:
 
 
 @struct.dataclass
+class Negative:
+    """The text that guidance leads away from, one for all rows."""
+
+    text: jax.Array  # [l d] text-encoder states, as long and of the same type as the texts of the conditions
+    text_mask: jax.Array  # [l] bool, True where a token is real
+
+
+@struct.dataclass
 class Rollout:
     """One sampled clip per batch row, with what the losses need of the way there."""
 
@@ -58,6 +66,7 @@ class TrainBatch:
     log_probs: jax.Array | None  # [k b] log-probabilities at sampling time (Flow-GRPO)
     advantages: jax.Array | None  # [b] 0 where invalid; None until the clips are judged
     valid: jax.Array | None  # [b] bool: the clip was judged, and its group kept
+    negative: Negative | None = None  # what the Demonstrator's guidance leads away from; None without guidance
 
 
 @struct.dataclass

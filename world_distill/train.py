@@ -27,6 +27,7 @@ from world_distill.config import UserError, to_json
 from world_distill.data.pipeline import task_batches
 from world_distill.data.records import RecordReader
 from world_distill.experience import Experience
+from world_distill.guidance import load_negative
 from world_distill.held_out import audit, make_held_out
 from world_distill.interfaces import Judge
 from world_distill.interruption import Interruption
@@ -104,6 +105,7 @@ def train(
     runs.check_folder(config, workdir)
     judge = components.make(config, "judge") if collection.questions and objective.rl != "none" else None
     _test(judge)
+    negative = load_negative(reader, programs.guidance, config.text_length, mesh)
     base = components.load_base(family, config, mesh)
     tasks = task_batches(
         reader, tasks_per_step=collection.tasks, seed=config.seed, text_length=config.text_length
@@ -133,11 +135,13 @@ def train(
 
     # Parts of a step ------------------------------------------------------------------------------------------------
     cache = runs.open_cache(config, workdir) if judge is not None or config.held_out.factory else None
-    collector = Collector(programs, judge=judge, cache=cache, rubric=load_rubric(config.judge.rubric or None))
+    rubric = load_rubric(config.judge.rubric or None)
+    collector = Collector(programs, judge=judge, cache=cache, rubric=rubric, negative=negative)
     evaluator = validation = None
     if config.evaluate_every:
         evaluator = runs.make_evaluator(config, family, mesh, components.make(config, "benchmark"))
         validation = RecordReader(folder, "validation")
+        evaluator.negative(validation, "task")  # one that is missing is missed now
     held_out = make_held_out(config, collection.questions, judge, cache)
     _test(held_out and held_out.judge)
 

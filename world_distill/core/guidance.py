@@ -1,8 +1,10 @@
-"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598), for inference.
+"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
     v = v_negative + scale (v_text - v_negative)
 
-v_text is the velocity under the text that is asked for, v_negative under an empty or unwanted one.
+v_text is the velocity under the text that is asked for, v_negative under an empty or unwanted one. Inference samples
+from v, and so do rollouts if that is asked for. The Demonstrator's v may be the target of training: an Executor that
+is trained to it needs no guidance, and so half of the forward passes.
 """
 
 import math
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from world_distill.structs import Condition, PyTree
+from world_distill.structs import Condition, Negative, PyTree
 
 
 def guided(
@@ -22,6 +24,9 @@ def guided(
     negative_mask: Bool[Array, " l"],
 ) -> Callable[..., Array]:
     """A denoiser like `denoise` with guidance: one call with 2 b rows in place of one with b rows.
+
+    Each row stands beside its twin under the negative text. On a mesh both lie on the device of the row; a batch
+    behind another one would be dealt out to the devices anew.
 
     Call it inside the jitted function that samples, with the negative text among that function's arguments: outside,
     the text would become a constant of the compiled program.
@@ -50,8 +55,27 @@ def guided(
             text=jnp.broadcast_to(negative.astype(condition.text.dtype), condition.text.shape),
             text_mask=jnp.broadcast_to(negative_mask, condition.text_mask.shape),
         )
-        both = jax.tree.map(lambda *rows: jnp.concatenate(rows), (x_t, t, condition), (x_t, t, without))
-        v_text, v_negative = jnp.split(denoise(base, lora, *both).astype(jnp.float32), 2)
+        both = jax.tree.map(_twins, (x_t, t, condition), (x_t, t, without))
+        v = denoise(base, lora, *both).astype(jnp.float32).reshape(x_t.shape[0], 2, *x_t.shape[1:])
+        v_text, v_negative = v[:, 0], v[:, 1]
         return v_negative + scale * (v_text - v_negative)
 
     return denoise_both
+
+
+def with_guidance(denoise: Callable[..., Array], scale: float, negative: Negative | None) -> Callable[..., Array]:
+    """`guided` for a setting of a program: with a scale of 1 `denoise` itself, which needs no negative text.
+
+    Raises:
+        ValueError: as `guided`; or a scale above 1 without a negative text.
+    """
+    if scale == 1:
+        return denoise
+    if negative is None:
+        raise ValueError(f"guidance of scale {scale:g} needs the states of a negative text")
+    return guided(denoise, scale, negative.text, negative.text_mask)
+
+
+def _twins(x: Array, y: Array) -> Array:
+    """Rows x_0, y_0, x_1, y_1, ... of two arrays [b ...]."""
+    return jnp.stack([x, y], axis=1).reshape(2 * x.shape[0], *x.shape[1:])
