@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from world_distill.core.guidance import guided
-from world_distill.structs import Condition
+from world_distill.core.guidance import guided, with_guidance
+from world_distill.plan import collectives
+from world_distill.sharding import batch_sharding, make_mesh, replicated
+from world_distill.structs import Condition, Negative
 
 B, L, D = 2, 3, 5
 MASK = np.array([True, True, False])
@@ -65,3 +67,29 @@ def test_texts_of_other_lengths_are_refused():
     call = guided(denoise, 5.0, draw(3, L + 1, D), jnp.ones(L + 1, bool))
     with pytest.raises(ValueError, match=r"\(3, 5\).*\(4, 5\).*pad them"):
         call(*inputs())
+
+
+def test_a_program_without_guidance_needs_no_negative_text():
+    assert with_guidance(denoise, 1.0, None) is denoise
+    with pytest.raises(ValueError, match="guidance of scale 2 needs"):
+        with_guidance(denoise, 2.0, None)
+
+
+def test_no_row_leaves_its_device():
+    """A batch behind another one would be dealt out anew; 16 rows on 8 devices, without any collective."""
+    mesh = make_mesh()
+    rows = lambda *shape: draw(4, 2 * mesh.size, *shape)  # noqa: E731
+    condition = Condition(rows(L, D), jnp.ones((2 * mesh.size, L), bool), rows(1, 2, 2, 4))
+    given = (rows(3, 2, 2, 4), rows(), condition)
+    placed = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), given)
+    negative = Negative(draw(3, L, D), jnp.asarray(MASK))
+
+    @jax.jit
+    def run(negative, x, t, condition):
+        return with_guidance(denoise, 3.0, negative)(jnp.float32(0.8), None, x, t, condition)
+
+    negatives = jax.device_put(negative, replicated(mesh))
+    assert collectives(run.lower(negatives, *placed).compile().as_text()) == {}
+    v = run(negatives, *placed)
+    assert v.sharding.is_equivalent_to(batch_sharding(mesh), v.ndim)
+    np.testing.assert_allclose(v, run(negative, *given), atol=1e-5)
