@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from test_prepare import encode, folder  # noqa: F401  (a fixture)
 
-from world_distill import ablate, cli
+from world_distill import ablate, cli, settings_check
 from world_distill.collection import Collection
 from world_distill.config import UserError, load_config, section
 from world_distill.data.negative import negative_path, read_negative, write_negative
 from world_distill.data.records import RecordError, RecordReader
+from world_distill.forwards import per_rollout
 from world_distill.guidance import Guidance, load_negative
-from world_distill.objectives import Objective
+from world_distill.objective_settings import Objective
 from world_distill.sharding import make_mesh
 
 LENGTH = 40
@@ -20,9 +21,10 @@ BLUR = ("--config.demonstrator.guidance=2", "--config.demonstrator.negative=a bl
 
 
 def check(spec, **changes):
-    config = load_config(spec, {f"{k.replace('__', '.')}": v for k, v in changes.items()})
+    config = load_config(spec, {name.replace("__", "."): value for name, value in changes.items()})
     objective, collection = section(config.objective, Objective), Collection(**config.rollout.to_dict())
-    Guidance.of(config).check(objective, collection)
+    guidance = Guidance.of(config).demonstrator
+    settings_check.check(objective, collection, stochastic=config.sampler.eta > 0, guidance=guidance)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.9, -1.0, float("inf"), float("nan")])
@@ -44,10 +46,6 @@ def test_settings_without_effect_are_refused():
     check("sandbox:wmsd", demonstrator__guidance=2.0)
     check("sandbox:rl_only", demonstrator__guidance=2.0, rollout__weights__distill=1.0)
     check("sandbox:rl_only", demonstrator__guidance=2.0, rollout__role="demonstrator")
-    # A weight of Eq. 9 is none without RL.
-    off = {"objective__beta_d": ((0, 0.0),), "rollout__weights__distill": 1.0}
-    with pytest.raises(ValueError, match="no effect"):
-        check("sandbox:on_policy", demonstrator__guidance=2.0, **off)
 
 
 def test_guided_rollouts_do_not_go_with_flow_grpo():
@@ -77,15 +75,18 @@ def test_a_guided_velocity_is_two_forwards():
              "objective.minibatches": 1, "objective.awm_old": "start"}  # fmt: skip
 
     def forwards(variant, step=0, **changes):
-        return ablate.forwards(load_config(f"sandbox:{variant}", sizes | changes), step) / 64
+        config = load_config(f"sandbox:{variant}", sizes | changes)
+        objective, collection = section(config.objective, Objective), Collection(**config.rollout.to_dict())
+        return per_rollout(objective, collection, 6, objective.phase(step), config.demonstrator.guidance)
 
     shown, rolled = {"demonstrator.guidance": 2.0}, {"rollout.guidance": 2.0}
     plain = forwards("on_policy")
-    assert forwards("on_policy", **shown) == plain + 6
     assert forwards("on_policy", **rolled) == plain + 6
-    assert forwards("on_policy", **shown, **rolled) == plain + 12
+    assert forwards("on_policy", **shown, **rolled) == plain + 4 + 6
     assert forwards("off_policy", **shown) == forwards("off_policy") + 6
     assert forwards("off_policy", **rolled) == forwards("off_policy")  # the Executor rolls nothing
+    # The Demonstrator at the four states that updates read; at those of four re-noised clips.
+    assert plain == 6 + 4 + 12 and forwards("on_policy", **shown) == 6 + 8 + 12
     again = {"objective.anchor_states": "renoised"}
     assert forwards("wmsd", 10_000, **again, **shown) == forwards("wmsd", 10_000, **again) + 4
 
@@ -134,7 +135,7 @@ def test_records_of_an_earlier_version_open_and_say_what_guidance_needs(capsys, 
     said, counts = encode(capsys, folder, "--shards", "2")
     assert said == f"encoded the negative text; {folder}/train is complete with 6 records" and counts["encoded"] == 0
     assert contents(folder) == before
-    assert not np.asarray(load(folder, Guidance(2.0)).text_mask).any()  # the empty text
+    assert np.asarray(load(folder, Guidance(2.0)).text_mask).sum() == 1  # the empty text
 
 
 def test_another_negative_text_is_an_error_until_it_is_encoded(capsys, folder):  # noqa: F811

@@ -12,6 +12,7 @@ from small import SMALL, VARIANTS, make_inputs, redraw, small_config
 
 from world_distill import components, objectives, runs, train
 from world_distill.checkpoints import Checkpointer
+from world_distill.collect import Collector
 from world_distill.config import load_config, section
 from world_distill.core import flow, losses, sampling
 from world_distill.data.negative import negative_path
@@ -19,8 +20,10 @@ from world_distill.data.pipeline import task_batches
 from world_distill.data.records import RecordError, RecordReader
 from world_distill.guidance import load_negative
 from world_distill.models.words import encode_text
+from world_distill.objective_settings import Objective
 from world_distill.plan import collectives
 from world_distill.programs import make_programs
+from world_distill.sharding import batch_sharding
 from world_distill.structs import Condition, Negative, TrainBatch
 
 TEXT, SHOWN, ROLLED = "nothing moves", 2.5, 1.5
@@ -28,6 +31,8 @@ GUIDED = VARIANTS["distill"] | {
     "demonstrator.guidance": SHOWN, "demonstrator.negative": TEXT, "rollout.guidance": ROLLED, "model.depth": 1,
     "steps": 2, "save_every": 1,
 }  # fmt: skip
+# Eq. 9 keeps the velocities of rollouts.
+REWARDED = GUIDED | {"objective.rl": "awm", "rollout.weights.distill": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def parts(config):
     mesh = components.start_devices(config)
     programs = make_programs(config, mesh)
     reader = RecordReader(config.data, "train")
-    tasks = next(task_batches(reader, tasks_per_step=8, seed=0, text_length=config.text_length))
+    tasks = next(task_batches(reader, tasks_per_step=4, seed=0, text_length=config.text_length))
     conditions = [
         Condition(jnp.asarray(tasks[f"{name}_text"]), jnp.asarray(tasks[f"{name}_mask"]), jnp.asarray(tasks["scene"]))
         for name in ("task", "solution")
@@ -93,18 +98,19 @@ def check_steps(family, grid, states, velocities, velocity, *given):
         close(states[i + 1], states[i] + (grid[i + 1] - grid[i]) * v)
 
 
-def test_rollouts_and_the_demonstrators_velocities_are_the_formula(run):
-    config, _ = run
-    programs, base, lora, (task, solution), negative = parts(config)
+def test_rollouts_and_the_demonstrators_velocities_are_the_formula(inputs):
+    config = small_config(inputs, **REWARDED)
+    programs, base, lora, conditions, negative = parts(config)
     family, length = programs.family, config.text_length
     grid, _ = components.sampler_grid(config)
-    rollout, *_ = programs.roll[False](lora, base, task, solution, jax.random.key(3), jnp.int32(0), negative)
+    given = lora, base, *conditions, jax.random.key(3), jnp.int32(0), negative
+    rollout, task, solution = programs.roll[True](*given)
     states, velocities = steps_of(family, rollout)
     check_steps(family, grid, states, velocities, by_hand(family, ROLLED, length), base, lora, task)
     shown, reward = programs.show(base, rollout, solution, negative)
     velocity = by_hand(family, SHOWN, length)
     at = list(zip(states[:-1], grid[:-1], strict=True))
-    expected = [velocity(base, None, x, jnp.full(8, t, jnp.float32), solution) for x, t in at]
+    expected = [velocity(base, None, x, jnp.full(len(x), t, jnp.float32), solution) for x, t in at]
     for found, wanted in zip(shown, expected, strict=True):
         close(found.reshape(wanted.shape), wanted)
     # Eq. 9 is between the velocity that made the clip and the Demonstrator's guided one.
@@ -115,9 +121,10 @@ def test_rollouts_and_the_demonstrators_velocities_are_the_formula(run):
 
 def test_the_demonstrators_own_rollouts_are_guided(inputs):
     config = small_config(inputs, **GUIDED | {"rollout.role": "demonstrator"})
-    programs, base, lora, (task, solution), negative = parts(config)
+    programs, base, lora, conditions, negative = parts(config)
     grid, _ = components.sampler_grid(config)
-    rollout, *_ = programs.roll[False](lora, base, task, solution, jax.random.key(3), jnp.int32(0), negative)
+    given = lora, base, *conditions, jax.random.key(3), jnp.int32(0), negative
+    rollout, _, solution = programs.roll[True](*given)
     velocity = by_hand(programs.family, SHOWN, config.text_length)
     check_steps(programs.family, grid, *steps_of(programs.family, rollout), velocity, base, None, solution)
 
@@ -175,12 +182,16 @@ def test_two_devices_train_like_one_and_send_no_rows(run, inputs, tmp_path):
     [one], [two] = states_of(alone, folder), states_of(config, tmp_path)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), one.lora, two.lora)
     assert any(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(one.lora))
-    programs, base, lora, conditions, negative = parts(config)
-    conditions = jax.device_put(conditions, jax.sharding.NamedSharding(programs.mesh, jax.P(("data", "fsdp"))))
-    given = lora, base, *conditions, jax.random.key(3), jnp.int32(0), negative
-    rollout, _, solution = programs.roll[False](*given)
-    for program, arguments in ((programs.roll[False], given), (programs.show, (base, rollout, solution, negative))):
-        assert collectives(program.lower(*arguments).compile().as_text()).keys() <= {"all-reduce"}
+    programs, base, _, _, negative = parts(config)
+    tasks = task_batches(RecordReader(config.data, "train"), tasks_per_step=4, seed=0, text_length=config.text_length)
+    collector = Collector(programs, judge=None, cache=None, rubric=None, negative=negative)
+    state = programs.init(base, 0)
+    pending = collector.begin(state.lora, base, collector.draw(tasks, 0), jax.random.key(0), 0)
+    rows = batch_sharding(programs.mesh)
+    weighed = jax.device_put({"advantages": np.zeros(8, np.float32), "valid": np.ones(8, bool)}, rows)
+    step = programs.update[programs.objective.phase(0)]
+    compiled = step.lower(state, base, pending.batch.replace(**weighed)).compile()
+    assert collectives(compiled.as_text()).keys() == {"all-reduce"}
 
 
 def test_training_stops_before_it_starts_where_the_records_have_another_text(inputs, tmp_path):
@@ -249,7 +260,7 @@ def test_the_renoised_anchor_is_the_gradient_to_the_guided_demonstrator(monkeypa
     base, lora = draw(3, 3), 0.3 * draw(3, 3)
     settings = {"objective.rl": "none", "objective.anchor_states": "renoised", "objective.beta_d": ((0, 1.0),),
                 "objective.updates": 1, "objective.minibatches": 1}  # fmt: skip
-    objective = section(load_config("sandbox", SMALL | settings).objective, objectives.Objective)
+    objective = section(load_config("sandbox", SMALL | settings).objective, Objective)
     seen = []
     real = flow.interpolate
 

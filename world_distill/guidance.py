@@ -16,12 +16,10 @@ import jax
 import numpy as np
 
 from world_distill import hosts
-from world_distill.collection import DISTILL, Collection
 from world_distill.config import UserError
 from world_distill.data.negative import NegativeText, negative_path, read_negative
 from world_distill.data.pipeline import pad_texts
 from world_distill.data.records import RecordError, RecordReader
-from world_distill.objectives import Objective
 from world_distill.sharding import replicated
 from world_distill.structs import Negative
 
@@ -71,25 +69,6 @@ class Guidance:
     def scale(self, text: str) -> float:
         """Of clips at evaluation: of the Demonstrator, told the "solution", or of whoever is told the "task"."""
         return {"solution": self.demonstrator, "task": self.rollout}[text]
-
-    def check(self, objective: Objective, collection: Collection) -> None:
-        """Raises ValueError if training does not go with the scales, or one of them has no effect on it."""
-        if self.demonstrator > 1 and not uses_demonstrator(objective, collection):
-            raise ValueError(
-                "demonstrator.guidance has no effect: no loss, reward or rollout of this config uses the Demonstrator"
-                " (objective.beta_d, rollout.weights.distill, rollout.role)"
-            )
-        if self.rollout > 1 and objective.rl == "flow_grpo":
-            raise ValueError(
-                "rollout.guidance above 1 does not go with objective.rl = flow_grpo: its ratio would divide the"
-                " probability of a step by the Executor's own velocity by that of the guided one, which made the step"
-            )
-
-
-def uses_demonstrator(objective: Objective, collection: Collection) -> bool:
-    """Whether training computes a velocity of the Demonstrator in any step."""
-    rewarded = objective.rl != "none" and collection.weights.get(DISTILL, 0.0) != 0
-    return objective.anchored or rewarded or collection.role == "demonstrator"
 
 
 def load_negative(

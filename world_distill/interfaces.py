@@ -84,7 +84,7 @@ class ModelFamily(Protocol):
     def encode_text(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text to its encoder states [l d], true length, no padding.
 
-        The empty text has states, too, if only l = 0 of them: guidance leads away from it.
+        The empty text has a state, too: guidance leads away from it.
         """
         ...
 

@@ -383,10 +383,6 @@ def test_order_of_words_matters():
     assert np.abs(np.sort(a, axis=0) - np.sort(b, axis=0)).max() > 0.1
 
 
-def test_the_empty_text_has_no_states():
-    assert encode_text("", 8).shape == (0, 8)  # guidance leads away from it
-
-
 @pytest.mark.parametrize("text", ["  ", "?!…"])
 def test_text_without_words_is_refused(text):
     with pytest.raises(ValueError, match="without words"):

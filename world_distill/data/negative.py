@@ -30,7 +30,7 @@ class NegativeText:
 
     text: str
     text_encoder: str  # as the index of the records names it
-    states: np.ndarray  # [l d] true length, no padding; l may be 0 for the empty text
+    states: np.ndarray  # [l d] true length, no padding
 
     @property
     def fingerprint(self) -> str:
