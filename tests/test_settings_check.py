@@ -18,6 +18,7 @@ def parts(variant="wmsd", **changes) -> tuple[Objective, Collection]:
     return dataclasses.replace(objective, **mine), dataclasses.replace(settings, **rest)
 
 
+GUIDED_GRPO = "rollout.guidance above 1 does not go with objective.rl = flow_grpo"
 NOTHING = {"task": 0.0, "agent": 0.0, "consistency": 0.0, "distill": 0.0}
 REFUSED = [
     ({"group": 1}, "group = 1"),
@@ -51,6 +52,7 @@ def test_flow_grpo_wants_noise_and_its_own_rollouts():
         (parts(), True, "sampler.eta above 0"),
         (parts("wmsd_grpo", role="demonstrator"), True, "the Executor's own log-probabilities"),
         (parts("wmsd_grpo", beta_base=1.0), True, "belong to AWM"),
+        (parts("wmsd_grpo", guidance=2.0), True, GUIDED_GRPO),
     ):
         with pytest.raises(ValueError, match=reason):
             check(*objective, stochastic=stochastic)
@@ -60,7 +62,7 @@ def test_every_reason_is_given_at_once_and_every_rule_is_tried():
     with pytest.raises(ValueError) as error:
         check(*parts(group=1, grpo_beta=1.0), stochastic=True)
     assert all(word in str(error.value) for word in ("group = 1", "grpo_beta", "sampler.eta"))
-    tried = [reason for _, reason in REFUSED] + ["the Executor's own log-probabilities"]
+    tried = [reason for _, reason in REFUSED] + ["the Executor's own log-probabilities", GUIDED_GRPO]
     assert not [rule.reason for rule in RULES if not any(reason in rule.reason for reason in tried)]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.models.wan.wan_loops import CASES, compare
+from tests.models.wan.wan_loops import CASES, compare, compare_demonstrator
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("torch", reason="torch is in the extra `torch`")
@@ -21,3 +21,7 @@ def case(request):
 @pytest.mark.parametrize("solver, scale", CASES)
 def test_clips_are_those_of_diffusers(case, solver, scale):
     compare(solver, scale, *case)
+
+
+def test_the_guided_demonstrator_is_that_of_diffusers(case):
+    compare_demonstrator(*case)

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from tests.models.wan.wan_loops import CASES, compare
+from tests.models.wan.wan_loops import CASES, compare, compare_demonstrator
 from world_distill.core import flow, unipc
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -26,6 +26,10 @@ def theirs():
 @pytest.mark.parametrize("solver, scale", CASES)
 def test_clips_are_those_of_diffusers(arrays, theirs, solver, scale):
     compare(solver, scale, 0, arrays, theirs)
+
+
+def test_the_guided_demonstrator_is_that_of_diffusers(arrays, theirs):
+    compare_demonstrator(0, arrays, theirs)
 
 
 def test_schedules_are_those_of_diffusers(arrays):
