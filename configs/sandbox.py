@@ -18,7 +18,7 @@ Variants, `--config sandbox:VARIANT`:
   full_kinds        wmsd on all kinds of task (`kinds=full`)
 
 With a guided Demonstrator, any of them but rl_only: --config.demonstrator.guidance=2. It leads away from the empty
-text, whose states `quickstart`, `ablate` and `encode` keep beside the records.
+text, whose states `quickstart`, `ablate` and `encode` keep beside the records; the base has to know that text.
 """
 
 from ml_collections import ConfigDict

@@ -9,6 +9,7 @@ from small import SMALL, make_inputs
 
 from world_distill import cli, probe
 from world_distill.config import UserError
+from world_distill.data.negative import read_negative
 from world_distill.data.records import EncodedRecord, RecordReader
 from world_distill.interfaces import JudgeAnswer
 from world_distill.probe_figures import Probed, figures, standing, table, words
@@ -189,6 +190,8 @@ def test_tasks_without_an_answer_are_kept(folder, tmp_path):
     pairs = Probed(ids, ids, ids, {"demonstrator": {"task": values}, "executor": {"task": 0 * values}}, 0.0)
     counts = probe.keep_better(pairs, reader, tmp_path, "kept")
     assert counts["unjudged"] == 1 and [r.id for r in RecordReader(tmp_path, "kept")] == ids[:1]
+    negatives = [read_negative(*at) for at in ((folder / "data", "train"), (tmp_path, "kept"))]
+    assert negatives[0].fingerprint == negatives[1].fingerprint
     pairs.scores["demonstrator"]["task"][:] = 0.0  # equal is not better
     pairs.scores["executor"]["task"][:] = 0.0
     with pytest.raises(UserError, match=f"on none of {len(ids)} tasks"):
