@@ -12,7 +12,7 @@ from world_distill.collect import Collector
 from world_distill.models.tiny.family import TinyFamily
 from world_distill.objective_settings import Phase
 from world_distill.sharding import make_mesh
-from world_distill.structs import Condition
+from world_distill.structs import Condition, Negative
 
 SMALLEST = {
     "model.width": 16, "model.heads": 1, "model.depth": 1, "sampler.steps": 5, "rollout.tasks": 2, "rollout.group": 2,
@@ -33,6 +33,15 @@ CASES = {
     "reward": (NO_JUDGE | {"rollout.weights.distill": 1.0}, Phase(True, True), 5 + 5 + 2 * 3 + 2 * (3 + 1)),
     "flow_grpo": ({"objective.rl": "flow_grpo", "sampler.eta": 0.7, "objective.grpo_beta": 0.1}, Phase(True, True),
                   5 + 2 * (3 + 1) + 2 * (3 + 1)),
+    # With guidance, a velocity of the Demonstrator, or of the Executor that is sampled, is two forwards.
+    "guided": ({"objective.rl": "none", "demonstrator.guidance": 2.0}, Phase(False, True), 5 + 2 * (3 + 2)),
+    "guided_clips": ({"objective.rl": "none", "rollout.guidance": 2.0}, Phase(False, True), 2 * 5 + 2 * (3 + 1)),
+    "guided_off": ({"objective.rl": "none", "rollout.role": "demonstrator", "demonstrator.guidance": 2.0},
+                   Phase(False, True), 2 * 5 + 2 * 3),
+    "guided_reward": (NO_JUDGE | {"rollout.weights.distill": 1.0, "demonstrator.guidance": 2.0}, Phase(True, True),
+                      5 + 2 * 5 + 2 * 3 + 2 * (3 + 1)),
+    "guided_shared": ({"objective.anchor_states": "renoised", "demonstrator.guidance": 2.0}, Phase(True, True),
+                      5 + 2 * (3 + 2 + 1)),
 }  # fmt: skip
 
 
@@ -52,7 +61,8 @@ def test_forwards_are_counted_as_they_are_made(case, tmp_path, monkeypatch):
     count = made.collection.tasks * made.collection.group
     assert made.forwards(phase) == count * by_hand
 
-    collector = Collector(made, judge=None, cache=None, rubric=None)
+    negative = Negative(jnp.ones((4, 64)), jnp.ones(4, bool)) if made.guidance.used else None
+    collector = Collector(made, judge=None, cache=None, rubric=None, negative=negative)
     monkeypatch.setattr(type(made.objective), "phase", lambda self, step: phase)
     text, mask = jnp.ones((count // made.collection.group_in(phase.rl), 4, 64)), jnp.ones((1, 4), bool)
     scene = jnp.zeros((len(text), 1, *made.family.latent_shape[1:]))
