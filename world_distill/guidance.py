@@ -3,7 +3,7 @@
     who                         told      scale
     Demonstrator                solution  demonstrator.guidance: target of the anchor, Eq. 9, its rollouts and clips
     Executor that is sampled    task      rollout.guidance: rollouts in training, clips at evaluation; the base, too
-    Executor that is trained    task      none: its losses (anchor, AWM, Flow-GRPO) take its own velocity
+    Executor that is trained    task      none: all its losses take its own velocity
 
 So with demonstrator.guidance above 1 and rollout.guidance at 1 the Executor learns to make without guidance what the
 Demonstrator makes with it. `core.guidance` has the formula; a velocity with guidance costs two forward passes.

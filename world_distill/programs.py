@@ -106,9 +106,9 @@ def make_programs(config: ConfigDict, mesh: jax.sharding.Mesh) -> Programs:
 @functools.lru_cache(maxsize=16)
 def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     old_configs.refuse(config)
+    guidance = Guidance.of(config)
     objective, settings = section(config.objective, Objective), Collection(**config.rollout.to_dict())
     grid, diffusion = components.sampler_grid(config)
-    guidance = Guidance.of(config)
     check(objective, settings, stochastic=diffusion is not None, guidance=guidance.demonstrator)
     distills = objective.rl != "none" and settings.weights.get(DISTILL, 0.0) != 0
     family = components.make_family(config, mesh)
