@@ -14,6 +14,7 @@ from world_distill.data.records import RecordError, RecordReader
 from world_distill.forwards import per_rollout
 from world_distill.guidance import Guidance, load_negative
 from world_distill.objective_settings import Objective
+from world_distill.programs import make_programs
 from world_distill.sharding import make_mesh
 
 LENGTH = 40
@@ -58,8 +59,9 @@ def test_guided_rollouts_do_not_go_with_flow_grpo():
 def test_a_config_of_an_earlier_version_is_named():
     config = load_config("sandbox").copy_and_resolve_references().unlock()
     del config["demonstrator"]
+    del config.rollout["guidance"]
     with pytest.raises(UserError, match="lacks demonstrator.guidance"):
-        Guidance.of(config)
+        make_programs(config, make_mesh())
 
 
 def test_wan_is_guided_as_it_is_published():
