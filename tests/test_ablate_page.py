@@ -78,7 +78,7 @@ def test_the_sweep_names_its_weights_and_shows_intervals():
     assert sum(node.tag.endswith("path") for node in chart.iter()) == 2 + 3
     tips = [node.text for node in chart.iter() if node.tag.endswith("title")]
     average = next(row["average"] for row in result["rows"] if row["name"] == "wmsd")
-    assert any(tip.startswith(f"Executor, weight of the anchor in RL 2: {100 * average:.1f}") for tip in tips)
+    assert any(tip.startswith(f"Executor, weight of the anchor in RL 0.01: {100 * average:.1f}") for tip in tips)
 
 
 @pytest.mark.parametrize("names", [["wmsd"], ["base", "demonstrator", "rl<only>"]], ids=str)
