@@ -27,8 +27,8 @@ VARIANTS = (
     "wmsd", "wmsd_grpo", "wmsd_no_consistency", "on_policy", "on_policy_reward", "off_policy", "rl_only",
     "full_weights", "full_kinds",
 )  # fmt: skip
-BETAS = ("beta_0", "beta_0.2", "beta_20", "beta_200")  # around the anchor weight of `wmsd`
-ANCHOR = 2.0  # weight of the anchor during RL
+BETAS = ("beta_0", "beta_0.001", "beta_0.1", "beta_1")  # around the anchor weight of `wmsd`
+ANCHOR = 0.01  # weight of the anchor: the paper's best
 DISTILL_STEPS = 90  # of the steps, at the start, are distillation alone
 STEPS = 130  # in all
 DISTILL_RATE, RL_RATE, LAST_RATE = 4e-3, 1e-3, 1e-4  # learning rates: at first, of RL, at the end
@@ -157,16 +157,18 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rollout.weights.agent = 1.0  # lambda_agent: by the one who was to do it
     c.rollout.weights.consistency = 2.0  # lambda_cons: physically and temporally consistent
     c.rollout.weights.distill = 0.0  # lambda_distill: Eq. 9
+    c.rollout.distill_min_time = 0.0  # Eq. 9 is integrated over t from here to 1; 0: all of it, as in the paper
     c.rollout.clip = 3.0  # log-odds are clipped to +-clip
     c.rollout.normalise = "none"  # divide each reward by its std over the batch | group | none
     c.rollout.std = "group"  # std that advantages are divided by: batch | group | none
+    c.rollout.std_floor = 0.0  # least std that is divided by, in the unit of the weighted rewards
     c.rollout.min_valid = 2  # valid judgments that a group needs
     c.rollout.max_invalid = 0.5  # share of a step's clips without a judgment above which the run stops
     c.rollout.negative_scale = 1.0  # factor on negative advantages
 
     # Objective ------------------------------------------------------------------------------------------------------
     c.objective = ConfigDict()
-    c.objective.rl = "awm"  # awm | flow_grpo | none
+    c.objective.rl = "awm"  # awm | nft | flow_grpo | none
     c.objective.rl_weight = _from_then_on(1.0)  # of the RL loss, by step: (step, value) points
     c.objective.beta_d = _anchor(ANCHOR)  # weight of the Demonstrator's anchor, by step
     c.objective.anchor_states = "visited"  # visited | renoised
@@ -176,13 +178,15 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective.draws = 1  # random times an update, for each row
     c.objective.tied = 1  # neighbouring rows that share their times; 0: all
     c.objective.micro_batch = 0  # rows a forward; 0: all
-    c.objective.skip_first = True  # leave pure noise out of AWM's times
-    c.objective.keep_fraction = 1.0  # part of the grid that AWM's times come from (14 steps: 0.9)
+    c.objective.skip_first = True  # leave pure noise out of the times of re-noised clips
+    c.objective.keep_fraction = 1.0  # part of the grid that these times come from (14 steps: 0.9)
     c.objective.awm_weighting = "uniform"  # uniform | t | t2 | huber | ghuber
     c.objective.awm_power = 0.25  # of ghuber
     c.objective.awm_clip = 0.2  # clip range of the ratio
-    c.objective.awm_temperature = 0.005  # divides the log-ratio, so that the clip engages; scales the RL gradient, too
+    c.objective.awm_ratio_temperature = 0.005  # divides the log-ratio, so that the clip engages
     c.objective.awm_old = "start"  # ratio's denominator: current | start | ema
+    c.objective.nft_beta = 1.0  # how far DiffusionNFT's implicit policies lie from the old one
+    c.objective.nft_old = "start"  # DiffusionNFT's old policy: start | ema
     c.objective.beta_old = 0.0  # trust region: distance to a fast average of the Executor (AWM: 1)
     c.objective.old_slope = 0.001  # that average's decay grows by this a step
     c.objective.old_maximum = 0.3  # up to this
@@ -247,8 +251,8 @@ def _from_then_on(weight: float) -> tuple[tuple[int, float], ...]:
 
 
 def _anchor(weight: float) -> tuple[tuple[int, float], ...]:
-    """Full weight while distilling, `weight` during RL."""
-    return ((0, 1.0), (DISTILL_STEPS, 1.0), (DISTILL_STEPS + 1, weight))
+    """`wmsd`'s weight while distilling, where nothing else has one; `weight` during RL."""
+    return ((0, ANCHOR), (DISTILL_STEPS, ANCHOR), (DISTILL_STEPS + 1, weight))
 
 
 def _rates(first: float) -> tuple[tuple[int, float], ...]:
@@ -259,13 +263,10 @@ def _rates(first: float) -> tuple[tuple[int, float], ...]:
 def _apply(c: ConfigDict, variant: str) -> None:
     """Changes the config of `wmsd` into a variant's."""
     if variant in ("on_policy", "off_policy"):
-        c.objective.beta_d = ((0, 1.0),)
         c.objective.rl = "none"
     if variant == "off_policy":
         c.rollout.role = "demonstrator"
     elif variant == "on_policy_reward":
-        c.objective.beta_d = ((0, 1.0),)
-        c.objective.rl_weight = _from_then_on(0.1)  # at 1 it drowns the anchor, and the clips fall apart
         c.rollout.weights = ConfigDict({"task": 0.0, "agent": 0.0, "consistency": 0.0, "distill": 1.0})
     elif variant == "rl_only":
         c.objective.beta_d = ((0, 0.0),)
@@ -305,7 +306,7 @@ ORDERINGS = (
     ("wmsd_grpo", "demonstrator", "average", "WMSD with Flow-GRPO passes the Demonstrator, too"),
     ("wmsd", "rl_only", "average", "RL alone stays below WMSD"),
     ("wmsd", "beta_0", "average", "RL without the anchor stays below WMSD"),
-    ("wmsd", "beta_200", "average", "too strong an anchor stays below WMSD"),
+    ("wmsd", "beta_1", "average", "too strong an anchor stays below WMSD"),
     ("wmsd", "wmsd_no_consistency", "consistency", "without the consistency reward the judge is gamed"),
     ("full_kinds", "demonstrator:full_kinds", "average", "WMSD passes the Demonstrator on all kinds of task"),
 )

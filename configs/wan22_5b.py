@@ -132,16 +132,18 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rollout.weights.agent = 1.0  # lambda_agent: by the one who was to do it
     c.rollout.weights.consistency = 1.0  # lambda_cons: physically and temporally consistent
     c.rollout.weights.distill = 0.0  # lambda_distill: Eq. 9
+    c.rollout.distill_min_time = 0.0  # Eq. 9 is integrated over t from here to 1; 0: all of it, as in the paper
     c.rollout.clip = 0.0  # log-odds are clipped to +-clip; 0: not
     c.rollout.normalise = "batch"  # divide each reward by its std over the batch | group | none
     c.rollout.std = "group"  # std that advantages are divided by: batch | group | none
+    c.rollout.std_floor = 0.0  # least std that is divided by, in the unit of the weighted rewards
     c.rollout.min_valid = 2  # valid judgments that a group needs
     c.rollout.max_invalid = 0.5  # share of a step's clips without a judgment above which the run stops
     c.rollout.negative_scale = 1.0  # factor on negative advantages
 
     # Objective ------------------------------------------------------------------------------------------------------
     c.objective = ConfigDict()
-    c.objective.rl = "awm" if variant == "wmsd" else "none"  # awm | flow_grpo | none
+    c.objective.rl = "awm" if variant == "wmsd" else "none"  # awm | nft | flow_grpo | none
     c.objective.rl_weight = ((0, 1.0),)  # of the RL loss, by step: (step, value) points
     c.objective.beta_d = ((0, 0.01 if variant == "wmsd" else 1.0),)  # of the Demonstrator's anchor (paper's best: .01)
     c.objective.anchor_states = "visited"  # visited | renoised
@@ -151,13 +153,15 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective.draws = 2  # random times an update, for each row
     c.objective.tied = 1  # neighbouring rows that share their times; 0: all
     c.objective.micro_batch = 0  # rows a forward; 0: all
-    c.objective.skip_first = True  # leave pure noise out of AWM's times
-    c.objective.keep_fraction = 1.0  # part of the grid that AWM's times come from (14 steps: 0.9)
+    c.objective.skip_first = True  # leave pure noise out of the times of re-noised clips
+    c.objective.keep_fraction = 1.0  # part of the grid that these times come from (14 steps: 0.9)
     c.objective.awm_weighting = "uniform"  # uniform | t | t2 | huber | ghuber
     c.objective.awm_power = 0.25  # of ghuber
     c.objective.awm_clip = 0.2  # clip range of the ratio
-    c.objective.awm_temperature = 0.005  # divides the log-ratio, so that the clip engages; scales the RL gradient, too
+    c.objective.awm_ratio_temperature = 0.005  # divides the log-ratio, so that the clip engages
     c.objective.awm_old = "start"  # ratio's denominator: current | start | ema
+    c.objective.nft_beta = 1.0  # how far DiffusionNFT's implicit policies lie from the old one
+    c.objective.nft_old = "start"  # DiffusionNFT's old policy: start | ema
     c.objective.beta_old = 0.0  # trust region: distance to a fast average of the Executor (AWM: 1)
     c.objective.old_slope = 0.001  # that average's decay grows by this a step
     c.objective.old_maximum = 0.3  # up to this

@@ -33,7 +33,7 @@ SMALL = {
     # On other devices, sums are rounded otherwise. Two things would blow that up: Adam moves an entry of vanishing
     # gradient by the sign of its rounding, and a low temperature puts rows on either side of the ratio's clip.
     "optimizer.eps": 1e-3,
-    "objective.awm_temperature": 1.0,
+    "objective.awm_ratio_temperature": 1.0,
     "objective.awm_old": "start",
     "objective.beta_d": ((0, 0.1),),
     "optimizer.learning_rate": ((0, 2e-3),),

@@ -1,6 +1,6 @@
 """The layers of the package, read from the source: imports go down only.
 
-L0 words      structs  interfaces  config
+L0 words      structs  interfaces  config  old_configs
 L1 maths      core/
 L2 parts      models/  judges/  data/  (both on vlm/)  sandbox/  sharding  checkpoints  converted  hosts  optim
               video_io
@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "world_distill"
 
-WORDS = {"", "structs", "interfaces", "config"}
+WORDS = {"", "structs", "interfaces", "config", "old_configs"}
 PARTS = {
     "vlm",
     "models",

@@ -25,12 +25,14 @@ from typing import Any
 import numpy as np
 
 from world_distill import ablate_page, arguments, prepare, runs, train
+from world_distill.collection import Collection
 from world_distill.config import UserError, diff, load_config, section
 from world_distill.core.metrics import bootstrap_difference
 from world_distill.core.schedules import piecewise_linear
 from world_distill.evaluate import evaluate_roles
+from world_distill.forwards import per_step
 from world_distill.logs import read_log
-from world_distill.objectives import Objective
+from world_distill.objective_settings import Objective, Phase
 from world_distill.scoring import QUESTIONS, Verdict, markdown, summarise
 
 HELP = """\
@@ -85,37 +87,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def forwards(config, step: int) -> float:
-    """Forward passes of the model that training step `step` costs, a backward pass counted as two."""
-    objective, rollout = section(config.objective, Objective), config.rollout
-    if not objective.rl_active(step):
-        objective = dataclasses.replace(objective, rl="none")
-    rl, steps = objective.rl, config.sampler.steps
-    visited, renoised = objective.uses_visited, objective.uses_renoised
-    rewarded = rl != "none" and rollout.weights.get("distill", 0.0) != 0
-    # Of a Demonstrator's rollout the velocities are known already.
-    shown = steps if (visited or rewarded) and rollout.role == "executor" else 0
-    update = 3 * (visited + renoised + (rl == "flow_grpo"))  # the Executor, forward and backward
-    update += objective.anchored and objective.anchor_states == "renoised"
-    update += rl == "awm" and objective.awm_old != "current"
-    update += renoised * (bool(objective.beta_old) + bool(objective.beta_base))
-    update += rl == "flow_grpo" and bool(objective.grpo_beta)
-    updates = objective.updates * objective.draws / objective.minibatches * update
-    return rollout.tasks * rollout.group * (steps + shown + updates)
-
-
 def equal_steps(config, reference) -> int:
     """Steps that cost as many forward passes as the reference's whole run."""
 
     def cost_by_step(c):
-        # A step costs what its losses cost, and those only depend on whether RL has a weight in it.
-        objective = section(c.objective, Objective)
-        costs: dict[bool, float] = {}
+        objective, settings = section(c.objective, Objective), Collection(**c.rollout.to_dict())
+        # A step costs what its losses cost, and those only depend on which of them has a weight in it.
+        costs: dict[Phase, float] = {}
         for step in itertools.count():
-            active = objective.rl_active(step)
-            if active not in costs:
-                costs[active] = forwards(c, step)
-            yield costs[active]
+            phase = objective.phase(step)
+            if phase not in costs:
+                costs[phase] = per_step(objective, settings, c.sampler.steps, phase)
+            yield costs[phase]
 
     budget = sum(itertools.islice(cost_by_step(reference), reference.steps))
     steps, costs = 0, cost_by_step(config)
@@ -130,8 +113,8 @@ VALIDATION = "validation/average"
 RECORDS = re.compile(r"(seed|world|scenes|annotator|model|base|text_length)\b")
 # What has no effect on a training step in which L_RL has no weight.
 LATE = re.compile(
-    r"objective\.(rl|rl_weight|beta_d|beta_old|beta_base|awm_.*|grpo_.*|skip_first|keep_fraction)|judge\..*"
-    r"|rollout\.(weights\..*|clip|normalise|std|min_valid|negative_scale)|sampler\.(eta|window)"
+    r"objective\.(rl|rl_weight|beta_d|beta_old|beta_base|awm_.*|nft_.*|grpo_.*|skip_first|keep_fraction)|judge\..*"
+    r"|rollout\.(weights\..*|distill_min_time|clip|normalise|std|std_floor|min_valid|negative_scale)|sampler\.(eta|window)"
     r"|optimizer\.learning_rate|" + "|".join(rf"{key}(\..*)?" for key in runs.FREE_KEYS)
 )
 

@@ -84,8 +84,8 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         text_length=config.text_length,
     )  # fmt: skip
     last = config.steps - 1  # of a schedule: with all losses in force
-    active = objective.rl_active(last)
-    tasks = collection.draw(batches, active)
+    phase = objective.phase(last)
+    tasks = collection.draw(batches, phase.rl)
     trained = programs.init(base, config.seed)  # an update gives away the buffers of the state that it is given
     key = jax.random.key(config.seed)
     parts = collector.parts(state, base, tasks, key, last)
@@ -93,7 +93,7 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
 
     def update(batch):
         nonlocal trained
-        trained, metrics = programs.update[active](trained, base, batch)
+        trained, metrics = programs.update[phase](trained, base, batch)
         jax.block_until_ready((trained, metrics))
 
     jobs = {
@@ -106,7 +106,7 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         jobs["demonstrator"] = lambda: jax.block_until_ready(parts.show())
 
     def whole():
-        made, _ = collector(state, base, collection.draw(batches, active), key, last)
+        made, _ = collector(state, base, collection.draw(batches, phase.rl), key, last)
         update(made)
 
     jobs["step"] = whole

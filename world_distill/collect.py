@@ -1,7 +1,8 @@
 """Collecting a batch of experience: the only place in a training step where host and device meet.
 
     1. roll     every task `group` times: the Executor's own rollouts (or the Demonstrator's, for off-policy)
-    2. show     the Demonstrator's velocities at the visited states, and Eq. 9's reward from them
+    2. show     the Demonstrator's velocities at the visited states, and Eq. 9's reward from them; left out where
+                updates read few states, and compute the velocities there themselves
     3. judge    decoded clips on the host, answers from the cache on disk where it has them
     4. weigh    rewards to group-relative advantages, failed judgments masked
 
@@ -23,11 +24,13 @@ from world_distill import hosts
 from world_distill.collection import DISTILL
 from world_distill.config import UserError
 from world_distill.core import advantages
+from world_distill.core.metrics import within_group_correlations
 from world_distill.data.pipeline import Batch
 from world_distill.interfaces import Judge
 from world_distill.judges.cache import JudgmentCache
 from world_distill.judges.judging import judge_clips
 from world_distill.judges.rubric import Rubric
+from world_distill.objective_settings import Phase
 from world_distill.programs import Programs
 from world_distill.sharding import batch_sharding, rows_or_whole
 from world_distill.structs import Condition, Judgment, PyTree, TrainBatch, TrainState
@@ -41,11 +44,12 @@ class Pending(NamedTuple):
     """A step's rollouts, on their way through the device: a batch that lacks what the judge has to say."""
 
     step: int
-    active: bool  # L_RL has a weight
+    phase: Phase  # which losses have a weight
     tasks: Mapping[str, Any]
     batch: TrainBatch
     clips: jax.Array | None  # [b F H W 3] uint8, if they are to be judged
-    reward: jax.Array | None  # [b] Eq. 9
+    reward: jax.Array | None  # [b] Eq. 9, if it is rewarded
+    motion: jax.Array | None  # [b] see `programs`, if rewards are weighed
     started: float
 
 
@@ -99,28 +103,31 @@ class Collector:
           step: finished steps.
         """
         started = time.perf_counter()
-        active = self._objective.rl_active(step)
-        rollout, task, solution = self._roll[active](lora, base, *self._conditions(tasks), *_key(key, step))
-        # What nobody looks at stays latent.
-        clips = self._decode(base, rollout.latents) if active and self._questions else None
+        phase = self._objective.phase(step)
+        rollout, task, solution = self._roll[phase.rl](lora, base, *self._conditions(tasks), *_key(key, step))
+        # Only clips that will be judged are decoded.
+        clips = self._decode(base, rollout.latents) if phase.rl and self._questions else None
         shown = reward = None
-        if self._show is not None:
+        if self._programs.shows(phase):
             shown, reward = self._show(base, rollout, solution)
         batch = TrainBatch(
             task=task,
             solution=solution,
             latents=rollout.latents,
             states=None if self._programs.finish is None else self._programs.finish(rollout),
-            demonstrator=shown,
-            log_probs=rollout.log_probs if self._programs.keeps_log_probs and active else None,
+            demonstrator=shown if phase.anchor and self._objective.uses_visited else None,
+            log_probs=rollout.log_probs if self._programs.keeps_log_probs and phase.rl else None,
             advantages=None,
             valid=None,
         )
-        return Pending(step, active, tasks, batch, clips, reward, started)
+        if not self._programs.rewards_distillation(phase):
+            reward = None
+        motion = self._programs.motion(rollout.latents) if phase.rl else None
+        return Pending(step, phase, tasks, batch, clips, reward, motion, started)
 
     def judge(self, pending: Pending) -> Judged:
         """Has the clips judged that lie on this process. Talks to no other one, so it may run in another thread."""
-        if not (pending.active and self._questions):
+        if not (pending.phase.rl and self._questions):
             return Judged()
         numbers, clips = hosts.own_rows(pending.clips)
         rolled = time.perf_counter()
@@ -142,13 +149,14 @@ class Collector:
     def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Parts:
         """The pieces of a call, each to be run alone (benchmarks)."""
         conditions, at = self._conditions(tasks), _key(key, step)
-        roll = self._roll[self._objective.rl_active(step)]
+        phase = self._objective.phase(step)
+        roll = self._roll[phase.rl]
         rollout, _, solution = roll(state.lora, base, *conditions, *at)
         frames = np.asarray(self._decode(base, rollout.latents))
         return Parts(
             roll=lambda: roll(state.lora, base, *conditions, *at),
             decode=lambda: self._decode(base, rollout.latents),
-            show=None if self._show is None else lambda: self._show(base, rollout, solution),
+            show=(lambda: self._show(base, rollout, solution)) if self._programs.shows(phase) else None,
             judge=lambda: self._ask(tasks, frames, np.arange(len(frames))),
         )
 
@@ -156,7 +164,7 @@ class Collector:
         """Puts every program of a step on a clock: `speed.Clock.program`."""
         self._roll = {active: program("rollout", f, lambda out: out[0].latents) for active, f in self._roll.items()}
         self._decode = program("decode", self._decode, lambda clips: clips)
-        self._show = self._show and program("demonstrator", self._show, lambda out: out[1])
+        self._show = program("demonstrator", self._show, lambda out: out[0])
 
     def _conditions(self, tasks: Mapping[str, Any]) -> tuple[Condition, Condition]:
         # Tasks need not divide by the devices, as the rollouts do: then each device gets all of them.
@@ -187,15 +195,13 @@ class Collector:
 
     def _weigh(self, pending: Pending, judged: Judged) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
         """((advantages [b] float32, used [b] bool), metrics)."""
-        tasks, reward, active = pending.tasks, pending.reward, pending.active
+        tasks, reward, active = pending.tasks, pending.reward, pending.phase.rl
         group, count = self.settings.group_in(active), len(tasks["ids"])
         rows = count * group
         info: dict[str, float] = dict(judged.info)
         scores: dict[str, np.ndarray] = {}
         valid = np.ones(rows, bool)
         if not active:
-            if reward is not None:
-                info["reward/distill"] = reward.mean()
             return (np.zeros(rows, np.float32), valid), info
         if reward is not None:
             scores[DISTILL] = hosts.whole(reward).astype(np.float64)
@@ -216,13 +222,17 @@ class Collector:
             scores, weights, clip=limits, normalise=settings.normalise, groups=groups, valid=valid
         )
         weighed, used = advantages.group_advantages(
-            total, groups, valid, std=settings.std, min_valid=settings.min_valid,
+            total, groups, valid, std=settings.std, std_floor=settings.std_floor, min_valid=settings.min_valid,
             negative_scale=settings.negative_scale,
         )  # fmt: skip
         for name, values in scores.items():
             info[f"reward/{name}"] = _mean(values[valid])
         info["reward/total"] = _mean(total[valid])
         info["judge/invalid"] = float((~valid).mean())
+        info["judge/used"] = float(used.mean())
+        watched = scores | {"total": total, "motion": hosts.whole(pending.motion).astype(np.float64)}
+        correlations = within_group_correlations(watched, groups, valid)
+        info |= {f"within_group/{a}~{b}": value for (a, b), value in correlations.items()}
         info |= {f"reward/{k}": float(v) for k, v in advantages.group_statistics(total, groups, valid).items()}
         return (weighed, used), info
 

@@ -1,6 +1,7 @@
 """Settings of a batch of experience: how many rollouts, by whom, and how their rewards become advantages."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 
 from world_distill.data.pipeline import Batch, concatenate
@@ -22,12 +23,17 @@ class Collection:
         for the judge (`experience`); 0: exactly on-policy.
       role: who rolls: "executor" (on-policy) or "demonstrator" (off-policy distillation).
       weights: reward name -> lambda of Eq. 10; questions of the rubric, and "distill" for Eq. 9. 0 leaves one out.
+      distill_min_time: Eq. 9 is integrated over t from here to 1; 0 is the paper's integral.
       clip: log-odds are clipped to +-clip before anything else; 0 does not clip.
       normalise: divide each reward by its std over the "batch" or the "group", or by nothing ("none").
       std: what the advantage is divided by: std of the "batch" or of the "group", or nothing ("none").
+      std_floor: least std that is divided by, in the unit of the weighted rewards.
       min_valid: groups with fewer valid judgments are left out.
       max_invalid: share of a step's clips without a judgment above which the run stops.
       negative_scale: factor on negative advantages; below 1 is steadier and learns less from failures.
+
+    Raises:
+      ValueError: a value out of its range.
     """
 
     tasks: int
@@ -37,9 +43,11 @@ class Collection:
     staleness: int
     role: str
     weights: Mapping[str, float]
+    distill_min_time: float
     clip: float
     normalise: str
     std: str
+    std_floor: float
     min_valid: int
     max_invalid: float
     negative_scale: float
@@ -52,6 +60,19 @@ class Collection:
         if self.staleness not in (0, 1) or not 0 <= self.max_invalid <= 1:
             raise ValueError(
                 f"rollout.staleness is 0 or 1 and rollout.max_invalid 0 to 1, got {self.staleness}, {self.max_invalid}"
+            )
+        for field in ("normalise", "std"):
+            if getattr(self, field) not in ("batch", "group", "none"):
+                raise ValueError(f"rollout.{field} must be batch, group or none, got {getattr(self, field)!r}")
+        amounts = {f"weights.{name}": weight for name, weight in self.weights.items()}
+        amounts |= {name: getattr(self, name) for name in ("clip", "std_floor", "negative_scale", "micro_batch")}
+        for name, value in amounts.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"rollout.{name} must not be negative, got {value}")
+        if self.min_valid < 1 or not 0 <= self.distill_min_time < 1:
+            raise ValueError(
+                "rollout.min_valid is at least 1 and rollout.distill_min_time a time from 0 to below 1, got "
+                f"{self.min_valid}, {self.distill_min_time}"
             )
 
     @property

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 from ml_collections import config_dict
 
+from world_distill import old_configs
+
 ConfigDict = config_dict.ConfigDict
 T = TypeVar("T")
 
@@ -240,14 +242,14 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The locked config that `to_json` wrote; every sequence comes back as a tuple."""
+    """The locked config that `to_json` of this or an earlier version wrote; sequences come back as tuples."""
     try:
         plain = json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f"not a config: {e}") from e
     if not isinstance(plain, dict):
         raise UserError(f"not a config: a JSON {type(plain).__name__}, not an object")
-    return ConfigDict(_tuples(plain)).lock()
+    return ConfigDict(_tuples(old_configs.translate(plain))).lock()
 
 
 def fingerprint(config: ConfigDict) -> str:

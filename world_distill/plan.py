@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from world_distill import arguments, chips, components, flops
+from world_distill import arguments, chips, components, flops, objective_settings
 from world_distill.collection import Collection
 from world_distill.config import UserError, override
 from world_distill.programs import Programs, make_programs
@@ -145,7 +145,9 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
     programs = make_programs(config, mesh)
     family, settings, state = programs.family, programs.collection, programs.state
     base = components.abstract_base(family, mesh)
+    # A step in which every loss has a weight.
     active = programs.objective.rl != "none"
+    in_force = objective_settings.Phase(rl=active, anchor=programs.objective.anchored)
     wanted = lambda name: not only or name in only  # noqa: E731
 
     # Each phase takes what the one before gives, laid out as the compiler chose.
@@ -161,14 +163,15 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
         rollout, task, solution = rolled
         held += rolled
         shown = None
-        if programs.show is not None:
+        if programs.shows(in_force):
             phase, result = _compile("demonstrator", programs.show, (base, rollout, solution), held)
             shown = None if result is None else result[0]
             if wanted("demonstrator"):
                 yield phase
-        if wanted("update") and (programs.show is None or shown is not None):
-            given = state, base, _batch(programs, rollout, task, solution, shown, active)
-            yield _compile("update", programs.update[active], given, (base, state))[0]  # the rollout is gone by then
+        if wanted("update") and (shown is not None or not programs.shows(in_force)):
+            read = shown if programs.objective.uses_visited else None
+            given = state, base, _batch(programs, rollout, task, solution, read, active)
+            yield _compile("update", programs.update[in_force], given, (base, state))[0]  # the rollout is gone by then
         if wanted("decode"):
             judged = active and bool(settings.questions)
             yield _compile("decode", programs.decode, (base, rollout.latents), held, calls=int(judged))[0]

@@ -3,7 +3,8 @@
     init      the base                                  -> the first state
     roll      an Executor, the base, tasks, a key       -> rollouts, and the conditions of each
     decode    the base, final latents                   -> RGB clips
-    show      the base, rollouts, their solutions       -> the Demonstrator's velocities, Eq. 9's reward
+    show      the base, rollouts, their solutions       -> the Demonstrator's velocities at all states, Eq. 9's reward
+    motion    final latents                             -> how much each clip moves
     update    a state, the base, a batch                -> the next state, metrics        (objectives.py)
 
 `train` runs them, `benchmark` times each alone, `plan` compiles them for machines that are not there. Runs of one
@@ -22,16 +23,19 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from world_distill import components, optim
+from world_distill import components, forwards, old_configs, optim
 from world_distill.collection import DISTILL, Collection
 from world_distill.config import section
-from world_distill.core import losses, sampling
+from world_distill.core import flow, losses, sampling
 from world_distill.core.schedules import piecewise_linear
 from world_distill.interfaces import ModelFamily
-from world_distill.objectives import Objective, init_state, make_train_step
+from world_distill.objective_settings import Objective, Phase
+from world_distill.objectives import init_state, make_train_step
+from world_distill.settings_check import check
 from world_distill.sharding import batch_sharding, like_weights, map_rows, replicated, tree_shardings
 from world_distill.structs import Condition, PyTree, Rollout, TrainState
 
+PHASES = (Phase(True, True), Phase(True, False), Phase(False, True))
 # All that the programs are made from; seeds, judges and records are not.
 SECTIONS = (*components.FAMILY_SECTIONS, "rollout", "objective", "optimizer", "sampler")
 
@@ -42,8 +46,8 @@ class Programs:
 
     Attributes:
       state: shapes and shardings of the state.
-      roll, update: by whether L_RL has a weight in the step.
-      show: None if no loss and no reward needs the Demonstrator.
+      roll: by whether L_RL has a weight in the step.
+      update: by which losses have a weight in the step.
       finish: rollouts -> visited states [k+1 b f p], the final latents last; None if no loss reads them.
     """
 
@@ -51,18 +55,32 @@ class Programs:
     family: ModelFamily
     collection: Collection
     objective: Objective
+    steps: int  # of the sampler
     optimizer: optax.GradientTransformation
     state: TrainState
     roll: Mapping[bool, Any]
     decode: Any
-    show: Any | None
+    show: Any
+    motion: Any
     finish: Any | None
-    update: Mapping[bool, Any]
+    update: Mapping[Phase, Any]
     _init: Any
 
     def init(self, base: PyTree, seed: int) -> TrainState:
         """The first state of a run, on the mesh."""
         return self._init(base, jax.random.fold_in(jax.random.key(seed), 2))
+
+    def rewards_distillation(self, phase: Phase) -> bool:
+        """See `forwards.rewards_distillation`."""
+        return forwards.rewards_distillation(self.collection, phase)
+
+    def shows(self, phase: Phase) -> bool:
+        """Whether `show` runs in a step: see `forwards.shows_all`."""
+        return forwards.shows_all(self.objective, self.collection, self.steps, phase)
+
+    def forwards(self, phase: Phase) -> float:
+        """Forward passes of the model that a step costs."""
+        return forwards.per_step(self.objective, self.collection, self.steps, phase)
 
     @property
     def keeps_log_probs(self) -> bool:
@@ -82,19 +100,20 @@ def make_programs(config: ConfigDict, mesh: jax.sharding.Mesh) -> Programs:
 
 @functools.lru_cache(maxsize=16)
 def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
+    old_configs.refuse(config)
     objective, settings = section(config.objective, Objective), Collection(**config.rollout.to_dict())
     grid, diffusion = components.sampler_grid(config)
+    check(objective, settings, stochastic=diffusion is not None)
     distills = objective.rl != "none" and settings.weights.get(DISTILL, 0.0) != 0
-    if diffusion is not None and objective.rl != "flow_grpo":
-        raise ValueError("sampler.eta above 0 is for objective.rl = flow_grpo; the others sample the ODE")
-    if settings.staleness and objective.rl == "awm" and objective.awm_old == "current":
-        raise ValueError("rollout.staleness = 1 needs AWM's ratio: set objective.awm_old to start or ema")
     family = components.make_family(config, mesh)
     optimizer = _make_optimizer(config, family, mesh)
     init, state = _make_state(config, family, mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     keep_states = objective.uses_visited or distills or objective.rl == "flow_grpo"
-    roll = functools.partial(_roll, family, mesh, settings, grid=grid, keep_states=keep_states)
+    keep_velocities = distills or (objective.uses_visited and settings.role == "demonstrator")
+    roll = functools.partial(
+        _roll, family, mesh, settings, grid=grid, keep_states=keep_states, keep_velocities=keep_velocities
+    )
 
     def show(base, rollout, solution):
         return _show(family, settings, grid, base, rollout, solution)
@@ -107,11 +126,10 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     def finish(rollout):
         return jnp.concatenate([rollout.states, rollout.latents.reshape(1, *rollout.states.shape[1:])])
 
-    def train_step(active):
-        # While a schedule holds L_RL at weight 0, its forward passes are left out.
-        losses_in_force = objective if active else dataclasses.replace(objective, rl="none")
+    def train_step(phase):
+        # While a schedule holds a loss at weight 0, its forward passes are left out.
         return jax.jit(
-            make_train_step(family, losses_in_force, optimizer, grid, diffusion),
+            make_train_step(family, objective.in_phase(phase), optimizer, grid, diffusion if phase.rl else None),
             out_shardings=(shardings, replicated(mesh)),
             donate_argnums=0,
         )
@@ -121,6 +139,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         family=family,
         collection=settings,
         objective=objective,
+        steps=len(grid) - 1,
         optimizer=optimizer,
         state=state,
         # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
@@ -132,9 +151,10 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         },
         # A program of its own: it takes as long to compile as a step, and its memory is free again for the next one.
         decode=jax.jit(decode),
-        show=jax.jit(show) if objective.uses_visited or distills else None,
+        show=jax.jit(show),
+        motion=jax.jit(_motion),
         finish=jax.jit(finish) if keep_states else None,
-        update={active: train_step(active) for active in (True, False)},
+        update={phase: train_step(phase) for phase in PHASES},
         _init=init,
     )
 
@@ -181,6 +201,7 @@ def _roll(
     *,
     grid: np.ndarray,
     keep_states: bool,
+    keep_velocities: bool,
     diffusion: np.ndarray | None,
     group: int,
 ) -> tuple[Rollout, Condition, Condition]:
@@ -201,7 +222,7 @@ def _roll(
             latent_shape=family.latent_shape, frame_mask=family.free_frames, diffusion=diffusion,
             keep_states=keep_states,
         )  # fmt: skip
-        return _flat(_steps_first(rollout))
+        return _flat(_steps_first(rollout if keep_velocities else rollout.replace(velocities=None)))
 
     rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
     return _steps_first(rollout), task, solution
@@ -210,7 +231,7 @@ def _roll(
 def _show(
     family: ModelFamily, settings: Collection, grid: np.ndarray, base: PyTree, rollout: Rollout, solution: Condition
 ) -> tuple[jax.Array, jax.Array]:
-    """(the Demonstrator's velocities at the visited states [k b f p], Eq. 9's reward [b])."""
+    """(the Demonstrator's velocities at the visited states [k b f p], Eq. 9's reward [b] where velocities are kept)."""
     frames = lambda x: x.reshape(*x.shape[:-2], *family.latent_shape)  # noqa: E731
 
     def at(state_and_time):
@@ -226,8 +247,17 @@ def _show(
         shown = rollout.velocities
     else:
         shown = jax.lax.map(at, (rollout.states, jnp.asarray(grid[:-1], jnp.float32)))
-    reward = losses.distillation_reward(frames(rollout.velocities), frames(shown), grid, family.free_frames)
+    if rollout.velocities is None:
+        return shown, None
+    reward = losses.distillation_reward(
+        frames(rollout.velocities), frames(shown), grid, family.free_frames, settings.distill_min_time
+    )
     return shown, reward
+
+
+def _motion(latents: jax.Array) -> jax.Array:
+    """[b] root mean square of the differences between neighbouring latent frames [b f h w c]."""
+    return jnp.sqrt(flow.masked_mean(jnp.square(jnp.diff(latents, axis=1)), None))
 
 
 def _flat(rollout: Rollout) -> Rollout:

@@ -21,6 +21,7 @@ from absl import logging
 from tqdm import tqdm
 
 from world_distill import arguments, components, hosts, runs
+from world_distill.balance import Balance
 from world_distill.checkpoints import Checkpointer, make_metadata
 from world_distill.collect import Collector, TooFewJudgments
 from world_distill.config import UserError, to_json
@@ -155,6 +156,8 @@ def train(
         step, info, metrics, ids = waiting.pop(0)
         values = {**info, **jax.device_get(metrics)}
         values = {name: float(value) for name, value in values.items()}
+        values["train/forwards"] = programs.forwards(objective.phase(step - 1))
+        balance.watch(step, values)
         bad = [n for n in ("train/gradient_norm", "train/lora_norm") if not np.isfinite(values[n])]
         if bad:
             raise FloatingPointError(
@@ -171,11 +174,12 @@ def train(
             text = "  ".join(f"{n} {v}" for n, v in _short(values).items())
             (arguments.say if progress.disable else logging.debug)(f"step {step}/{config.steps}  {text}")
 
+    balance = Balance()
     rows = collection.tasks * collection.group
     clock = Clock(devices=mesh.devices.size, tokens=rows * family.tokens, started=started)
     collector.clock(clock.program)
     updates = {
-        active: clock.program(UPDATE, f, lambda out: out[1]["train/lora_norm"]) for active, f in programs.update.items()
+        phase: clock.program(UPDATE, f, lambda out: out[1]["train/lora_norm"]) for phase, f in programs.update.items()
     }
     experience = Experience(collector, tasks, base, key, steps=config.steps)
     interruption = Interruption()
@@ -191,7 +195,7 @@ def train(
                         settle()
                     checkpointer.save(step, state, experience.data_state(step), metadata, force=True)
                     raise
-                state, metrics = updates[objective.rl_active(step)](state, base, batch)
+                state, metrics = updates[objective.phase(step)](state, base, batch)
                 waiting.append((step + 1, info, metrics, ids))
                 last = step + 1 == config.steps
                 stops = interruption.asked(step + 1) and not last

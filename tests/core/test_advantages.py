@@ -23,7 +23,7 @@ def mean_std(values):
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
 
 
-def loop(values, std, clip_max, rescale, min_valid, eps, negative_scale):
+def loop(values, std, std_floor, clip_max, rescale, min_valid, eps, negative_scale):
     """The definition, one rollout at a time."""
     members = {g: [i for i in range(8) if GROUPS[i] == g and VALID[i]] for g in GROUPS}
     used = [i for g in members for i in members[g] if len(members[g]) >= min_valid]
@@ -31,6 +31,7 @@ def loop(values, std, clip_max, rescale, min_valid, eps, negative_scale):
     for i in used:
         mean, group_std = mean_std([values[j] for j in members[GROUPS[i]]])
         batch_std = mean_std([values[j] for j in used])[1]
+        batch_std, group_std = max(batch_std, std_floor), max(group_std, std_floor)
         divisor = {"batch": batch_std + eps, "group": group_std + eps, "none": 1.0}[std]
         a = max(-clip_max, min(clip_max, (values[i] - mean) / divisor))
         a = a / clip_max if rescale else a
@@ -46,18 +47,31 @@ def loop(values, std, clip_max, rescale, min_valid, eps, negative_scale):
         dict(clip_max=0.5),
         dict(clip_max=0.7, rescale=False),
         dict(min_valid=1),
+        dict(std_floor=2.5),
         dict(min_valid=3),
         dict(eps=0.5, negative_scale=0.25),
     ],
 )
 def test_group_advantages_against_a_plain_loop(std, settings):
-    full = dict(clip_max=5.0, rescale=True, min_valid=2, eps=1e-4, negative_scale=1.0) | settings
+    full = dict(std_floor=0.0, clip_max=5.0, rescale=True, min_valid=2, eps=1e-4, negative_scale=1.0) | settings
     values = rewards()
     got, used = advantages.group_advantages(values, GROUPS, VALID, std=std, **settings)
     expected, expected_used = loop(values, std, **full)
     assert got.dtype == np.float32 and used.dtype == bool
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
     assert used.tolist() == expected_used
+
+
+def test_a_floor_keeps_the_judges_noise_small():
+    """Without one, rewards that differ by a hundredth have advantages as large as rewards that differ by hundreds."""
+    alike, apart = np.array([2.00, 2.01, 1.99, 2.00]), np.array([200.0, 201.0, 199.0, 200.0])
+    groups, valid = np.zeros(4, int), np.ones(4, bool)
+
+    def largest(values, floor):
+        return np.abs(advantages.group_advantages(values, groups, valid, std="group", std_floor=floor)[0]).max()
+
+    assert largest(alike, 0.0) == pytest.approx(largest(apart, 0.0), rel=0.02)
+    assert largest(alike, 0.5) < 0.005 and largest(apart, 0.5) == pytest.approx(largest(apart, 0.0), rel=1e-3)
 
 
 def test_a_failed_judgment_moves_nothing():

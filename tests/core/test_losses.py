@@ -61,6 +61,19 @@ def test_distillation_reward_is_a_riemann_sum_without_gradient():
     assert not slope(lambda v: reward(v_e, v), v_d).any()
 
 
+def test_distillation_reward_stops_at_its_lower_bound():
+    """States above the bound count with the part of their step that lies above it, the others not at all."""
+    times = np.float32([1.0, 0.9, 0.6, 0.2, 0.0])
+    v_e, v_d = draw(0, (4, *SHAPE)), draw(1, (4, *SHAPE))
+    gaps = [numpy_gap(v_e[i], v_d[i], PINNED) for i in range(4)]
+    for bound, widths in ((0.9, (0.1, 0, 0, 0)), (0.7, (0.1, 0.2, 0, 0)), (0.2, (0.1, 0.3, 0.4, 0))):
+        reward = losses.distillation_reward(v_e, v_d, times, PINNED, bound)
+        np.testing.assert_allclose(reward, -sum(w * g for w, g in zip(widths, gaps, strict=True)), rtol=1e-5)
+    np.testing.assert_array_equal(
+        losses.distillation_reward(v_e, v_d, times, PINNED, 0.0), losses.distillation_reward(v_e, v_d, times, PINNED)
+    )
+
+
 def test_distillation_reward_converges_to_the_integral():
     """With v_E - v_D = t everywhere the integral is 1/3; left sums reach it at first order."""
 
@@ -194,8 +207,8 @@ def surrogate(log_ratio, advantage, clip, temperature=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.005])
 def test_on_policy_gradient_is_minus_advantage(advantage, temperature):
     value, ratio, gradient = surrogate(0.0, advantage, 0.2, temperature)
-    assert ratio == 1.0 and value == pytest.approx(-advantage)
-    assert gradient == pytest.approx(-advantage / temperature)
+    assert ratio == 1.0 and value == pytest.approx(-advantage * temperature)
+    assert gradient == pytest.approx(-advantage)  # whatever the temperature is
 
 
 def test_awm_on_policy_gradient_through_a_velocity():
@@ -235,7 +248,7 @@ def test_temperature_lets_the_clip_engage():
     assert surrogate(1e-3, 1.0, 0.2)[2] != 0
     value, ratio, gradient = surrogate(1e-3, 1.0, 0.2, temperature=0.005)
     assert ratio == pytest.approx(np.exp(0.2), rel=1e-4)
-    assert value == pytest.approx(-1.2) and gradient == 0.0
+    assert value == pytest.approx(-1.2 * 0.005) and gradient == 0.0
 
 
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
@@ -247,6 +260,48 @@ def test_an_exploding_ratio_keeps_loss_and_gradient_finite(advantage):
 def test_a_broken_log_likelihood_is_not_hidden():
     value, ratio, _ = surrogate(float("nan"), 1.0, 0.2)
     assert np.isnan(value) and np.isnan(ratio)
+
+
+# -------------------------------------------------------------------------------- DiffusionNFT
+
+
+def nft_reference(v, v_old, x_t, x0, t, advantage, beta):
+    """The released code's loss of one clip, which compares clean latents (its `adv_clip_max` is 5)."""
+    share = np.clip(np.clip(5 * advantage, -5, 5) / 5 / 2 + 0.5, 0, 1)
+
+    def distance(velocity):
+        clean = x_t - t * velocity
+        return np.mean((clean - x0) ** 2) / max(np.mean(np.abs(clean - x0)), 1e-5)
+
+    positive, negative = beta * v + (1 - beta) * v_old, (1 + beta) * v_old - beta * v
+    return 5 * (share * distance(positive) / beta + (1 - share) * distance(negative) / beta)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+def test_nft_is_the_released_codes(beta):
+    v, v_old, x0, eps = (np.asarray(draw(i), np.float64) for i in range(4))
+    t, advantages = np.float64([0.4, 0.9]), np.float64([0.7, -0.4])
+    x_t = (1 - t)[:, None, None, None, None] * x0 + t[:, None, None, None, None] * eps
+    got = losses.nft_loss(
+        jnp.asarray(v), jnp.asarray(v_old), jnp.asarray(eps - x0), jnp.asarray(t), jnp.asarray(advantages), beta, None
+    )
+    expected = [nft_reference(v[i], v_old[i], x_t[i], x0[i], t[i], advantages[i], beta) for i in range(2)]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_nft_moves_by_the_advantage_and_not_at_all_without_one():
+    v, target, mask = draw(0), draw(1), np.float32([0, 1, 1])[: draw(0).shape[1]]
+
+    def slopes(advantage):
+        a, t = jnp.full(2, advantage), jnp.full(2, 0.5)
+        return slope(lambda x: losses.nft_loss(x, v, target, t, a, 1.0, mask), v)
+
+    np.testing.assert_allclose(slopes(0.0), 0, atol=1e-9)
+    good, bad = slopes(1.0), slopes(-1.0)
+    np.testing.assert_allclose(good, -bad, rtol=1e-5, atol=1e-9)
+    free = np.asarray(good)[:, 1:]
+    assert np.abs(free).max() > 0 and np.abs(np.asarray(good)[:, 0]).max() == 0
+    assert (free * np.asarray(target - v)[:, 1:] <= 0).all()  # going down the slope leads to the target
 
 
 # ----------------------------------------------------------------------------------- Flow-GRPO

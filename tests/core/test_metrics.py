@@ -104,3 +104,30 @@ def test_bootstrap_difference_is_paired():
 def test_bootstrap_difference_refuses_what_it_cannot_use(a, b):
     with pytest.raises(ValueError):
         metrics.bootstrap_difference(np.array(a, float), np.array(b, float))
+
+
+def test_correlations_inside_groups_do_not_see_what_sets_groups_apart():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(30), 4)
+    level = 10 * rng.normal(size=30)[groups]
+    inside = rng.normal(size=120)
+    values = {"a": level + inside, "b": level - inside, "c": level, "d": inside + rng.normal(size=120)}
+    valid = np.ones(120, bool)
+    found = metrics.within_group_correlations(values, groups, valid)
+    assert list(found) == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "c"), ("b", "d"), ("c", "d")]
+    assert found["a", "b"] == pytest.approx(-1) and np.corrcoef(values["a"], values["b"])[0, 1] > 0.9
+    assert np.isnan(found["a", "c"])  # the same for all of a group
+    by_hand = [
+        np.concatenate([values[n][groups == g] - values[n][groups == g].mean() for g in range(30)]) for n in ("a", "d")
+    ]
+    assert found["a", "d"] == pytest.approx(np.corrcoef(*by_hand)[0, 1])
+
+
+def test_correlations_leave_out_what_is_not_valid():
+    rng = np.random.default_rng(1)
+    groups, valid = np.repeat(np.arange(5), 4), np.ones(20, bool)
+    values = {"a": rng.normal(size=20), "b": rng.normal(size=20)}
+    valid[[3, 8]] = False
+    kept = metrics.within_group_correlations({n: v[valid] for n, v in values.items()}, groups[valid], valid[valid])
+    values["a"][~valid] = np.nan
+    assert metrics.within_group_correlations(values, groups, valid)["a", "b"] == pytest.approx(kept["a", "b"])

@@ -21,15 +21,27 @@ def stratified(steps, count, skip_first=True, keep_fraction=0.9):
     )
 
 
-def test_strata_of_awms_published_setting():
-    """14 steps, 6 strata, no pure noise, 90 %: cuts 1 2 4 6 8 10 12."""
-    indices = stratified(14, 6)
+def test_strata_are_awms_where_they_divide_the_grid():
+    """13 steps, 6 strata, no pure noise: cuts 1 3 5 7 9 11 13."""
+    indices = stratified(13, 6, keep_fraction=1.0)
     assert np.issubdtype(indices.dtype, np.integer) and indices.shape == (4000, 6)
-    cuts = [1, 2, 4, 6, 8, 10, 12]
+    cuts = [1, 3, 5, 7, 9, 11, 13]
     for i in range(6):
         got, counts = np.unique(indices[:, i], return_counts=True)
         assert got.tolist() == list(range(cuts[i], cuts[i + 1]))
-        assert scipy.stats.chisquare(counts).pvalue > 1e-3 if len(counts) > 1 else True
+        assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("steps, count", [(6, 16), (14, 6), (12, 2), (5, 7)])
+def test_every_index_is_equally_likely(steps, count):
+    """Where the strata do not divide the grid, cuts at whole indices would draw some of them half as often."""
+    indices = stratified(steps, count, skip_first=False, keep_fraction=1.0)
+    drawn = np.bincount(indices.reshape(-1), minlength=steps)
+    share = drawn / drawn.sum() * steps
+    assert np.abs(share - 1).max() < 0.12, share
+    # And still stratified: no draw lacks an index that it has strata for.
+    least = max(0, count // steps - 1)
+    assert min(np.bincount(row, minlength=steps).min() for row in indices[:500]) >= least
 
 
 @pytest.mark.parametrize(
@@ -49,7 +61,7 @@ def test_every_index_between_the_cuts_is_reached_and_no_other(steps, count, skip
     indices = stratified(steps, count, skip_first, keep_fraction)
     assert np.unique(indices).tolist() == list(reached)
     assert (np.diff(indices, axis=1) >= 0).all()
-    if len(reached) >= count:
+    if len(reached) % count == 0:
         assert (np.diff(indices, axis=1) > 0).all()
 
 

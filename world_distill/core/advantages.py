@@ -1,7 +1,7 @@
 """From judgments to advantages: numpy on the host, float64, every failed judgment masked.
 
     R = sum_i lambda_i r_i                       WMSD (arXiv 2606.12072) Eq. 10
-    A = (R - mean of its group) / (std + eps)    group-relative advantage
+    A = (R - mean of its group) / (max(std, floor) + eps)    group-relative advantage
     A <- clamp(A, -c, c) / c                     AWM (arXiv 2509.25050): c = 5, std of the batch
 
 A group is all rollouts of one (scene, task). The judge's rewards are log-odds, log p(yes) - log
@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from world_distill.core.losses import ADVANTAGE_CLIP
 
 # Below it rewards differ by rounding only, and dividing would blow the rounding up.
 _TINY_STD = 1e-8
@@ -101,7 +103,8 @@ def group_advantages(
     valid: Bool[np.ndarray, " b"],
     *,
     std: Literal["batch", "group", "none"],
-    clip_max: float = 5.0,
+    std_floor: float = 0.0,
+    clip_max: float = ADVANTAGE_CLIP,
     rescale: bool = True,
     min_valid: int = 2,
     eps: float = 1e-4,
@@ -114,6 +117,8 @@ def group_advantages(
         groups: label of each rollout's group.
         valid: False where the judgment failed.
         std: divide by the std of all used rewards (AWM), of the group's, or not at all.
+        std_floor: least std that is divided by, in the unit of the rewards: differences far below it
+            are noise of the judge and give small advantages.
         clip_max: bound of the advantages, in units of the std.
         rescale: divide by `clip_max` at the end, so that advantages lie in [-1, 1].
         min_valid: a group with fewer valid rollouts is left out whole.
@@ -130,8 +135,8 @@ def group_advantages(
     """
     if std not in ("batch", "group", "none"):
         raise ValueError(f"std must be batch, group or none, got {std!r}")
-    if not clip_max > 0 or min_valid < 1:
-        raise ValueError(f"need clip_max > 0 and min_valid >= 1: {clip_max=}, {min_valid=}")
+    if not clip_max > 0 or min_valid < 1 or std_floor < 0:
+        raise ValueError(f"need clip_max > 0, min_valid >= 1, std_floor >= 0: {clip_max=}, {min_valid=}, {std_floor=}")
     rewards, ids, valid = _prepare(rewards, groups, valid)
     count, mean, group_std = _group_moments(rewards, ids, valid)
     used = valid & (count >= min_valid)[ids]
@@ -140,9 +145,9 @@ def group_advantages(
     centred = np.where(used, rewards - mean[ids], 0.0)
     match std:
         case "batch":
-            centred /= np.std(rewards[used]) + eps
+            centred /= max(np.std(rewards[used]), std_floor) + eps
         case "group":
-            centred /= group_std[ids] + eps
+            centred /= np.maximum(group_std, std_floor)[ids] + eps
     advantages = np.clip(centred, -clip_max, clip_max)
     if rescale:
         advantages = advantages / clip_max

@@ -6,7 +6,7 @@ sg[] no gradient:
     gap       = mean over dims (v_E - sg[v_D])^2
                 Eq. 3 on states of the Demonstrator's rollouts, Eq. 5 and 11 on the Executor's
     r_distill = - integral over t of mean over dims (sg[v_E] - v_D)^2
-                Eq. 9, on states of the Executor's rollouts
+                Eq. 9, on states of the Executor's rollouts; over t >= a bound, if one is set
 
 Advantage Weighted Matching (AWM, arXiv 2509.25050), on a re-noised clip, where
 m = mean over dims (v_E - (eps - x_0))^2 and d = 1e-10:
@@ -14,10 +14,15 @@ m = mean over dims (v_E - (eps - x_0))^2 and d = 1e-10:
     l_uniform = -m        l_t = -t m        l_t2 = -t^2 m
     l_huber   = -t (sqrt(m + d) - sqrt(d))
     l_ghuber  = -(t / p) ((m + d)^p - d^p),  p = 1/4
-    ratio     = exp((l - sg[l_old]) / temperature)
-    surrogate = max(-A ratio, -A clip(ratio, 1 - c, 1 + c))
+    ratio     = exp((l - sg[l_old]) / T)                          T: temperature, 1 in AWM
+    surrogate = T max(-A ratio, -A clip(ratio, 1 - c, 1 + c))     at ratio 1 its gradient is -A grad l
 
-Flow-GRPO (arXiv 2505.05470): the same surrogate with log-probabilities of SDE steps, and the exact
+DiffusionNFT (arXiv 2509.16117), on the same re-noised clips, with r = (1 + A) / 2 and A in [-1, 1]:
+
+    v+ = v_old + b (v_E - v_old)      v- = v_old - b (v_E - v_old)
+    L  = 5 / b [ r D(v+) + (1 - r) D(v-) ],  D(v) = t mean (v - (eps - x_0))^2 / sg[mean |v - (eps - x_0)|]
+
+Flow-GRPO (arXiv 2505.05470): AWM's surrogate at T = 1 with log-probabilities of SDE steps, and the exact
 KL of two Gaussians with one std s: mean over dims (mu - mu_ref)^2 / (2 s^2).
 
 The paper's squared norms are means over the dims of free frames here, as in the released code of
@@ -35,6 +40,8 @@ _HUBER_DELTA = 1e-10  # d above: AWM's value
 # exp(20) is far beyond any clip range; without a bound an overflowing ratio would turn the gradient
 # of its clipped, harmless branch into 0 * inf = NaN.
 _MAX_LOG_RATIO = 20.0
+ADVANTAGE_CLIP = 5.0  # bound of the advantages before they are scaled to [-1, 1]: AWM's and DiffusionNFT's value
+_NFT_LEAST = 1e-5  # lower bound of DiffusionNFT's adaptive weight: the released code's value
 
 
 def velocity_gap(
@@ -53,18 +60,21 @@ def distillation_reward(
     v_d: Float[Array, "k b f h w c"],
     times: Float[ArrayLike, " n"],
     frame_mask: FrameMask | None,
+    min_time: float = 0.0,
 ) -> Float[Array, " b"]:
     """Minus the velocity gap integrated along a rollout (WMSD Eq. 9), without gradient.
 
-    A Riemann sum whose widths are the sampler's steps: sum_i -(t_i - t_{i+1}) gap(state i).
+    A Riemann sum whose widths are the sampler's steps, cut at `min_time`:
+    sum_i -max(0, t_i - max(t_{i+1}, min_time)) gap(state i).
 
     Args:
         v_e: the Executor's velocities at the visited states, noisiest first.
         v_d: the Demonstrator's velocities there.
         times: the sampler's grid [k + 1].
         frame_mask: [f], 0 on pinned frames; None when nothing is pinned.
+        min_time: lower end of the integral; 0 is the paper's.
     """
-    times = jnp.asarray(times, jnp.float32)
+    times = jnp.maximum(jnp.asarray(times, jnp.float32), min_time)
     gaps = jax.vmap(velocity_gap, in_axes=(0, 0, None))(v_e, v_d, frame_mask)
     return jax.lax.stop_gradient(-jnp.sum((times[:-1] - times[1:])[:, None] * gaps, axis=0))
 
@@ -148,20 +158,56 @@ def awm_surrogate(
     """AWM's clipped policy loss: (loss [b], ratio [b]).
 
     `log_lik` and `log_lik_old` must come from the same (t, eps). While policy and old policy agree
-    the ratio is 1, the clip idle and the gradient -A d(log_lik) / temperature.
+    the ratio is 1, the clip idle and the gradient -A d(log_lik), whatever the temperature is.
 
     Args:
         log_lik: log-likelihoods under the policy (`awm_log_likelihood`).
         log_lik_old: those under the old policy; no gradient goes into them.
         advantages: A.
         clip: c of the clip range.
-        temperature: divides the log-ratio. The log-likelihoods are means over all dims, so several
-            updates move them by far less than any usual clip range; a temperature below 1 lets the
-            clip engage. It also multiplies the gradient by 1 / temperature, which counts against
-            the weights of other losses.
+        temperature: divides the log-ratio and multiplies the loss. The log-likelihoods are means
+            over all dims, so several updates move them by far less than any usual clip range; a
+            temperature below 1 lets the clip engage.
     """
     log_ratio = (log_lik - jax.lax.stop_gradient(log_lik_old)) / temperature
-    return _clipped_surrogate(log_ratio, advantages, clip)
+    loss, ratio = _clipped_surrogate(log_ratio, advantages, clip)
+    return temperature * loss, ratio
+
+
+def nft_loss(
+    v: Float[Array, "b f h w c"],
+    v_old: Float[Array, "b f h w c"],
+    target: Float[Array, "b f h w c"],
+    t: Float[ArrayLike, " b"],
+    advantages: Float[Array, " b"],
+    beta: float,
+    frame_mask: FrameMask | None,
+) -> Float[Array, " b"]:
+    """DiffusionNFT's loss on re-noised clips (arXiv 2509.16117); formula above.
+
+    Clips with a positive advantage pull the policy towards themselves, the others push it to the far side of the old
+    policy. At v = v_old the gradient is proportional to A.
+
+    Args:
+        v: the policy's velocities at time t.
+        v_old: the old policy's; no gradient goes into them.
+        target: eps - x_0.
+        t: the times, in (0, 1].
+        advantages: A, in [-1, 1].
+        beta: how far v+ and v- lie from v_old, in units of v - v_old; positive.
+        frame_mask: [f], 0 on pinned frames; None when nothing is pinned.
+    """
+    v, target, t = jnp.asarray(v, jnp.float32), jnp.asarray(target, jnp.float32), jnp.asarray(t, jnp.float32)
+    v_old = jax.lax.stop_gradient(jnp.asarray(v_old, jnp.float32))
+
+    def distance(velocity):
+        # The released code compares clean latents, whose difference is t times that of the velocities.
+        scale = jax.lax.stop_gradient(t * masked_mean(jnp.abs(velocity - target), frame_mask))
+        return t**2 * velocity_gap(velocity, target, frame_mask) / jnp.maximum(scale, _NFT_LEAST)
+
+    share = (1 + jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))) / 2
+    towards, away = distance(v_old + beta * (v - v_old)), distance(v_old - beta * (v - v_old))
+    return ADVANTAGE_CLIP / beta * (share * towards + (1 - share) * away)
 
 
 def flow_grpo_surrogate(

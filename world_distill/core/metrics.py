@@ -12,13 +12,14 @@ Intervals: Wilson's score interval for rates, a normal one for means, a percenti
 paired differences.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from world_distill.core.flow import FrameMask, masked_mean
 
@@ -116,6 +117,38 @@ def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> 
     from scipy.stats import rankdata  # half a second to import, and seldom needed
 
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+
+
+def within_group_correlations(
+    values: Mapping[str, Float[np.ndarray, " b"]], groups: Int[np.ndarray, " b"], valid: Bool[np.ndarray, " b"]
+) -> dict[tuple[str, str], float]:
+    """Pearson's correlation of each pair of values inside groups, pooled over groups.
+
+    Every value is taken relative to its group's mean, as a group-relative advantage takes it: two
+    rewards that rank tasks alike and rollouts of a task at random have a correlation of 0 here.
+    NaN where one of the two never changes inside a group.
+
+    Args:
+        values: name -> one number a rollout, finite where `valid`.
+        groups: label of each rollout's group.
+        valid: rollouts that count.
+    """
+    valid = np.asarray(valid, bool)
+    ids = np.unique(np.asarray(groups)[valid], return_inverse=True)[1]
+    size = np.maximum(np.bincount(ids), 1)
+
+    def centred(value):
+        value = np.asarray(value, np.float64)[valid]
+        value = value - (np.bincount(ids, weights=value) / size)[ids]
+        # Equal values may differ from their mean by rounding.
+        return np.where(np.abs(value) > 1e-12 * np.abs(value).max(initial=0.0) + 1e-15, value, 0.0)
+
+    parts = {name: centred(value) for name, value in values.items()}
+    found = {}
+    for a, b in itertools.combinations(parts, 2):
+        power = math.sqrt(float(parts[a] @ parts[a]) * float(parts[b] @ parts[b]))
+        found[a, b] = float(parts[a] @ parts[b]) / power if power > 0 else math.nan
+    return found
 
 
 def bootstrap_difference(

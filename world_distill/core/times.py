@@ -3,8 +3,10 @@
 AWM (arXiv 2509.25050) draws T times a step, one from each of T strata, so that every step sees the
 whole range:
 
-    discrete      indices of the sampler's own grid of N steps, cut at floor(lo + i (hi - lo) / T);
-                  lo = 1 leaves out pure noise, hi = floor(fraction N) the low-noise tail
+    discrete      indices lo .. hi - 1 of the sampler's own grid of N steps: lo = 1 leaves out pure
+                  noise, hi = floor(fraction N) the low-noise tail. Index lo + floor(u (hi - lo)),
+                  u = (i + U) / T, so every index is equally likely for every T. (The released code
+                  cuts at whole indices, which is the same only where T divides hi - lo.)
     logit-normal  u = (i + U) / T,  t = sigmoid(ndtri(u)), shifted, at least 0.01
     uniform       u = (i + U) / T,  t = low + (1 - low) u, shifted
 
@@ -36,7 +38,8 @@ def stratified_times(
 ) -> Int[Array, " count"]:
     """Indices into the sampler's grid, rising (noisiest first), one from each of `count` strata.
 
-    Every index between the cuts can be drawn. With fewer indices than strata, neighbours share one.
+    Each of the n indices is drawn `count` / n times on average, and at least floor(`count` / n) - 1
+    times in every draw.
 
     Args:
         key: one typed PRNG key.
@@ -55,10 +58,10 @@ def stratified_times(
     high = math.floor(keep_fraction * steps + 1e-9)  # 0.29 * 100 is 28.999... in binary
     if high - low < 1:
         raise ValueError(f"no index left of {steps} steps: {skip_first=}, {keep_fraction=}")
-    # Whole numbers only, so that a cut cannot move by rounding.
-    cuts = low + (high - low) * np.arange(count + 1) // count
-    first, end = cuts[:-1], np.maximum(cuts[1:], cuts[:-1] + 1)
-    return jax.random.randint(key, (count,), jnp.asarray(first), jnp.asarray(end))
+    # Whole numbers only: stratum i holds n of the n `count` equal pieces, and each index `count` neighbours of them.
+    pieces = (high - low) * np.arange(count)
+    drawn = jax.random.randint(key, (count,), jnp.asarray(pieces), jnp.asarray(pieces + high - low))
+    return low + drawn // count
 
 
 def _stratified_units(key: Key[Array, ""], count: int) -> Float[Array, " count"]:
