@@ -110,10 +110,10 @@ class Session:
                 try:
                     jobs = {pool.submit(self._try, m): m for m in waiting}
                     for job in concurrent.futures.as_completed(jobs):
-                        m, results[jobs[job].name] = jobs[job], job.result()
-                        self._keep(self._key(m), results[m.name])
-                        at = f"[{len(results)}/{len(chosen)}]"
-                        print(at, line(m, results[m.name]), flush=True)
+                        m, result = jobs[job], job.result()
+                        results[m.name] = result
+                        self._keep(self._key(m), result)
+                        print(f"[{len(results)}/{len(chosen)}]", line(m, result), flush=True)
                 except BaseException:
                     self.close()
                     pool.shutdown(cancel_futures=True)
@@ -127,8 +127,7 @@ class Session:
         with self._lock:
             self._closed = True
             for process in self._running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with the processes that tests have started
+                end(process)
 
     def _unchanged(self, tests: list[str]) -> str:
         """What does not pass in an unchanged copy; empty if all does."""
@@ -179,10 +178,10 @@ class Session:
         try:
             output = process.communicate(timeout=timeout)[0]
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
             return Outcome(-1, f"not done after {timeout:.0f} s")
         finally:
+            end(process)
+            process.wait()
             with self._lock:
                 self._running.discard(process)
         return Outcome(process.returncode, "\n".join(output.splitlines()[-30:]), *outcomes(report))
@@ -220,6 +219,12 @@ def outcomes(report: pathlib.Path) -> tuple[list[str], list[str]]:
             failed += [case.get("name")] * ran
             skipped += [f"{case.get('name')} is skipped"] * (case.find("skipped") is not None)
     return failed, skipped
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kills a process together with those that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def copy_tree(target: pathlib.Path) -> None:
