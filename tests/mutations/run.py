@@ -88,7 +88,6 @@ class Session:
         self._environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-            "PYTHONDONTWRITEBYTECODE": "1",  # else a change within a second that keeps the size would not be seen
             "TMPDIR": str(work / "tmp"),
         }
         (work / "tmp").mkdir()
@@ -151,9 +150,11 @@ class Session:
         before = path.read_bytes()
         try:
             mutation.apply(copy)
+            forget_compiled(path)
             outcome = self._pytest(copy, list(mutation.tests), timeout=self._timeout)
         finally:
             path.write_bytes(before)
+            forget_compiled(path)
             self._copies.put(copy)
         seconds = time.monotonic() - started
         if outcome.failed:
@@ -225,6 +226,12 @@ def end(process: subprocess.Popen) -> None:
     """Kills a process together with those that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def forget_compiled(path: pathlib.Path) -> None:
+    """Removes the bytecode of a module: Python misses a change that keeps its size within a second."""
+    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+        compiled.unlink()
 
 
 def copy_tree(target: pathlib.Path) -> None:
