@@ -1,13 +1,23 @@
-"""Collecting experience: which tasks a step has, and what is rolled from them."""
+"""Collecting experience: which tasks a step has, what is rolled from them, and what rewards become."""
 
 import dataclasses
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import random_weights, redraw, small_config
 
+from world_distill.collect import Collector, Judged, Pending
 from world_distill.collection import Collection
-from world_distill.config import load_config
+from world_distill.config import load_config, section
+from world_distill.core import losses, sampling
 from world_distill.data.pipeline import concatenate
+from world_distill.objective_settings import Objective, Phase
+from world_distill.programs import make_programs
+from world_distill.sharding import make_mesh
+from world_distill.structs import Judgment, TrainBatch
 
 
 def collection(**changes) -> Collection:
@@ -44,7 +54,150 @@ def test_batches_are_joined_in_order():
     np.testing.assert_array_equal(joined["x"], [[1, 1], [0, 0], [0, 0]])
 
 
-@pytest.mark.parametrize("change", [{"role": "teacher"}, {"tasks": 0}, {"group": 0}], ids=str)
-def test_settings_are_checked(change):
-    with pytest.raises(ValueError, match=r"rollout\."):
-        dataclasses.replace(collection(), **change)
+# ---- Rollouts against direct calls of the model
+
+STEPS, TASKS, GROUP = 3, 2, 2
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(programs of a tiny model that rewards Eq. 9, base, Executor, tasks): every weight and text is random."""
+    config = small_config(
+        tmp_path_factory.mktemp("run"),
+        **{
+            "model.width": 16, "model.heads": 1, "model.depth": 1, "sampler.steps": STEPS, "rollout.tasks": TASKS,
+            "rollout.group": GROUP, "rollout.weights.distill": 1.0, "rollout.distill_min_time": 0.85, "text_length": 4,
+        },
+    )  # fmt: skip
+    programs = make_programs(config, make_mesh(devices=jax.devices()[:1]))
+    rng = np.random.default_rng(0)
+    tasks = {"ids": ["a", "b"], "scene": rng.normal(size=(TASKS, 1, *programs.family.latent_shape[1:]))}
+    for text in ("task", "solution"):
+        tasks[f"{text}_text"] = rng.normal(size=(TASKS, 4, 64))
+        tasks[f"{text}_mask"] = np.arange(4)[None] < rng.integers(1, 5, size=(TASKS, 1))
+    tasks = {n: np.float32(x) if isinstance(x, np.ndarray) and x.dtype == float else x for n, x in tasks.items()}
+    base = random_weights(programs.family, 1)
+    lora = redraw(programs.state.lora, 2)
+    return programs, base, lora, tasks
+
+
+def begin(made, step=0):
+    programs, base, lora, tasks = made
+    collector = Collector(programs, judge=None, cache=None, rubric=None)
+    return collector.begin(lora, base, tasks, jax.random.key(7), step)
+
+
+def test_the_executor_rolls_told_the_task_and_the_demonstrator_watches_told_the_solution(made):
+    programs, base, lora, tasks = made
+    family = programs.family
+    pending = begin(made)
+    batch, grid = pending.batch, np.asarray([1.0, 8 / 9, 2 / 3, 0.0])  # shift 4
+    states = np.asarray(batch.states).reshape(STEPS + 1, -1, *family.latent_shape)
+    row = [0, 0, 1, 1]  # rollouts of a task are neighbours
+    task, solution = (
+        {f: jnp.asarray(tasks[f"{name}_{f}"][row]) for f in ("text", "mask")} for name in ("task", "solution")
+    )
+    for condition, given in ((task, batch.task), (solution, batch.solution)):
+        np.testing.assert_array_equal(given.text, condition["text"])
+        np.testing.assert_array_equal(given.text_mask, condition["mask"])
+        np.testing.assert_array_equal(given.scene, tasks["scene"][row])
+    keys = sampling.sample_keys(jax.random.fold_in(jax.random.key(7), 0), jnp.arange(4))
+    noise = sampling.initial_noise(keys, batch.task.scene, family.latent_shape, family.free_frames)
+    np.testing.assert_array_equal(states[0], noise)
+    gaps = []
+    for i in range(STEPS):
+        x, t = jnp.asarray(states[i]), jnp.full(4, grid[i], jnp.float32)
+        v = family.denoise(base, lora, x, t, batch.task)
+        np.testing.assert_allclose(states[i + 1], x + (grid[i + 1] - grid[i]) * v, atol=2e-4)
+        v_d = family.denoise(base, None, x, t, batch.solution)
+        np.testing.assert_allclose(np.asarray(batch.demonstrator[i]).reshape(v_d.shape), v_d, atol=2e-4)
+        gaps.append(np.asarray(losses.velocity_gap(v, v_d, family.free_frames)))
+    # Eq. 9 over t >= .85: all of the first step, and a part of the second.
+    expected = -((1 - 8 / 9) * gaps[0] + (8 / 9 - 0.85) * gaps[1])
+    np.testing.assert_allclose(pending.reward, expected, rtol=1e-3)
+    assert np.ptp(pending.reward) > 1e-3
+    moved = np.sqrt(np.mean(np.diff(np.asarray(batch.latents), axis=1) ** 2, axis=(1, 2, 3, 4)))
+    np.testing.assert_allclose(pending.motion, moved, rtol=1e-4)
+
+
+def test_rollouts_of_a_task_and_of_two_steps_differ(made):
+    first, again, second = (np.asarray(begin(made, step).batch.states) for step in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    apart = [np.abs(first[0, i] - first[0, j]).max() for i in range(4) for j in range(i)]
+    apart += [np.abs(first[0, i] - second[0, j]).max() for i in range(4) for j in range(4)]
+    assert min(apart) > 0.1
+
+
+# ---- From judgments to advantages
+
+
+def weigh(scores: dict, *, reward=None, distilling=False, **changes):
+    """(advantages, used, info) of 2 tasks with 3 rollouts each, whose clips have these log-odds."""
+    settings = collection(**changes)
+    objective = section(load_config("sandbox").objective, Objective)
+    programs = types.SimpleNamespace(
+        collection=settings, objective=objective, mesh=make_mesh(devices=jax.devices()[:1]),
+        roll=None, decode=None, show=None,
+    )  # fmt: skip
+    collector = Collector(programs, judge=None, cache=None, rubric=None)
+    scores = {name: np.float64(values) for name, values in scores.items()}
+    valid = np.isfinite(np.stack(list(scores.values()))).all(0)
+    order = np.random.default_rng(0).permutation(6)  # clips come back in any order, with their numbers
+    judged = Judged(order, Judgment({n: v[order] for n, v in scores.items()}, valid[order]), {"judge/x": 1.0})
+    batch = TrainBatch(**{f.name: None for f in dataclasses.fields(TrainBatch)})
+    pending = Pending(
+        step=0, phase=Phase(not distilling, True), tasks={"ids": ["a", "b"]}, batch=batch, clips=None,
+        reward=None if reward is None else jnp.float32(reward), motion=jnp.arange(6.0), started=0.0,
+    )  # fmt: skip
+    batch, info = collector.weigh(pending, judged)
+    return np.asarray(batch.advantages), np.asarray(batch.valid), info
+
+
+QUIET = {"agent": [0.0] * 6, "consistency": [0.0] * 6}
+
+
+def test_rewards_are_compared_within_the_rollouts_of_a_task():
+    """Rows 0 to 2 are the first task's: its worst rollout is better than the other task's best."""
+    advantages, used, info = weigh({"task": [2.0, 1.0, 3.0, -2.0, -2.5, -1.5]} | QUIET, std="none")
+    np.testing.assert_allclose(advantages, np.array([0, -1, 1, 0, -0.5, 0.5]) / 5, atol=1e-7)
+    assert used.all() and info["judge/used"] == 1.0 and info["judge/x"] == 1.0
+    assert info["rate/task"] == 0.5 and info["reward/task"] == pytest.approx(0.0)
+    assert info["within_group/task~total"] == pytest.approx(1.0)
+    assert info["within_group/task~motion"] == pytest.approx(
+        np.corrcoef([0, -1, 1, 0, -0.5, 0.5], [-1, 0, 1, -1, 0, 1])[0, 1]
+    )
+
+
+def test_questions_are_clipped_weighted_and_divided_as_the_settings_say():
+    scores = {"task": [9.0, 0, 0, 0, 0, 0], "agent": [0, 2.0, 0, 0, 0, 0], "consistency": [0, 0, 1.0, 0, 0, 0]}
+    weights = {"task": 1.0, "agent": 0.5, "consistency": 4.0, "distill": 0.0}
+    advantages, _, _ = weigh(scores, std="none", clip=3.0, weights=weights)
+    np.testing.assert_allclose(advantages[:3], (np.array([3, 1, 4]) - 8 / 3) / 5, atol=1e-7)
+    scaled, _, _ = weigh(scores, std="none", clip=3.0, weights=weights, negative_scale=0.25)
+    np.testing.assert_allclose(scaled, np.where(advantages < 0, advantages / 4, advantages), atol=1e-7)
+    floored, _, _ = weigh(scores, std="group", std_floor=10.0, clip=3.0, weights=weights)
+    np.testing.assert_allclose(floored[:3], advantages[:3] / 10, rtol=1e-4)
+
+
+def test_equation_9_is_a_reward_beside_the_judges():
+    still, _, _ = weigh({"task": [0.0] * 6} | QUIET, std="none")
+    assert not still.any()
+    weights = {"task": 1.0, "agent": 1.0, "consistency": 1.0, "distill": 10.0}
+    reward = [-0.3, -0.2, -0.1, -0.2, -0.2, -0.2]
+    advantages, _, info = weigh({"task": [0.0] * 6} | QUIET, std="none", reward=reward, weights=weights)
+    np.testing.assert_allclose(advantages, np.array([-1, 0, 1, 0, 0, 0]) / 5, atol=1e-6)
+    assert info["reward/distill"] == pytest.approx(-0.2) and info["within_group/distill~total"] == pytest.approx(1)
+
+
+def test_a_clip_without_a_judgment_is_left_out_of_its_group_and_of_the_means():
+    bad = float("nan")
+    advantages, used, info = weigh({"task": [1.0, bad, 3.0, bad, bad, 1.0]} | QUIET, std="none")
+    np.testing.assert_allclose(advantages, np.array([-1, 0, 1, 0, 0, 0]) / 5, atol=1e-7)
+    assert used.tolist() == [True, False, True, False, False, False]  # one judgment makes no group
+    assert info["judge/invalid"] == 0.5 and info["judge/used"] == pytest.approx(1 / 3)
+    assert info["reward/task"] == pytest.approx(5 / 3)
+
+
+def test_a_step_without_rl_needs_no_judgment():
+    advantages, used, info = weigh({"task": [5.0, 0, 0, 0, 0, 0]} | QUIET, distilling=True, spread=False)
+    assert not advantages.any() and used.all() and "reward/total" not in info
