@@ -66,7 +66,7 @@ def project(tmp_path):
     """A project of two functions with the script in it, and a function that lists mutations."""
     folder = tmp_path / "project/tests/mutations"
     folder.mkdir(parents=True)
-    for name in ("run.py", "mutation.py"):
+    for name in ("run.py", "mutation.py", "warm.py"):
         shutil.copy(FOLDER / name, folder)
     (tmp_path / "project/code_.py").write_text(CODE)
     (tmp_path / "project/tests/test_code.py").write_text(TESTS)

@@ -24,6 +24,7 @@ import json
 import os
 import pathlib
 import queue
+import select
 import shutil
 import signal
 import subprocess
@@ -79,7 +80,8 @@ class Session:
 
     def __init__(self, work: pathlib.Path, args: argparse.Namespace):
         self._work, self._timeout, self._jobs, self._resume = work, args.timeout, args.jobs, args.resume
-        self._lock, self._running, self._closed = threading.Lock(), set(), False
+        self._lock, self._closed = threading.Lock(), False
+        self._groups: set[int] = set()  # process groups that run
         self._copies: queue.SimpleQueue[pathlib.Path] = queue.SimpleQueue()
         for number in range(args.jobs):
             copy_tree(work / f"tree-{number}")
@@ -89,8 +91,10 @@ class Session:
             "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
             "TMPDIR": str(work / "tmp"),
-        }
+            "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in tests/conftest.py, for `warm`
+        }  # fmt: skip
         (work / "tmp").mkdir()
+        self._warm: dict[pathlib.Path, subprocess.Popen] = {}  # by the copy
         self._tree = digest(work / "tree-0")
         self._known = self._read_results()
 
@@ -125,8 +129,8 @@ class Session:
         """Ends what runs."""
         with self._lock:
             self._closed = True
-            for process in self._running:
-                end(process)
+            for group in self._groups:
+                end(group)
 
     def _unchanged(self, tests: list[str]) -> str:
         """What does not pass in an unchanged copy; empty if all does."""
@@ -167,25 +171,33 @@ class Session:
         report = copy.with_suffix(".xml")
         report.unlink(missing_ok=True)
         flags = ["-n", "0", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *(["-x"] if timeout else [])]
-        command = [sys.executable, "-m", "pytest", *flags, *tests]
+        said = copy.with_suffix(".log")
         with self._lock:
             if self._closed:
                 return Outcome(-1, "not begun")
-            process = subprocess.Popen(
-                command, cwd=copy, env=self._environment | {"PYTHONPATH": str(copy)}, text=True, start_new_session=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            self._running.add(process)
+            warm = self._warm.get(copy) or self._start(copy)
+        warm.stdin.write(json.dumps([str(said), *flags, *tests]).encode() + b"\n")
+        group = int(warm.stdout.readline() or 0)
+        with self._lock:
+            self._groups.add(group)
         try:
-            output = process.communicate(timeout=timeout)[0]
-        except subprocess.TimeoutExpired:
-            return Outcome(-1, f"not done after {timeout:.0f} s")
+            if not select.select([warm.stdout], [], [], timeout)[0]:
+                return Outcome(-1, f"not done after {timeout:.0f} s")
         finally:
-            end(process)
-            process.wait()
+            end(group)
+            code = int(warm.stdout.readline() or -1)
             with self._lock:
-                self._running.discard(process)
-        return Outcome(process.returncode, "\n".join(output.splitlines()[-30:]), *outcomes(report))
+                self._groups.discard(group)
+        return Outcome(code, "\n".join(said.read_text().splitlines()[-30:]), *outcomes(report))
+
+    def _start(self, copy: pathlib.Path) -> subprocess.Popen:
+        """The process that starts the tests of a copy."""
+        self._warm[copy] = process = subprocess.Popen(
+            [sys.executable, FOLDER / "warm.py"], cwd=copy, env=self._environment | {"PYTHONPATH": str(copy)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
+        )  # fmt: skip
+        self._groups.add(process.pid)
+        return process
 
     def _key(self, mutation: Mutation) -> str:
         return hashlib.sha256(json.dumps([self._tree, dataclasses.astuple(mutation)]).encode()).hexdigest()
@@ -222,10 +234,11 @@ def outcomes(report: pathlib.Path) -> tuple[list[str], list[str]]:
     return failed, skipped
 
 
-def end(process: subprocess.Popen) -> None:
-    """Kills a process together with those that it has started."""
+def end(group: int) -> None:
+    """Kills the processes of a group."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if group:
+            os.killpg(group, signal.SIGKILL)
 
 
 def forget_compiled(path: pathlib.Path) -> None:
