@@ -9,37 +9,27 @@ from small import VARIANTS, make_inputs, small_config
 
 from world_distill import ablate, runs, train
 from world_distill.ablate import Ordering
-from world_distill.config import UserError, load_config
+from world_distill.collection import Collection
+from world_distill.config import UserError, load_config, section
+from world_distill.forwards import per_step
 from world_distill.logs import read_log
+from world_distill.objective_settings import Objective
 from world_distill.scoring import Verdict
 
 
-def test_forwards_are_counted():
-    sizes = {"sampler.steps": 6, "rollout.tasks": 8, "rollout.group": 8, "objective.updates": 4,
-             "objective.minibatches": 1, "objective.awm_old": "start"}  # fmt: skip
-    # 64 rollouts; 6 steps of the Executor, 6 of the Demonstrator, 4 updates of forward and backward on visited states
-    distill = load_config("sandbox:on_policy", sizes)
-    assert ablate.forwards(distill, 0) == 64 * (6 + 6 + 4 * 3)
-    # ... on half of the rows each
-    halves = load_config("sandbox:on_policy", sizes | {"objective.minibatches": 2})
-    assert ablate.forwards(halves, 0) == 64 * (6 + 6 + 2 * 3)
-    # ... without the Demonstrator's own pass where it rolls out itself
-    off = load_config("sandbox:off_policy", sizes)
-    assert ablate.forwards(off, 0) == 64 * (6 + 4 * 3)
-    # ... and with AWM's forward and backward, and the old policy's forward, once RL has begun
-    both = load_config("sandbox", sizes)
-    assert ablate.forwards(both, 10_000) == 64 * (6 + 6 + 4 * (3 + 3 + 1))
-    assert ablate.forwards(both, 0) == ablate.forwards(distill, 0)
+def cost(config, step: int) -> float:
+    objective, settings = section(config.objective, Objective), Collection(**config.rollout.to_dict())
+    return per_step(objective, settings, config.sampler.steps, objective.phase(step))
 
 
 def test_every_variant_gets_the_reference_compute():
     reference = load_config("sandbox")
-    budget = sum(ablate.forwards(reference, s) for s in range(reference.steps))
+    budget = sum(cost(reference, s) for s in range(reference.steps))
     for name in reference.ablation.variants:
         config = load_config(f"sandbox:{name}")
         steps = ablate.equal_steps(config, reference)
-        spent = sum(ablate.forwards(config, s) for s in range(steps))
-        assert spent == pytest.approx(budget, abs=ablate.forwards(config, steps)), name
+        spent = sum(cost(config, s) for s in range(steps))
+        assert spent == pytest.approx(budget, abs=cost(config, steps)), name
 
 
 def verdicts(rng, rate, count=200):

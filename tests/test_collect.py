@@ -61,13 +61,17 @@ STEPS, TASKS, GROUP = 3, 2, 2
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(programs of a tiny model that rewards Eq. 9, base, Executor, tasks): every weight and text is random."""
+    return make(tmp_path_factory, {"rollout.weights.distill": 1.0, "rollout.distill_min_time": 0.85})
+
+
+def make(tmp_path_factory, changes):
+    """(programs of a tiny model, base, Executor, tasks): every weight and text is random."""
     config = small_config(
         tmp_path_factory.mktemp("run"),
         **{
             "model.width": 16, "model.heads": 1, "model.depth": 1, "sampler.steps": STEPS, "rollout.tasks": TASKS,
-            "rollout.group": GROUP, "rollout.weights.distill": 1.0, "rollout.distill_min_time": 0.85, "text_length": 4,
-        },
+            "rollout.group": GROUP, "text_length": 4,
+        } | changes,
     )  # fmt: skip
     programs = make_programs(config, make_mesh(devices=jax.devices()[:1]))
     rng = np.random.default_rng(0)
@@ -118,6 +122,18 @@ def test_the_executor_rolls_told_the_task_and_the_demonstrator_watches_told_the_
     assert np.ptp(pending.reward) > 1e-3
     moved = np.sqrt(np.mean(np.diff(np.asarray(batch.latents), axis=1) ** 2, axis=(1, 2, 3, 4)))
     np.testing.assert_allclose(pending.motion, moved, rtol=1e-4)
+
+
+def test_off_policy_the_demonstrator_rolls_and_its_own_velocities_are_the_targets(tmp_path_factory):
+    made = make(tmp_path_factory, {"objective.rl": "none", "rollout.role": "demonstrator"})
+    family, base = made[0].family, made[1]
+    batch = begin(made).batch
+    states = np.asarray(batch.states).reshape(STEPS + 1, -1, *family.latent_shape)
+    v = family.denoise(base, None, jnp.asarray(states[0]), jnp.ones(4), batch.solution)
+    np.testing.assert_allclose(states[1], states[0] + (8 / 9 - 1) * v, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(batch.demonstrator[0]).reshape(v.shape), v, atol=2e-4)
+    told_the_task = family.denoise(base, None, jnp.asarray(states[0]), jnp.ones(4), batch.task)
+    assert np.abs(v - told_the_task).max() > 1e-2
 
 
 def test_rollouts_of_a_task_and_of_two_steps_differ(made):

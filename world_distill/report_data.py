@@ -197,6 +197,20 @@ def _read_log(contents: Contents) -> None:
     contents.log = {n: points for n, points in contents.log.items() if any(y is not None for _, y in points)}
 
 
+WITHIN_GROUP = "within_group/"  # prefix of the log's correlations, see `core.metrics.within_group_correlations`
+
+
+def within_group(contents: Contents) -> dict[tuple[str, str], float]:
+    """Mean over steps of each pair's correlation inside groups, from the log; pairs that never had one are left out."""
+    found = {}
+    for name, points in contents.log.items():
+        values = [y for _, y in points if y is not None]
+        if name.startswith(WITHIN_GROUP) and values:
+            a, _, b = name.removeprefix(WITHIN_GROUP).partition("~")
+            found[a, b] = sum(values) / len(values)
+    return found
+
+
 def _read_clips(contents: Contents) -> None:
     path = contents.folder / "clips/clips.json"
     entries = _json(path)

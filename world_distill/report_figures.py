@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from world_distill import charts, page
+from world_distill import charts, page, report_data
 from world_distill.charts import Bar, Series, escape, percent
 from world_distill.report_data import MEASURES, QUESTIONS, ROLES, Change, Contents, Row, changes
 
@@ -55,6 +55,8 @@ _PANELS = (
     ("All three at once", "", (0.0, 1.0), (("validation", "validation/all"),)),
     ("Reward", "what the Executor's clips earn, on average", None, (("reward", "reward/total"),)),
     ("Anchor loss", "distance of the Executor's velocities to the Demonstrator's", None, (("anchor", "train/anchor"),)),
+    ("Gradients", "the anchor's length divided by RL's, as both are weighted", None,
+     (("anchor / RL", "train/anchor_to_rl"),)),
     ("Anchor weight", "beta_d", None, (("beta_d", "train/beta_d"),)),
     *_GAPS,
     ("Seconds a step", "", None, (("seconds", "time/step"),)),
@@ -242,12 +244,36 @@ def training(contents: Contents) -> str:
     parts = [page.paragraph(text)]
     if panels:
         parts.append(f'<div class="grid">{"".join(panels)}</div>')
+    used |= {key for key in log if key.startswith(report_data.WITHIN_GROUP)}
+    parts += _correlations(contents)
     rest = sorted(set(log) - used)
     if rest:
         others = [_panel(key, [Series(key, log[key], colour("executor"))], across) for key in rest]
         more = f'<div class="grid">{"".join(others)}</div>'
         parts.append(page.details(f"{len(rest)} more figures of the log", more) if panels else more)
     return "\n".join(parts)
+
+
+def _correlations(contents: Contents) -> list[str]:
+    """How far each reward ranks the rollouts of a task as the others do, and as their motion does."""
+    found = report_data.within_group(contents)
+    if not found:
+        return []
+    names = list(dict.fromkeys(name for pair in found for name in pair))
+    rows = []
+    for a in names:
+        cells = "".join(
+            "<td></td>" if value is None else f"<td>{value:+.2f}</td>"
+            for value in (found.get((a, b), found.get((b, a))) for b in names)
+        )
+        rows.append(f'<tr><th scope="row">{escape(a)}</th>{cells}</tr>')
+    note = (
+        "Correlations between the rollouts of one task, mean of all steps with RL. RL learns from these differences "
+        "alone: a reward whose correlation with the judge's answers is near 0 or negative pays for something else, and "
+        "one that falls with motion pays for standing still."
+    )
+    table = page.table(["", *names], [("", rows)])
+    return ["<h3>What the rewards agree on</h3>", page.paragraph(note, "soft"), table]
 
 
 def _panel(
