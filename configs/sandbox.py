@@ -9,9 +9,11 @@ Variants, `--config sandbox:VARIANT`:
   wmsd              on-policy distillation first, then RL (AWM) with the Demonstrator as anchor; the default
   wmsd_grpo         the same with Flow-GRPO
   wmsd_no_consistency   the same without the consistency reward
+  wmsd_nft          the same with DiffusionNFT
   beta_X            the same with anchor weight X during RL (beta_0: RL after distillation, without an anchor)
   on_policy         on-policy distillation alone (Eq. 11)
   on_policy_reward  on-policy distillation, then with the distillation reward (Eq. 9) as RL's only reward
+  judge_free        the same with Eq. 9 integrated over high noise alone; no judge is asked
   off_policy        distillation on the Demonstrator's own rollouts (Eq. 3)
   rl_only           RL from the start, no Demonstrator
   full_weights      wmsd with full differences from the base in place of LoRA
@@ -27,11 +29,13 @@ from world_distill.config import UserError, parse_arg
 
 KINDS = {"simple": ("go", "beside"), "full": ("go", "beside", "push", "sequence")}
 VARIANTS = (
-    "wmsd", "wmsd_grpo", "wmsd_no_consistency", "on_policy", "on_policy_reward", "off_policy", "rl_only",
-    "full_weights", "full_kinds",
+    "wmsd", "wmsd_grpo", "wmsd_nft", "wmsd_no_consistency", "on_policy", "on_policy_reward", "judge_free", "off_policy",
+    "rl_only", "full_weights", "full_kinds",
 )  # fmt: skip
 BETAS = ("beta_0", "beta_0.001", "beta_0.1", "beta_1")  # around the anchor weight of `wmsd`
 ANCHOR = 0.01  # weight of the anchor: the paper's best
+REWARD_ANCHOR = 0.05  # ... where Eq. 9 is the only reward
+HIGH_NOISE = 0.8  # lower bound of Eq. 9's integral: the first three of the sampler's six steps
 DISTILL_STEPS = 90  # of the steps, at the start, are distillation alone
 STEPS = 130  # in all
 DISTILL_RATE, RL_RATE, LAST_RATE = 4e-3, 1e-3, 1e-4  # learning rates: at first, of RL, at the end
@@ -208,7 +212,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.name = "muon"  # adam | adamw | muon
     c.optimizer.learning_rate = _rates(DISTILL_RATE)  # by step
     c.optimizer.weight_decay = 0.0
-    c.optimizer.grad_clip = 1.0  # global norm
+    c.optimizer.grad_clip = 0.005  # global norm
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
 
@@ -275,8 +279,10 @@ def _apply(c: ConfigDict, variant: str) -> None:
         c.objective.rl = "none"
     if variant == "off_policy":
         c.rollout.role = "demonstrator"
-    elif variant == "on_policy_reward":
+    elif variant in ("on_policy_reward", "judge_free"):
+        c.objective.beta_d = _anchor(REWARD_ANCHOR)
         c.rollout.weights = ConfigDict({"task": 0.0, "agent": 0.0, "consistency": 0.0, "distill": 1.0})
+        c.rollout.distill_min_time = HIGH_NOISE if variant == "judge_free" else 0.0
     elif variant == "rl_only":
         c.objective.beta_d = ((0, 0.0),)
         c.objective.rl_weight = ((0, 1.0),)
@@ -286,8 +292,10 @@ def _apply(c: ConfigDict, variant: str) -> None:
         c.rollout.weights.consistency = 0.0
     elif variant == "wmsd_grpo":
         c.objective.rl = "flow_grpo"
-        c.objective.rl_weight = _from_then_on(3000.0)  # log-densities are means over thousands of entries
+        c.objective.beta_d = _anchor(ANCHOR / 15)  # log-densities are means over thousands of entries: weak gradients
         c.sampler.eta = 0.7
+    elif variant == "wmsd_nft":
+        c.objective.rl = "nft"
     elif variant == "full_weights":
         c.executor.rank = 0
         c.optimizer.learning_rate = _rates(DISTILL_RATE / 2)

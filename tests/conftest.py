@@ -47,7 +47,8 @@ LONGEST = (
 # `test_train` compiles too. (Of jobs of several processes, `test_checkpoints` has one for every Python.)
 ONCE = {
     "data", "judges", "launch", "sandbox", "vlm", "test_ablate", "test_charts", "test_convert", "test_experience",
-    "test_held_out", "test_hosts", "test_judgments", "test_notebooks", "test_probe", "test_report", "test_report_parts",
+    "test_held_out", "test_hosts", "test_judgments", "test_mutations", "test_notebooks", "test_probe", "test_report",
+    "test_report_parts",
 }  # fmt: skip
 
 

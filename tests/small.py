@@ -3,6 +3,7 @@
 Tests that share these settings share compiled programs, which is most of their time.
 """
 
+import json
 import pathlib
 
 import jax
@@ -12,6 +13,9 @@ import numpy as np
 from world_distill import components, prepare
 from world_distill.checkpoints import save_weights
 from world_distill.config import load_config
+from world_distill.programs import make_programs
+
+HASH, PATTERN = "hash_judge:HashJudge", "hash_judge:PatternJudge"
 
 SMALL = {
     "model.width": 32,
@@ -57,10 +61,22 @@ VARIANTS = {
 
 
 def small_config(folder: pathlib.Path, **overrides):
-    """The sandbox config at test size; the base is random weights in `folder`, records are in `folder`/data."""
-    config = load_config("sandbox", {**SMALL, "base": str(folder / "base.safetensors"), **overrides})
+    """The sandbox config at test size; the base is random weights in `folder`, records are in `folder`/data.
+
+    The judge's answers are a hash of the clip (`hash_judge`), so that there is RL in every step that has it.
+    """
+    own = {"base": str(folder / "base.safetensors"), "judge.factory": HASH}
+    config = load_config("sandbox", {**SMALL, **own, **overrides})
     config.data = str(folder / "data")
     return config
+
+
+def check_advantages(config, workdir: pathlib.Path) -> None:
+    """Fails unless, in a finished run, every group of every step that has RL has advantages."""
+    objective = make_programs(config, components.start_devices(config)).objective
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    judged = {line["step"]: line["reward/zero_std_ratio"] for line in lines if "reward/zero_std_ratio" in line}
+    assert judged == {step + 1: 0.0 for step in range(config.steps) if objective.rl_active(step)}
 
 
 def redraw(tree, seed: int, size: float = 0.15):

@@ -10,11 +10,11 @@ from world_distill import ablate, ablate_page
 from world_distill.ablate import Ordering
 from world_distill.scoring import Verdict, summarise
 
-RATES = {"base": 0.1, "demonstrator": 0.5, "wmsd": 0.9, "beta_0": 0.6, "beta_20": 0.6, "rl<only>": 0.2}
+RATES = {"base": 0.1, "demonstrator": 0.5, "wmsd": 0.9, "beta_0": 0.6, "beta_0.1": 0.6, "rl<only>": 0.2}
 ORDERINGS = [
     Ordering("wmsd", "demonstrator", "task", "RL adds"),
     Ordering("rl<only>", "wmsd", "all", "RL alone is enough"),
-    Ordering("beta_0", "beta_20", "average", "more is better"),
+    Ordering("beta_0", "beta_0.1", "average", "more is better"),
 ]
 
 
@@ -30,9 +30,9 @@ def make_result(rates=RATES):
     return {
         "seeds": [0, 3],
         "reference": "wmsd",
-        "steps": {"wmsd": 10, "beta_0": 11, "beta_20": 10, "rl<only>": 20},
+        "steps": {"wmsd": 10, "beta_0": 11, "beta_0.1": 10, "rl<only>": 20},
         "rows": [summarise(name, seeds[0]) for name, seeds in pool.items()],
-        "sweep": [(0.0, "beta_0"), (2.0, "wmsd"), (20.0, "beta_20")],
+        "sweep": [(0.0, "beta_0"), (0.01, "wmsd"), (0.1, "beta_0.1")],
         "curves": {
             name: [(5, 0.3), (10, rate)] for name, rate in rates.items() if name not in ("base", "demonstrator")
         },
@@ -78,7 +78,7 @@ def test_the_sweep_names_its_weights_and_shows_intervals():
     assert sum(node.tag.endswith("path") for node in chart.iter()) == 2 + 3
     tips = [node.text for node in chart.iter() if node.tag.endswith("title")]
     average = next(row["average"] for row in result["rows"] if row["name"] == "wmsd")
-    assert any(tip.startswith(f"Executor, weight of the anchor in RL 2: {100 * average:.1f}") for tip in tips)
+    assert any(tip.startswith(f"Executor, weight of the anchor in RL 0.01: {100 * average:.1f}") for tip in tips)
 
 
 @pytest.mark.parametrize("names", [["wmsd"], ["base", "demonstrator", "rl<only>"]], ids=str)

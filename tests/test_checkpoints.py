@@ -135,6 +135,14 @@ def test_a_step_below_the_newest_is_refused(tmp_path):
             checkpointer.save(3, make_state(3), b"", METADATA)
 
 
+def test_steps_are_restored_from_the_newest_back(tmp_path):
+    write(tmp_path, 1, 2, 10)
+    with Checkpointer(tmp_path) as checkpointer:
+        state, iterator, metadata = checkpointer.restore_latest(abstract(make_state()))
+        assert checkpointer.latest_step() == metadata["step"] == 10 and iterator == b'{"n": 10}'
+        assert_equal(state, make_state(10))
+
+
 # ---- Half-written
 
 
@@ -236,6 +244,28 @@ def test_damaged_arrays_are_told_and_put_aside(tmp_path, caplog):
                 checkpointer.restore_latest(step_with_a_large_array(1))
             checkpointer.save(2, step_with_a_large_array(2), b"2", METADATA)
     assert sorted(p.name.split("-")[0] for p in tmp_path.iterdir()) == ["2", "torn", "torn"]
+
+
+@pytest.mark.parametrize(
+    "item, before, after",
+    [
+        ("metadata", '"seed": 3', '"seed": 8'),  # another config, which `expect` would compare with
+        ("metadata", '"lora/q/a": ', '"lora/q/a": 1'),  # another check sum of an array
+        ("iterator", "17", "18"),  # another place in the data
+    ],
+)
+def test_text_that_is_whole_but_not_what_was_saved_is_passed_over(tmp_path, item, before, after):
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, make_state(step), b'{"records": %d}' % (15 + step), METADATA)
+    file = next(f for f in (tmp_path / "2" / item).rglob("metadata") if f.is_file())
+    text = file.read_text()
+    assert text.count(before) == 1
+    file.write_text(text.replace(before, after))
+    with Checkpointer(tmp_path) as checkpointer:
+        state, iterator, metadata = checkpointer.restore_latest(abstract(make_state()))
+        assert metadata["step"] == 1 and iterator == b'{"records": 16}' and metadata["config"]["seed"] == 3
+        assert_equal(state, make_state(1))
 
 
 WRITER = """

@@ -2,14 +2,23 @@
 
 import argparse
 import math
+import pathlib
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import make_inputs, small_config
+from small import VARIANTS, make_inputs, redraw, small_config
 
-from world_distill import components, evaluate, runs
+from world_distill import components, evaluate, runs, train
+from world_distill.checkpoints import Checkpointer
+from world_distill.core import sampling
+from world_distill.data.pipeline import fixed_batches
 from world_distill.data.records import RecordReader
+from world_distill.programs import make_programs
 from world_distill.scoring import Verdict, breakdown, markdown, summarise
+from world_distill.structs import Condition
 
 
 def verdict(i, task, agent, consistency, kind="go"):
@@ -81,6 +90,26 @@ def test_a_clip_does_not_depend_on_the_batch(parts):
     assert [v.id for v in verdicts] == [v.id for v in again]
 
 
+@pytest.mark.parametrize("text", ["task", "solution"])
+def test_a_clip_is_a_plain_rollout_from_the_seed_and_the_records_number(parts, text):
+    config, mesh, family, base, reader = parts
+    [batch] = fixed_batches(reader, 4, text_length=config.text_length)
+    rows, lora = np.array([0, 1, 2, 3]), redraw(make_programs(config, mesh).state.lora, 5)
+    grid, _ = components.sampler_grid(config)
+    condition = Condition(*(jnp.asarray(batch[name]) for name in (f"{text}_text", f"{text}_mask", "scene")))
+    found, denoise = [], jax.jit(family.denoise)
+    for seed in (0, 3):
+        evaluator = runs.Evaluator(family, mesh, None, grid=grid, batch=4, text_length=config.text_length, seed=seed)
+        found.append(evaluator.clips(batch, base, lora, text=text, rows=rows))
+        keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), row) for row in rows])
+        x = sampling.initial_noise(keys, condition.scene, family.latent_shape, family.free_frames)
+        for t, t_next in zip(grid[:-1], grid[1:], strict=True):  # Euler's method
+            x = x + (t_next - t) * denoise(base, lora, x, jnp.full(4, t), condition)
+        assert np.abs(found[-1].astype(int) - np.asarray(family.decode(base, x))).max() <= 1
+    assert np.abs(found[0][:, 1:].astype(int) - found[1][:, 1:]).max() > 10  # another seed, other clips
+    np.testing.assert_array_equal(found[0][:, 0], found[1][:, 0])  # of the same scene
+
+
 def test_limit(parts):
     assert len(clips_of(parts, 2, limit=3)[1]) == 3
 
@@ -95,6 +124,61 @@ def test_rates_are_those_of_the_benchmark(parts):
     )
     for question, values in scores.items():
         assert [v.scores[question] for v in verdicts] == list(values)
+
+
+# ---- Who is scored, and told what
+
+
+class Told:
+    """In an evaluator's place: notes the weights and the text that each call gets."""
+
+    def __init__(self):
+        self.calls = []
+
+    def run(self, reader, base, lora, *, text, **_):
+        self.calls.append((jax.device_get(lora), text))
+        return [verdict(i, 1, 1, 1) for i in range(3)]
+
+
+def test_roles_are_what_their_names_say(parts):
+    config, mesh, family, base, reader = parts
+    told = Told()
+    opened = types.SimpleNamespace(
+        config=config, data=reader.index_path.parent, base=base, executor="weights", step=7, evaluator=lambda _: told
+    )
+    found = evaluate.evaluate_roles(opened, roles=("base", "demonstrator", "executor"), split="test")
+    assert told.calls == [(None, "task"), (None, "solution"), ("weights", "task")]
+    assert [row["name"] for row in found["rows"]] == list(found["verdicts"]) == ["base", "demonstrator", "executor"]
+
+
+def test_a_run_is_opened_with_the_slow_average_of_its_newest_checkpoint(parts, tmp_path):
+    config, mesh, family, _, _ = parts
+    state = make_programs(config, mesh).state
+    made = redraw(state.replace(step=None, key=None), 1)
+    assert runs.load_executor(config, mesh, tmp_path) == (None, 0)
+    with Checkpointer(runs.checkpoint_folder(config, tmp_path)) as checkpointer:
+        for step in (1, 2):
+            ema = redraw(state.lora, 10 + step)
+            saved = made.replace(step=jnp.int32(step), key=jax.random.key(0), lora_ema=ema)
+            saved = jax.tree.map(lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), saved, state)
+            checkpointer.save(step, saved, b"{}", {"config": {}, "fingerprint": ""})
+    found, step = runs.load_executor(config, mesh, tmp_path)
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, found, ema)
+
+
+def test_training_validates_the_slow_average(parts, tmp_path, monkeypatch):
+    config, told = parts[0], Told()
+    config = small_config(pathlib.Path(config.data).parent, **VARIANTS["distill"], steps=2, evaluate_every=1)
+    monkeypatch.setattr(train.runs, "make_evaluator", lambda *_: told)
+    train.train(config, tmp_path)
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        state, _, _ = checkpointer.restore_latest(make_programs(config, components.start_devices(config)).state)
+    (_, text), (last, _) = told.calls
+    assert text == "task"
+    jax.tree.map(np.testing.assert_array_equal, last, jax.device_get(state.lora_ema))
+    gaps = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(state.lora), strict=True)]
+    assert max(gaps) > 1e-4  # the weights themselves are others
 
 
 def test_unknown_roles_are_named(tmp_path):

@@ -6,7 +6,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from small import VARIANTS, make_inputs, small_config
+from small import VARIANTS, check_advantages, make_inputs, small_config
 
 from tests.vlm.fake_server import FakeServer
 from world_distill import train
@@ -44,6 +44,7 @@ def run(config, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Experience, "take", remembering)
         train.train(config, folder)
+    check_advantages(config, folder)
     return seen, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

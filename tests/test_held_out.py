@@ -74,6 +74,39 @@ def test_what_cannot_be_measured_is_not_a_number():
     }  # fmt: skip
 
 
+def test_each_clip_is_judged_about_its_own_task(tmp_path, monkeypatch):
+    """A process looks after some rows of a batch, not the first ones."""
+    cache = JudgmentCache(tmp_path / "c")
+    audit = held_out.HeldOut(Judge("held", 1.0), RUBRIC, None, RUBRIC, (), cache)
+    monkeypatch.setattr(held_out.hosts, "join_rows", lambda own, values, count: values)
+    names = ["w", "x", "y", "z"]
+    audit.watch(clips(90, 110), np.array([1, 3]), {"ids": names, "task": names, "agent": names})
+    asked = {(e.about.record, e.about.task, e.about.agent, e.log_odds) for e in cache.entries()}
+    assert asked == {("x", "x", "x", -10.0), ("z", "z", "z", 10.0)}
+
+
+def test_judges_are_asked_in_their_own_words(tmp_path):
+    other = Rubric({"task": "Done, {task}?"})
+    cache = JudgmentCache(tmp_path / "c")
+    watched(held_out.HeldOut(Judge("held", 1.0), other, Judge("reward", 1.0), RUBRIC, ("task",), cache), 90)
+    assert {(e.judge, e.about.text) for e in cache.entries()} == {
+        ("held", "Done, r90?"), ("reward", "Is r90 done?"),
+    }  # fmt: skip
+
+
+def test_gaps_are_against_the_first_evaluation_of_the_run(tmp_path):
+    audit = held_out.HeldOut(Judge("held", 1.0), RUBRIC, Judge("reward", 2.0), RUBRIC, ("task",), None)
+    gaps = []
+    for levels in ((90, 110), (110, 130), (120, 140)):
+        watched(audit, *levels)
+        audit._scores[-1]["held/task"] -= np.mean(levels) - 100  # the held-out judge sees no progress
+        found = held_out.audit(audit, tmp_path)
+        gaps.append(found["held_out/task/gap"])
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": len(gaps)} | found) + "\n")
+    assert gaps == pytest.approx([0, 2, 3])  # in standard deviations of the first, which are 10 and 20
+
+
 def test_rank_correlation_is_spearmans():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -95,7 +128,7 @@ ORACLE = "world_distill.sandbox.factories:oracle"
 def run(tmp_path_factory):
     inputs, folder = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("run")
     settings = {"evaluate_every": 1, "held_out.factory": ORACLE, "judge.cache": f"{inputs}/shared/"}
-    config = small_config(inputs, steps=2, **settings, **{"judge.keep_clips": 0.5})
+    config = small_config(inputs, steps=2, **settings, **{"judge.factory": ORACLE, "judge.keep_clips": 0.5})
     family = components.make_family(config)
     save_weights(inputs / "base.safetensors", random_weights(family, 7), {})
     prepare.make_records(config, inputs / "data")

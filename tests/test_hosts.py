@@ -11,7 +11,7 @@ import jax
 import jobs
 import numpy as np
 import pytest
-from small import VARIANTS, make_inputs, small_config
+from small import PATTERN, VARIANTS, check_advantages, make_inputs, small_config
 from test_train import assert_same, final_states
 
 from tests.effort import KILLS
@@ -23,6 +23,7 @@ SIZES = {"model.depth": 1, "sampler.steps": 2, "objective.updates": 1, "scenes.v
 EVALUATION = {"evaluate_every": 2, "evaluate_batch": 4, "held_out.factory": "world_distill.sandbox.factories:oracle"}
 KEPT = {"save_every": 1, "keep": STEPS}
 RUN = VARIANTS["awm"] | KEPT | SIZES | EVALUATION | {"rollout.staleness": 1, "host_devices": 4}
+RUN |= {"judge.factory": PATTERN}  # processes may round a pixel in another way
 
 
 def test_variables_come_together():
@@ -103,7 +104,9 @@ def two(inputs, tmp_path_factory):
 def test_two_processes_train_as_one(inputs, two, tmp_path):
     config = small_config(inputs, **RUN)
     train.train(config, tmp_path)
+    check_advantages(config, tmp_path)
     folder, said = two
+    check_advantages(config, folder)
     (one, data), (other, other_data) = final_states(config, tmp_path, folder)
     assert data == other_data
     for a, b in zip(jax.tree.leaves(one.lora), jax.tree.leaves(other.lora), strict=True):

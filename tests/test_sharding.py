@@ -179,3 +179,26 @@ def test_a_family_declares_shardings_that_are_allocated():
 def test_rows_are_cut_where_they_divide(mesh):
     assert sharding.rows_or_whole(mesh, 8) == sharding.batch_sharding(mesh)
     assert sharding.rows_or_whole(mesh, 6) == sharding.replicated(mesh)  # data * fsdp = 4
+
+
+@pytest.mark.parametrize("rows", [0, 2, 4, 8])
+def test_rows_that_are_mapped_a_few_at_a_time_come_back_in_their_order(rows):
+    x, scale = np.arange(24.0).reshape(8, 3), np.arange(8.0)
+    found = jax.jit(lambda x, s: sharding.map_rows(lambda x, s: (x * s[:, None], -s), rows, x, s))(x, scale)
+    np.testing.assert_array_equal(found[0], x * scale[:, None])
+    np.testing.assert_array_equal(found[1], -scale)
+    with pytest.raises(ValueError, match="3 rows at a time do not divide 8"):
+        sharding.map_rows(lambda x: x, 3, x)
+
+
+def test_an_optimisers_state_lies_where_its_weights_do(mesh):
+    weights = {"q": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros(4)}, "table": jnp.zeros((8, 4))}
+    places = {
+        "q": {"kernel": NamedSharding(mesh, PartitionSpec("fsdp", "tensor")), "bias": sharding.replicated(mesh)},
+        "table": NamedSharding(mesh, PartitionSpec("tensor", None)),
+    }
+    state = {"mu": weights, "nu": {"q": {"kernel": jnp.zeros((8, 4))}}, "table": jnp.zeros(3), "count": jnp.zeros(())}
+    other = sharding.batch_sharding(mesh)
+    found = sharding.like_weights(state, weights, places, other)
+    assert found["mu"] == places and found["nu"]["q"]["kernel"] == places["q"]["kernel"]
+    assert found["table"] == found["count"] == other  # a path that ends alike, but another shape

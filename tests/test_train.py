@@ -16,7 +16,7 @@ import jobs
 import numpy as np
 import optax
 import pytest
-from small import VARIANTS, make_inputs, redraw, small_config
+from small import PATTERN, VARIANTS, check_advantages, make_inputs, redraw, small_config
 
 from tests.effort import KILLS
 from world_distill import components, runs, train
@@ -41,6 +41,8 @@ def inputs(tmp_path_factory) -> pathlib.Path:
 
 # Three steps of distillation, each rollout with a task of its own; then RL on groups.
 STAGED = VARIANTS["awm"] | {"objective.rl_weight": ((2, 0.0), (3, 1.0)), "steps": 6, "evaluate_every": 2}
+# Two steps whose judge does not mind how a pixel is rounded.
+PATTERNED = VARIANTS["awm"] | {"judge.factory": PATTERN, "steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def whole(inputs, tmp_path_factory):
 
     @functools.cache
     def run(variant):
-        config = small_config(inputs, **(VARIANTS | {"staged": STAGED})[variant])
+        config = small_config(inputs, **(VARIANTS | {"staged": STAGED, "patterned": PATTERNED})[variant])
         folder = tmp_path_factory.mktemp(variant)
         listener = logging.FileHandler(folder / "warnings")
         logging.getLogger("absl").addHandler(listener)
@@ -60,6 +62,7 @@ def whole(inputs, tmp_path_factory):
             train.train(config, folder)
         finally:
             logging.getLogger("absl").removeHandler(listener)
+        check_advantages(config, folder)
         return config, folder
 
     return run
@@ -283,11 +286,12 @@ def test_a_judge_that_fails_too_often_stops_the_run_which_goes_on_when_it_works(
 
 
 def test_devices_and_mesh_do_not_change_the_result(inputs, whole, tmp_path):
-    alone, folder = whole("awm")
+    alone, folder = whole("patterned")
     eight = {"host_devices": 8, "mesh.data": 4, "mesh.fsdp": 2, "rollout.micro_batch": 4}  # of 8
-    config = small_config(inputs, **VARIANTS["awm"], steps=2, **eight)
+    config = small_config(inputs, **PATTERNED, **eight)
     train.train(config, tmp_path / "eight")
-    [(one, _)] = final_states(alone, after_two_steps(folder, tmp_path / "one"))
+    check_advantages(config, tmp_path / "eight")
+    [(one, _)] = final_states(alone, folder)
     [(many, _)] = final_states(config, tmp_path / "eight")
     assert alone.host_devices == 1 and one.step == many.step == 2
     for a, b in zip(jax.tree.leaves(one.lora), jax.tree.leaves(many.lora), strict=True):

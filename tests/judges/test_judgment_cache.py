@@ -28,6 +28,7 @@ def test_key_depends_on_everything_that_was_judged():
         JudgmentCache.key(base, "ab", "c"),
         JudgmentCache.key(base, "a", "bc"),
         JudgmentCache.key(base, "ab", "d"),
+        JudgmentCache.key(base, "xy", "c"),
         JudgmentCache.key(base.reshape(2, 6, 4, 3), "ab", "c"),
         JudgmentCache.key(base[:1], "ab", "c"),
         JudgmentCache.key(np.where(np.arange(base.size).reshape(base.shape) == 77, base ^ 1, base), "ab", "c"),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from small import redraw
 
-from tests.models import plain_tiny
-from tests.models.tiny_inputs import CONFIG, base_weights, inputs, make_family
+from tests.models import make_goldens, plain_tiny
+from tests.models.tiny_inputs import CONFIG, base_weights, inputs, make_family, random_lora
 from world_distill import components, models
 from world_distill.checkpoints import CheckpointError, load_weights, save_weights
 from world_distill.config import UserError, load_config
@@ -73,6 +73,17 @@ def test_the_network_with_lora_is_the_plain_one(base):
     expected = plain_velocity(base, x_t, t, condition, lora, 0.5)
     close(jax.jit(family.denoise)(base, lora, x_t, t, condition), expected)
     assert not np.allclose(expected, plain_velocity(base, x_t, t, condition), atol=0.1)
+
+
+@pytest.mark.parametrize("merge_lora", [False, True])
+def test_velocities_are_the_committed_ones(base, merge_lora):
+    with np.load(make_goldens.PATH) as golden:
+        plain, adapted = golden["v"], golden["v_lora"]
+    family = make_family(lora_targets=".*", lora_scale=make_goldens.SCALE, merge_lora=merge_lora)
+    x_t, t, condition = inputs()
+    close(jax.jit(family.denoise)(base, random_lora(), x_t.at[:, 0].set(1e3), t, condition), adapted)
+    close(velocity(base, x_t, t, condition), plain)
+    assert not np.allclose(plain, adapted, atol=0.1)
 
 
 def value_and_gradient(**changes):

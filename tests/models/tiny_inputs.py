@@ -26,6 +26,12 @@ def base_weights():
     return redraw(shapes, 1)
 
 
+def random_lora():
+    """Factors for every layer of the model that LoRA can adapt, all random."""
+    family, base = make_family(lora_targets=".*"), base_weights()
+    return redraw(jax.eval_shape(lambda key: family.init_lora(key, base, rank=2), jax.random.key(0)), 3, 0.3)
+
+
 def inputs(batch=2, tokens=5, config=CONFIG, seed=2):
     """x_t, t and the condition; the last tokens of the odd rows are padding."""
     rng = np.random.default_rng(seed)

@@ -87,6 +87,13 @@ def test_task_odds_fall_with_the_distance_to_the_goal():
         assert np.abs(np.diff(odds)).max() < 2.5
 
 
+def test_a_goal_that_is_passed_is_not_reached():
+    for scene, deed in deeds_by_kind(4, 8)["go"]:
+        there = act(scene, deed)
+        there.track = there.track[[0, 2, 4, 6, 8, 6, 4, 2, 0]]  # and back
+        assert ask(ORACLE, deed, act(scene, deed).clip)["task"] > 3 > -3 > ask(ORACLE, deed, there.clip)["task"]
+
+
 def test_agent_odds_rise_with_the_way_it_makes():
     for scene, deed in deeds_by_kind(6, 8)["go"]:
         length = np.linalg.norm(np.subtract(*deed.motion.way))
