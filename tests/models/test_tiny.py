@@ -394,6 +394,20 @@ def test_order_of_words_matters():
     assert np.abs(np.sort(a, axis=0) - np.sort(b, axis=0)).max() > 0.1
 
 
+def test_the_empty_text_is_one_token_and_looks_like_no_word(base):
+    """Guidance compares a text with the empty one: attention over it must have something to attend to."""
+    empty = encode_text("", 64)
+    assert empty.shape == (1, 64) and np.abs(empty).max() > 0.1
+    assert not any(np.allclose(empty, encode_text(word, 64)) for word in ("s", "a", "the"))
+    x_t, t, condition = inputs()
+    mask = np.zeros_like(condition.text_mask)
+    mask[:, :1] = True
+    text = np.zeros_like(condition.text)
+    text[:, :1] = encode_text("", text.shape[-1])
+    v = velocity(base, x_t, t, condition.replace(text=jnp.asarray(text), text_mask=jnp.asarray(mask)))
+    assert np.isfinite(v).all() and np.abs(v - velocity(base, x_t, t, condition)).max() > 1e-2
+
+
 @pytest.mark.parametrize("text", ["  ", "?!…"])
 def test_text_without_words_is_refused(text):
     with pytest.raises(ValueError, match="without words"):
