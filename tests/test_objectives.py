@@ -347,12 +347,8 @@ def test_nft_pulls_to_what_was_good(family, base, lora, batch):
     objective = make_objective(rl="nft", beta_d=0.0, updates=1, draws=1, nft_old="start")
     state, metrics = run(family, base, lora, batch, objective)
     assert float(metrics["train/policy_gap"]) == pytest.approx(0.0, abs=1e-12)
-    key = jax.random.split(jax.random.fold_in(make_state(optax.sgd(1.0), lora).key, 0), 1)[0]
-    draw = objectives.draw_rows(key, objective, batch, GRID, None)
-    t = jnp.asarray(GRID)[draw.renoised[0]]
-    eps = sampling.initial_noise(draw.keys[0], batch.task.scene, family.latent_shape, family.free_frames)
-    x_t = sampling.pin_frames(flow.interpolate(batch.latents, eps, t), batch.task.scene, family.free_frames)
-    v_old, target = family.denoise(base, lora, x_t, t, batch.task), flow.velocity(batch.latents, eps)
+    t, x_t, target = renoised(family, batch, objective, lora)
+    v_old = family.denoise(base, lora, x_t, t, batch.task)
     error = (v_old - target)[:, 1:]
     scale = t * jnp.abs(error).mean((1, 2, 3, 4))
 
@@ -454,6 +450,38 @@ def test_the_slow_average_by_hand(family, base, lora, batch):
     second = leaf(second_state.lora)
     np.testing.assert_allclose(leaf(second_state.lora_ema), second + 2 / 11 * (average - second), atol=1e-6)
     assert np.abs(second - first).max() > 1e-4 and np.abs(first - before).max() > 1e-4
+
+
+def test_the_slow_average_within_a_step(family, base, lora, batch):
+    """It counts updates: after two, weights that stay put are where they were, and its decay is that of two."""
+    objective = make_objective(rl="none", beta_d=1.0, updates=2, draws=2, ema_decay=0.9)
+    start = make_state(optax.sgd(0.0), lora).replace(lora_ema=jax.tree.map(lambda x: 3.0 * x, lora))
+    state, _ = make_step(family, objective, 0.0, False)(start, base, batch)
+    np.testing.assert_allclose(leaf(state.lora_ema), leaf(lora) * (1 + 2 * (1 / 10) * (2 / 11)), rtol=1e-5)
+
+
+def test_awm_by_hand(family, base, lora, batch):
+    """One draw: the gradient of A t m with the `t` weighting, on free frames."""
+    objective = make_objective(rl="awm", beta_d=0.0, updates=1, draws=1, awm_weighting="t", awm_old="start")
+    state, _ = run(family, base, lora, batch, objective)
+    t, x_t, target = renoised(family, batch, objective, lora)
+
+    def direct(weights):
+        error = (family.denoise(base, weights, x_t, t, batch.task) - target)[:, 1:]
+        return (batch.advantages * t * (error**2).mean((1, 2, 3, 4))).mean()
+
+    by_hand = jax.tree.map(jnp.negative, jax.jit(jax.grad(direct))(lora))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), change(lora, state.lora), by_hand)
+
+
+def renoised(family, batch, objective, lora):
+    """(times, noisy clips, their velocities' target) of a first update with one draw."""
+    key = jax.random.split(jax.random.fold_in(make_state(optax.sgd(1.0), lora).key, 0), 1)[0]
+    draw = objectives.draw_rows(key, objective, batch, GRID, None)
+    t = jnp.asarray(GRID)[draw.renoised[0]]
+    eps = sampling.initial_noise(draw.keys[0], batch.task.scene, family.latent_shape, family.free_frames)
+    x_t = sampling.pin_frames(flow.interpolate(batch.latents, eps, t), batch.task.scene, family.free_frames)
+    return t, x_t, flow.velocity(batch.latents, eps)
 
 
 def test_rows_draws_and_steps_have_noise_of_their_own(family, base, lora, batch):
