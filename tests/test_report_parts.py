@@ -92,6 +92,22 @@ def test_half_written_log_line_is_dropped(tmp_path):
     assert report.read(tmp_path).log["rate/task"][-1] == (60, 1.0)
 
 
+def test_what_the_rewards_agree_on_stands_in_a_table(tmp_path):
+    make_run(tmp_path)
+    assert "What the rewards agree on" not in report.html(report_data.read(tmp_path))
+    lines = [
+        {"step": 1, "within_group/task~motion": 0.5, "within_group/task~distill": -0.25},
+        {"step": 2, "within_group/task~motion": 0.25, "within_group/task~distill": None},  # no advantages in this step
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    contents = report_data.read(tmp_path)
+    assert report_data.within_group(contents) == {("task", "motion"): 0.375, ("task", "distill"): -0.25}
+    page = report.html(contents)
+    rows = dict(re.findall(r'<tr><th scope="row">(task|motion|distill)</th>(.*?)</tr>', page))
+    assert rows["task"] == "<td></td><td>+0.38</td><td>-0.25</td>"  # beside itself, motion and distill
+    assert rows["distill"] == "<td>-0.25</td><td></td><td></td>"
+
+
 def test_damaged_clip_leaves_a_gap_and_a_note(tmp_path):
     make_run(tmp_path, kept=2)
     (tmp_path / "clips/executor/r0.png").write_bytes(b"half")
