@@ -62,7 +62,8 @@ def test_the_network_is_the_plain_one(base):
     expected = plain_velocity(base, x_t, t, condition)
     close(velocity(base, x_t, t, condition), expected)
     # What the network itself says is a good part of it.
-    assert np.abs(expected[:, 1:] - (x_t / t[:, None, None, None, None])[:, 1:]).max() > 0.5
+    still = (x_t - condition.scene) / t[:, None, None, None, None]
+    assert np.abs(expected[:, 1:] - still[:, 1:]).max() > 0.5
 
 
 def test_the_network_with_lora_is_the_plain_one(base):
@@ -224,9 +225,10 @@ def test_a_new_base_is_a_function_of_its_key(base):
     up = first["blocks"]["mlp"]["up"]["kernel"]
     assert not np.array_equal(up, other["blocks"]["mlp"]["up"]["kernel"]) and not np.array_equal(up[0], up[1])
     assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, base)
-    assert not first["head"]["kernel"].any()  # it begins by showing the mean of all data
+    assert not first["head"]["kernel"].any()  # it begins by showing the scene, still
     x_t, t, condition = inputs()
-    close(velocity(first, x_t, t, condition)[:, 1:], (x_t / t[:, None, None, None, None])[:, 1:], 1e-6)
+    still = (x_t - condition.scene) / t[:, None, None, None, None]
+    close(velocity(first, x_t, t, condition)[:, 1:], still[:, 1:], 1e-6)
 
 
 def test_the_shipped_base_fits_the_default_config():
@@ -383,7 +385,21 @@ def test_order_of_words_matters():
     assert np.abs(np.sort(a, axis=0) - np.sort(b, axis=0)).max() > 0.1
 
 
-@pytest.mark.parametrize("text", ["", "  ", "?!…"])
+def test_the_empty_text_is_one_token_and_looks_like_no_word(base):
+    """Guidance compares a text with the empty one: attention over it must have something to attend to."""
+    empty = encode_text("", 64)
+    assert empty.shape == (1, 64) and np.abs(empty).max() > 0.1
+    assert not any(np.allclose(empty, encode_text(word, 64)) for word in ("s", "a", "the"))
+    x_t, t, condition = inputs()
+    mask = np.zeros_like(condition.text_mask)
+    mask[:, :1] = True
+    text = np.zeros_like(condition.text)
+    text[:, :1] = encode_text("", text.shape[-1])
+    v = velocity(base, x_t, t, condition.replace(text=jnp.asarray(text), text_mask=jnp.asarray(mask)))
+    assert np.isfinite(v).all() and np.abs(v - velocity(base, x_t, t, condition)).max() > 1e-2
+
+
+@pytest.mark.parametrize("text", ["  ", "?!…"])
 def test_text_without_words_is_refused(text):
     with pytest.raises(ValueError, match="without words"):
         encode_text(text, 8)

@@ -12,6 +12,8 @@ import re
 
 import numpy as np
 
+END = "</s>"  # stands for the empty text; no word of a text looks like it
+
 
 @functools.lru_cache(maxsize=65536)
 def _vector(gram: str, width: int) -> np.ndarray:
@@ -22,10 +24,12 @@ def _vector(gram: str, width: int) -> np.ndarray:
 def encode_text(text: str, width: int) -> np.ndarray:
     """States [l width] float32 of a text's l words (lower case, punctuation dropped).
 
+    The empty text has one state, an end mark's, so that attention over it is defined and guidance can use it.
+
     Raises:
-      ValueError: the text has no word in it.
+      ValueError: the text is not empty, yet has no word in it.
     """
-    words = re.findall(r"[a-z0-9]+", text.lower())
+    words = re.findall(r"[a-z0-9]+", text.lower()) if text else [END]
     if not words:
         raise ValueError(f"cannot encode a text without words: {text!r}")
     grams = [[" ".join(words[max(0, i - n) : i + 1]) for n in range(3)] for i in range(len(words))]
