@@ -1,4 +1,4 @@
-"""World Model Self-Distillation in the sandbox world: the whole method on a laptop CPU.
+r"""World Model Self-Distillation in the sandbox world: the whole method on a laptop CPU.
 
 Command:   world-distill quickstart                     (this config, from nothing to the report)
            world-distill train --config sandbox[:VARIANT] --workdir DIR
@@ -17,13 +17,13 @@ Variants, `--config sandbox:VARIANT`:
   full_weights      wmsd with full differences from the base in place of LoRA
   full_kinds        wmsd on all kinds of task (`kinds=full`)
 
-The base that ships was pretrained in two stages, on one CPU core each; models/tiny/base.jsonl is the log of both, and
+The base that ships was pretrained in two stages. models/tiny/base.jsonl is the log of both, and
 the metadata of models/tiny/base.safetensors names both commands.
   1  18,000 updates of 32 clips with loss_power 0, drop_text 0, two_legs 0.25 and faults blink 0.08, jump 0.07, vanish
      0.05, by a network that did not add the scene to its output. Git has these weights: `git show
      ff5010f:world_distill/models/tiny/base.safetensors > stage1/base.safetensors`.
   2  world-distill pretrain --config sandbox --seed 10 --config.host_devices=1 --config.pretrain.steps=4900
-     --config.pretrain.start=stage1/base.safetensors --config.pretrain.fresh='head\\..*'
+     --config.pretrain.start=stage1/base.safetensors --config.pretrain.fresh='head\..*'
      --config.pretrain.learning_rate=0.006 --workdir stage2
 A base from nothing by this config alone (18,000 updates): not measured yet.
 """
