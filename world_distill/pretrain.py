@@ -1,26 +1,32 @@
 """`world-distill pretrain`: trains the sandbox's base model, by plain flow matching on captioned clips.
 
-    loss = E |v(x_t, t | scene, caption) - (eps - x_0)|^2,    t = shift(u), u ~ U(0, 1) stratified over the batch
+    loss = E t^p |v(x_t, t | scene, caption) - (eps - x_0)|^2,    t = shift(u), u ~ U(0, 1) stratified over the batch
 
-The clips come from a factory that the config names, and are a pure function of (seed, step), so a run that is
-interrupted continues bit for bit. The result is the exponential average of the weights.
+t v is the error of the clean latents: p = 2 weighs it alike at all times, and p = 0 spends the network on the detail of
+small times. Some captions are replaced by the empty text, which classifier-free guidance needs. The clips come from a
+factory that the config names, and are a pure function of (seed, step), so a run that is interrupted continues bit for
+bit. The result is the exponential average of the weights.
 """
 
 import argparse
 import concurrent.futures
 import functools
+import json
+import re
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 import world_distill
 from world_distill import arguments, components, optim
-from world_distill.checkpoints import Checkpointer, make_metadata, save_weights
+from world_distill.checkpoints import Checkpointer, load_weights, make_metadata, save_weights
+from world_distill.config import UserError
 from world_distill.core import flow, losses, sampling, schedules
 from world_distill.data.pipeline import pad_texts
 from world_distill.interfaces import ModelFamily
@@ -29,12 +35,14 @@ from world_distill.sharding import batch_sharding, replicated
 from world_distill.structs import Condition, PyTree
 
 HELP = """\
-Train the sandbox's base model from nothing, on clips of random motions with captions of what is seen.
+Train the sandbox's base model on clips of random motions with captions of what is seen.
 
 The base never sees a task phrase. Interrupt it and call it again: it continues where it stopped. The weights end up in
 WORKDIR/base.safetensors, with the command and the seed in the file's metadata, the log in WORKDIR/pretrain.jsonl.
+Training starts from random weights, or from a weight file, whose metadata the new file then holds as `start`.
 
   world-distill pretrain --config sandbox --workdir runs/base
+  world-distill pretrain --config sandbox --workdir runs/more --config.pretrain.start=runs/base/base.safetensors
   world-distill train --config sandbox --config.base=runs/base/base.safetensors --workdir runs/mine
 """
 
@@ -86,7 +94,7 @@ def make_step(family: ModelFamily, optimizer: optax.GradientTransformation, sett
         def loss(weights):
             v = family.denoise(weights, None, x_t, t, condition)
             rows = losses.velocity_gap(v, flow.velocity(clean, eps), family.free_frames)
-            return rows.mean(), (rows * jnp.square(t)).mean()
+            return (rows * t**settings.loss_power).mean(), (rows * jnp.square(t)).mean()
 
         (value, clean_error), gradients = jax.value_and_grad(loss, has_aux=True)(state.weights)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
@@ -99,23 +107,60 @@ def make_step(family: ModelFamily, optimizer: optax.GradientTransformation, sett
     return step
 
 
+def started_from(loaded: PyTree, new: PyTree, fresh: str) -> PyTree:
+    """The `loaded` weights, but the `new` ones where the pattern `fresh` matches a weight's whole dotted name.
+
+    Raises:
+      UserError: a pattern that matches no weight.
+    """
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(new)
+    ]
+    if fresh and not any(re.fullmatch(fresh, name) for name in names):
+        raise UserError(f"pretrain.fresh={fresh!r} matches no weight; there are: {', '.join(names)}")
+    old, tree = jax.tree.flatten(loaded)
+    chosen = [n if re.fullmatch(fresh, k) else o for k, o, n in zip(names, old, jax.tree.leaves(new), strict=True)]
+    return tree.unflatten([jax.device_put(x, y.sharding) for x, y in zip(chosen, jax.tree.leaves(new), strict=True)])
+
+
+def drop_captions(captions: Sequence[str], share: float, seed: int, step: int) -> list[str]:
+    """The captions of update `step`, each replaced by the empty text with probability `share`.
+
+    Classifier-free guidance needs a model that knows the empty text. The choice is a function of (seed, step, row).
+    """
+    dropped = np.random.default_rng([seed, 4, step]).random(len(captions)) < share
+    return ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
+
+
+def load_batch(config, family: ModelFamily, source, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clips [b F H W 3] uint8 of update `step` from the factory's `source`, texts [b l d] and their mask [b l]."""
+    clips, captions = source.batch(config.seed, step, config.pretrain.batch)
+    captions = drop_captions(captions, config.pretrain.drop_text, config.seed, step)
+    return clips, *pad_texts(family.encode_text(captions), config.text_length)
+
+
 def make_training(config, family: ModelFamily, mesh: jax.sharding.Mesh):
     """(first state, jitted step) of the config's pretraining, on the mesh; see `make_step`."""
     init, step = _programs(family, FrozenConfigDict(config.pretrain), mesh)
-    return init(jax.random.fold_in(jax.random.key(config.seed), 0)), step
+    weights = jax.jit(family.init_base, out_shardings=replicated(mesh))(
+        jax.random.fold_in(jax.random.key(config.seed), 0)
+    )
+    if config.pretrain.start:
+        loaded = components.load_base(family, ConfigDict({"base": config.pretrain.start}), mesh)
+        weights = started_from(loaded, weights, config.pretrain.fresh)
+    return init(weights), step
 
 
 @functools.lru_cache(maxsize=4)
 def _programs(family: ModelFamily, settings: FrozenConfigDict, mesh: jax.sharding.Mesh):
-    """(key -> first state, step), jitted; the same ones for the same settings."""
+    """(weights -> first state, step), jitted; the same ones for the same settings."""
     optimizer = optim.make_optimizer(
         name=settings.optimizer, learning_rate=settings.learning_rate, grad_clip=settings.grad_clip,
         warmup_steps=settings.warmup, decay_steps=settings.steps, axes=family.base_axes(),
     )  # fmt: skip
     everywhere, rows = replicated(mesh), batch_sharding(mesh)
 
-    def init(key):
-        weights = family.init_base(key)
+    def init(weights):
         return PretrainState(
             jnp.zeros((), jnp.int32), weights, jax.tree.map(jnp.copy, weights), optimizer.init(weights)
         )
@@ -139,10 +184,7 @@ def pretrain(config, workdir, *, command: str) -> dict:
     workdir.mkdir(parents=True, exist_ok=True)
     metadata = make_metadata(config.to_dict())
     step_key = jax.random.fold_in(jax.random.key(config.seed), 1)
-
-    def load(step: int):
-        clips, captions = source.batch(config.seed, step, settings.batch)
-        return clips, *pad_texts(family.encode_text(captions), config.text_length)
+    load = functools.partial(load_batch, config, family, source)
 
     with (
         Checkpointer(workdir / "pretrain", keep=1, save_every=settings.save_every) as checkpointer,
@@ -176,6 +218,15 @@ def pretrain(config, workdir, *, command: str) -> dict:
             checkpointer.save(step + 1, state, b"{}", metadata, force=step + 1 == settings.steps)
     log.close()
     weights = workdir / "base.safetensors"
-    facts = {"command": command, "seed": config.seed, "steps": settings.steps, "version": world_distill.__version__}
-    save_weights(weights, jax.device_get(state.average), {k: str(v) for k, v in facts.items()})
+    facts = describe(config, command)
+    save_weights(weights, jax.device_get(state.average), facts)
     return {"steps": settings.steps, "loss": loss, "weights": str(weights), "seed": config.seed}
+
+
+def describe(config, command: str) -> dict[str, str]:
+    """Metadata of the weights: how they were made; `start` is the metadata of the file that they started from."""
+    facts = {"command": command, "seed": config.seed, "steps": config.pretrain.steps}
+    facts["version"] = world_distill.__version__
+    if config.pretrain.start:
+        facts["start"] = json.dumps(load_weights(config.pretrain.start)[1])
+    return {name: str(value) for name, value in facts.items()}

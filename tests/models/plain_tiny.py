@@ -72,7 +72,7 @@ def _row(weights, config, x, t, text, mask, lora, scale):
     table = linear("head_table", silu(time))
     shift, gain = (table[:, i * config.width : (i + 1) * config.width].repeat(per_frame, axis=0) for i in range(2))
     h = gelu(linear("head_in", rms(h) * (1 + gain) + shift))
-    return linear("head", h).reshape(frames, height, width, channels)
+    return linear("head", h).reshape(frames, height, width, channels) + x[:1]  # the scene, and what changes
 
 
 def place_features(place, grid):

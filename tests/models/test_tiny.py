@@ -62,7 +62,8 @@ def test_the_network_is_the_plain_one(base):
     expected = plain_velocity(base, x_t, t, condition)
     close(velocity(base, x_t, t, condition), expected)
     # What the network itself says is a good part of it.
-    assert np.abs(expected[:, 1:] - (x_t / t[:, None, None, None, None])[:, 1:]).max() > 0.5
+    still = (x_t - condition.scene) / t[:, None, None, None, None]
+    assert np.abs(expected[:, 1:] - still[:, 1:]).max() > 0.5
 
 
 def test_the_network_with_lora_is_the_plain_one(base):
@@ -235,9 +236,10 @@ def test_a_new_base_is_a_function_of_its_key(base):
     up = first["blocks"]["mlp"]["up"]["kernel"]
     assert not np.array_equal(up, other["blocks"]["mlp"]["up"]["kernel"]) and not np.array_equal(up[0], up[1])
     assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, base)
-    assert not first["head"]["kernel"].any()  # it begins by showing the mean of all data
+    assert not first["head"]["kernel"].any()  # it begins by showing the scene, still
     x_t, t, condition = inputs()
-    close(velocity(first, x_t, t, condition)[:, 1:], (x_t / t[:, None, None, None, None])[:, 1:], 1e-6)
+    still = (x_t - condition.scene) / t[:, None, None, None, None]
+    close(velocity(first, x_t, t, condition)[:, 1:], still[:, 1:], 1e-6)
 
 
 def test_the_shipped_base_fits_the_default_config():

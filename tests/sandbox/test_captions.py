@@ -1,5 +1,6 @@
 """Pretraining clips: what the caption says is what is shown, but for the faults that are asked for."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -39,6 +40,16 @@ def way_of(sight):
 
 
 # ---- Without faults
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_motions_turn_once_as_often_as_asked_for(share):
+    world = {f.name: getattr(WORLD, f.name) for f in dataclasses.fields(WORLD)}
+    source = random_clips(world=world, faults=dataclasses.asdict(NONE), two_legs=share)
+    clips, told = source.batch(0, 0, 80)
+    acts = [read_narration(text, read_scene(WORLD, clip[0])) for clip, text in zip(clips, told, strict=True)]
+    turns = [len(legs) == 2 for _, legs, pushed in acts if not pushed]
+    assert abs(np.mean(turns) - share) < (0.2 if 0 < share < 1 else 1e-9)
 
 
 def test_clips_show_what_their_captions_say():

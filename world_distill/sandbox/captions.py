@@ -18,6 +18,7 @@ from world_distill.sandbox.narration import STYLES, narrate
 from world_distill.sandbox.world import Motion, Scene, World, leg_is_clear, render, sample_scene, trajectories
 
 STYLE_SHARES = (0.3, 0.4, 0.3)  # of captions in each of `narration.STYLES`
+TWO_LEGS = 0.25  # share of the motions without a push that turn once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +49,18 @@ class CaptionedClips:
     captions: list[str]
 
 
-def sample_motion(world: World, scene: Scene, rng: np.random.Generator) -> Motion | None:
-    """A random feasible motion; None if the drawn agent has no way out (rare)."""
+def sample_motion(world: World, scene: Scene, rng: np.random.Generator, two_legs: float = TWO_LEGS) -> Motion | None:
+    """A random feasible motion; None if the drawn agent has no way out (rare).
+
+    `two_legs` is the share of the motions that turn once, of those that push nothing.
+    """
     crate = scene.crate
     if crate is not None and rng.random() < 0.7:
         options = [m for agent in scene.agents for m in _pushes(world, scene, agent)]
         if options:
             return options[rng.integers(len(options))]
     agent = scene.agents[rng.integers(len(scene.agents))]
-    legs = 2 if rng.random() < 0.25 else 1
+    legs = 2 if rng.random() < two_legs else 1
     way = [agent.place]
     for _ in range(legs):
         ends = [
@@ -102,13 +106,21 @@ def _pushes(world: World, scene: Scene, agent) -> list[Motion]:
 
 
 def sample_clips(
-    world: World, faults: Faults, count: int, rng: np.random.Generator, styles: tuple[float, ...] = STYLE_SHARES
+    world: World,
+    faults: Faults,
+    count: int,
+    rng: np.random.Generator,
+    styles: tuple[float, ...] = STYLE_SHARES,
+    two_legs: float = TWO_LEGS,
 ) -> CaptionedClips:
-    """`count` random captioned clips, with faults; `styles` are the shares of `narration.STYLES`."""
+    """`count` random captioned clips, with faults; `styles` are the shares of `narration.STYLES`.
+
+    `two_legs` is as in `sample_motion`.
+    """
     things, tracks, opacities, captions = [], [], [], []
     while len(captions) < count:
         scene = sample_scene(world, rng)
-        motion = sample_motion(world, scene, rng)
+        motion = sample_motion(world, scene, rng, two_legs)
         if motion is None:
             continue
         captions.append(narrate(scene, motion, style=STYLES[rng.choice(len(STYLES), p=styles)]))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from world_distill.sandbox import checker
-from world_distill.sandbox.captions import STYLE_SHARES, Faults, sample_clips
+from world_distill.sandbox.captions import STYLE_SHARES, TWO_LEGS, Faults, sample_clips
 from world_distill.sandbox.oracle import Oracle, Tolerance
 from world_distill.sandbox.scenes import true_scene
 from world_distill.sandbox.tasks import KINDS
@@ -43,14 +43,17 @@ def benchmark(*, world: dict) -> Benchmark:
 class RandomClips:
     """Captioned clips of random motions, for pretraining: a pure function of (seed, step)."""
 
-    def __init__(self, world: World, faults: Faults, styles: tuple[float, ...]):
-        self.world, self.faults, self.styles = world, faults, styles
+    def __init__(self, world: World, faults: Faults, styles: tuple[float, ...], two_legs: float):
+        self.world, self.faults, self.styles, self.two_legs = world, faults, styles, two_legs
 
     def batch(self, seed: int, step: int, count: int) -> tuple[np.ndarray, list[str]]:
         """Clips [count F H W 3] uint8 and their captions."""
-        made = sample_clips(self.world, self.faults, count, np.random.default_rng([seed, 3, step]), self.styles)
+        rng = np.random.default_rng([seed, 3, step])
+        made = sample_clips(self.world, self.faults, count, rng, self.styles, self.two_legs)
         return made.clips, made.captions
 
 
-def random_clips(*, world: dict, faults: dict, styles: tuple[float, ...] = STYLE_SHARES) -> RandomClips:
-    return RandomClips(World(**world), Faults(**faults), tuple(styles))
+def random_clips(
+    *, world: dict, faults: dict, styles: tuple[float, ...] = STYLE_SHARES, two_legs: float = TWO_LEGS
+) -> RandomClips:
+    return RandomClips(World(**world), Faults(**faults), tuple(styles), two_legs)

@@ -6,7 +6,8 @@ cross-attention and an MLP; the timestep enters by adaptive norms, shared over b
 Wan), together with the mean of the text's states (as the pooled text in MM-DiT). RoPE tells tokens how far apart they
 are, and lets no token tell another *where* it is; so the places enter once more as sinusoids at the input. The
 network predicts the clean latents, and the velocity follows from them, `v = (x_t - x_0) / t`: with patches of
-pixels for latents this is the easier target (Li and He, arXiv 2511.13720).
+pixels for latents this is the easier target (Li and He, arXiv 2511.13720). The head adds the change to the scene's
+frame, so that the narrow residual stream need not carry what stands still.
 """
 
 import dataclasses
@@ -160,7 +161,7 @@ class TinyDiT(nnx.Module):
         h = modulate(h, jnp.repeat(gain, tokens, axis=1), jnp.repeat(shift, tokens, axis=1))
         h = jax.nn.gelu(self.head_in(h, sub(lora, "head_in"), scale))
         h = self.head(h, sub(lora, "head"), scale).reshape(b, -1, *x.shape[2:])
-        return jnp.concatenate([x[:, :1], h], axis=1)
+        return jnp.concatenate([x[:, :1], x[:, :1] + h], axis=1)
 
 
 def place_table(config: TinyConfig) -> np.ndarray:
