@@ -77,7 +77,7 @@ setup(
     packages=[*find_packages(include=["world_distill", "world_distill.*"]), "world_distill.configs"],
     package_dir={"world_distill.configs": "configs"},
     package_data={
-        "world_distill": ["py.typed", "judges/rubric/*.txt", "data/annotate_prompt/*.txt", "models/tiny/base.*"]
+        "world_distill": ["py.typed", "judges/rubric/*.txt", "data/annotate_prompt/*.txt", "models/tiny/base_*"]
     },
     entry_points={"console_scripts": ["world-distill = world_distill.cli:main"]},
     zip_safe=False,

@@ -22,14 +22,12 @@ Variants, `--config sandbox:VARIANT`:
 With a guided Demonstrator, any of them but rl_only: --config.demonstrator.guidance=2. It leads away from the empty
 text, whose states `quickstart`, `ablate` and `encode` keep beside the records; the base has to know that text.
 
-The base that ships was pretrained in two stages. models/tiny/base.jsonl is the log of both, and
-the metadata of models/tiny/base.safetensors names both commands.
+The base that ships was pretrained in two stages. models/tiny/base_1.jsonl and base_2.jsonl are their logs, and the
+metadata of models/tiny/base_2.safetensors names both commands.
   1  18,000 updates of 32 clips with loss_power 0, drop_text 0, two_legs 0.25 and faults blink 0.08, jump 0.07, vanish
-     0.05, by a network that did not add the scene to its output. Git has these weights: `git show
-     ff5010f:world_distill/models/tiny/base.safetensors > stage1/base.safetensors`.
+     0.05, by a network without add_scene. Its weights ship, too, as "1".
   2  world-distill pretrain --config sandbox --seed 10 --config.host_devices=1 --config.pretrain.steps=4900
-     --config.pretrain.start=stage1/base.safetensors --config.pretrain.fresh='head\..*'
-     --config.pretrain.learning_rate=0.006 --workdir stage2
+     --config.pretrain.start=1 --config.pretrain.fresh='head\..*' --config.pretrain.learning_rate=0.006 --workdir stage2
 A base from nothing by this config alone (18,000 updates): not measured yet.
 """
 
@@ -83,7 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.clips.options.faults.vanish = 0.02  # share where a thing fades away
 
     c.pretrain = ConfigDict()
-    c.pretrain.start = ""  # weight file to start from; empty: random weights
+    c.pretrain.start = ""  # weights to start from, named as in `base`; empty: random weights
     c.pretrain.fresh = ""  # weights that begin anew in spite of `start`: a pattern of their whole names; empty: none
     c.pretrain.steps = 18_000  # updates
     c.pretrain.batch = 32  # clips an update
@@ -111,10 +109,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.heads = 3  # attention heads
     c.model.mlp = 3  # MLP width / hidden width
     c.model.text_width = 64  # of the frozen text encoder's states
+    c.model.add_scene = True  # the head gives the change to the scene's frame
     c.model.remat = False  # recompute activations in the backward pass
     c.model.unroll = 4  # blocks a turn of the layer scan (all: a quarter faster on a CPU)
     c.model.merge_lora = True  # add LoRA's product to the weights first: for small layers the faster way
-    c.base = ""  # weights of the base model; empty: those that ship with the package
+    c.base = ""  # weights of the base model; empty: those that ship with the package; "1": the first that did
     c.encode_batch = 64  # scenes, and texts, that `encode` takes at once
     c.text_length = 40  # tokens that texts are padded to
     c.host_devices = 2  # CPU devices to split batches over

@@ -17,6 +17,7 @@ def old(**objective) -> dict:
     for section, names in {"objective": ("nft_beta", "nft_old"), "rollout": ("distill_min_time", "std_floor")}.items():
         for name in names:
             del config[section][name]
+    del config["demonstrator"], config["model"]["add_scene"]
     config["objective"] |= {"rl_weight": [[90, 0.0], [91, 1.0]], "beta_d": [[0, 1.0], [90, 1.0], [91, 2.0]]} | objective
     return config
 
@@ -28,6 +29,8 @@ def test_an_old_run_keeps_the_weights_that_it_had():
     assert config.objective.beta_d == ((0, 1.0), (90, 1.0), (91, 2.0))
     assert config.objective.awm_ratio_temperature == 0.005 and "awm_temperature" not in config.objective
     assert config.rollout.std_floor == 0.0 and config.objective.nft_old == "start"
+    assert config.demonstrator.guidance == config.rollout.guidance == 1.0
+    assert config.base == "1" and config.model.add_scene is False  # the base that shipped then
     assert from_json(to_json(config)) == config  # once
 
 

@@ -43,7 +43,7 @@ def test_encode_and_again(capsys, folder):
     assert counts == {"records": 6, "encoded": 6, "shards": 2, "shards_kept": 0, "shards_missing": 0}
     reader = RecordReader(folder, "train", EncodedRecord)
     assert reader.metadata == {
-        "family": "tiny", "weights": "base.safetensors", "text_encoder": "words-64", "image_size": "as annotated",
+        "family": "tiny", "weights": "base_2.safetensors", "text_encoder": "words-64", "image_size": "as annotated",
         "scene": "5x5x432",
     }  # fmt: skip
     said, counts = encode(capsys, folder, "--shards", "2")

@@ -141,9 +141,9 @@ def test_training_starts_from_a_file_but_for_what_begins_anew(whole, tmp_path):
         weights = dict(jax.device_get(weights))
         assert not np.any(weights.pop("head")["bias"])
         jax.tree.map(np.testing.assert_array_equal, weights, {k: v for k, v in loaded.items() if k != "head"})
-    facts = pretrain.describe(config, "second")
+    facts = pretrain.describe(config, family, "second")
     assert facts["command"] == "second" and json.loads(facts["start"]) == metadata
-    assert "start" not in pretrain.describe(pretrain_config(tmp_path, 64), "first")
+    assert "start" not in pretrain.describe(pretrain_config(tmp_path, 64), family, "first")
     config = pretrain_config(tmp_path, 64, **{"pretrain.start": str(start), "pretrain.fresh": "tail"})
     with pytest.raises(UserError, match="'tail' matches no weight; there are: .*head.kernel"):
         pretrain.make_training(config, components.make_family(config), mesh)

@@ -126,21 +126,26 @@ def abstract_base(family: ModelFamily, mesh: jax.sharding.Mesh) -> PyTree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
+def base_path(family: ModelFamily, name: str) -> str | pathlib.Path | None:
+    """Where the weights are that `config.base` names (see `load_base`); None where none do and none ship."""
+    return family.shipped_bases.get(name) or name or family.default_base
+
+
 def load_base(
     family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh, *, parts: Sequence[str] | None = None
 ) -> PyTree:
     """The frozen base, placed on the mesh: the one copy that serves Demonstrator and Executor.
 
     `config.base` is a checkpoint of `world-distill convert`, a weight file of `world-distill pretrain`, "random" for
-    untrained weights, or empty for those that ship with the family. With `parts`, only these of the base's outermost
-    keys.
+    untrained weights, the name of weights that ship with the family, or empty for the newest of them. With `parts`,
+    only these of the base's outermost keys.
 
     Raises:
       UserError: no weights are named and none ship with the family, or they do not fit the config's sizes.
     """
     if parts is not None and not parts:
         return {}
-    path = config.base or family.default_base
+    path = base_path(family, config.base)
     if not path:
         raise UserError(f"config.base names no weights, and none ship with model family {family.name}")
 

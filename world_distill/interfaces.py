@@ -42,7 +42,8 @@ class ModelFamily(Protocol):
     lora_scale: float  # factor on the product of LoRA's factors
     linears: Mapping[str, tuple[str, str]] | None  # layers' names in diffusers and in the original code, if published
     codec_parts: tuple[str, ...]  # parts of the base (its outermost keys) that `decode` and `encode_scene` read
-    default_base: pathlib.Path | None  # weights that ship with the package, if any
+    shipped_bases: Mapping[str, pathlib.Path]  # weights that ship with the package, by name
+    default_base: pathlib.Path | None  # those of them that a config without a name gets, if any
     text_encoder: str  # names what `encode_text` is: encoded records of another one are not reused
 
     def denoise(

@@ -39,6 +39,10 @@ def translate(config: Mapping[str, Any]) -> dict[str, Any]:
             objective[_KEY] = 1.0  # the ratio is 1 whatever divides its logarithm
     for section, values in _NEWER.items():
         config[section] = values | config.get(section, {})
+    if config.get("model", {}).get("family") == "tiny" and "add_scene" not in config["model"]:
+        # The base that shipped then, and the network that it was made for.
+        config["model"]["add_scene"] = False
+        config["base"] = config["base"] or "1"
     return config
 
 

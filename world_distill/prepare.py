@@ -70,7 +70,7 @@ class Encoder:
         family, size = self._family, self._family.image_size
         metadata = {
             "family": family.name,
-            "weights": pathlib.Path(self._config.base or family.default_base or "").name,
+            "weights": pathlib.Path(components.base_path(family, self._config.base) or "").name,
             "text_encoder": self._text_encoder,
             "image_size": "x".join(map(str, size)) if size else "as annotated",  # height x width
             "scene": "x".join(map(str, family.latent_shape[1:])),  # h w c of its latent

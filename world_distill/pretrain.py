@@ -218,15 +218,15 @@ def pretrain(config, workdir, *, command: str) -> dict:
             checkpointer.save(step + 1, state, b"{}", metadata, force=step + 1 == settings.steps)
     log.close()
     weights = workdir / "base.safetensors"
-    facts = describe(config, command)
+    facts = describe(config, family, command)
     save_weights(weights, jax.device_get(state.average), facts)
     return {"steps": settings.steps, "loss": loss, "weights": str(weights), "seed": config.seed}
 
 
-def describe(config, command: str) -> dict[str, str]:
+def describe(config, family: ModelFamily, command: str) -> dict[str, str]:
     """Metadata of the weights: how they were made; `start` is the metadata of the file that they started from."""
     facts = {"command": command, "seed": config.seed, "steps": config.pretrain.steps}
     facts["version"] = world_distill.__version__
     if config.pretrain.start:
-        facts["start"] = json.dumps(load_weights(config.pretrain.start)[1])
+        facts["start"] = json.dumps(load_weights(components.base_path(family, config.pretrain.start))[1])
     return {name: str(value) for name, value in facts.items()}

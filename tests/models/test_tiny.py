@@ -14,10 +14,13 @@ from tests.models.tiny_inputs import CONFIG, base_weights, inputs, make_family, 
 from world_distill import components, models
 from world_distill.checkpoints import CheckpointError, load_weights, save_weights
 from world_distill.config import UserError, load_config
+from world_distill.core import flow, sampling
+from world_distill.data.pipeline import pad_texts
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN
 from world_distill.models.words import encode_text
 from world_distill.sharding import RULES, make_mesh, tree_shardings
+from world_distill.structs import Condition
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +252,32 @@ def test_the_shipped_base_fits_the_default_config():
     weights = components.load_base(family, config, mesh)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
     assert np.abs(weights["head"]["kernel"]).max() > 0  # it has been trained
-    assert family.default_base.stat().st_size < 8 << 20
-    facts = load_weights(family.default_base)[1]
-    assert facts["command"].startswith("world-distill pretrain") and facts["seed"].isdigit()
+    for path in family.shipped_bases.values():
+        assert path.stat().st_size < 4 << 20
+        facts = load_weights(path)[1]
+        assert facts["command"].startswith("world-distill pretrain") and facts["seed"].isdigit()
+
+
+def test_the_first_base_that_shipped_keeps_its_network():
+    """Runs of earlier versions are of it: told to add the scene, its clips would be another model's."""
+    config = load_config("sandbox", {"base": "1", "model.add_scene": False})
+    family, mesh = components.make_family(config), make_mesh(devices=jax.devices()[:1])
+    weights = components.load_base(family, config, mesh)
+    first = load_weights(family.shipped_bases["1"])[0]
+    np.testing.assert_array_equal(weights["head"]["kernel"], first["head"]["kernel"])
+    clips, captions = components.make(config, "clips").batch(5, 0, 4)
+    clean = family.encode_clips(jnp.asarray(clips))
+    text, mask = pad_texts(family.encode_text(captions), config.text_length)
+    condition = Condition(jnp.asarray(text), jnp.asarray(mask), clean[:, :1])
+    errors = {}
+    for add_scene in (False, True):
+        built = components.make_family(load_config("sandbox", {"model.add_scene": add_scene}))
+        t = jnp.full(4, 0.5)
+        eps = jax.random.normal(jax.random.key(0), clean.shape)
+        x_t = sampling.pin_frames(flow.interpolate(clean, eps, t), clean[:, :1], built.free_frames)
+        predicted = built.predict_clean(weights, None, x_t, t, condition)
+        errors[add_scene] = float(jnp.mean((predicted - clean)[:, 1:] ** 2))
+    assert errors[False] < 0.1 * errors[True]
 
 
 def test_weights_that_are_not_there_or_do_not_fit_are_named(tmp_path, base):
@@ -276,7 +302,7 @@ def test_weights_that_are_not_there_or_do_not_fit_are_named(tmp_path, base):
         assert part in str(error.value)
 
     class Bare:
-        name, default_base = "bare", None
+        name, shipped_bases, default_base = "bare", {}, None
 
     with pytest.raises(UserError, match="none ship with model family bare"):
         components.load_base(Bare(), load_config("sandbox", {}), mesh)

@@ -17,6 +17,8 @@ from world_distill.models.tiny.modeling import T_MIN, TinyConfig, TinyDiT
 from world_distill.models.words import encode_text
 from world_distill.structs import Condition, PyTree
 
+_HERE = pathlib.Path(__file__).parent
+
 
 class TinyFamily:
     """Sizes and pure functions; see `interfaces.ModelFamily` for the contract.
@@ -33,7 +35,9 @@ class TinyFamily:
     """
 
     name = "tiny"
-    default_base = pathlib.Path(__file__).parent / "base.safetensors"
+    # By the name that `config.base` may give: "1" is of runs that were made before there was "2".
+    shipped_bases = {"1": _HERE / "base_1.safetensors", "2": _HERE / "base_2.safetensors"}
+    default_base = shipped_bases["2"]
     image_size = None
     linears = None
     codec_parts = ()  # the codec has no weights
@@ -125,6 +129,7 @@ def build(
     heads: int = 4,
     mlp: int = 3,
     text_width: int = 64,
+    add_scene: bool = True,
     remat: bool = False,
     unroll: int = 4,
     merge_lora: bool = False,
@@ -143,7 +148,7 @@ def build(
     grid = (1 + (frames - 1) // stride, size // patch, size // patch)
     config = TinyConfig(
         grid=grid, channels=3 * stride * patch * patch, text_width=text_width,
-        width=width, depth=depth, heads=heads, mlp=mlp, remat=remat, unroll=unroll,
+        width=width, depth=depth, heads=heads, mlp=mlp, add_scene=add_scene, remat=remat, unroll=unroll,
     )  # fmt: skip
     return TinyFamily(
         config, patch=patch, stride=stride,

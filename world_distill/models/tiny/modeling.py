@@ -45,6 +45,8 @@ class TinyConfig:
       channels: latent channels.
       text_width: width of the text encoder's states.
       width, depth, heads, mlp: hidden width, blocks, attention heads, MLP width as a multiple of `width`.
+      add_scene: the head gives the change to the scene's frame; the first base that shipped had a head that gave all of
+        a frame.
       remat: recompute each block's activations in the backward pass.
       unroll: blocks that one turn of the layer scan computes (CPU backward passes gain from `depth`).
     """
@@ -56,6 +58,7 @@ class TinyConfig:
     depth: int = 4
     heads: int = 4
     mlp: int = 3
+    add_scene: bool = True
     remat: bool = False
     unroll: int = 1
 
@@ -161,7 +164,8 @@ class TinyDiT(nnx.Module):
         h = modulate(h, jnp.repeat(gain, tokens, axis=1), jnp.repeat(shift, tokens, axis=1))
         h = jax.nn.gelu(self.head_in(h, sub(lora, "head_in"), scale))
         h = self.head(h, sub(lora, "head"), scale).reshape(b, -1, *x.shape[2:])
-        return jnp.concatenate([x[:, :1], x[:, :1] + h], axis=1)
+        scene = x[:, :1]
+        return jnp.concatenate([scene, scene + h if config.add_scene else h], axis=1)
 
 
 def place_table(config: TinyConfig) -> np.ndarray:

@@ -46,6 +46,7 @@ class WanFamily:
     """
 
     name = "wan"
+    shipped_bases = {}
     default_base = None
     codec_parts = ("vae",)
     linears = LINEARS
