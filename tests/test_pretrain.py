@@ -133,8 +133,8 @@ def test_training_starts_from_a_file_but_for_what_begins_anew(whole, tmp_path):
     _, run, _ = whole
     start = run / "base.safetensors"
     config = pretrain_config(tmp_path, 64, **{"pretrain.start": str(start), "pretrain.fresh": r"head\..*"})
-    mesh = components.start_devices(config)
-    state, _ = pretrain.make_training(config, components.make_family(config), mesh)
+    mesh, family = components.start_devices(config), components.make_family(config)
+    state, _ = pretrain.make_training(config, family, mesh)
     loaded, metadata = load_weights(start)
     assert np.abs(loaded["head"]["kernel"]).max() > 0 and not np.any(state.weights["head"]["kernel"])
     for weights in (state.weights, state.average):
