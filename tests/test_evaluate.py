@@ -135,6 +135,9 @@ class Told:
     def __init__(self):
         self.calls = []
 
+    def negative(self, *_):
+        """Nothing is guided here."""
+
     def run(self, reader, base, lora, *, text, **_):
         self.calls.append((jax.device_get(lora), text))
         return [verdict(i, 1, 1, 1) for i in range(3)]
