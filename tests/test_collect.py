@@ -125,7 +125,7 @@ def test_the_executor_rolls_told_the_task_and_the_demonstrator_watches_told_the_
 
 
 def test_off_policy_the_demonstrator_rolls_and_its_own_velocities_are_the_targets(tmp_path_factory):
-    made = make(tmp_path_factory, {"objective.rl": "none", "rollout.role": "demonstrator"})
+    made = make(tmp_path_factory, {"objective.rl": "none", "rollout.role": "demonstrator", "rollout.spread": False})
     family, base = made[0].family, made[1]
     batch = begin(made).batch
     states = np.asarray(batch.states).reshape(STEPS + 1, -1, *family.latent_shape)

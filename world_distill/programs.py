@@ -130,6 +130,10 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         # Each is looked at by one process.
         return jax.lax.with_sharding_constraint(clips, batch_sharding(mesh)) if jax.process_count() > 1 else clips
 
+    def motion(latents):
+        """[b] root mean square of the differences between neighbouring latent frames [b f h w c]."""
+        return jnp.sqrt(flow.masked_mean(jnp.square(jnp.diff(latents, axis=1)), None))
+
     def finish(rollout):
         return jnp.concatenate([rollout.states, rollout.latents.reshape(1, *rollout.states.shape[1:])])
 
@@ -161,7 +165,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         # A program of its own: it takes as long to compile as a step, and its memory is free again for the next one.
         decode=jax.jit(decode),
         show=jax.jit(show),
-        motion=jax.jit(_motion),
+        motion=jax.jit(motion),
         finish=jax.jit(finish) if keep_states else None,
         update={phase: train_step(phase) for phase in PHASES},
         _init=init,
@@ -278,11 +282,6 @@ def _show(
         frames(rollout.velocities), frames(shown), grid, family.free_frames, settings.distill_min_time
     )
     return shown, reward
-
-
-def _motion(latents: jax.Array) -> jax.Array:
-    """[b] root mean square of the differences between neighbouring latent frames [b f h w c]."""
-    return jnp.sqrt(flow.masked_mean(jnp.square(jnp.diff(latents, axis=1)), None))
 
 
 def _flat(rollout: Rollout) -> Rollout:
