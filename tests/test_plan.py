@@ -88,7 +88,8 @@ def test_an_axis_need_not_be_a_product_of_those_of_the_torus(name):
 def test_phases_of_a_small_model_compile_for_a_slice(tmp_path):
     path = tmp_path / "plan.json"
     flags = ["--topology", "v5e:2x2", "--phases", "demonstrator,update", "--json", str(path)]
-    overrides = ["--config.objective.rl=none", "--config.mesh.context=2"]
+    # As many reads of a rollout as it has states: then the Demonstrator is a phase of its own.
+    overrides = ["--config.objective.rl=none", "--config.mesh.context=2", "--config.objective.draws=4"]
     assert cli.main(["plan", "--config", "wan22_5b:debug", *flags, *overrides]) == 0
     found = json.loads(path.read_text())
     assert found["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 1} and found["fits"]
