@@ -61,8 +61,8 @@ def test_never():
 """
 
 
-@pytest.fixture
-def project(tmp_path):
+@pytest.fixture(params=["git", "archive"])
+def project(tmp_path, request):
     """A project of two functions with the script in it, and a function that lists mutations."""
     folder = tmp_path / "project/tests/mutations"
     folder.mkdir(parents=True)
@@ -70,7 +70,8 @@ def project(tmp_path):
         shutil.copy(FOLDER / name, folder)
     (tmp_path / "project/code_.py").write_text(CODE)
     (tmp_path / "project/tests/test_code.py").write_text(TESTS)
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path / "project", check=True)
+    if request.param == "git":
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path / "project", check=True)
 
     def listed(**changes):
         entries = []
@@ -109,9 +110,11 @@ def test_mutations_that_show_nothing_are_errors(project, change, message):
     assert done.returncode == 2 and message in done.stdout, done
 
 
-def test_an_interrupted_call_leaves_nothing(tmp_path):
-    command = [sys.executable, "-u", FOLDER / "run.py", "--only", MUTATIONS[0].name]
-    with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE) as process:
-        assert b"tests on the unchanged code" in process.stdout.readline() and any(tmp_path.iterdir())
+def test_an_interrupted_call_leaves_nothing(project, tmp_path):
+    command = [sys.executable, "-u", project(wrong=("2 * x", "3 * x", "test_double")) / "run.py"]
+    work = tmp_path / "work"
+    work.mkdir()
+    with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(work)}, stdout=subprocess.PIPE) as process:
+        assert b"tests on the unchanged code" in process.stdout.readline() and any(work.iterdir())
         process.send_signal(signal.SIGTERM)
-    assert process.returncode == 143 and not any(tmp_path.iterdir())
+    assert process.returncode == 143 and not any(work.iterdir())

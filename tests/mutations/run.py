@@ -37,6 +37,7 @@ import xml.etree.ElementTree
 from mutation import FOLDER, ROOT, Mutation, load, problem
 
 KILLED, SURVIVED, ERROR = "killed", "SURVIVED", "ERROR"
+MADE = {".venv", "build", "__pycache__", ".pytest_cache", ".ruff_cache"}  # by tools, in a tree without git
 
 
 def main() -> int:
@@ -248,12 +249,21 @@ def forget_compiled(path: pathlib.Path) -> None:
 
 
 def copy_tree(target: pathlib.Path) -> None:
-    """The files of the checkout as they are, those that git does not know yet among them."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"]
-    for name in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
-        if name and (ROOT / name).is_file():
+    """The files of the tree as they are, those that git does not know yet among them."""
+    for name in names():
+        if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
+
+
+def names() -> list[str]:
+    """Names of the tree's files, without those that git ignores; an unpacked archive has no git."""
+    if not (ROOT / ".git").exists():
+        paths = (path.relative_to(ROOT) for path in ROOT.rglob("*"))
+        return [str(path) for path in paths if not MADE.intersection(path.parts)]
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [name for name in listed.split("\0") if name]
 
 
 def digest(tree: pathlib.Path) -> str:
