@@ -17,10 +17,11 @@ Variants, `--config sandbox:VARIANT`:
   off_policy        distillation on the Demonstrator's own rollouts (Eq. 3)
   rl_only           RL from the start, no Demonstrator
   full_weights      wmsd with full differences from the base in place of LoRA
-  full_kinds        wmsd on all kinds of task (`kinds=full`)
+  on_policy_guided, wmsd_guided   the same with a guided Demonstrator (`demonstrator.guidance` 2)
+  full_kinds        wmsd on all kinds of task, as `--config sandbox:wmsd,kinds=full`
 
-With a guided Demonstrator, any of them but rl_only: --config.demonstrator.guidance=2. It leads away from the empty
-text, whose states `quickstart`, `ablate` and `encode` keep beside the records; the base has to know that text.
+Guidance leads away from the empty text, whose states `quickstart`, `ablate` and `encode` keep beside the records; the
+base has to know that text. Any variant but rl_only takes --config.demonstrator.guidance=2.
 
 The base that ships was pretrained in two stages. models/tiny/base_1.jsonl and base_2.jsonl are their logs, and the
 metadata of models/tiny/base_2.safetensors names both commands.
@@ -39,11 +40,12 @@ from world_distill.config import UserError, parse_arg
 KINDS = {"simple": ("go", "beside"), "full": ("go", "beside", "push", "sequence")}
 VARIANTS = (
     "wmsd", "wmsd_grpo", "wmsd_nft", "wmsd_no_consistency", "on_policy", "on_policy_reward", "judge_free", "off_policy",
-    "rl_only", "full_weights", "full_kinds",
+    "rl_only", "on_policy_guided", "wmsd_guided", "full_weights", "full_kinds",
 )  # fmt: skip
 BETAS = ("beta_0", "beta_0.001", "beta_0.1", "beta_1")  # around the anchor weight of `wmsd`
 ANCHOR = 0.01  # weight of the anchor: the paper's best
 REWARD_ANCHOR = 0.05  # ... where Eq. 9 is the only reward
+GUIDANCE = 2.0  # scale of the guided variants' Demonstrator
 HIGH_NOISE = 0.8  # lower bound of Eq. 9's integral: the first three of the sampler's six steps
 DISTILL_STEPS = 90  # of the steps, at the start, are distillation alone
 STEPS = 130  # in all
@@ -267,7 +269,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.ablation = ConfigDict()
     c.ablation.reference = "wmsd"  # every variant gets the compute of this one
-    c.ablation.variants = (*(v for v in VARIANTS if v != "full_weights"), *BETAS)  # what `world-distill ablate` trains
+    c.ablation.variants = (*VARIANTS[:-2], *BETAS)  # what `world-distill ablate` trains
     c.ablation.orderings = ORDERINGS
     _apply(c, a.variant)
     return c
@@ -290,8 +292,10 @@ def _rates(first: float) -> tuple[tuple[int, float], ...]:
 
 def _apply(c: ConfigDict, variant: str) -> None:
     """Changes the config of `wmsd` into a variant's."""
-    if variant in ("on_policy", "off_policy"):
+    if variant in ("on_policy", "off_policy", "on_policy_guided"):
         c.objective.rl = "none"
+    if variant in ("on_policy_guided", "wmsd_guided"):
+        c.demonstrator.guidance = GUIDANCE
     if variant == "off_policy":
         c.rollout.role = "demonstrator"
     elif variant in ("on_policy_reward", "judge_free"):

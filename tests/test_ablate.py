@@ -9,17 +9,18 @@ from small import VARIANTS, make_inputs, small_config
 
 from world_distill import ablate, runs, train
 from world_distill.ablate import Ordering
+from world_distill.cli import main
 from world_distill.collection import Collection
 from world_distill.config import UserError, load_config, section
 from world_distill.forwards import per_step
 from world_distill.logs import read_log
 from world_distill.objective_settings import Objective
-from world_distill.scoring import Verdict
+from world_distill.scoring import QUESTIONS, Verdict
 
 
 def cost(config, step: int) -> float:
     objective, settings = section(config.objective, Objective), Collection(**config.rollout.to_dict())
-    return per_step(objective, settings, config.sampler.steps, objective.phase(step))
+    return per_step(objective, settings, config.sampler.steps, objective.phase(step), config.demonstrator.guidance)
 
 
 def test_every_variant_gets_the_reference_compute():
@@ -63,18 +64,26 @@ def test_ablation_runs_and_continues(tmp_path, monkeypatch):
 
     def variant_config(variant, seed):
         others = VARIANTS["distill"] | {"annotator.options.kinds": ("beside",)}
-        return small_config(tmp_path, seed=seed, steps=2, **(others if variant == "others" else {}))
+        changes = {"awm": {}, "others": others, "again": others | {"objective.beta_d": ((0, 0.5),)}}
+        return small_config(tmp_path, seed=seed, steps=2, **changes[variant])
 
     orderings = [Ordering("awm", "demonstrator", "task", "a claim")]
     run = lambda: ablate.ablate(  # noqa: E731
-        variant_config, ["awm", "others"], [0, 1], tmp_path / "ablation", "awm", orderings
+        variant_config, ["awm", "others", "again"], [0, 1], tmp_path / "ablation", "awm", orderings
     )
     result = run()
     rows = {row["name"]: row["n"] for row in result["rows"]}
-    names = ["base", "demonstrator", "awm", "base:others", "demonstrator:others", "others"]
+    names = ["base", "demonstrator", "awm", "base:others", "demonstrator:others", "others", "again"]
     assert rows == dict.fromkeys(names, 8)
     scores = json.loads((tmp_path / "ablation/runs/others/0/results.json").read_text())
     assert {verdict["kind"] for verdict in scores["verdicts"]["executor"]} == {"beside"}
+    # Variants with the same records and the same Demonstrator are compared with one.
+    assert sorted(folder.name for folder in (tmp_path / "ablation/data").iterdir()) == [
+        "0",
+        "0-others",
+        "1",
+        "1-others",
+    ]
     assert result["steps"]["others"] > result["steps"]["awm"] == 2
     assert [name for _, name in result["sweep"]] == ["awm"]
     assert json.loads((tmp_path / "ablation" / "ablation.json").read_text())["rows"] == result["rows"]
@@ -90,6 +99,38 @@ def test_ablation_runs_and_continues(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match=r"rollout\.group"):  # results of other settings are not taken for these
         ablate.ablate(other_config, ["awm"], [0], tmp_path / "ablation", "awm", orderings)
+
+
+def test_variants_of_another_demonstrator_share_their_beginning(tmp_path, monkeypatch):
+    """Two variants whose Demonstrator is guided branch off one run of theirs, and not off the reference's."""
+    make_inputs(tmp_path)
+    guided = {
+        "demonstrator.guidance": 2.0,
+        "objective.rl_weight": ((1, 0.0), (2, 1.0)),
+        "objective.beta_d": ((0, 1.0),),
+    }
+    late = {"objective.beta_d": ((1, 1.0), (2, 0.1))}
+    stems = []
+
+    def score(config, folder, roles, beginning):
+        stems.append((folder.parent.name, beginning and (beginning[0].demonstrator.guidance, *beginning[1:])))
+        verdict = {"id": "", "kind": "", "agent": "", "task": "", "scores": dict.fromkeys(QUESTIONS, 1.0)}
+        return {"verdicts": {role: [verdict] for role in roles}}
+
+    monkeypatch.setattr(ablate, "_score", score)
+    monkeypatch.setattr(ablate, "_curve", lambda folders: [])
+    changes = {"awm": {}, "guided": guided, "guided_late": guided | late}
+    ablate.ablate(
+        lambda variant, seed: small_config(tmp_path, seed=seed, steps=3, **changes[variant]),
+        list(changes), [0], tmp_path / "ablation", "awm", [],
+    )  # fmt: skip
+    stem = tmp_path / "ablation/stems/0-guided"
+    assert stems == [("awm", None), ("guided", (2.0, stem, 2)), ("guided_late", (2.0, stem, 2))]
+
+
+def test_variants_are_not_named_in_the_config(capsys):
+    assert main(["ablate", "--config", "sandbox:wmsd,kinds=full"]) == 2
+    assert "--variants wmsd" in capsys.readouterr().err
 
 
 def test_branches_are_the_runs_that_they_stand_for(tmp_path):

@@ -42,6 +42,8 @@ Train the paper's variants over several seeds at equal compute, and say which of
 Ends with a table, a list of orderings (holds, not resolved, reversed; each with its difference and 95 % interval), a
 page with plots (ablation.html) and ablation.json in WORKDIR. Interrupted, it continues run by run.
 
+All kinds of task are learnt, as in the README's table; --config sandbox:kinds=simple leaves out the two harder ones.
+
   world-distill ablate --workdir runs/ablation
   world-distill ablate --seeds 0 --variants on_policy,wmsd --workdir runs/small
 """
@@ -58,7 +60,7 @@ class Ordering:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    arguments.add_config(parser, default="sandbox")
+    arguments.add_config(parser, default="sandbox:kinds=full")
     arguments.add_workdir(parser, default="runs/ablation")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: 0,1,2)")
     parser.add_argument("--variants", default="", help="comma-separated (default: those of config.ablation.variants)")
@@ -72,10 +74,13 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"--seeds {args.seeds}: not whole numbers with commas between") from error
     variants = args.variants.split(",") if args.variants else list(config.ablation.variants)
-    name = args.config.partition(":")[0]
+    name, _, rest = args.config.partition(":")
+    if bare := [part for part in rest.split(",") if part and "=" not in part]:
+        raise UserError(f"--config {args.config}: variants are named with --variants, as in --variants {bare[0]}")
 
     def variant_config(variant: str, seed: int):
-        return _without_idle_guidance(load_config(f"{name}:{variant}", dict(args.overrides) | {"seed": seed}))
+        address = f"{name}:{variant},{rest}" if rest else f"{name}:{variant}"
+        return _without_idle_guidance(load_config(address, dict(args.overrides) | {"seed": seed}))
 
     orderings = [Ordering(*o) for o in config.ablation.orderings]
     result = ablate(variant_config, variants, seeds, args.workdir, config.ablation.reference, orderings)
@@ -145,6 +150,18 @@ def shared_steps(config, reference) -> int:
     return min(c.steps for c in both)
 
 
+def _leaders(configs: Mapping[str, Any], reference: str, first) -> dict[str, str]:
+    """Variant -> the first one that has the same records and the same Demonstrator; the reference's is the reference.
+
+    `first` is the reference's config.
+    """
+    leaders, seen = {reference: reference}, {}
+    for variant, config in configs.items():
+        own = tuple(line for line in diff(config, first) if RECORDS.match(line))
+        leaders[variant] = seen.setdefault(own, variant) if own else reference
+    return leaders
+
+
 def _only_anchor(config, reference) -> bool:
     """Whether two configs differ in nothing but the anchor's weight."""
     return all(line.startswith("objective.beta_d:") for line in diff(config, reference))
@@ -202,15 +219,19 @@ def ablate(
         configs = {variant: variant_config(variant, seed) for variant in variants}
         if not sweep:
             sweep = sorted((_last_weight(config), v) for v, config in configs.items() if _only_anchor(config, first))
-        own = {v for v, config in configs.items() if any(RECORDS.match(line) for line in diff(config, first))}
-        data = {v: workdir / "data" / (f"{seed}-{v}" if v in own else str(seed)) for v in (*configs, reference)}
+        leaders = _leaders(configs, reference, first)
+        data = {v: workdir / "data" / (str(seed) if of == reference else f"{seed}-{of}") for v, of in leaders.items()}
         for variant, config in (*configs.items(), (reference, first)):
             prepare.make_records(config, data[variant])
             with config.unlocked():
                 config.data = str(data[variant])
         # Runs that begin alike share their beginning: training is deterministic, so nothing but time changes.
-        stem, common = workdir / "stems" / str(seed), shared_steps(first, first)
-        branches = [v for v, config in configs.items() if 0 < common <= shared_steps(config, first)]
+        beginnings = {of: copy.deepcopy(first if of == reference else configs[of]) for of in set(leaders.values())}
+        common = {of: shared_steps(config, config) for of, config in beginnings.items()}
+        branches = {
+            of: [v for v, c in configs.items() if leaders[v] == of and 0 < common[of] <= shared_steps(c, config)]
+            for of, config in beginnings.items()
+        }
         for variant, config in configs.items():
             with config.unlocked():
                 config.steps = equal_steps(config, first)
@@ -218,14 +239,14 @@ def ablate(
             steps[variant] = config.steps
             done += 1
             arguments.say(f"run {done}/{total}: {variant}, seed {seed}, {config.steps} steps")
-            folder = workdir / "runs" / variant / str(seed)
-            everyone = variant in own or variant == next((v for v in variants if v not in own), None)
+            folder, of = workdir / "runs" / variant / str(seed), leaders[variant]
+            everyone = variant == next(v for v in configs if leaders[v] == of)
             roles = ("base", "demonstrator", "executor") if everyone else ("executor",)
-            shares = variant in branches and (len(branches) > 1 or stem.exists())
-            scores = _score(config, folder, roles, (first, stem, common) if shares else None)
+            stem = workdir / "stems" / (str(seed) if of == reference else f"{seed}-{of}")
+            shares = variant in branches[of] and (len(branches[of]) > 1 or stem.exists())
+            scores = _score(config, folder, roles, (beginnings[of], stem, common[of]) if shares else None)
             for role in roles:
-                other = f"{role}:{variant}" if variant in own else role
-                name = variant if role == "executor" else other
+                name = variant if role == "executor" else role if of == reference else f"{role}:{of}"
                 verdicts.setdefault(name, []).append([Verdict(**v) for v in scores["verdicts"][role]])
     names = [name for name, by_seed in verdicts.items() if by_seed]
     result = {

@@ -1,0 +1,138 @@
+"""What Eq. 9's reward pays for, state by state: a run's Executor rolls, the judge answers, both are compared in groups.
+
+    python tests/benchmarks/distill_reward.py WORKDIR [--tasks 64] [--group 8] [--seed 1] [--json FILE]
+
+WORKDIR is the folder of a run, as `train` and `quickstart` leave it. Its newest Executor rolls every task of `--tasks`
+in `--group` ways. Two tables follow. The first has a row for each state of the sampler: the share of the reward's
+variance inside groups that comes from this state, and the correlation inside groups of minus the velocity gap there
+with each answer of the judge (log-odds, clipped as in training), with their weighted sum, and with how much the clip
+moves. The second has the same correlations for the whole reward, integrated from a lower bound to 1
+(`rollout.distill_min_time`).
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from world_distill import components, runs
+from world_distill.collection import DISTILL
+from world_distill.core.losses import distillation_reward, velocity_gap
+from world_distill.core.metrics import within_group_correlations
+from world_distill.data.pipeline import task_batches
+from world_distill.data.records import RecordReader
+from world_distill.guidance import load_negative
+from world_distill.judges.judging import judge_clips
+from world_distill.judges.rubric import load_rubric
+from world_distill.objective_settings import Phase
+from world_distill.programs import make_programs
+from world_distill.scoring import QUESTIONS
+from world_distill.sharding import rows_or_whole
+from world_distill.structs import Condition
+
+BATCH = 16  # tasks at once
+WEIGHTS = {"task": 1.0, "agent": 1.0, "consistency": 2.0}  # of the sum; those of `sandbox:wmsd`
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("--tasks", type=int, default=64, help=f"a multiple of {BATCH}")
+    parser.add_argument("--group", type=int, default=8, help="rollouts of each task")
+    parser.add_argument("--seed", type=int, default=1, help="of tasks and noise; that of training has seen these tasks")
+    parser.add_argument("--json", type=pathlib.Path)
+    args = parser.parse_args()
+    gaps, rewards, values, grid = measure(args.workdir, args.tasks, args.group, args.seed)
+    groups = np.repeat(np.arange(args.tasks), args.group)
+    states = [
+        (f"t = {t:.2f}", -gap, share) for t, gap, share in zip(grid[:-1], gaps, shares(gaps, grid, groups), strict=True)
+    ]
+    bounds = [(f"from {bound:.2f}", reward, 1.0) for bound, reward in rewards.items()]
+    lines = [
+        {"reward": name, "share": share, **correlations(reward, values, groups)}
+        for name, reward, share in (*states, *bounds)
+    ]
+    for line in lines:
+        figures = "  ".join(f"{key} {value:+.2f}" for key, value in line.items() if key not in ("reward", "share"))
+        sys.stdout.write(f"{line['reward']:10}  variance {line['share']:4.0%}  {figures}\n")
+    rates = {name: float((values[name] > 0).mean()) for name in QUESTIONS}
+    sys.stdout.write("judged true: " + ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items()) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"lines": lines, "rates": rates}, indent=1))
+
+
+def measure(workdir: pathlib.Path, tasks: int, group: int, seed: int):
+    """(gap at each state [k b], {bound: Eq. 9 from there [b]}, {answer, sum, motion: [b]}, sampling times [k + 1])."""
+    config = runs.read_config(workdir)
+    mesh = components.start_devices(config)
+    executor, _ = runs.load_executor(config, mesh, workdir)
+    with config.unlocked():
+        config.rollout.update(tasks=BATCH, group=group, spread=False, role="executor", micro_batch=0)
+        config.rollout.weights = ConfigDict(WEIGHTS | {DISTILL: 1.0})  # so that states and velocities are kept
+        config.objective.rl = "awm"
+        config.objective.rl_weight = config.objective.beta_d = ((0, 1.0),)
+    programs = make_programs(config, mesh)
+    family, (grid, _) = programs.family, components.sampler_grid(config)
+    base = components.load_base(family, config, mesh)
+    reader = RecordReader(runs.data_folder(config, workdir), config.train_set)
+    negative = load_negative(reader, programs.guidance, config.text_length, mesh)
+    batches = task_batches(reader, tasks_per_step=BATCH, seed=seed, text_length=config.text_length)
+    judge, rubric = components.make(config, "judge"), load_rubric(config.judge.rubric or None)
+    bounds = sorted([0.0, *(float(np.mean(pair)) for pair in zip(grid[:-2], grid[1:-1], strict=True))])
+
+    @jax.jit
+    def compare(rollout, shown):
+        frames = lambda x: x.reshape(*x.shape[:-2], *family.latent_shape)  # noqa: E731
+        v_e, v_d = frames(rollout.velocities), frames(shown)
+        gaps = jax.vmap(velocity_gap, in_axes=(0, 0, None))(v_e, v_d, family.free_frames)
+        return gaps, jnp.stack([distillation_reward(v_e, v_d, grid, family.free_frames, b) for b in bounds])
+
+    found = []
+    for step in range(tasks // BATCH):
+        batch = next(batches)
+        names = ("task_text", "task_mask", "solution_text", "solution_mask", "scene")
+        placed = {name: jax.device_put(batch[name], rows_or_whole(mesh, BATCH)) for name in names}
+        task = Condition(placed["task_text"], placed["task_mask"], placed["scene"])
+        solution = Condition(placed["solution_text"], placed["solution_mask"], placed["scene"])
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        given = task, solution, key, jnp.zeros((), jnp.int32), negative
+        rollout, _, solution = programs.roll[Phase(True, True).rl](executor, base, *given)
+        shown, _ = programs.show(base, rollout, solution, negative)
+        clips = np.asarray(programs.decode(base, rollout.latents))
+        texts = ([x for x in batch[name] for _ in range(group)] for name in ("task", "agent"))
+        scores = judge_clips(judge, None, clips, *texts, rubric, QUESTIONS).scores
+        scores = {name: np.clip(scores[name], -config.rollout.clip, config.rollout.clip) for name in QUESTIONS}
+        found.append((*map(np.asarray, compare(rollout, shown)), scores, np.asarray(programs.motion(rollout.latents))))
+    gaps, rewards, scores, motion = zip(*found, strict=True)
+    values = {name: np.concatenate([part[name] for part in scores]) for name in QUESTIONS}
+    values["sum"] = sum(WEIGHTS[name] * values[name] for name in QUESTIONS)
+    values["motion"] = np.concatenate(motion)
+    by_bound = dict(zip(bounds, np.concatenate(rewards, axis=1), strict=True))
+    return np.concatenate(gaps, axis=1), by_bound, values, grid
+
+
+def shares(gaps: np.ndarray, grid: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Share of Eq. 9's variance inside groups that each state brings [k]: its covariance with the whole."""
+    parts = gaps * (grid[:-1] - grid[1:])[:, None]
+    size = np.bincount(groups)
+    inside = np.stack([part - (np.bincount(groups, part) / size)[groups] for part in parts])
+    whole = inside.sum(axis=0)
+    return inside @ whole / (whole @ whole)
+
+
+def correlations(reward: np.ndarray, values: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, float]:
+    """Correlation of a reward with each value inside groups."""
+    valid = np.ones(len(groups), bool)
+    pairs = {name: within_group_correlations({"reward": reward, name: v}, groups, valid) for name, v in values.items()}
+    return {name: found["reward", name] for name, found in pairs.items()}
+
+
+if __name__ == "__main__":
+    main()
