@@ -51,7 +51,7 @@ All kinds of task are learnt, as in the README's table; --config sandbox:kinds=s
 
 @dataclasses.dataclass(frozen=True)
 class Ordering:
-    """A claim of the paper: `better` is above `worse` on `metric`. Names of variants or of roles."""
+    """A claim: `better` is above `worse` on `metric`. Names of variants or of roles."""
 
     better: str
     worse: str
