@@ -43,9 +43,8 @@ def main() -> None:
         say(f"  {name:22}{now:6.1f}{everywhere:6.1f}")
     for rows, states in ((16, 6), (16, 5), (10, 14)):
         even, whole = drawn(rows, states)
-        say(
-            f"share of each of {states} states in draws of {rows} rows: {figures(even)}; cut at states: {figures(whole)}"
-        )
+        say(f"share of each of {states} states in draws of {rows} rows: {figures(even)}")
+        say(f"    with strata cut at states: {figures(whole)}")
     rewards = np.array([2.00, 2.01, 1.99, 2.00, 6.0, -2.0, 2.0, 2.0])
     say(f"advantages of {rewards.tolist()}, two groups of four")
     for std, floor in (("group", 0.0), ("group", 0.5), ("batch", 0.0)):
