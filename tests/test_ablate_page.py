@@ -48,7 +48,7 @@ def charts_of(page):
 
 def test_orderings_are_told_by_outcome():
     page = ablate_page.document(make_result())
-    assert "Of 3 orderings of the paper 1 hold here, 1 are not resolved and 1 are reversed" in page
+    assert "Of 3 claims 1 hold here, 1 are not resolved and 1 are reversed" in page
     items = re.findall(r'<li class="(\w*)">.*?<b>(.*?)</b>: ([a-z ]+)', page)
     assert items == [
         ("up", "RL adds", "holds"), ("down", "RL alone is enough", "reversed"), ("", "More is better", "not resolved"),

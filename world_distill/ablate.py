@@ -37,9 +37,9 @@ from world_distill.scoring import QUESTIONS, Verdict, markdown, summarise
 from world_distill.settings_check import uses_demonstrator
 
 HELP = """\
-Train the paper's variants over several seeds at equal compute, and say which of its orderings hold here.
+Train the variants of a config over several seeds at equal compute, and say which claims about them hold.
 
-Ends with a table, a list of orderings (holds, not resolved, reversed; each with its difference and 95 % interval), a
+Ends with a table, a list of claims (holds, not resolved, reversed; each with its difference and 95 % interval), a
 page with plots (ablation.html) and ablation.json in WORKDIR. Interrupted, it continues run by run.
 
 All kinds of task are learnt, as in the README's table; --config sandbox:kinds=simple leaves out the two harder ones.

@@ -1,4 +1,4 @@
-"""The page of an ablation: which orderings hold, the anchor's weight, every variant's rates, the course of training."""
+"""The page of an ablation: which claims hold, the anchor's weight, every variant's rates, the course of training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def document(result: Mapping[str, Any]) -> str:
         f"rates over {clips} held-out tasks."
     )
     parts = [f"<header><h1>Ablation</h1>{page.paragraph(lede, 'lede')}</header>"]
-    parts.append(page.section("orderings", "The paper's orderings", _orderings(result["orderings"])))
+    parts.append(page.section("orderings", "Claims", _orderings(result["orderings"])))
     if len(result["sweep"]) > 1:
         parts.append(page.section("sweep", "How strong an anchor", _sweep(result["sweep"], rows)))
     parts.append(page.section("rates", "Every variant", _rates(rows, result["reference"])))
@@ -36,7 +36,7 @@ def document(result: Mapping[str, Any]) -> str:
 def _summary(lines: Sequence[Mapping[str, Any]]) -> str:
     counts = {outcome: sum(line["outcome"] == outcome for line in lines) for outcome in _OUTCOMES}
     return (
-        f"Of {len(lines)} orderings of the paper {counts['holds']} hold here, {counts['not resolved']} are not "
+        f"Of {len(lines)} claims {counts['holds']} hold here, {counts['not resolved']} are not "
         f"resolved and {counts['reversed']} are reversed."
     )
 
