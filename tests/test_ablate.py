@@ -128,6 +128,21 @@ def test_variants_of_another_demonstrator_share_their_beginning(tmp_path, monkey
     assert stems == [("awm", None), ("guided", (2.0, stem, 2)), ("guided_late", (2.0, stem, 2))]
 
 
+@pytest.mark.parametrize("flags, kinds", [([], 4), (["--config", "sandbox"], 2)], ids=["default", "simple"])
+def test_every_variant_has_the_kinds_of_task_of_the_config(monkeypatch, flags, kinds):
+    asked = []
+
+    def fake(variant_config, variants, seeds, *rest):
+        asked.extend(variant_config(v, s) for v in variants for s in seeds)
+        return {"rows": [], "steps": {}, "orderings": []}
+
+    monkeypatch.setattr(ablate, "ablate", fake)
+    assert main(["ablate", "--seeds", "3,5", "--variants", "wmsd,on_policy_guided", *flags]) == 0
+    assert [len(config.annotator.options.kinds) for config in asked] == [kinds] * 4
+    assert [config.objective.rl for config in asked] == ["awm"] * 2 + ["none"] * 2
+    assert [config.seed for config in asked] == [3, 5] * 2
+
+
 def test_variants_are_not_named_in_the_config(capsys):
     assert main(["ablate", "--config", "sandbox:wmsd,kinds=full"]) == 2
     assert "--variants wmsd" in capsys.readouterr().err
