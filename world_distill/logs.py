@@ -30,13 +30,14 @@ class MetricLog:
         self._board = SummaryWriter(str(folder / "tensorboard" / name), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs figures of a finished step. Figures that are not finite become null in the file."""
+        """Logs figures of a finished step. Figures that are not finite are null in the file and gaps in TensorBoard."""
         numbers = {name: float(value) for name, value in values.items()}
         line = {"step": step} | {n: v if np.isfinite(v) else None for n, v in numbers.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+            if np.isfinite(value):
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
