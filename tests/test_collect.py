@@ -69,8 +69,8 @@ def make(tmp_path_factory, changes):
     config = small_config(
         tmp_path_factory.mktemp("run"),
         **{
-            "model.width": 16, "model.heads": 1, "model.depth": 1, "sampler.steps": STEPS, "rollout.tasks": TASKS,
-            "rollout.group": GROUP, "text_length": 4,
+            "model.width": 16, "model.heads": 1, "model.depth": 1, "sampler.steps": STEPS, "sampler.shift": 4.0,
+            "rollout.tasks": TASKS, "rollout.group": GROUP, "text_length": 4,
         } | changes,
     )  # fmt: skip
     programs = make_programs(config, make_mesh(devices=jax.devices()[:1]))
