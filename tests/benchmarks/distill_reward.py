@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of tasks and noise; that of training has seen these tasks")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
+    if args.tasks < BATCH or args.tasks % BATCH or args.group < 2:
+        parser.error(f"--tasks is a multiple of {BATCH} and --group at least 2, not {args.tasks} and {args.group}")
     gaps, rewards, values, grid = measure(args.workdir, args.tasks, args.group, args.seed)
     groups = np.repeat(np.arange(args.tasks), args.group)
     states = [
