@@ -270,7 +270,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c.ablation = ConfigDict()
     c.ablation.reference = "wmsd"  # every variant gets the compute of this one
-    c.ablation.variants = (*(v for v in VARIANTS if not v.startswith("full_")), *BETAS)  # what `world-distill ablate` trains
+    c.ablation.variants = (*(v for v in VARIANTS if not v.startswith("full_")), *BETAS)  # that `ablate` trains
     c.ablation.orderings = ORDERINGS
     _apply(c, a.variant)
     return c
