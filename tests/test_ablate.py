@@ -33,6 +33,16 @@ def test_every_variant_gets_the_reference_compute():
         assert spent == pytest.approx(budget, abs=cost(config, steps)), name
 
 
+def test_no_variant_spends_its_compute_before_rl_begins():
+    """A dearer Demonstrator leaves fewer steps, and those at the end are RL's."""
+    reference = load_config("sandbox")
+    for name in ("wmsd", "wmsd_guided", "wmsd_grpo", "judge_free", "beta_0"):
+        config = load_config(f"sandbox:{name}")
+        objective = section(config.objective, Objective)
+        with_rl = sum(objective.rl_active(step) for step in range(ablate.equal_steps(config, reference)))
+        assert with_rl >= 10, name
+
+
 def verdicts(rng, rate, count=200):
     return [
         Verdict(str(i), "", "", "", {q: float(rng.random() < rate) for q in ("task", "agent", "consistency")})
