@@ -351,9 +351,9 @@ ORDERINGS = (
     ("wmsd", "wmsd_no_consistency", "consistency", "without the consistency reward the judge is gamed"),
     # What it does not say
     ("judge_free", "on_policy", "average", "over high noise alone, the distillation reward adds to the anchor"),
-    ("judge_free", "demonstrator", "average", "so bounded, it passes the Demonstrator without a judge"),
+    ("judge_free", "demonstrator", "average", "over high noise alone, it passes the Demonstrator with no judge"),
     ("on_policy_guided", "on_policy", "average", "a guided Demonstrator teaches more"),
-    ("on_policy_guided", "demonstrator", "average", "its Executor passes the Demonstrator without guidance or judge"),
+    ("on_policy_guided", "demonstrator", "average", "distilling a guided Demonstrator passes the unguided one, with no judge"),
     ("wmsd_guided", "wmsd", "task", "a guided Demonstrator adds to WMSD on the task"),
     ("wmsd_guided", "wmsd", "consistency", "a guided Demonstrator adds to WMSD on consistency"),
     ("wmsd_guided", "wmsd", "all", "a guided Demonstrator adds to WMSD on all three at once"),
