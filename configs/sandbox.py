@@ -353,7 +353,7 @@ ORDERINGS = (
     ("judge_free", "on_policy", "average", "over high noise alone, the distillation reward adds to the anchor"),
     ("judge_free", "demonstrator", "average", "over high noise alone, it passes the Demonstrator with no judge"),
     ("on_policy_guided", "on_policy", "average", "a guided Demonstrator teaches more"),
-    ("on_policy_guided", "demonstrator", "average", "distilling a guided Demonstrator passes the unguided one, with no judge"),
+    ("on_policy_guided", "demonstrator", "average", "distilling a guided Demonstrator passes the unguided one"),
     ("wmsd_guided", "wmsd", "task", "a guided Demonstrator adds to WMSD on the task"),
     ("wmsd_guided", "wmsd", "consistency", "a guided Demonstrator adds to WMSD on consistency"),
     ("wmsd_guided", "wmsd", "all", "a guided Demonstrator adds to WMSD on all three at once"),
