@@ -71,13 +71,21 @@ setup(
         "tqdm>=4.66",
         "tensorboardX>=2.6",
         "jaxtyping>=0.3",
+        "docstring-parser>=0.16",
     ],
     extras_require=EXTRAS,
     # The configs lie beside the package in a checkout, and inside it once installed.
     packages=[*find_packages(include=["world_distill", "world_distill.*"]), "world_distill.configs"],
     package_dir={"world_distill.configs": "configs"},
     package_data={
-        "world_distill": ["py.typed", "judges/rubric/*.txt", "data/annotate_prompt/*.txt", "models/tiny/base_*"]
+        "world_distill": [
+            "py.typed",
+            "README.md",
+            "*/README.md",
+            "judges/rubric/*.txt",
+            "data/annotation/prompt/*.txt",
+            "models/tiny/base_*",
+        ]
     },
     entry_points={"console_scripts": ["world-distill = world_distill.cli:main"]},
     zip_safe=False,

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -37,25 +38,36 @@ import pytest  # noqa: E402
 # of either package, which is why nothing of world_distill is imported here.
 jaxtyping.install_import_hook(["world_distill.core", "world_distill.models"], "beartype.beartype")
 
+HERE = pathlib.Path(__file__).parent
+
 # Begun first, so that the workers end together.
 LONGEST = (
-    "test_train", "test_hosts", "test_wan_run", "test_ablate", "test_objectives", "test_pretrain", "test_notebooks",
-    "test_experience", "test_checkpoints", "test_quickstart", "test_server_judge", "test_report", "test_convert",
+    "programs/test_train", "devices/test_hosts", "programs/test_wan_run", "programs/test_ablate",
+    "training/test_objective", "programs/test_pretrain", "test_notebooks", "training/test_prefetch",
+    "storage/test_checkpoints", "programs/test_quickstart", "judges/test_server", "reports/test_report",
+    "weights/test_convert",
 )  # fmt: skip
 
 # `once`, as single tests elsewhere: about files, processes, servers and pages, or training through programs that
 # `test_train` compiles too. (Of jobs of several processes, `test_checkpoints` has one for every Python.)
-ONCE = {
-    "data", "judges", "launch", "sandbox", "vlm", "test_ablate", "test_charts", "test_convert", "test_experience",
-    "test_held_out", "test_hosts", "test_judgments", "test_mutations", "test_notebooks", "test_probe", "test_report",
-    "test_report_parts",
-}  # fmt: skip
+ONCE = (
+    "data", "judges", "launch", "reports", "sandbox", "vlm", "devices/test_hosts", "evaluation/test_held_out",
+    "programs/test_ablate", "programs/test_judgments", "programs/test_probe", "test_mutations", "test_notebooks",
+    "training/test_prefetch", "weights/test_convert",
+)  # fmt: skip
+
+for place in (*LONGEST, *ONCE):  # a name that has moved would be missed silently
+    if not (HERE / place).is_dir() and not (HERE / f"{place}.py").is_file():
+        raise pytest.UsageError(f"tests/conftest.py names {place}, which is not there")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m leaves tests out
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if not ONCE.isdisjoint((item.path.parent.name, item.path.stem)):
-            item.add_marker("once")
     places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    order = []
+    for item in items:
+        name = item.path.relative_to(HERE).with_suffix("").as_posix()
+        if any(name == once or name.startswith(f"{once}/") for once in ONCE):
+            item.add_marker("once")
+        order.append(places.get(name, len(places)))
+    items[:] = [item for _, _, item in sorted(zip(order, range(len(items)), items, strict=True))]

@@ -8,19 +8,22 @@ import sys
 import textwrap
 import time
 
-from world_distill import hosts
+from world_distill.devices import hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CODE = """
     import pathlib, sys
     sys.path[:0] = [{tests!r}, {root!r}]
     from small import small_config
-    from world_distill import cli, hosts, train
+    from world_distill import cli
+    from world_distill.cli import arguments
+    from world_distill.devices import hosts
+    from world_distill.programs import train
     hosts.SILENCE_SECONDS = 10
     inputs, workdir = map(pathlib.Path, sys.argv[1:3])
     {before}
     config = small_config(inputs, **{overrides!r})
-    train.arguments.config_from = lambda args: config
+    arguments.config_from = lambda args: config
     sys.exit(cli.main(["train", "--config", "sandbox", "--workdir", str(workdir)]))
 """
 

@@ -7,8 +7,9 @@ import re
 
 import numpy as np
 
-from world_distill import arguments, report_data, video_io
-from world_distill.evaluate import Verdict, summarise
+from world_distill.programs.evaluate import Verdict, summarise
+from world_distill.reports import run_data
+from world_distill.storage import atomic, video_files
 
 SEEDS = {"base": 0, "demonstrator": 1, "executor": 2}
 RATES = {"base": (0.1, 0.5, 0.7), "demonstrator": (0.6, 0.95, 0.8), "executor": (0.9, 0.97, 0.5)}
@@ -42,7 +43,7 @@ def make_run(folder, *, count=100, kept=4, steps=60, text="", clip=(9, 30, 30), 
         "by_kind": groups("kind"), "by_agent": groups("agent"),
         "verdicts": {role: [dataclasses.asdict(v) for v in seen] for role, seen in verdicts.items()},
     }  # fmt: skip
-    arguments.write_json(folder / "results.json", results)
+    atomic.write_json(folder / "results.json", results)
     lines = []
     for step in range(1, steps + 1):
         line = {"step": step, "train/anchor": 1 / step, "rate/task": step / steps, "reward/total": rng.normal()}
@@ -58,11 +59,9 @@ def make_run(folder, *, count=100, kept=4, steps=60, text="", clip=(9, 30, 30), 
         entries.append(entry | {"solution": f"The {verdict.agent} moves, then stops.{text}", "fps": 4})
         for role in RATES:
             frames = rng.integers(0, 256 if noise else 2, (*clip, 3), dtype=np.uint8) * (1 if noise else 255)
-            video_io.save_strip(report_data.clip_path(folder, role, verdict.id), frames)
-    arguments.write_json(folder / "clips/clips.json", entries)
-    arguments.write_json(
-        folder / "config.json", {"seed": 3, "objective": {"rl": "awm"}, "name": f"x{text}", "empty": {}}
-    )
+            video_files.save_strip(run_data.clip_path(folder, role, verdict.id), frames)
+    atomic.write_json(folder / "clips/clips.json", entries)
+    atomic.write_json(folder / "config.json", {"seed": 3, "objective": {"rl": "awm"}, "name": f"x{text}", "empty": {}})
     return results
 
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from world_distill import components, prepare
-from world_distill.checkpoints import save_weights
-from world_distill.config import load_config
-from world_distill.programs import make_programs
+from world_distill import build
+from world_distill.programs import prepare
+from world_distill.settings.config import load_config
+from world_distill.storage.weight_files import save_weights
+from world_distill.training.compiled import make_programs
 
 HASH, PATTERN = "hash_judge:HashJudge", "hash_judge:PatternJudge"
 
@@ -73,7 +74,7 @@ def small_config(folder: pathlib.Path, **overrides):
 
 def check_advantages(config, workdir: pathlib.Path) -> None:
     """Fails unless, in a finished run, every group of every step that has RL has advantages."""
-    objective = make_programs(config, components.start_devices(config)).objective
+    objective = make_programs(config, build.start_devices(config)).objective
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     judged = {line["step"]: line["reward/zero_std_ratio"] for line in lines if "reward/zero_std_ratio" in line}
     assert judged == {step + 1: 0.0 for step in range(config.steps) if objective.rl_active(step)}
@@ -93,6 +94,6 @@ def random_weights(family, seed: int):
 def make_inputs(folder: pathlib.Path, **overrides) -> None:
     """Writes the base weights and the records that `small_config` names, with the same overrides."""
     config = small_config(folder, **overrides)
-    family = components.make_family(config)
+    family = build.make_family(config)
     save_weights(folder / "base.safetensors", random_weights(family, 7), {"note": "random"})
     prepare.make_records(config, folder / "data")

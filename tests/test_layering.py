@@ -1,11 +1,4 @@
-"""The layers of the package, read from the source: imports go down only.
-
-L0 words      structs  interfaces  config  old_configs
-L1 maths      core/
-L2 parts      models/  judges/  data/  (both on vlm/)  sandbox/  sharding  checkpoints  converted  hosts  optim
-              video_io
-L3 programs   every other module
-"""
+"""The order of the packages, read from the source: imports go down this list only."""
 
 import ast
 import dataclasses
@@ -15,32 +8,24 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "world_distill"
 
-WORDS = {"", "structs", "interfaces", "config", "old_configs"}
-PARTS = {
-    "vlm",
-    "models",
-    "judges",
-    "data",
-    "sandbox",
-    "sharding",
-    "hosts",
-    "checkpoints",
-    "converted",
-    "optim",
-    "video_io",
-}
+# From the top to the bottom. A package imports itself and what stands below it.
+ORDER = (
+    "cli", "programs", "training", "evaluation", "weights", "reports", "build", "models", "judges", "data", "sandbox",
+    "vlm", "devices", "storage", "config", "settings", "core", "words",
+)  # fmt: skip
+WORDS = {"", "structs", "interfaces", "errors", "console"}  # modules at the top level that everything may import
+
+MOST_TOP_LEVEL = 8  # modules directly in world_distill/
 
 # What families share; the other folders of models/ know nothing of each other.
 SHARED_BY_MODELS = {
-    "models", "models.attention", "models.functional", "models.layers", "models.lora", "models.params", "models.words",
+    "models", "models.attention", "models.functional", "models.hashed_words", "models.layers", "models.lora",
+    "models.tensor_map",
 }  # fmt: skip
-
-# Pairs of parts of which the second lies below the first.
-MAY_LIE_ON = {("judges", "vlm"), ("data", "vlm"), ("models", "sharding")}
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 # And every models/**/params.py and models/**/text.py; inside functions. `verify` runs diffusers beside our networks.
-MAY_USE_TORCH = {"vlm.local", "verify"}
+MAY_USE_TORCH = {"vlm.local", "weights.verify"}
 
 NOT_IN_CORE = {
     "flax.nnx", "os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "socket", "subprocess",
@@ -48,11 +33,10 @@ NOT_IN_CORE = {
     "transformers", "openai",
 }  # fmt: skip
 
-# The sandbox is a world and an oracle among others: the maths and the programs do not know its name, but
-# build it from what a config says. A program that is about the sandbox itself is listed here.
-MAY_NAME_SANDBOX: set[str] = set()
+# Only these unpack a ConfigDict.
+MAY_READ_CONFIGS = {"cli", "programs", "training", "evaluation", "weights", "build", "settings", "config"}
 
-MAX_LINES = 550
+MAX_LINES = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +46,8 @@ class Import:
     in_function: bool
 
 
-def layer(module: str) -> int:
-    top = module.split(".")[0]
-    return 0 if top in WORDS else 1 if top == "core" else 2 if top in PARTS else 3
+def package(module: str) -> str:
+    return "words" if module in WORDS else module.split(".")[0]
 
 
 def under(name: str, roots: set[str]) -> bool:
@@ -136,24 +119,27 @@ def violations(package: pathlib.Path) -> list[str]:
                     report(item.line, problem)
             elif problem := external(module, item):
                 report(item.line, problem)
+    top = [name for name in trees if "." not in name and name not in packages - {""}]
+    if len(top) > MOST_TOP_LEVEL:
+        problems.append(f"world_distill/ holds {len(top)} modules, more than {MOST_TOP_LEVEL}: {', '.join(top)}")
     return problems + cycles(graph)
 
 
 def internal(module: str, target: str) -> str | None:
-    if target in ("", module):
-        return None  # the version
-    mine, theirs = layer(module), layer(target)
-    top, other = module.split(".")[0], target.split(".")[0]
-    if theirs > mine:
-        return f"imports {target}, which lies above it (L{mine} -> L{theirs})"
-    if mine == theirs == 2 and top != other and (top, other) not in MAY_LIE_ON:
-        return f"imports {target}, a sibling"
-    if top == other == "models" and not under(target, SHARED_BY_MODELS - {"models"}) and target != "models":
-        family, theirs_family = module.split(".")[1:2], target.split(".")[1:2]
-        if family and family != theirs_family:
+    if target in ("", module) or module in ("", "__main__"):  # the package exports names of all its parts
+        return None
+    mine, theirs = package(module), package(target)
+    if unknown := {mine, theirs} - set(ORDER):
+        return f"names {', '.join(sorted(unknown))}, which stands nowhere in the order of the packages"
+    if ORDER.index(theirs) < ORDER.index(mine):
+        return f"imports {target}, which stands above {mine}"
+    if mine == theirs == "models" and not under(target, SHARED_BY_MODELS - {"models"}) and target != "models":
+        family, other = module.split(".")[1:2], target.split(".")[1:2]
+        if family and family != other:
             return f"imports {target}, another model family"
-    if other == "sandbox" and mine in (1, 3) and module not in MAY_NAME_SANDBOX:
-        return f"imports {target}: programs do not know the sandbox's name"
+    # The sandbox is a world and an oracle among others: a config names it, and `build` makes what the config names.
+    if theirs == "sandbox" and mine != "sandbox":
+        return f"imports {target}: nothing but a config knows the sandbox's name"
     return None
 
 
@@ -164,9 +150,9 @@ def external(module: str, item: Import) -> str | None:
             return f"imports {item.name}; torch is for converters, text encoders, verify and vlm.local"
         if not item.in_function:
             return f"imports {item.name} outside a function; the base install has no torch"
-    if under(item.name, {"ml_collections"}) and layer(module) != 3 and module != "config":
+    if under(item.name, {"ml_collections"}) and package(module) not in MAY_READ_CONFIGS:
         return f"imports {item.name}; a ConfigDict is unpacked before it comes here"
-    if layer(module) == 1 and under(item.name, NOT_IN_CORE):
+    if package(module) == "core" and under(item.name, NOT_IN_CORE):
         return f"imports {item.name}; core has neither NNX nor I/O"
     return None
 
@@ -193,27 +179,32 @@ GOOD = {
     "__init__": "",
     "structs": "import jax",
     "interfaces": "from world_distill.structs import PyTree",
-    "config": "import ml_collections",
+    "settings.__init__": "",
+    "settings.config": "import ml_collections",
     "core.__init__": "",
     "core.flow": "import numpy as np\nfrom flax import struct\nfrom world_distill.structs import PyTree",
     "core.losses": "from world_distill.core import flow",
+    "devices.__init__": "",
+    "devices.mesh": "from world_distill.structs import PyTree",
     "models.__init__": "",
     "models.layers": "from flax import nnx",
     "models.lora": "",
     "models.wan.__init__": "from world_distill.models.wan.modeling import Wan",
     "models.wan.modeling": "from world_distill.models import layers\nfrom world_distill.models.lora import x",
     "models.wan.params": "def convert():\n    import torch",
+    "models.wan.text": "def encode():\n    import torch\n    from world_distill.models import hashed_words",
+    "models.hashed_words": "",
     "data.__init__": "",
-    "models.wan.text": "def encode():\n    import torch\n    from world_distill.models import words",
-    "models.words": "",
     "data.encode": "",
     "judges.__init__": "",
     "judges.rubric": "",
     "judges.local": "from world_distill.judges.rubric import questions",
-    "verify": "def compare():\n    import diffusers",
-    "sharding": "from world_distill.structs import PyTree",
-    "train": "import ml_collections\nfrom world_distill import sharding\nfrom world_distill.core.losses import x",
-    "cli": "from world_distill import __version__\nfrom world_distill.train import run",
+    "weights.__init__": "",
+    "weights.verify": "def compare():\n    import diffusers",
+    "programs.__init__": "",
+    "programs.train": "import ml_collections\nfrom world_distill.devices import mesh\nfrom world_distill.core import x",
+    "cli.__init__": "",
+    "cli.train": "from world_distill import __version__\nfrom world_distill.programs.train import run",
 }
 
 
@@ -233,30 +224,31 @@ def test_good_tree_passes(tmp_path):
 @pytest.mark.parametrize(
     "module, source, message",
     [
-        ("structs", "from world_distill.core import flow", "structs:2: imports core.flow, which lies above"),
-        ("structs", "import world_distill.train", "lies above it (L0 -> L3)"),
-        ("core.flow", "from world_distill.models.layers import x", "L1 -> L2"),
-        ("core.flow", "from ..models import layers", "imports models.layers, which lies above"),
-        ("core.__init__", "from ..models import layers", "imports models.layers, which lies above"),
-        ("core.flow", "def f():\n    from world_distill import train", "core.flow:3: imports train"),
+        ("structs", "from world_distill.core import flow", "structs:2: imports core.flow, which stands above words"),
+        ("structs", "import world_distill.programs.train", "imports programs.train, which stands above words"),
+        ("core.flow", "from world_distill.models.layers import x", "imports models.layers, which stands above core"),
+        ("core.flow", "from ..models import layers", "imports models.layers, which stands above"),
+        ("core.__init__", "from ..models import layers", "imports models.layers, which stands above"),
+        ("core.flow", "def f():\n    from world_distill.programs import train", "core.flow:3: imports programs.train"),
         ("core.flow", "from flax import nnx", "imports flax.nnx; core has neither"),
         ("core.flow", "import pathlib", "imports pathlib; core has neither"),
-        ("core.flow", "from world_distill import sandbox", "L1 -> L2"),
+        ("core.flow", "from world_distill import sandbox", "imports sandbox, which stands above core"),
         ("core.flow", "import ml_collections.config_dict", "a ConfigDict is unpacked"),
-        ("sharding", "import ml_collections", "a ConfigDict is unpacked"),
-        ("sharding", "from world_distill.models import layers", "imports models.layers, a sibling"),
-        ("judges.local", "from world_distill.data import encode", "imports data.encode, a sibling"),
+        ("devices.mesh", "import ml_collections", "a ConfigDict is unpacked"),
+        ("devices.mesh", "from world_distill.models import layers", "imports models.layers, which stands above"),
+        ("data.encode", "from world_distill.judges import local", "imports judges.local, which stands above data"),
         ("models.layers", "from world_distill.models import wan", "imports models.wan, another model family"),
         ("models.ltx2", "from world_distill.models.wan import modeling", "imports models.wan.modeling, another"),
         ("models.wan.modeling", "def f():\n    import torch", "torch is for converters"),
         ("models.wan.params", "import torch", "imports torch outside a function"),
         ("models.wan.text", "import torch", "imports torch outside a function"),
         ("data.encode", "def f():\n    import torch", "torch is for converters"),
-        ("train", "def f():\n    from diffusers.models import x", "torch is for converters"),
-        ("train", "from world_distill.sandbox import world", "do not know the sandbox's name"),
-        ("train", "import world_distill.cli", "import cycle among cli, train"),
-        ("train", "print('x')", "train:2: calls print"),
-        ("train", "x = 1\n" * 600, "has more than 550 lines"),
+        ("programs.train", "def f():\n    from diffusers.models import x", "torch is for converters"),
+        ("programs.train", "from world_distill.sandbox import world", "nothing but a config knows the sandbox"),
+        ("programs.train", "import world_distill.cli.train", "imports cli.train, which stands above programs"),
+        ("programs.train", "print('x')", "programs.train:2: calls print"),
+        ("programs.train", "x = 1\n" * 600, "has more than 500 lines"),
+        ("attic.train", "from world_distill.core import flow", "names attic, which stands nowhere"),
         ("models.utils", "", "is called utils"),
     ],
 )
@@ -270,5 +262,14 @@ def test_each_breach_is_found(tmp_path, module, source, message):
 
 def test_module_without_a_docstring_is_found(tmp_path):
     package = write(tmp_path, GOOD)
-    (package / "train.py").write_text("import jax\n")
-    assert violations(package) == ["world_distill.train:1: has no docstring"]
+    (package / "programs/train.py").write_text("import jax\n")
+    assert violations(package) == ["world_distill.programs.train:1: has no docstring"]
+
+
+def test_a_crowd_at_the_top_level_is_found(tmp_path):
+    assert "more than 8" in "".join(violations(write(tmp_path, GOOD | {f"word{i}": "" for i in range(9)})))
+
+
+def test_modules_that_import_each_other_are_found(tmp_path):
+    extra = {"core.losses": "from world_distill.core import flow", "core.flow": "from world_distill.core import losses"}
+    assert violations(write(tmp_path, GOOD | extra)) == ["import cycle among core.flow, core.losses"]

@@ -13,6 +13,7 @@ import jaxtyping
 import pytest
 
 from world_distill import cli
+from world_distill.cli import command
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOP_LEVEL = {"world_distill", "configs", "launch", "tests", "colab", ".ci"}
@@ -89,10 +90,9 @@ def test_license_is_apache(metadata):
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
 
 
-@pytest.mark.parametrize("name", cli.VERBS)
+@pytest.mark.parametrize("name", command.VERBS)
 def test_verb_has_its_help_flags_and_program(name):
-    verb = cli.VERBS[name]
-    help_text, add_arguments, run = cli.members(verb)
+    help_text, add_arguments, run = command.members(name)
     assert len(help_text.strip().splitlines()) > 1 and f"world-distill {name}" in help_text, "HELP has an example"
     parser = argparse.ArgumentParser()
     add_arguments(parser)

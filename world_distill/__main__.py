@@ -2,7 +2,7 @@
 
 import sys
 
-from world_distill.cli import main
+from world_distill.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

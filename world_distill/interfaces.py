@@ -43,7 +43,6 @@ class ModelFamily(Protocol):
     linears: Mapping[str, tuple[str, str]] | None  # layers' names in diffusers and in the original code, if published
     codec_parts: tuple[str, ...]  # parts of the base (its outermost keys) that `decode` and `encode_scene` read
     shipped_bases: Mapping[str, pathlib.Path]  # weights that ship with the package, by name
-    default_base: pathlib.Path | None  # those of them that a config without a name gets, if any
     text_encoder: str  # names what `encode_text` is: encoded records of another one are not reused
 
     def denoise(

@@ -19,9 +19,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import jax
 import jax.numpy as jnp
 
-from world_distill.checkpoints import Checkpointer, make_metadata
-from world_distill.optim import make_optimizer
+from world_distill.storage.checkpoints import Checkpointer, make_metadata
 from world_distill.structs import TrainState
+from world_distill.training.optimizers import make_optimizer
 
 METADATA = make_metadata({"benchmark": "checkpoint_stall"})
 LAYERS, TARGETS, RANK = 40, ("q", "k", "v", "out", "up", "down"), 32

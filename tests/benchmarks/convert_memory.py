@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from world_distill import published
-from world_distill.convert import DTYPES
+from world_distill.weights import published
+from world_distill.weights.convert import DTYPES
 
 GIB = 2**30
 SHARD_BYTES = GIB // 4
@@ -40,7 +40,7 @@ VAE = {
 # VmHWM and not ru_maxrss, which starts from the size of the process that started this one.
 CHILD = """
 import pathlib, sys
-from world_distill import convert
+from world_distill.weights import convert
 if len(sys.argv) > 1:
     convert.convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), dtype=sys.argv[3])
 status = pathlib.Path("/proc/self/status").read_text()

@@ -22,20 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from world_distill import components, runs
-from world_distill.collection import DISTILL
+from world_distill import build
 from world_distill.core.losses import distillation_reward, velocity_gap
 from world_distill.core.metrics import within_group_correlations
-from world_distill.data.pipeline import task_batches
-from world_distill.data.records import RecordReader
-from world_distill.guidance import load_negative
-from world_distill.judges.judging import judge_clips
+from world_distill.data.records.batches import task_batches
+from world_distill.data.records.negative import load_negative
+from world_distill.data.records.reader import RecordReader
+from world_distill.devices.mesh import rows_or_whole
+from world_distill.evaluation.scoring import QUESTIONS
+from world_distill.judges.ask import judge_clips
 from world_distill.judges.rubric import load_rubric
-from world_distill.objective_settings import Phase
-from world_distill.programs import make_programs
-from world_distill.scoring import QUESTIONS
-from world_distill.sharding import rows_or_whole
+from world_distill.settings.objective import Phase
+from world_distill.settings.rollout import DISTILL
 from world_distill.structs import Condition
+from world_distill.training import run_folder
+from world_distill.training.compiled import make_programs
+from world_distill.weights import base_model
 
 BATCH = 16  # tasks at once
 WEIGHTS = {"task": 1.0, "agent": 1.0, "consistency": 2.0}  # of the sum; those of `sandbox:wmsd`
@@ -72,21 +74,21 @@ def main() -> None:
 
 def measure(workdir: pathlib.Path, tasks: int, group: int, seed: int):
     """(gap at each state [k b], {bound: Eq. 9 from there [b]}, {answer, sum, motion: [b]}, sampling times [k + 1])."""
-    config = runs.read_config(workdir)
-    mesh = components.start_devices(config)
-    executor, _ = runs.load_executor(config, mesh, workdir)
+    config = run_folder.read_config(workdir)
+    mesh = build.start_devices(config)
+    executor, _ = run_folder.load_executor(config, mesh, workdir)
     with config.unlocked():
         config.rollout.update(tasks=BATCH, group=group, spread=False, role="executor", micro_batch=0)
         config.rollout.weights = ConfigDict(WEIGHTS | {DISTILL: 1.0})  # so that states and velocities are kept
         config.objective.rl = "awm"
         config.objective.rl_weight = config.objective.beta_d = ((0, 1.0),)
     programs = make_programs(config, mesh)
-    family, (grid, _) = programs.family, components.sampler_grid(config)
-    base = components.load_base(family, config, mesh)
-    reader = RecordReader(runs.data_folder(config, workdir), config.train_set)
+    family, (grid, _) = programs.family, build.sampler_grid(config)
+    base = base_model.load_base(family, config, mesh)
+    reader = RecordReader(run_folder.data_folder(config, workdir), config.train_set)
     negative = load_negative(reader, programs.guidance, config.text_length, mesh)
     batches = task_batches(reader, tasks_per_step=BATCH, seed=seed, text_length=config.text_length)
-    judge, rubric = components.make(config, "judge"), load_rubric(config.judge.rubric or None)
+    judge, rubric = build.make(config, "judge"), load_rubric(config.judge.rubric or None)
     bounds = sorted([0.0, *(float(np.mean(pair)) for pair in zip(grid[:-2], grid[1:-1], strict=True))])
 
     @jax.jit

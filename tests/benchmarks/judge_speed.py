@@ -20,10 +20,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import numpy as np
 
 from tests.vlm.fake_server import FakeServer
-from world_distill import prepare, train
-from world_distill.config import load_config
 from world_distill.interfaces import JudgeRequest
 from world_distill.judges.server import ServerJudge
+from world_distill.programs import prepare, train
+from world_distill.settings.config import load_config
 
 
 def serve(latency, ports, done):
@@ -71,7 +71,7 @@ def step_seconds(latency: float, staleness: int, steps: int, records: pathlib.Pa
     with server(latency) as url, tempfile.TemporaryDirectory() as folder:
         with config.unlocked():
             config.data = str(records)
-            config.judge.factory = "world_distill.judges.server:ServerJudge"
+            config.judge.factory = "world_distill.judges:ServerJudge"
             config.judge.options = {"servers": (url,), "model": "judge", "concurrency": 256}
         train.train(config, pathlib.Path(folder))
         lines = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]

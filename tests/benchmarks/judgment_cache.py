@@ -15,8 +15,8 @@ import sys
 import tempfile
 import time
 
-from world_distill.judges.cache import JudgmentCache
-from world_distill.judges.entries import About
+from world_distill.judges.memory.cache import JudgmentCache
+from world_distill.judges.memory.entries import About
 
 BATCH = 100
 TASKS = 3_000  # so few that all texts are known at the first size

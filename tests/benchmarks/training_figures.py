@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from world_distill.collection import Collection
-from world_distill.config import load_config, section
 from world_distill.core import times
 from world_distill.core.advantages import group_advantages
-from world_distill.forwards import per_rollout, shows_all
-from world_distill.objective_settings import Objective
+from world_distill.settings.config import load_config, section
+from world_distill.settings.objective import Objective
+from world_distill.settings.rollout import RolloutSettings
+from world_distill.training.forwards import per_rollout, shows_all
 
 CONFIGS = ("sandbox:on_policy", "sandbox:wmsd", "sandbox:wmsd_guided", "wan22_5b:distill", "wan22_5b:wmsd")
 LOGGED = ("train/anchor_gradient_norm", "train/rl_gradient_norm", "train/anchor_to_rl", "judge/used")
@@ -67,7 +67,7 @@ def figures(values: np.ndarray) -> str:
 
 def forwards(name: str) -> tuple[float, float]:
     config = load_config(name)
-    objective, settings = section(config.objective, Objective), Collection(**config.rollout.to_dict())
+    objective, settings = section(config.objective, Objective), RolloutSettings(**config.rollout.to_dict())
     phase, steps = objective.phase(config.steps - 1), config.sampler.steps
     scale = config.demonstrator.guidance
     now = per_rollout(objective, settings, steps, phase, scale)

@@ -57,7 +57,7 @@ def ours(args: argparse.Namespace) -> tuple[dict, dict]:
     from world_distill.models.attention import attend
     from world_distill.models.functional import Functional
     from world_distill.models.lora import init_lora
-    from world_distill.models.params import assemble
+    from world_distill.models.tensor_map import assemble
     from world_distill.models.wan.modeling import WanConfig, WanDiT
     from world_distill.models.wan.params import transformer_entries
 

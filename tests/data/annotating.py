@@ -11,9 +11,9 @@ import signal
 import sys
 import time
 
-from world_distill.data.annotate import annotate_images
-from world_distill.data.image_filters import Filters
-from world_distill.data.image_sources import find_images
+from world_distill.data.annotation.annotate import annotate_images
+from world_distill.data.images.filters import Filters
+from world_distill.data.images.sources import find_images
 from world_distill.interfaces import TaskPair
 
 

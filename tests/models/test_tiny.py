@@ -11,16 +11,18 @@ from small import redraw
 
 from tests.models import make_goldens, plain_tiny
 from tests.models.tiny_inputs import CONFIG, base_weights, inputs, make_family, random_lora
-from world_distill import components, models
-from world_distill.checkpoints import CheckpointError, load_weights, save_weights
-from world_distill.config import UserError, load_config
+from world_distill import build, models
 from world_distill.core import flow, sampling
-from world_distill.data.pipeline import pad_texts
+from world_distill.data.records.batches import pad_texts
+from world_distill.devices.mesh import RULES, make_mesh, tree_shardings
+from world_distill.errors import UserError
+from world_distill.models.hashed_words import encode_text
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN
-from world_distill.models.words import encode_text
-from world_distill.sharding import RULES, make_mesh, tree_shardings
+from world_distill.settings.config import load_config
+from world_distill.storage.weight_files import WeightFileError, load_weights, save_weights
 from world_distill.structs import Condition
+from world_distill.weights import base_model
 
 
 @pytest.fixture(scope="module")
@@ -247,9 +249,9 @@ def test_a_new_base_is_a_function_of_its_key(base):
 
 def test_the_shipped_base_fits_the_default_config():
     config = load_config("sandbox", {})
-    family = components.make_family(config)
+    family = build.make_family(config)
     mesh = make_mesh(devices=jax.devices()[:1])
-    weights = components.load_base(family, config, mesh)
+    weights = base_model.load_base(family, config, mesh)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
     assert np.abs(weights["head"]["kernel"]).max() > 0  # it has been trained
     for path in family.shipped_bases.values():
@@ -261,17 +263,17 @@ def test_the_shipped_base_fits_the_default_config():
 def test_the_first_base_that_shipped_keeps_its_network():
     """Runs of earlier versions are of it: told to add the scene, its clips would be another model's."""
     config = load_config("sandbox", {"base": "1", "model.add_scene": False})
-    family, mesh = components.make_family(config), make_mesh(devices=jax.devices()[:1])
-    weights = components.load_base(family, config, mesh)
+    family, mesh = build.make_family(config), make_mesh(devices=jax.devices()[:1])
+    weights = base_model.load_base(family, config, mesh)
     first = load_weights(family.shipped_bases["1"])[0]
     np.testing.assert_array_equal(weights["head"]["kernel"], first["head"]["kernel"])
-    clips, captions = components.make(config, "clips").batch(5, 0, 4)
+    clips, captions = build.make(config, "clips").batch(5, 0, 4)
     clean = family.encode_clips(jnp.asarray(clips))
     text, mask = pad_texts(family.encode_text(captions), config.text_length)
     condition = Condition(jnp.asarray(text), jnp.asarray(mask), clean[:, :1])
     errors = {}
     for add_scene in (False, True):
-        built = components.make_family(load_config("sandbox", {"model.add_scene": add_scene}))
+        built = build.make_family(load_config("sandbox", {"model.add_scene": add_scene}))
         t = jnp.full(4, 0.5)
         eps = jax.random.normal(jax.random.key(0), clean.shape)
         x_t = sampling.pin_frames(flow.interpolate(clean, eps, t), clean[:, :1], built.free_frames)
@@ -286,26 +288,26 @@ def test_weights_that_are_not_there_or_do_not_fit_are_named(tmp_path, base):
     }
     path = tmp_path / "mine.safetensors"
     config = load_config("sandbox", {**small, "base": str(path)})
-    family, mesh = components.make_family(config), make_mesh(devices=jax.devices()[:1])
-    with pytest.raises(CheckpointError, match="mine.safetensors"):
-        components.load_base(family, config, mesh)
+    family, mesh = build.make_family(config), make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(WeightFileError, match="mine.safetensors"):
+        base_model.load_base(family, config, mesh)
     weights = redraw(jax.eval_shape(family.init_base, jax.random.key(0)), 0)
     save_weights(path, weights, {})
-    jax.tree.map(np.testing.assert_array_equal, components.load_base(family, config, mesh), weights)
+    jax.tree.map(np.testing.assert_array_equal, base_model.load_base(family, config, mesh), weights)
 
     weights["extra"] = weights.pop("pooled")
     weights["text_in"]["kernel"] = weights["text_in"]["kernel"][:7]
     save_weights(path, weights, {})
     with pytest.raises(UserError) as error:
-        components.load_base(family, config, mesh)
+        base_model.load_base(family, config, mesh)
     for part in ("mine.safetensors", "missing pooled.bias (32,)", "unexpected extra.kernel", "(7, 32), not (64, 32)"):
         assert part in str(error.value)
 
     class Bare:
-        name, shipped_bases, default_base = "bare", {}, None
+        name, shipped_bases = "bare", {}
 
-    with pytest.raises(UserError, match="none ship with model family bare"):
-        components.load_base(Bare(), load_config("sandbox", {}), mesh)
+    with pytest.raises(UserError, match="names no weights; with model family bare ship: none"):
+        base_model.load_base(Bare(), load_config("sandbox", {"base": ""}), mesh)
 
 
 # ---- Sizes

@@ -3,10 +3,10 @@
     [[mutation]]
     name = "cache-key-without-question"
     breaks = "Every question about a clip gets the answer to the first."       one line: the harm that is done
-    file = "world_distill/judges/cache.py"
+    file = "world_distill/judges/memory/cache.py"
     old = 'parts = [clip_digest, question.encode(), judge_name.encode()]'      exactly once in the file
     new = 'parts = [clip_digest, judge_name.encode()]'
-    tests = ["tests/judges/test_judgment_cache.py::test_key_depends_on_everything_that_was_judged"]
+    tests = ["tests/judges/memory/test_cache.py::test_key_depends_on_everything_that_was_judged"]
 
 `tests` have to fail when `old` is replaced by `new`: as few and as fast ones as possible, by pytest's node ids.
 """

@@ -9,7 +9,7 @@ import pytest
 from tests.sandbox.acting import WORLD, read_narration, scenes
 from world_distill.sandbox import captions
 from world_distill.sandbox.captions import Faults, sample_clips, sample_motion
-from world_distill.sandbox.factories import random_clips
+from world_distill.sandbox.factories import make_clips
 from world_distill.sandbox.narration import BESIDE, GO, PUSH, STYLES, TWO, narrate, words
 from world_distill.sandbox.tasks import deeds
 from world_distill.sandbox.vision import read_scene, watch
@@ -45,7 +45,7 @@ def way_of(sight):
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_motions_turn_once_as_often_as_asked_for(share):
     world = {f.name: getattr(WORLD, f.name) for f in dataclasses.fields(WORLD)}
-    source = random_clips(world=world, faults=dataclasses.asdict(NONE), two_legs=share)
+    source = make_clips(world=world, faults=dataclasses.asdict(NONE), two_legs=share)
     clips, told = source.batch(0, 0, 80)
     acts = [read_narration(text, read_scene(WORLD, clip[0])) for clip, text in zip(clips, told, strict=True)]
     turns = [len(legs) == 2 for _, legs, pushed in acts if not pushed]
@@ -191,7 +191,7 @@ def test_faults_are_as_frequent_as_asked_for(monkeypatch):
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    source = random_clips(world={"cells": 4, "size": 20, "frames": 5}, faults={"short": 0.5})
+    source = make_clips(world={"cells": 4, "size": 20, "frames": 5}, faults={"short": 0.5})
     clips, texts = source.batch(0, 3, 4)
     assert clips.shape == (4, 5, 20, 20, 3) and clips.dtype == np.uint8 and len(texts) == 4
     source.batch(0, 4, 2)
@@ -201,4 +201,4 @@ def test_batches_are_a_function_of_seed_and_step():
     for seed, step in ((1, 3), (0, 4)):
         other = source.batch(seed, step, 4)
         assert texts != other[1] and not np.array_equal(clips, other[0])
-    assert random_clips(world={"crate": 0.0}, faults={}).world == World(crate=0.0)
+    assert make_clips(world={"crate": 0.0}, faults={}).world == World(crate=0.0)

@@ -21,7 +21,7 @@ from tests.sandbox.acting import (
 )
 from world_distill.sandbox import checker
 from world_distill.sandbox.checker import Goal, parse_task
-from world_distill.sandbox.factories import benchmark
+from world_distill.sandbox.factories import make_benchmark
 from world_distill.sandbox.oracle import Oracle
 from world_distill.sandbox.scenes import to_png
 from world_distill.sandbox.tasks import deeds
@@ -159,14 +159,14 @@ def test_the_benchmark_checks_each_clip_against_its_own_png():
     clips = np.stack([act(s, d).clip for s, d in pairs])
     clips[1] = clips[1, :1]  # frozen
     images = [to_png(WORLD, s) for s, _ in pairs]
-    verdicts = benchmark(world={}).check(clips, [d.task for _, d in pairs], images)
+    verdicts = make_benchmark(world={}).check(clips, [d.task for _, d in pairs], images)
     assert verdicts.keys() == set(QUESTIONS)
     for name, values in verdicts.items():
         assert values.dtype == np.float64
         assert values.tolist() == [1, 1 if name == "consistency" else 0, *[1] * 6]
     with pytest.raises(ValueError):
-        benchmark(world={}).check(clips, [pairs[0][1].task], images)
-    assert benchmark(world={}).name != Oracle(WORLD).name
+        make_benchmark(world={}).check(clips, [pairs[0][1].task], images)
+    assert make_benchmark(world={}).name != Oracle(WORLD).name
 
 
 # ---- Oracle and checker

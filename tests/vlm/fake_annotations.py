@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tests.vlm.fake_server import FakeServer, parts_of
-from world_distill.data.vlm_selftest import PROBE
+from world_distill.data.annotation.selftest import PROBE
 from world_distill.interfaces import TaskPair
 
 STYLES = ("vllm_new", "vllm_old", "hosted", "plain")

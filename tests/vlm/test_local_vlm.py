@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="torch is in the extra `torch`")
 from PIL import Image  # noqa: E402
 
 from tests.vlm import tiny_vlm  # noqa: E402
-from world_distill.config import UserError  # noqa: E402
+from world_distill.errors import UserError  # noqa: E402
 from world_distill.vlm.local import ForbiddenText, LocalVLM, close_thinking  # noqa: E402
 
 pytestmark = pytest.mark.torch

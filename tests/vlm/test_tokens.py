@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from world_distill.config import UserError
+from world_distill.errors import UserError
 from world_distill.vlm.client import Limits
 from world_distill.vlm.tokens import TokenBudget, estimate, used_tokens
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from world_distill.config import UserError
+from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
 from world_distill.judges.answers import SPELLINGS, WORDS, NoVerdict, Reading
 from world_distill.judges.selftest import INTRO, PROBES, probe_clip

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from world_distill.config import UserError
+from world_distill.errors import UserError
 from world_distill.judges.answers import SPELLINGS, WORDS, MalformedAnswer, NoLogProbs, NoVerdict, Reading, read_answer
 from world_distill.vlm.client import Client, Failure, Refused, Server
 from world_distill.vlm.frames import data_urls

@@ -10,7 +10,7 @@ import math
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
-from world_distill.config import UserError
+from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
 from world_distill.judges.answers import NoVerdict, Reading, read_answer
 from world_distill.judges.selftest import Form, Rules, find_form, make_body

@@ -1,6 +1,7 @@
 """Video models. A family is a folder with `build(**sizes)`, which returns an `interfaces.ModelFamily`."""
 
 import importlib
+from typing import Any
 
 FAMILIES = ("tiny", "wan")
 
@@ -14,3 +15,10 @@ def build(family: str, **sizes):
     if family not in FAMILIES:
         raise ValueError(f"unknown model family {family!r}; there are: {', '.join(FAMILIES)}")
     return importlib.import_module(f"world_distill.models.{family}").build(**sizes)
+
+
+def documented(family: str, part: str = "") -> tuple[Any, ...]:
+    """The functions and classes whose docstrings explain a config's section `model`, or its section `part`."""
+    if family not in FAMILIES:
+        return ()
+    return importlib.import_module(f"world_distill.models.{family}").EXPLAINED_BY.get(part, ())

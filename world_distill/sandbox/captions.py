@@ -26,7 +26,8 @@ class Faults:
     """Probabilities, per clip, of what the caption does not say.
 
     Attributes:
-      short: the agent covers only a share of its (last) way, uniform in `short_travel`.
+      short: the agent covers only a share of its (last) way.
+      short_travel: least and greatest share of its way that such an agent covers.
       other: another agent makes the motion.
       blink: a thing is invisible for one or two frames.
       jump: the agent waits at its start, then is at its end.

@@ -1,4 +1,4 @@
-"""What a config names to get the sandbox: `world_distill.sandbox.factories:oracle` and the like."""
+"""What a config names to get the sandbox: `world_distill.sandbox:make_oracle` and the like."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,18 @@ from world_distill.sandbox.oracle import Oracle, Tolerance
 from world_distill.sandbox.scenes import true_scene
 from world_distill.sandbox.tasks import KINDS
 from world_distill.sandbox.world import World
+from world_distill.settings.explained import explained_by
 
 
-def oracle(*, world: dict, kinds: tuple[str, ...] = KINDS, tolerance: Mapping[str, float] | None = None) -> Oracle:
-    """Annotator and judge. `tolerance` changes thresholds (`oracle.Tolerance`): another judge, say one held out."""
+@explained_by(world=World, tolerance=Tolerance)
+def make_oracle(*, world: dict, kinds: tuple[str, ...] = KINDS, tolerance: Mapping[str, float] | None = None) -> Oracle:
+    """Annotator and judge.
+
+    Args:
+      world: sizes and difficulty of the world (`World`).
+      kinds: kinds of task that are written.
+      tolerance: changes to the thresholds (`oracle.Tolerance`), which make another judge, such as one held out.
+    """
     return Oracle(World(**world), kinds=tuple(kinds), tolerance=Tolerance(**(tolerance or {})))
 
 
@@ -36,7 +44,13 @@ class Benchmark:
         return {q: np.array([v[q] for v in verdicts], np.float64) for q in self.questions}
 
 
-def benchmark(*, world: dict) -> Benchmark:
+@explained_by(world=World)
+def make_benchmark(*, world: dict) -> Benchmark:
+    """The benchmark.
+
+    Args:
+      world: sizes and difficulty of the world (`World`).
+    """
     return Benchmark(World(**world))
 
 
@@ -53,7 +67,16 @@ class RandomClips:
         return made.clips, made.captions
 
 
-def random_clips(
+@explained_by(world=World, faults=Faults)
+def make_clips(
     *, world: dict, faults: dict, styles: tuple[float, ...] = STYLE_SHARES, two_legs: float = TWO_LEGS
 ) -> RandomClips:
+    """The source of pretraining clips.
+
+    Args:
+      world: sizes and difficulty of the world (`World`).
+      faults: what clips show that their captions do not say (`Faults`).
+      styles: shares of captions in steps, by landmark, and with both.
+      two_legs: share of the motions without a push that turn once.
+    """
     return RandomClips(World(**world), Faults(**faults), tuple(styles), two_legs)

@@ -28,12 +28,18 @@ class Tolerance:
     """Where the oracle changes its mind, and how softly (distances in cells).
 
     Attributes:
-      reach, reach_softness: distance to the goal in the last frame.
-      moved, still: least way of the named agent, most of any other.
-      residual, residual_softness: difference between a frame and the same things drawn cleanly, in units of one thing.
-      tint, tint_softness: distance (0..255) of a thing's mean colour from the mixes of its own colour with the floor;
-        the palette's colours are at least 80 apart in this sense.
+      reach: greatest distance to the goal in the last frame.
+      reach_softness: width of the transition at `reach`.
+      moved: least way of the named agent.
+      still: greatest way of any other agent.
+      movement_softness: width of the transition at `moved` and `still`.
+      residual: greatest difference between a frame and the same things drawn cleanly, in units of one thing.
+      residual_softness: width of the transition at `residual`.
+      tint: greatest distance (0 to 255) of a thing's mean colour from the mixes of its own colour with the floor; the
+        palette's colours are at least 80 apart in this sense.
+      tint_softness: width of the transition at `tint`.
       leap: largest share of its whole way that a thing may make between two frames.
+      leap_softness: width of the transition at `leap`.
     """
 
     reach: float = 0.42

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from world_distill.sandbox.tasks import deeds
 from world_distill.sandbox.world import Scene, Thing, World, render, sample_scene
+from world_distill.settings.explained import explained_by
 
 STREAMS = {"train": 0, "validation": 1, "test": 2}
 
@@ -47,8 +48,16 @@ def _owner(text: str) -> str:
     return ("train", "train", "validation", "test")[digit]
 
 
+@explained_by(world=World)
 def write_scenes(folder: str, count: int, *, split: str, seed: int, world: dict | World) -> list[pathlib.Path]:
     """Draws scenes and writes them as `scene-00000.png` ... into `folder`; files that hold them already are kept.
+
+    Args:
+      folder: of the images.
+      count: scenes.
+      split: stream of scenes: train, validation or test.
+      seed: of the stream.
+      world: sizes and difficulty of the world (`World`).
 
     Raises:
       ValueError: as `draw_scenes`; or a file of that name holds another scene (another seed or world).

@@ -10,16 +10,7 @@ import functools
 
 import numpy as np
 
-from world_distill.sandbox.world import (
-    AGENT_COLOURS,
-    COLOURS,
-    SHAPES,
-    Scene,
-    Thing,
-    World,
-    floor,
-    render,
-)
+from world_distill.sandbox.world import AGENT_COLOURS, COLOURS, SHAPES, Scene, Thing, World, floor, render
 
 # Share of a pixel below which a colour is taken for noise.
 NOISE = 0.12

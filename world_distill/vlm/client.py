@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from world_distill.config import UserError
+from world_distill.errors import UserError
 from world_distill.vlm.tokens import TokenBudget, used_tokens
 
 _PASSING = {408, 409, 425, 429}  # and 5xx

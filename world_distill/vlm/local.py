@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from world_distill.config import UserError
+from world_distill.errors import UserError
 
 Message = Mapping[str, Any]
 DTYPES = ("bfloat16", "float16", "float32")

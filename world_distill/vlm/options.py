@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from world_distill.config import UserError
+from world_distill.errors import UserError
 from world_distill.vlm.client import Client, Refused, Server
 
 

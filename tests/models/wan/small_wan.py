@@ -10,10 +10,10 @@ import numpy as np
 
 from world_distill.models.functional import Functional
 from world_distill.models.lora import init_lora, kernels
-from world_distill.models.lora_layouts import METADATA_KEY, lora_tree
-from world_distill.models.params import assemble
+from world_distill.models.tensor_map import assemble
 from world_distill.models.wan.modeling import WanConfig, WanDiT
 from world_distill.models.wan.params import LINEARS, transformer_entries
+from world_distill.weights.lora_layouts import METADATA_KEY, lora_tree
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CONFIG = WanConfig(channels=6, width=32, depth=2, heads=2, mlp=48, text_width=20, time_width=32, remat="none")

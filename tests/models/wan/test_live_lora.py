@@ -6,8 +6,8 @@ import pytest
 import safetensors.numpy
 
 from tests.models.wan.small_wan import CONFIG, check_gradients, inputs, load, network, random_lora, shapes
-from world_distill.lora_files import FILE_NAME, read_lora, write_lora
 from world_distill.models.wan.params import LINEARS
+from world_distill.weights.lora_files import FILE_NAME, read_lora, write_lora
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="torch is in the extra `torch`")

@@ -10,10 +10,10 @@ import pytest
 import safetensors.numpy
 
 from tests.models.wan.small_wan import load, random_lora, shapes
-from world_distill.lora_files import read_lora, write_lora
-from world_distill.models.lora_layouts import METADATA_KEY
 from world_distill.models.wan.params import LINEARS
-from world_distill.tensor_files import TensorFileError
+from world_distill.storage.safetensors_folder import TensorFileError
+from world_distill.weights.lora_files import read_lora, write_lora
+from world_distill.weights.lora_layouts import METADATA_KEY
 
 ALL = "|".join(path.replace(".", r"\.") for path in LINEARS)
 ATTENTION = r"blocks\.(self|cross)_attention\.(q|k|v|out)"

@@ -7,7 +7,7 @@ import pytest
 
 from tests.models.wan.small_wan import CONFIG, load, network, random_lora
 from tests.models.wan.test_wan_vae import CONFIGS, GOLDENS
-from world_distill.models.params import assemble
+from world_distill.models.tensor_map import assemble
 from world_distill.models.wan import vae
 from world_distill.models.wan.family import WanFamily
 from world_distill.models.wan.params import vae_entries

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.models.wan.small_wan import CONFIG, inputs, load, network
-from world_distill.models.params import check_names
+from world_distill.models.tensor_map import check_names
 from world_distill.models.wan import modeling
 from world_distill.models.wan.params import transformer_entries
 

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from world_distill.config import UserError
-from world_distill.data.pipeline import pad_texts
+from world_distill.data.records.batches import pad_texts
+from world_distill.errors import UserError
 from world_distill.models.wan.text import UMT5TextEncoder, clean
 
 pytestmark = pytest.mark.torch

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from world_distill.models.params import assemble
+from world_distill.models.tensor_map import assemble
 from world_distill.models.wan import vae
 from world_distill.models.wan.params import vae_entries
 

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.models.wan.small_wan import CONFIG, network
-from world_distill.config import load_config, section
 from world_distill.core import flow, sampling, unipc
 from world_distill.core.guidance import guided, with_guidance
-from world_distill.models.params import assemble
+from world_distill.models.tensor_map import assemble
 from world_distill.models.wan.family import WanFamily
 from world_distill.models.wan.params import transformer_entries
 from world_distill.models.wan.vae import VaeConfig
-from world_distill.objective_settings import Objective
-from world_distill.passes import Losses
+from world_distill.settings.config import load_config, section
+from world_distill.settings.objective import Objective
 from world_distill.structs import Condition, Negative, TrainBatch
+from world_distill.training.passes import Losses
 
 NETWORK = network(CONFIG)
 CASES = [(name, scale) for name in ("euler", "unipc") for scale in (1.0, 5.0)]

@@ -3,3 +3,5 @@
 from world_distill.models.tiny.family import TinyFamily, build
 
 __all__ = ["TinyFamily", "build"]
+
+EXPLAINED_BY = {"": (build,)}  # section `model` of a config

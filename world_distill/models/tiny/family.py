@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from world_distill.models import lora as lora_lib
 from world_distill.models.functional import Functional, functional
+from world_distill.models.hashed_words import encode_text
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN, TinyConfig, TinyDiT
-from world_distill.models.words import encode_text
 from world_distill.structs import Condition, PyTree
 
 _HERE = pathlib.Path(__file__).parent
@@ -35,9 +35,8 @@ class TinyFamily:
     """
 
     name = "tiny"
-    # By the name that `config.base` may give: "1" is of runs that were made before there was "2".
-    shipped_bases = {"1": _HERE / "base_1.safetensors", "2": _HERE / "base_2.safetensors"}
-    default_base = shipped_bases["2"]
+    # By the name that `config.base` gives. Runs that were made with an older base still need it.
+    shipped_bases = {name: _HERE / f"base_{name}.safetensors" for name in ("1", "2", "3")}
     image_size = None
     linears = None
     codec_parts = ()  # the codec has no weights
@@ -136,7 +135,24 @@ def build(
     lora_targets: str = r"blocks\..*",
     lora_scale: float = 1.0,
 ) -> TinyFamily:
-    """The family for square clips of `size` pixels and `frames` frames.
+    """The family for square clips.
+
+    Args:
+      size: pixels a side.
+      frames: frames of a clip: 1 + a multiple of `stride`.
+      patch: pixels that a latent cell is wide and high.
+      stride: frames in a latent frame.
+      width: hidden width.
+      depth: blocks.
+      heads: attention heads.
+      mlp: hidden width of the MLP, in multiples of `width`.
+      text_width: width of the frozen text encoder's states.
+      add_scene: the head gives the change to the scene's frame, not the frame.
+      remat: compute activations again in the backward pass.
+      unroll: blocks in one turn of the layer scan.
+      merge_lora: add LoRA's product to the weights first, instead of applying the factors one after the other.
+      lora_targets: pattern of the paths of the layers that LoRA adapts.
+      lora_scale: factor of LoRA's product.
 
     Raises:
       ValueError: `size` is not a multiple of `patch`, or `frames` is not 1 + a multiple of `stride`.

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from world_distill.devices.mesh import gathered, map_rows
 from world_distill.models import lora as lora_lib
 from world_distill.models.functional import Functional, functional
-from world_distill.models.params import Entry, our_shapes
+from world_distill.models.tensor_map import Entry, our_shapes
 from world_distill.models.wan import vae
 from world_distill.models.wan.modeling import WanConfig, WanDiT
 from world_distill.models.wan.params import LINEARS, published_configs, transformer_entries, vae_entries
-from world_distill.sharding import gathered, map_rows
 from world_distill.structs import Condition, PyTree
 
 # Texts are padded to so many tokens, with zeros that attend like any other token: so the model was trained.
@@ -47,7 +47,6 @@ class WanFamily:
 
     name = "wan"
     shipped_bases = {}
-    default_base = None
     codec_parts = ("vae",)
     linears = LINEARS
 
@@ -166,7 +165,7 @@ class WanFamily:
     @functools.cached_property
     def _texts(self):
         if self.text_encoder == "words":
-            from world_distill.models.words import encode_text
+            from world_distill.models.hashed_words import encode_text
 
             return lambda texts: [encode_text(text, self.config.text_width) for text in texts]
         if not self.text_encoder:
@@ -217,7 +216,22 @@ def build(
     lora_scale: float = 1.0,
     **network: Any,
 ) -> WanFamily:
-    """The family for clips of `frames` frames of `size` pixels; `network` as in `WanConfig`, `vae` as in `VaeConfig`.
+    """The family of Wan2.2-TI2V-5B and its relatives.
+
+    Args:
+      size: height and width of a clip in pixels, multiples of 32 with the published sizes.
+      frames: frames of a clip: 1 + a multiple of 4 with the published sizes.
+      fps: frames a second.
+      vae: sizes of the autoencoder, as in `VaeConfig`.
+      dtype: type of the transformer's weights, bfloat16 or float32.
+      vae_dtype: type of the autoencoder's weights.
+      piece: latent frames decoded at a time; 0: all.
+      rows: clips decoded at a time, over all devices; 0: all.
+      text_encoder: for `encode` and `generate`: folder with text_encoder/ and tokenizer/ of the published model, or
+        "words" for states without weights.
+      lora_targets: pattern of the paths of the layers that LoRA adapts.
+      lora_scale: factor of LoRA's product.
+      **network: sizes of the transformer, as in `WanConfig`.
 
     Raises:
       ValueError: sizes that the network cannot cut into latents and patches.

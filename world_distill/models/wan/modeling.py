@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from world_distill.devices.mesh import constrain, platform_of, rows_in_order
 from world_distill.models.attention import SAVED, AttentionKind, attend_on
 from world_distill.models.layers import (
     LayerNorm,
@@ -38,7 +39,6 @@ from world_distill.models.layers import (
     stack,
     sub,
 )
-from world_distill.sharding import constrain, platform_of, rows_in_order
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
 
@@ -67,7 +67,10 @@ class WanConfig:
 
     Attributes:
       channels: latent channels, in and out.
-      width, depth, heads, mlp: hidden width, blocks, attention heads, hidden width of the MLP.
+      width: hidden width.
+      depth: blocks.
+      heads: attention heads.
+      mlp: hidden width of the MLP.
       text_width: width of the text encoder's states.
       time_width: features of a timestep.
       patch: latent pixels a token is high and wide.
@@ -76,7 +79,7 @@ class WanConfig:
       remat: what the backward pass computes again: "none", all but matrix products and attention ("dots"), all but
         attention ("attention"), or each block ("full"). All but "none" keep the inputs of blocks; "offload" is "full"
         with these in the host's memory until they are needed.
-      attention: what computes attention, see `attention.attend`.
+      attention: what computes attention: blocked, splash, cudnn or xla; None chooses by platform (`attention.attend`).
       mesh: devices that activations are laid out on; None leaves that to the compiler.
     """
 

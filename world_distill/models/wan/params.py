@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from world_distill.models.params import Entry, Published, same, transpose
+from world_distill.models.tensor_map import Entry, Published, same, transpose
 from world_distill.models.wan.modeling import WanConfig
 from world_distill.models.wan.vae import VaeConfig
 

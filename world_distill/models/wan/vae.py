@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.sharding import spread_pixels
+from world_distill.devices.mesh import spread_pixels
 from world_distill.structs import PyTree
 
 
@@ -29,7 +29,8 @@ class VaeConfig:
 
     Attributes:
       channels: latent channels.
-      encoder_width, decoder_width: channels of the highest resolution.
+      encoder_width: channels of the encoder at the highest resolution.
+      decoder_width: channels of the decoder at the highest resolution.
       multiples: channels of each resolution, as multiples of these widths, from the highest on.
       blocks: residual blocks of a resolution.
       halve_time: whether each step to the next lower resolution halves the frame rate, too.

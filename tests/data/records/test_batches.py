@@ -1,0 +1,207 @@
+"""Batches: the same for ever, whatever the threads, the processes and the interruptions."""
+
+import dataclasses
+import itertools
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from world_distill.data.records.batches import collate, fixed_batches, task_batches, with_solutions
+from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordError, RecordReader, write_records
+
+COUNT, LONGEST = 11, 6
+
+
+def make(i):
+    rng = np.random.default_rng(i)
+    return EncodedRecord(
+        id=f"r{i}", image_id=f"i{i}", task=f"task {i}", solution=f"solution {i}", agent=f"a{i}", kind="k",
+        scene=rng.normal(size=(1, 2, 2, 3)).astype(np.float16),
+        task_text=rng.normal(size=(1 + i % 3, 4)).astype(np.float32),
+        solution_text=rng.normal(size=(2 + i % 5, 4)).astype(np.float32), image_png=bytes([i]),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoded")
+    write_records(folder, "set", (make(i) for i in range(COUNT)), 3)
+    return RecordReader(folder, "set")
+
+
+def start(reader, **changes):
+    return task_batches(reader, **dict(tasks_per_step=4, seed=5, text_length=LONGEST) | changes)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        if isinstance(a[name], np.ndarray):
+            assert a[name].dtype == b[name].dtype
+            np.testing.assert_array_equal(a[name], b[name])
+        else:
+            assert a[name] == b[name], name
+
+
+def test_contents_of_a_batch(reader):
+    batch = next(start(reader))
+    assert batch["scene"].shape == (4, 1, 2, 2, 3) and batch["scene"].dtype == np.float32
+    assert batch["task_text"].dtype == np.float32 and batch["task_mask"].dtype == bool
+    for row, name in enumerate(batch["ids"]):
+        record = make(int(name[1:]))
+        np.testing.assert_array_equal(batch["scene"][row], record.scene.astype(np.float32))
+        for text in ("task", "solution"):
+            states = getattr(record, f"{text}_text")
+            mask = batch[f"{text}_mask"][row]
+            assert mask.tolist() == [True] * len(states) + [False] * (LONGEST - len(states))
+            np.testing.assert_array_equal(batch[f"{text}_text"][row][mask], states)
+            assert not batch[f"{text}_text"][row][~mask].any()
+        for key in ("task", "solution", "agent", "kind", "image_png", "image_id"):
+            assert batch[key + "s" * (key == "image_id")][row] == getattr(record, key)
+
+
+def test_every_epoch_has_every_task_once_in_another_order(reader):
+    rows = [i for batch in itertools.islice(start(reader), COUNT) for i in batch["ids"]]  # 4 epochs of 11
+    epochs = [tuple(rows[k : k + COUNT]) for k in range(0, len(rows), COUNT)]
+    assert len(set(epochs)) == 4
+    assert all(sorted(e) == sorted(f"r{i}" for i in range(COUNT)) for e in epochs)
+
+
+def test_seed_decides_the_order(reader):
+    ids = [[b["ids"] for b in itertools.islice(start(reader, seed=s), 4)] for s in (5, 5, 6)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("threads_before, threads_after", [(0, 0), (2, 2), (0, 3), (3, 0)])
+@pytest.mark.parametrize("stop_at", [0, 1, 7])
+def test_resume_is_exact(reader, stop_at, threads_before, threads_after):
+    first = start(reader, num_threads=threads_before)
+    for _ in range(stop_at):
+        next(first)
+    state = first.get_state()
+    expected = [next(first) for _ in range(5)]
+    first.close()
+    second = start(reader, num_threads=threads_after)
+    next(second), next(second)  # a used iterator can be set too
+    second.set_state(state)
+    assert second.get_state() == state
+    for batch in expected:
+        assert_same(next(second), batch)
+    second.close()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_out_the_tasks_of_one(reader, processes):
+    alone = start(reader)
+    shares = [start(reader, process_index=p, process_count=processes) for p in range(processes)]
+    for step in range(9):
+        whole, parts = next(alone), [next(share) for share in shares]
+        assert [i for part in parts for i in part["ids"]] == whole["ids"]
+        np.testing.assert_array_equal(np.concatenate([part["scene"] for part in parts]), whole["scene"])
+        assert len({share.get_state() for share in [alone, *shares]}) == 1
+        if step == 1:  # 8 of the first epoch's 11 tasks so far
+            assert len({i for part in parts for i in part["ids"]}) == 4
+
+
+def test_resume_on_another_number_of_processes(reader):
+    alone = start(reader)
+    for _ in range(3):
+        next(alone)
+    halves = [start(reader, process_index=p, process_count=2) for p in range(2)]
+    for half in halves:
+        half.set_state(alone.get_state())
+    assert [i for half in halves for i in next(half)["ids"]] == next(alone)["ids"]
+
+
+def test_state_of_another_order_is_refused(reader, tmp_path):
+    state = start(reader).get_state()
+    with pytest.raises(ValueError, match=r"seed 5 -> 6, tasks_per_step 4 -> 2"):
+        start(reader, seed=6, tasks_per_step=2).set_state(state)
+    write_records(tmp_path, "other", (make(i) for i in range(COUNT - 1)))
+    with pytest.raises(ValueError, match=r"data \w+ -> \w+, records 11 -> 10"):
+        start(RecordReader(tmp_path, "other")).set_state(state)
+    for nonsense in (b"", b"[]", b"{}", b"3"):
+        with pytest.raises(ValueError, match="not the state"):
+            start(reader).set_state(nonsense)
+
+
+def test_arguments_are_checked_before_the_first_batch(reader, tmp_path):
+    with pytest.raises(RecordError, match="record 'r4' has a text of 6 tokens, and text_length is 5"):
+        start(reader, text_length=5)
+    with pytest.raises(RecordError, match="'r4'"):
+        fixed_batches(reader, 4, text_length=5)
+    for changes in ({"process_count": 3}, {"tasks_per_step": 0}, {"process_index": 1}, {"seed": -1}, {"seed": 2**32}):
+        with pytest.raises(ValueError):
+            start(reader, **changes)
+    record = AnnotatedRecord("r", "i", b"p", "t", "s", "a", "k", {})
+    write_records(tmp_path, "raw", [record])
+    with pytest.raises(RecordError, match="encode it first"):
+        start(RecordReader(tmp_path, "raw"))
+
+
+def test_text_states_stay_in_bfloat16_up_to_the_device(tmp_path):
+    def narrow(i):
+        record = make(i)
+        texts = {f"{t}_text": getattr(record, f"{t}_text").astype(ml_dtypes.bfloat16) for t in ("task", "solution")}
+        return dataclasses.replace(record, **texts)
+
+    write_records(tmp_path, "set", (narrow(i) for i in range(4)), 2)
+    batch = next(fixed_batches(RecordReader(tmp_path, "set"), 4, text_length=512))
+    assert batch["scene"].dtype == np.float32
+    for name in ("task", "solution"):
+        text, mask = batch[f"{name}_text"], batch[f"{name}_mask"]
+        assert text.shape == (4, 512, 4) and text.dtype == jax.device_put(text).dtype == ml_dtypes.bfloat16
+        for i in range(4):
+            assert text[i][mask[i]].tobytes() == getattr(narrow(i), f"{name}_text").tobytes()
+        assert not text[~mask].view(np.uint16).any()  # +0, bit for bit: some networks attend to what is behind the end
+
+
+def test_collate_never_cuts():
+    with pytest.raises(RecordError, match="record 'r2' has a text of 4 tokens"):
+        collate([make(0), make(2)], 3)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_damage_met_on_the_way_is_a_record_error(tmp_path, threads):
+    write_records(tmp_path, "set", (make(i) for i in range(3)))
+    reader = RecordReader(tmp_path, "set")
+    shard = tmp_path / "set-00000-of-00001.arrayrecord"
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"task 1")] ^= 0xFF
+    shard.write_bytes(data)
+    with pytest.raises(RecordError, match=r"arrayrecord, row 1: .*damaged"):
+        next(start(reader, tasks_per_step=3, num_threads=threads))
+
+
+@pytest.mark.parametrize("batch_size, processes", [(4, 1), (11, 1), (16, 1), (4, 2), (8, 4)])
+def test_fixed_batches_visit_each_record_once_in_order(reader, batch_size, processes):
+    passes = [
+        list(fixed_batches(reader, batch_size, text_length=8, process_index=p, process_count=processes))
+        for p in range(processes)
+    ]
+    real = []
+    for parts in zip(*passes, strict=True):
+        ids = [i for part in parts for i in part["ids"]]
+        weight = np.concatenate([part["weight"] for part in parts])
+        assert len(ids) == batch_size and weight.dtype == np.float32
+        assert all(part["task_text"].shape == (batch_size // processes, 8, 4) for part in parts)
+        assert set(np.array(ids)[weight == 0]) <= {"r10"}
+        real += list(np.array(ids)[weight == 1])
+    assert real == [f"r{i}" for i in range(COUNT)]
+
+
+def test_a_task_without_a_solution_is_not_for_training(tmp_path):
+    bare = dataclasses.replace(make(1), solution="", solution_text=np.zeros((0, 4), np.float32))
+    write_records(tmp_path, "set", [make(0), bare], 1)
+    reader = RecordReader(tmp_path, "set")
+    assert reader[1].solution == "" and reader[1].solution_text.shape == (0, 4)
+    with pytest.raises(RecordError, match=r"record 'r1' has no solution for the Demonstrator"):
+        next(start(reader, tasks_per_step=2))
+    (batch,) = fixed_batches(reader, 2, text_length=LONGEST)  # told the task, models can be evaluated on it
+    assert not batch["solution_mask"][1].any() and batch["task_mask"][1].any()
+    with pytest.raises(RecordError, match=r"record 'r1' has no solution"):
+        with_solutions(batch)
+    with pytest.raises(RecordError, match="solution_text has shape"):
+        dataclasses.replace(bare, solution="It moves.").to_bytes()

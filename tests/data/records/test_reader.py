@@ -1,0 +1,371 @@
+"""Records and data sets: what goes in comes out, and what is damaged in any way is refused with its name."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from world_distill.data.images.png import ImageError, decode_png, encode_png
+from world_distill.data.records import reader as records_module
+from world_distill.data.records import types
+from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordError, RecordReader, write_records
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+
+
+def annotated(i=0, **changes):
+    fields = dict(
+        id=f"r{i}", image_id=f"i{i // 2}", image_png=bytes([i % 256]) * 40, task=f"[Bär {i}]: go.",
+        solution="It goes.\nÜber {x}.", agent=f"Bär {i}", kind="move", source={"file": "ä.png"},
+    )  # fmt: skip
+    return AnnotatedRecord(**fields | changes)
+
+
+def encoded(i=0, length=3, dtype=np.float32, **changes):
+    rng = np.random.default_rng(i)
+    fields = dict(
+        id=f"r{i}", image_id="i", task="t", solution="s", agent="a", kind="k", image_png=b"",
+        scene=rng.normal(size=(1, 2, 3, 4)).astype(dtype),
+        task_text=rng.normal(size=(length, 5)).astype(dtype),
+        solution_text=rng.normal(size=(length + 2, 5)).astype(dtype),
+    )  # fmt: skip
+    return EncodedRecord(**fields | changes)
+
+
+def test_annotated_record_round_trip():
+    record = annotated(7)
+    assert AnnotatedRecord.from_bytes(record.to_bytes()) == record
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
+def test_encoded_record_round_trip_keeps_dtype_and_bits(dtype):
+    record = encoded(3, dtype=dtype)
+    record = dataclasses.replace(record, scene=record.scene.transpose(0, 2, 1, 3))  # memory out of order
+    back = EncodedRecord.from_bytes(record.to_bytes())
+    for field in dataclasses.fields(record):
+        old, new = getattr(record, field.name), getattr(back, field.name)
+        if isinstance(old, np.ndarray):
+            assert new.dtype == old.dtype and new.shape == old.shape
+            assert new.tobytes() == old.tobytes()
+        else:
+            assert new == old
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: annotated(task=""), "task is empty"),
+        (lambda: annotated(solution=None), "solution is a NoneType"),
+        (lambda: annotated(source={"n": 3}), "source has entries that are not text"),
+        (lambda: encoded(scene=np.zeros((2, 2, 2, 1))), "scene has 2 frames"),
+        (lambda: encoded(scene=np.zeros((2, 2, 1))), r"scene has shape \(2, 2, 1\), not 4 axes"),
+        (lambda: encoded(task_text=np.zeros((0, 5))), "task_text has shape"),
+        (lambda: encoded(task_text=np.zeros((2, 5), int)), "task_text is int64"),
+        (lambda: encoded(task_text=np.full((2, 5), np.nan)), "task_text has values that are not finite"),
+        (lambda: encoded(scene=np.full((1, 1, 1, 1), np.inf, ml_dtypes.bfloat16)), "scene has values"),
+    ],
+)
+def test_bad_records_are_not_written(make, message):
+    with pytest.raises(RecordError, match=message):
+        make().to_bytes()
+
+
+@pytest.mark.parametrize("record", [annotated(), encoded()], ids=["annotated", "encoded"])
+def test_every_truncation_of_a_record_is_refused(record):
+    data = record.to_bytes()
+    for length in range(len(data)):
+        with pytest.raises(RecordError):
+            type(record).from_bytes(data[:length])
+    with pytest.raises(RecordError):
+        type(record).from_bytes(data + b"\0")
+
+
+def test_other_type_version_or_magic_is_refused():
+    data = annotated().to_bytes()
+    with pytest.raises(RecordError, match="this is a AnnotatedRecord, not the EncodedRecord"):
+        EncodedRecord.from_bytes(data)
+    with pytest.raises(RecordError, match="format version 9"):
+        AnnotatedRecord.from_bytes(data[:5] + b"\x09" + data[6:])
+    with pytest.raises(RecordError, match="not a world_distill record"):
+        AnnotatedRecord.from_bytes(b"x" + data)
+
+
+def test_whole_bytes_with_wrong_contents_are_refused(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(types, "_check", lambda record: None)
+        data = annotated(task=3).to_bytes()
+    with pytest.raises(RecordError, match="record 'r0': task is a int, not str"):
+        AnnotatedRecord.from_bytes(data)
+
+
+def test_png_round_trip():
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    np.testing.assert_array_equal(decode_png(encode_png(image)), image)
+    with pytest.raises(ImageError, match="damaged PNG"):
+        decode_png(encode_png(image)[:100])
+
+
+# ---- Data sets
+
+
+@pytest.mark.parametrize("count, shards", [(1, 1), (10, 3), (2, 4)])
+def test_data_set_round_trip_in_order(tmp_path, count, shards):
+    index = write_records(tmp_path, "set", (annotated(i) for i in range(count)), shards, metadata={"a": "b"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [index.name, *(f"set-{i:05d}-of-{shards:05d}.arrayrecord" for i in range(shards))]
+    )
+    reader = RecordReader(tmp_path, "set", AnnotatedRecord)
+    assert list(reader) == [annotated(i) for i in range(count)]
+    assert reader[-1] == annotated(count - 1) and len(reader) == count and reader.metadata == {"a": "b"}
+    for i in (count, -count - 1):
+        with pytest.raises(IndexError):
+            reader[i]
+    reader.verify()
+
+
+def test_reader_survives_pickling_and_threads(tmp_path):
+    write_records(tmp_path, "set", (annotated(i) for i in range(30)), 2)
+    reader = pickle.loads(pickle.dumps(RecordReader(tmp_path, "set")))
+    wrong = []
+
+    def read(offset):
+        wrong.extend(i for k in range(200) if reader[i := (k * 7 + offset) % 30] != annotated(i))
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_fingerprint_tells_contents_apart(tmp_path):
+    for name, first in (("a", 0), ("b", 0), ("c", 1)):
+        write_records(tmp_path, name, (annotated(i + first) for i in range(3)))
+    a, b, c = (RecordReader(tmp_path, name).fingerprint for name in "abc")
+    assert a == b != c
+
+
+def test_longest_text_is_in_the_index(tmp_path):
+    write_records(tmp_path, "set", [encoded(0, 3), encoded(1, 8), encoded(2, 4)])
+    assert RecordReader(tmp_path, "set").longest_text == {"length": 10, "id": "r1"}
+
+
+@pytest.mark.parametrize(
+    "records, message",
+    [
+        ([], "no records to write"),
+        ([annotated(0), annotated(0)], "two records have the id 'r0'"),
+        ([annotated(0), encoded(1)], "one record type"),
+        ([encoded(0), encoded(1, scene=np.zeros((1, 2, 2, 4), np.float32))], "record 'r1': scene shape"),
+        ([encoded(0, solution_text=np.zeros((2, 6), np.float32))], "record 'r0': scene shape and text widths"),
+    ],
+)
+def test_refused_data_sets_leave_the_old_one(tmp_path, records, message):
+    write_records(tmp_path, "set", [annotated(5)])
+    with pytest.raises(RecordError, match=message):
+        write_records(tmp_path, "set", records, 2)
+    assert list(RecordReader(tmp_path, "set")) == [annotated(5)]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_error_of_the_source_passes_through(tmp_path):
+    def broken():
+        yield annotated(0)
+        raise KeyError("from the source")
+
+    with pytest.raises(KeyError, match="from the source"):
+        write_records(tmp_path, "set", broken(), 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_names_and_folders(tmp_path):
+    for name in ("", "../x", "a/b", ".x"):
+        with pytest.raises(RecordError, match="will not do"):
+            write_records(tmp_path, name, [annotated()])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="file/sub: cannot write records"):
+        write_records(tmp_path / "file/sub", "set", [annotated()])
+
+
+def test_replacing_with_fewer_shards_removes_the_others(tmp_path):
+    write_records(tmp_path, "set-2", [annotated(1)])
+    write_records(tmp_path, "set", (annotated(i) for i in range(9)), 3)
+    (tmp_path / ".set-00000-of-00003.arrayrecord.1-killed.tmp").write_text("left by a killed writer")
+    write_records(tmp_path, "set", [annotated(8)])
+    assert len(list(tmp_path.iterdir())) == 4
+    assert list(RecordReader(tmp_path, "set")) == [annotated(8)]
+    assert list(RecordReader(tmp_path, "set-2")) == [annotated(1)]
+
+
+# ---- Damage
+
+
+@pytest.fixture
+def small_set(tmp_path):
+    index = write_records(tmp_path, "set", (annotated(i) for i in range(8)), 2)
+    return index, tmp_path / "set-00001-of-00002.arrayrecord"
+
+
+def test_every_truncation_of_a_shard_is_refused_by_name(small_set):
+    index, shard = small_set
+    data = shard.read_bytes()
+    rng = np.random.default_rng(0)
+    for length in [0, 1, 64, 65536, len(data) - 1, *rng.integers(2, len(data) - 1, 20)]:
+        shard.write_bytes(data[:length])
+        with pytest.raises(RecordError, match=f"{shard.name} has {length} bytes"):
+            RecordReader(index.parent, "set")
+
+
+def test_damage_that_keeps_the_size_is_found_or_harmless(small_set):
+    index, shard = small_set
+    data = shard.read_bytes()
+    end = max(data.rfind(annotated(i).to_bytes()) for i in range(8)) + 100
+    rng, found = np.random.default_rng(0), 0
+    for offset in rng.integers(0, end, 60):
+        shard.write_bytes(data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :])
+        try:
+            assert list(RecordReader(index.parent, "set")) == [annotated(i) for i in range(8)]
+        except RecordError as error:
+            assert shard.name in str(error)
+            found += 1
+    assert found > 30
+
+
+def test_verify_finds_what_reading_does_not(small_set):
+    index, shard = small_set
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 0xFF]))  # in the padding
+    reader = RecordReader(index.parent, "set")
+    assert list(reader) == [annotated(i) for i in range(8)]
+    with pytest.raises(RecordError, match=f"shards \\['{shard.name}'\\] are not the ones written"):
+        reader.verify()
+
+
+def test_missing_parts_are_named(small_set, tmp_path):
+    index, shard = small_set
+    shard.rename(tmp_path / "away")
+    with pytest.raises(RecordError, match=f"missing shards \\['{shard.name}'\\]"):
+        RecordReader(tmp_path, "set")
+    (tmp_path / "away").rename(shard)
+    assert len(RecordReader(tmp_path, "set")) == 8
+    index.unlink()
+    with pytest.raises(RecordError, match="set.json: no readable index.*cut off"):
+        RecordReader(tmp_path, "set")
+    with pytest.raises(RecordError, match="other.json: no readable index.*no shards"):
+        RecordReader(tmp_path, "other")
+    with pytest.raises(RecordError, match="no readable index"):
+        RecordReader(tmp_path / "nowhere", "set")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text[: len(text) // 2], "set.json: the index is damaged"),
+        (lambda text: "[]", "is not the index of a data set"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "format version 2, this program reads 1"),
+        (lambda text: text.replace('"count": 8', '"count": 9'), "contradicts itself"),
+        (lambda text: text.replace('"sha256"', '"x"'), "lacks 'sha256'"),
+        (lambda text: text.replace('"count": 4', '"count": 5').replace('"count": 8', '"count": 10'), "has 4 records"),
+        (lambda text: text.replace("AnnotatedRecord", "EncodedRecord"), "this is a AnnotatedRecord, not the Enc"),
+        (lambda text: text.replace("AnnotatedRecord", "NewRecord"), "holds NewRecords, not records"),
+    ],
+)
+def test_damaged_or_foreign_index(small_set, change, message):
+    index, _ = small_set
+    index.write_text(change(index.read_text()))
+    with pytest.raises(RecordError, match=message):
+        RecordReader(index.parent, "set")[0]
+
+
+def test_empty_set_and_wrong_type(small_set):
+    index, _ = small_set
+    with pytest.raises(RecordError, match="holds AnnotatedRecords, not EncodedRecord"):
+        RecordReader(index.parent, "set", EncodedRecord)
+    empty = json.loads(index.read_text()) | {"count": 0, "shards": []}
+    index.write_text(json.dumps(empty))
+    with pytest.raises(RecordError, match="the data set is empty"):
+        RecordReader(index.parent, "set")
+
+
+# ---- Cut off at any instant
+
+
+def generation_in(folder):
+    """The generation that a reader sees: every record must be of the same one; None where it refuses to read."""
+    try:
+        generations = [record.source["generation"] for record in RecordReader(folder, "set")]
+    except RecordError as error:
+        assert "index" in str(error)
+        return None
+    assert len(generations) == 9 and len(set(generations)) == 1
+    return generations[0]
+
+
+def generation(g):
+    return [annotated(i, source={"generation": str(g)}) for i in range(9)]
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync", "unlink"])
+def test_failure_at_each_call_of_the_disk(tmp_path, monkeypatch, function):
+    """The n-th call of one system function fails, for every n: the old set, none, or the new one; never a mixture."""
+    write_records(tmp_path, "set", generation(0), 2)
+    real, seen = getattr(os, function), set()
+    for fail_at in range(1, 40):
+        calls = 0
+
+        def failing(*args, fail_at=fail_at, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == fail_at:
+                raise OSError(28, "No space left on device")
+            return real(*args, **kwargs)
+
+        before = generation_in(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(records_module.os, function, failing)
+            try:
+                write_records(tmp_path, "set", generation(fail_at), 2)
+            except (RecordError, OSError) as error:
+                assert "No space left" in str(error)
+        after = generation_in(tmp_path)
+        assert after in (None, before, str(fail_at))
+        seen.add("new" if after == str(fail_at) else "refused" if after is None else "old")
+        if calls < fail_at:
+            break
+        write_records(tmp_path, "set", generation(0), 2)
+    assert calls < fail_at and "new" in seen and len(seen) > 1
+
+
+WRITER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_reader import generation, write_records
+for g in range(1, 10**6):
+    write_records({folder!r}, "set", generation(g), 3)
+    print(g, flush=True)
+"""
+
+
+def test_killed_writers_never_leave_a_mixture(tmp_path):
+    rng, seen = np.random.default_rng(1), []
+    code = WRITER.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout.readline() == b"1\n"
+            time.sleep(rng.uniform(0.0, 0.2))
+            writer.send_signal(signal.SIGKILL)
+        seen.append(generation_in(tmp_path))
+    assert len(seen) == 3
+    write_records(tmp_path, "set", generation("last"), 2)  # and what they left does not stand in the way
+    assert generation_in(tmp_path) == "last" and len(list(tmp_path.iterdir())) <= 3 + 1

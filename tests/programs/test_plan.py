@@ -1,0 +1,118 @@
+"""Planning for TPUs, with their compiler where it is installed."""
+
+import importlib.util
+import json
+
+import pytest
+
+from world_distill import cli
+from world_distill.devices import chips
+from world_distill.devices.mesh import make_mesh
+from world_distill.errors import UserError
+from world_distill.programs import plan
+from world_distill.settings.config import load_config
+
+NO_COMPILER = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is in the extra `tpu`")
+
+
+def needs_compiler(test):
+    return pytest.mark.tpu(NO_COMPILER(test))
+
+
+def test_collectives_are_counted_once_each():
+    hlo = """
+    ENTRY %main (x: f32[2]) -> f32[8] {
+      %a = f32[8]{0} all-gather(f32[2]{0} %x), channel_id=1, dimensions={0}
+      %b = (f32[2], f32[8]) all-gather-start(f32[2]{0} %x), channel_id=2, dimensions={0}
+      %c = f32[8]{0} all-gather-done((f32[2], f32[8]) %b)
+      %d = f32[2]{0} all-reduce(f32[2]{0} %x), to_apply=%add
+    }
+    %async_collective_fusion.2 (x: f32[2]) -> f32[8] {
+      %part = f32[8]{0} all-gather(f32[2]{0} %x), channel_id=1, dimensions={0}
+    }
+    %all-reduce-scatter.1 (x: f32[8]) -> f32[2] {
+      %whole = f32[8]{0} all-reduce(f32[8]{0} %x), channel_id=3, to_apply=%add
+      %mine = f32[2]{0} dynamic-slice(f32[8]{0} %whole, s32[] %here), dynamic_slice_sizes={2}
+    }
+    """
+    assert plan.collectives(hlo) == {"all-gather": 2, "all-reduce": 1, "reduce-scatter": 1}
+
+
+def test_candidates_use_every_chip_and_divide_the_rows():
+    config = load_config("wan22_5b:wmsd")
+    found = list(plan.candidates(config, 16))
+    assert found[0]["mesh.fsdp"] == 16 and found[0]["model.remat"] == "attention"
+    for change in found:
+        assert change["mesh.fsdp"] * change["mesh.context"] == 16
+        assert 64 % change["mesh.fsdp"] == 0
+
+
+def test_the_table_of_chips_knows_what_jax_calls_them():
+    assert chips.chip("TPU v5 lite").name == "v5e" and chips.chip("cpu") is None
+
+
+def test_the_devices_of_this_machine_are_a_topology(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    flags = ["--config", "wan22_5b:debug", "--topology", "local", "--phases", "rollout", "--json", str(path)]
+    assert cli.main(["plan", *flags, "--config.mesh.data=2", "--config.mesh.fsdp=4"]) == 0
+    result = json.loads(path.read_text())
+    assert result["devices"] == 8 and result["chip"] is None and result["fits"]
+    [rollout] = result["phases"]
+    assert rollout["peak"] > 0 and rollout["collectives"] and rollout["flops"] > 0
+    assert cli.main(["plan", "--config", "wan22_5b:debug", "--topology", "local", "--slices", "2"]) == 2
+    assert "--slices 2" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_a_topology_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="v5e:77x1"):
+        plan.topology("v5e:77x1")
+
+
+@needs_compiler
+def test_slices_are_split_along_data():
+    devices = plan.topology("v5e:2x2", slices=2)
+    mesh = make_mesh(data=2, fsdp=4, devices=devices)
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"2 slices need mesh\.data to be a multiple of 2"):
+        make_mesh(data=1, fsdp=8, devices=devices)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["v5e:16x16", "v6e:16x16", "v5p:8x8x8", "tpu7x:4x4x4"])
+def test_an_axis_need_not_be_a_product_of_those_of_the_torus(name):
+    devices = plan.topology(name)
+    mesh = make_mesh(fsdp=64, data=-1, devices=devices)
+    assert mesh.shape["fsdp"] == 64 and {d.id for d in mesh.devices.flat} == {d.id for d in devices}
+    assert make_mesh(data=2, fsdp=-1, tensor=4, devices=devices).size == len(devices)
+
+
+@needs_compiler
+def test_phases_of_a_small_model_compile_for_a_slice(tmp_path):
+    path = tmp_path / "plan.json"
+    flags = ["--topology", "v5e:2x2", "--phases", "demonstrator,update", "--json", str(path)]
+    # As many reads of a rollout as it has states: then the Demonstrator is a phase of its own.
+    overrides = ["--config.objective.rl=none", "--config.mesh.context=2", "--config.objective.draws=4"]
+    assert cli.main(["plan", "--config", "wan22_5b:debug", *flags, *overrides]) == 0
+    found = json.loads(path.read_text())
+    assert found["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 1} and found["fits"]
+    phases = {phase["name"]: phase for phase in found["phases"]}
+    assert phases["update"]["collectives"]["all-to-all"] > 0  # tokens for heads
+    assert phases["update"]["flops"] > phases["demonstrator"]["flops"] > 1e6
+
+
+@needs_compiler
+def test_tensor_parallel_blocks_scatter_their_sums():
+    flags = {"mesh.fsdp": 1, "mesh.tensor": 4, "objective.rl": "none", "model.width": 512, "model.heads": 4}
+    config = load_config("wan22_5b:debug", flags | {"model.size": (256, 256), "model.depth": 2})
+    [rollout] = plan.make_plan(config, plan.topology("v5e:2x2"), ("rollout",))
+    assert rollout.collectives["reduce-scatter"] >= 3  # attention, cross-attention, MLP
+
+
+@needs_compiler
+def test_what_does_not_fit_is_said_with_the_largest_arrays(capsys):
+    flags = ["--topology", "v5e:2x2", "--phases", "rollout", "--config.objective.rl=none"]
+    sizes = ["--config.model.depth=30", "--config.model.size=(3072,3072)", "--config.rollout.tasks=64"]
+    assert cli.main(["plan", "--config", "wan22_5b:debug", *flags, *sizes]) == 1
+    text = capsys.readouterr().out
+    assert "does not fit" in text and "GiB over all chips" in text

@@ -1,0 +1,149 @@
+"""The verbs `encode` and `annotate`: shards, what they say about them, and which calls they refuse."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from world_distill import cli
+from world_distill.data.images.png import encode_png
+from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordReader, write_records
+from world_distill.programs import prepare
+
+COUNT = 6
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(i):
+        image = np.random.default_rng(i // 2).integers(0, 256, (30, 30, 3), np.uint8)
+        return AnnotatedRecord(f"r{i}", f"i{i // 2}", encode_png(image), f"task {i}", "It goes.", "a", "k", {})
+
+    write_records(tmp_path, "train_annotated", [make(i) for i in range(COUNT)])
+    return tmp_path
+
+
+def encode(capsys, folder, *flags):
+    """What the verb says, and its figures."""
+    figures = folder / "figures.json"
+    code = cli.main(["encode", "--records", str(folder), "--json", str(figures), "--batch", "2", *flags])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")  # no progress bar off a terminal
+    return out.strip(), json.loads(figures.read_text())
+
+
+def refusal(capsys, folder, *flags):
+    assert cli.main(["encode", "--records", str(folder), *flags]) == 2
+    return capsys.readouterr().err.strip()
+
+
+def test_encode_and_again(capsys, folder):
+    said, counts = encode(capsys, folder, "--shards", "2")
+    assert said.startswith(f"encoded 6 records; {folder}/train is complete with 6\nnext: world-distill train ")
+    assert counts == {"records": 6, "encoded": 6, "shards": 2, "shards_kept": 0, "shards_missing": 0}
+    reader = RecordReader(folder, "train", EncodedRecord)
+    assert reader.metadata == {
+        "family": "tiny", "weights": "base_3.safetensors", "text_encoder": "words-64", "image_size": "as annotated",
+        "scene": "5x5x432",
+    }  # fmt: skip
+    said, counts = encode(capsys, folder, "--shards", "2")
+    assert said == f"{folder}/train is complete with 6 records: nothing to do" and counts["encoded"] == 0
+    _, counts = encode(capsys, folder, "--shards", "2", "--config.model.text_width=32")
+    assert counts["encoded"] == 6  # states of another encoder
+
+
+def test_shards_by_several_machines(capsys, folder):
+    encode(capsys, folder, "--shards", "3")
+    whole = [record.to_bytes() for record in RecordReader(folder, "train")]
+    for path in folder.glob("train-*"):
+        path.unlink()
+    for shard, left in ((2, 2), (0, 1)):
+        said, _ = encode(capsys, folder, "--shard", f"{shard}/3")
+        assert said == f"encoded 2 records; {left} of 3 shards of {folder}/train are still to be written"
+        assert not prepare.is_complete(folder, "train")
+    assert "is complete with 6" in encode(capsys, folder, "--shard", "1/3")[0]
+    assert [record.to_bytes() for record in RecordReader(folder, "train")] == whole
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--shard", "4/4"], "--shard 4/4: shards are counted from 0, so N = 4 has 0/4 to 3/4"),
+        (["--shard", "0/0"], "--shard 0/0: shards are counted from 0, so N = 0 has none"),
+        (["--shard", "2"], "--shard 2: give I/N, such as 0/4 for the first of four"),
+        (["--shard=-1/4"], "--shard -1/4: give I/N, such as 0/4 for the first of four"),
+        (["--shards", "0"], "--shards and --batch are at least 1"),
+        (["--batch", "0"], "--shards and --batch are at least 1"),
+    ],
+)
+def test_wrong_calls(capsys, folder, flags, message):
+    assert refusal(capsys, folder, *flags) == f"error: {message}"
+
+
+def test_shard_and_shards_exclude_each_other(capsys, folder):
+    with pytest.raises(SystemExit):
+        cli.main(["encode", "--records", str(folder), "--shards", "2", "--shard", "0/2"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+# ---- annotate
+
+
+def annotate(capsys, folder, *flags):
+    """The verb's figures."""
+    figures = folder / "annotate.json"
+    assert cli.main(["annotate", "--out", str(folder), "--name", "own", "--json", str(figures), *flags]) == 0
+    out, err = capsys.readouterr()
+    counts = json.loads(figures.read_text())
+    assert "/s]" not in err and out.startswith("".join(f"{name}: {count}\n" for name, count in counts.items()))
+    assert f"next: world-distill encode --config sandbox --records {folder} --name own" in out
+    return counts
+
+
+@pytest.fixture
+def scenes(tmp_path, capsys):
+    assert cli.main(["scenes", "--out", str(tmp_path / "scenes"), "--count", "4"]) == 0
+    capsys.readouterr()
+    return tmp_path / "scenes"
+
+
+def test_annotate_an_archive_in_two_parts(capsys, scenes, tmp_path):
+    with tarfile.open(tmp_path / "x-0.tar", "w") as tar:
+        tar.add(scenes, "all")
+    (tmp_path / "x-1.tar").write_bytes((tmp_path / "x-0.tar").read_bytes())
+    flags = ["--images", f"{tmp_path}/x-{{0..1}}.tar", "--licence", "CC0"]
+    first = annotate(capsys, tmp_path, *flags, "--shard", "0/2")
+    second = annotate(capsys, tmp_path, *flags, "--shard", "1/2")
+    assert (first["asked"], first["shards_missing"]) == (4, 1)
+    assert (second["asked"], second["repeated_images"], second["shards_missing"]) == (0, 4, 0)
+    reader = RecordReader(tmp_path, "own_annotated")
+    assert len(reader) == first["kept"]
+    assert reader[0].source["file"] == "x-0.tar/all/scene-00000.png" and reader[0].source["licence"] == "CC0"
+
+
+def test_sandbox_keeps_all_images_and_flags_leave_some_out(capsys, scenes, tmp_path):
+    (scenes / "broken.png").write_text("")
+    assert cli.main(["annotate", "--images", str(scenes), "--out", str(tmp_path)]) == 2
+    assert "broken.png: not a whole image" in capsys.readouterr().err
+    counts = annotate(capsys, tmp_path, "--images", str(scenes), "--skip-bad")
+    assert (counts["images"], counts["bad_images"], counts["asked"]) == (5, 1, 4)
+    assert (
+        cli.main(["annotate", "--images", str(scenes), "--out", str(tmp_path), "--skip-bad", "--min-side", "31"]) == 2
+    )
+    assert "'filtered_tiny': 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--images", "nowhere.tar"], "nowhere.tar: no such file or folder"),
+        (["--images", "nowhere*.tar"], "--images nowhere*.tar: no images there"),
+        (["--images", ".", "--max-side=-1"], "--min-side and --max-side are at least 0"),
+        (["--images", ".", "--max-failures", "2"], "--max-failures is from 0 to 1"),
+        (["--images", ".", "--shard", "3/3"], "shards are counted from 0"),
+    ],
+)
+def test_wrong_calls_of_annotate(capsys, tmp_path, flags, message):
+    assert cli.main(["annotate", "--out", str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""Settings that have no effect together, or cannot work together, are refused with the reason."""
+
+import dataclasses
+
+import pytest
+
+from world_distill.settings.check import RULES, check
+from world_distill.settings.config import load_config, packaged_configs, section
+from world_distill.settings.objective import Objective, Phase
+from world_distill.settings.rollout import RolloutSettings
+
+
+def parts(variant="wmsd", **changes) -> tuple[Objective, RolloutSettings]:
+    config = load_config(f"sandbox:{variant}")
+    objective, settings = section(config.objective, Objective), RolloutSettings(**config.rollout.to_dict())
+    mine = {name: value for name, value in changes.items() if name in {f.name for f in dataclasses.fields(Objective)}}
+    rest = {name: value for name, value in changes.items() if name not in mine}
+    return dataclasses.replace(objective, **mine), dataclasses.replace(settings, **rest)
+
+
+GUIDED_GRPO = "rollout.guidance above 1 does not go with objective.rl = flow_grpo"
+NOTHING = {"task": 0.0, "agent": 0.0, "consistency": 0.0, "distill": 0.0}
+REFUSED = [
+    ({"group": 1}, "group = 1"),
+    ({"min_valid": 5, "group": 4}, "min_valid is above"),
+    ({"weights": NOTHING}, "every rollout.weights is 0"),
+    ({"rl_weight": 0.0}, "rl_weight is 0 in every step"),
+    ({"rl_weight": 0.0, "rl": "none", "beta_d": 0.0}, "would learn nothing"),
+    ({"beta_d": ((0, 0.0), (5, 1.0)), "rl_weight": ((5, 0.0), (6, 1.0))}, "would learn nothing"),
+    ({"rl": "none", "beta_old": 1.0}, "beta_old and objective.beta_base"),
+    ({"rl": "none", "beta_base": 1.0}, "beta_old and objective.beta_base"),
+    ({"grpo_beta": 0.1}, "grpo_beta belongs to Flow-GRPO"),
+    ({"awm_old": "current"}, "awm_ratio_temperature has no effect"),
+    ({"weights": NOTHING | {"distill": 1.0}, "role": "demonstrator"}, "about the Executor's rollouts"),
+    ({"distill_min_time": 0.5}, "distill_min_time bounds Eq. 9"),
+    ({"std": "none", "std_floor": 0.1}, "std_floor has no effect"),
+    ({"staleness": 1, "awm_old": "current", "awm_ratio_temperature": 1.0}, "staleness = 1 needs"),
+]
+
+
+@pytest.mark.parametrize("changes, reason", REFUSED, ids=[str(c) for c, _ in REFUSED])
+def test_settings_without_effect_are_refused(changes, reason):
+    check(*parts(), stochastic=False)
+    with pytest.raises(ValueError, match=reason):
+        check(*parts(**changes), stochastic=False)
+
+
+def test_flow_grpo_wants_noise_and_its_own_rollouts():
+    check(*parts("wmsd_grpo"), stochastic=True)
+    for objective, stochastic, reason in (
+        (parts("wmsd_grpo"), False, "needs stochastic steps"),
+        (parts(), True, "sampler.eta above 0"),
+        (parts("wmsd_grpo", role="demonstrator"), True, "the Executor's own log-probabilities"),
+        (parts("wmsd_grpo", beta_base=1.0), True, "belong to AWM"),
+        (parts("wmsd_grpo", guidance=2.0), True, GUIDED_GRPO),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check(*objective, stochastic=stochastic)
+
+
+def test_every_reason_is_given_at_once_and_every_rule_is_tried():
+    with pytest.raises(ValueError) as error:
+        check(*parts(group=1, grpo_beta=1.0), stochastic=True)
+    assert all(word in str(error.value) for word in ("group = 1", "grpo_beta", "sampler.eta"))
+    tried = [reason for _, reason in REFUSED] + ["the Executor's own log-probabilities", GUIDED_GRPO]
+    assert not [rule.reason for rule in RULES if not any(reason in rule.reason for reason in tried)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rl": "ppo"}, {"updates": 0}, {"awm_ratio_temperature": 0.0}, {"awm_clip": -0.1}, {"grpo_clip": -1e-3},
+        {"beta_d": -0.01}, {"beta_d": ((0, 1.0), (9, -1.0))}, {"rl_weight": -1.0}, {"ema_decay": 1.5},
+        {"old_maximum": 1.0}, {"nft_beta": 0.0}, {"nft_old": "current"}, {"keep_fraction": 0.0}, {"awm_power": 0.0},
+        {"awm_weighting": "snr"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_out_of_range_are_refused(changes):
+    name = next(iter(changes))
+    with pytest.raises(ValueError, match=rf"objective\.{name}"):
+        parts(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clip": -1.0}, {"negative_scale": -0.5}, {"std_floor": -1.0}, {"min_valid": 0}, {"std": "all"},
+        {"distill_min_time": 1.0}, {"weights": {"task": -1.0}}, {"role": "teacher"}, {"tasks": 0}, {"group": 0},
+        {"normalise": "no"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rollout_values_out_of_range_are_refused(changes):
+    with pytest.raises(ValueError, match=r"rollout\."):
+        parts(**changes)
+
+
+def test_every_packaged_variant_is_accepted():
+    variants = {"sandbox": load_config("sandbox").ablation.variants, "wan22_5b": ("distill", "wmsd", "debug")}
+    assert variants.keys() <= packaged_configs().keys()
+    for name, those in variants.items():
+        for variant in those:
+            config = load_config(f"{name}:{variant}")
+            check(section(config.objective, Objective), RolloutSettings(**config.rollout.to_dict()),
+                  stochastic=config.sampler.eta > 0)  # fmt: skip
+
+
+def test_phases_follow_the_schedules():
+    objective, _ = parts(rl_weight=((10, 0.0), (11, 1.0)), beta_d=((0, 1.0), (20, 1.0), (21, 0.0)))
+    assert [objective.phase(step) for step in (0, 10, 11, 20, 21, 99)] == [
+        Phase(False, True), Phase(False, True), Phase(True, True), Phase(True, True), Phase(True, False),
+        Phase(True, False),
+    ]  # fmt: skip
+    assert objective.in_phase(Phase(True, True)) == objective
+    distilling = dataclasses.replace(objective, beta_old=1.0).in_phase(Phase(False, True))
+    assert distilling.rl == "none" and distilling.anchored and not distilling.beta_old
+    assert not objective.in_phase(Phase(True, False)).anchored

@@ -1,0 +1,219 @@
+"""Collecting experience: which tasks a step has, what is rolled from them, and what rewards become."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import random_weights, redraw, small_config
+
+from world_distill.core import losses, sampling
+from world_distill.data.records.batches import concatenate
+from world_distill.devices.mesh import make_mesh
+from world_distill.settings.config import load_config, section
+from world_distill.settings.objective import Objective, Phase
+from world_distill.settings.rollout import RolloutSettings
+from world_distill.structs import Judgment, TrainBatch
+from world_distill.training.collect import Collector, Judged, Pending, draw_tasks
+from world_distill.training.compiled import make_programs
+
+
+def collection(**changes) -> RolloutSettings:
+    settings = RolloutSettings(**load_config("sandbox").rollout.to_dict())
+    return dataclasses.replace(settings, tasks=2, group=3, **changes)
+
+
+def batches():
+    for start in range(0, 100, 2):
+        yield {"ids": [f"r{start}", f"r{start + 1}"], "scene": np.arange(start, start + 2)[:, None]}
+
+
+def test_every_rollout_has_a_task_of_its_own_while_there_is_no_rl():
+    stream, settings = batches(), collection(spread=True)
+    alone = draw_tasks(settings, stream, active=False)
+    assert alone["ids"] == [f"r{i}" for i in range(6)]
+    np.testing.assert_array_equal(alone["scene"][:, 0], np.arange(6))
+    assert settings.group_in(False) * len(alone["ids"]) == 6
+    grouped = draw_tasks(settings, stream, active=True)  # goes on where that stopped: no task is passed over
+    assert grouped["ids"] == ["r6", "r7"]
+    assert settings.group_in(True) * len(grouped["ids"]) == 6
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_groups_stay_together_where_that_is_asked_for(active):
+    settings = collection(spread=False)
+    assert draw_tasks(settings, batches(), active)["ids"] == ["r0", "r1"] and settings.group_in(active) == 3
+
+
+def test_batches_are_joined_in_order():
+    first, second = {"ids": ["a"], "x": np.ones((1, 2))}, {"ids": ["b", "c"], "x": np.zeros((2, 2))}
+    joined = concatenate([first, second])
+    assert joined["ids"] == ["a", "b", "c"]
+    np.testing.assert_array_equal(joined["x"], [[1, 1], [0, 0], [0, 0]])
+
+
+# ---- Rollouts against direct calls of the model
+
+STEPS, TASKS, GROUP = 3, 2, 2
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make(tmp_path_factory, {"rollout.weights.distill": 1.0, "rollout.distill_min_time": 0.85})
+
+
+def make(tmp_path_factory, changes):
+    """(programs of a tiny model, base, Executor, tasks): every weight and text is random."""
+    config = small_config(
+        tmp_path_factory.mktemp("run"),
+        **{
+            "model.width": 16, "model.heads": 1, "model.depth": 1, "sampler.steps": STEPS, "sampler.shift": 4.0,
+            "rollout.tasks": TASKS, "rollout.group": GROUP, "text_length": 4,
+        } | changes,
+    )  # fmt: skip
+    programs = make_programs(config, make_mesh(devices=jax.devices()[:1]))
+    rng = np.random.default_rng(0)
+    tasks = {"ids": ["a", "b"], "scene": rng.normal(size=(TASKS, 1, *programs.family.latent_shape[1:]))}
+    for text in ("task", "solution"):
+        tasks[f"{text}_text"] = rng.normal(size=(TASKS, 4, 64))
+        tasks[f"{text}_mask"] = np.arange(4)[None] < rng.integers(1, 5, size=(TASKS, 1))
+    tasks = {n: np.float32(x) if isinstance(x, np.ndarray) and x.dtype == float else x for n, x in tasks.items()}
+    base = random_weights(programs.family, 1)
+    lora = redraw(programs.state.lora, 2)
+    return programs, base, lora, tasks
+
+
+def begin(made, step=0):
+    programs, base, lora, tasks = made
+    collector = Collector(programs, judge=None, cache=None, rubric=None)
+    return collector.begin(lora, base, tasks, jax.random.key(7), step)
+
+
+def test_the_executor_rolls_told_the_task_and_the_demonstrator_watches_told_the_solution(made):
+    programs, base, lora, tasks = made
+    family = programs.family
+    pending = begin(made)
+    batch, grid = pending.batch, np.asarray([1.0, 8 / 9, 2 / 3, 0.0])  # shift 4
+    states = np.asarray(batch.states).reshape(STEPS + 1, -1, *family.latent_shape)
+    row = [0, 0, 1, 1]  # rollouts of a task are neighbours
+    task, solution = (
+        {f: jnp.asarray(tasks[f"{name}_{f}"][row]) for f in ("text", "mask")} for name in ("task", "solution")
+    )
+    for condition, given in ((task, batch.task), (solution, batch.solution)):
+        np.testing.assert_array_equal(given.text, condition["text"])
+        np.testing.assert_array_equal(given.text_mask, condition["mask"])
+        np.testing.assert_array_equal(given.scene, tasks["scene"][row])
+    keys = sampling.sample_keys(jax.random.fold_in(jax.random.key(7), 0), jnp.arange(4))
+    noise = sampling.initial_noise(keys, batch.task.scene, family.latent_shape, family.free_frames)
+    np.testing.assert_array_equal(states[0], noise)
+    gaps = []
+    for i in range(STEPS):
+        x, t = jnp.asarray(states[i]), jnp.full(4, grid[i], jnp.float32)
+        v = family.denoise(base, lora, x, t, batch.task)
+        np.testing.assert_allclose(states[i + 1], x + (grid[i + 1] - grid[i]) * v, atol=2e-4)
+        v_d = family.denoise(base, None, x, t, batch.solution)
+        np.testing.assert_allclose(np.asarray(batch.demonstrator[i]).reshape(v_d.shape), v_d, atol=2e-4)
+        gaps.append(np.asarray(losses.velocity_gap(v, v_d, family.free_frames)))
+    # Eq. 9 over t >= .85: all of the first step, and a part of the second.
+    expected = -((1 - 8 / 9) * gaps[0] + (8 / 9 - 0.85) * gaps[1])
+    np.testing.assert_allclose(pending.reward, expected, rtol=1e-3)
+    assert np.ptp(pending.reward) > 1e-3
+    moved = np.sqrt(np.mean(np.diff(np.asarray(batch.latents), axis=1) ** 2, axis=(1, 2, 3, 4)))
+    np.testing.assert_allclose(pending.motion, moved, rtol=1e-4)
+
+
+def test_off_policy_the_demonstrator_rolls_and_its_own_velocities_are_the_targets(tmp_path_factory):
+    made = make(tmp_path_factory, {"objective.rl": "none", "rollout.role": "demonstrator", "rollout.spread": False})
+    family, base = made[0].family, made[1]
+    batch = begin(made).batch
+    states = np.asarray(batch.states).reshape(STEPS + 1, -1, *family.latent_shape)
+    v = family.denoise(base, None, jnp.asarray(states[0]), jnp.ones(4), batch.solution)
+    np.testing.assert_allclose(states[1], states[0] + (8 / 9 - 1) * v, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(batch.demonstrator[0]).reshape(v.shape), v, atol=2e-4)
+    told_the_task = family.denoise(base, None, jnp.asarray(states[0]), jnp.ones(4), batch.task)
+    assert np.abs(v - told_the_task).max() > 1e-2
+
+
+def test_rollouts_of_a_task_and_of_two_steps_differ(made):
+    first, again, second = (np.asarray(begin(made, step).batch.states) for step in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    apart = [np.abs(first[0, i] - first[0, j]).max() for i in range(4) for j in range(i)]
+    apart += [np.abs(first[0, i] - second[0, j]).max() for i in range(4) for j in range(4)]
+    assert min(apart) > 0.1
+
+
+# ---- From judgments to advantages
+
+
+def weigh(scores: dict, *, reward=None, distilling=False, **changes):
+    """(advantages, used, info) of 2 tasks with 3 rollouts each, whose clips have these log-odds."""
+    settings = collection(**changes)
+    objective = section(load_config("sandbox").objective, Objective)
+    programs = types.SimpleNamespace(
+        collection=settings, objective=objective, mesh=make_mesh(devices=jax.devices()[:1]),
+        roll=None, decode=None, show=None,
+    )  # fmt: skip
+    collector = Collector(programs, judge=None, cache=None, rubric=None)
+    scores = {name: np.float64(values) for name, values in scores.items()}
+    valid = np.isfinite(np.stack(list(scores.values()))).all(0)
+    order = np.random.default_rng(0).permutation(6)  # clips come back in any order, with their numbers
+    judged = Judged(order, Judgment({n: v[order] for n, v in scores.items()}, valid[order]), {"judge/x": 1.0})
+    batch = TrainBatch(**{f.name: None for f in dataclasses.fields(TrainBatch)})
+    pending = Pending(
+        step=0, phase=Phase(not distilling, True), tasks={"ids": ["a", "b"]}, batch=batch, clips=None,
+        reward=None if reward is None else jnp.float32(reward), motion=jnp.arange(6.0), started=0.0,
+    )  # fmt: skip
+    batch, info = collector.weigh(pending, judged)
+    return np.asarray(batch.advantages), np.asarray(batch.valid), info
+
+
+QUIET = {"agent": [0.0] * 6, "consistency": [0.0] * 6}
+
+
+def test_rewards_are_compared_within_the_rollouts_of_a_task():
+    """Rows 0 to 2 are the first task's: its worst rollout is better than the other task's best."""
+    advantages, used, info = weigh({"task": [2.0, 1.0, 3.0, -2.0, -2.5, -1.5]} | QUIET, std="none")
+    np.testing.assert_allclose(advantages, np.array([0, -1, 1, 0, -0.5, 0.5]) / 5, atol=1e-7)
+    assert used.all() and info["judge/used"] == 1.0 and info["judge/x"] == 1.0
+    assert info["rate/task"] == 0.5 and info["reward/task"] == pytest.approx(0.0)
+    assert info["within_group/task~total"] == pytest.approx(1.0)
+    assert info["within_group/task~motion"] == pytest.approx(
+        np.corrcoef([0, -1, 1, 0, -0.5, 0.5], [-1, 0, 1, -1, 0, 1])[0, 1]
+    )
+
+
+def test_questions_are_clipped_weighted_and_divided_as_the_settings_say():
+    scores = {"task": [9.0, 0, 0, 0, 0, 0], "agent": [0, 2.0, 0, 0, 0, 0], "consistency": [0, 0, 1.0, 0, 0, 0]}
+    weights = {"task": 1.0, "agent": 0.5, "consistency": 4.0, "distill": 0.0}
+    advantages, _, _ = weigh(scores, std="none", clip=3.0, weights=weights)
+    np.testing.assert_allclose(advantages[:3], (np.array([3, 1, 4]) - 8 / 3) / 5, atol=1e-7)
+    scaled, _, _ = weigh(scores, std="none", clip=3.0, weights=weights, negative_scale=0.25)
+    np.testing.assert_allclose(scaled, np.where(advantages < 0, advantages / 4, advantages), atol=1e-7)
+    floored, _, _ = weigh(scores, std="group", std_floor=10.0, clip=3.0, weights=weights)
+    np.testing.assert_allclose(floored[:3], advantages[:3] / 10, rtol=1e-4)
+
+
+def test_equation_9_is_a_reward_beside_the_judges():
+    still, _, _ = weigh({"task": [0.0] * 6} | QUIET, std="none")
+    assert not still.any()
+    weights = {"task": 1.0, "agent": 1.0, "consistency": 1.0, "distill": 10.0}
+    reward = [-0.3, -0.2, -0.1, -0.2, -0.2, -0.2]
+    advantages, _, info = weigh({"task": [0.0] * 6} | QUIET, std="none", reward=reward, weights=weights)
+    np.testing.assert_allclose(advantages, np.array([-1, 0, 1, 0, 0, 0]) / 5, atol=1e-6)
+    assert info["reward/distill"] == pytest.approx(-0.2) and info["within_group/distill~total"] == pytest.approx(1)
+
+
+def test_a_clip_without_a_judgment_is_left_out_of_its_group_and_of_the_means():
+    bad = float("nan")
+    advantages, used, info = weigh({"task": [1.0, bad, 3.0, bad, bad, 1.0]} | QUIET, std="none")
+    np.testing.assert_allclose(advantages, np.array([-1, 0, 1, 0, 0, 0]) / 5, atol=1e-7)
+    assert used.tolist() == [True, False, True, False, False, False]  # one judgment makes no group
+    assert info["judge/invalid"] == 0.5 and info["judge/used"] == pytest.approx(1 / 3)
+    assert info["reward/task"] == pytest.approx(5 / 3)
+
+
+def test_a_step_without_rl_needs_no_judgment():
+    advantages, used, info = weigh({"task": [5.0, 0, 0, 0, 0, 0]} | QUIET, distilling=True, spread=False)
+    assert not advantages.any() and used.all() and "reward/total" not in info

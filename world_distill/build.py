@@ -1,0 +1,131 @@
+"""From a config to the parts that it names: model family, base weights, mesh, annotator, judge, benchmark.
+
+A part that is not in this package is named by its import path, `factory = "package.module:function"`, with its keyword
+arguments in `options`. An option `"@world"` stands for the config's section `world`.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from world_distill import models
+from world_distill.core import flow, sampling
+from world_distill.devices import hosts
+from world_distill.devices.compilation import keep_programs
+from world_distill.devices.mesh import make_mesh
+from world_distill.errors import UserError
+from world_distill.interfaces import ModelFamily
+from world_distill.settings import addresses
+
+
+def make(config: ConfigDict, section: str) -> Any:
+    """Calls the factory of a section that has `factory` and `options`.
+
+    Raises:
+      UserError: the factory cannot be imported, or does not take the options.
+    """
+    try:
+        return make_partial(config, section)()
+    except TypeError as error:
+        raise UserError(f"config.{section}.options do not fit {config[section].factory}: {error}") from error
+
+
+def make_partial(config: ConfigDict, section: str) -> Callable[..., Any]:
+    """The factory of a section, with its options filled in; it takes more arguments when called.
+
+    Raises:
+      UserError: the factory cannot be imported.
+    """
+    factory, options = find_factory(config, section), {}
+    for key, value in config[section].options.items():
+        if isinstance(value, str) and value.startswith("@"):
+            value = config[value[1:]]
+        options[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+    return functools.partial(factory, **options)
+
+
+def find_factory(config: ConfigDict, section: str) -> Callable[..., Any]:
+    """The factory that a section names, without its options.
+
+    Raises:
+      UserError: the section names none, or it cannot be imported.
+    """
+    path = config[section].factory
+    if not path:
+        raise UserError(f"config.{section}.factory names nothing: set it to package.module:function (README.md)")
+    module, _, name = addresses.current(path).partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"config.{section}.factory = {path!r} cannot be imported: {error}") from error
+
+
+FAMILY_SECTIONS = ("model", "executor")  # of a config: all that a family is made from
+
+
+def make_family(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> ModelFamily:
+    """The model family, with the config's sizes and LoRA settings; for programs on the mesh, if there is one.
+
+    The same one for the same settings, so that what was traced of it is traced once.
+
+    Raises:
+      UserError: the section `model` does not fit the family.
+      ValueError: sizes that do not go together, or no such family.
+    """
+    return _make_family(FrozenConfigDict({name: config[name] for name in FAMILY_SECTIONS}), mesh)
+
+
+@functools.lru_cache(maxsize=32)
+def _make_family(config: FrozenConfigDict, mesh: jax.sharding.Mesh | None) -> ModelFamily:
+    sizes = {k: v for k, v in config.model.to_dict().items() if k != "family"}
+    executor = config.executor
+    scale = executor.alpha / executor.rank if executor.rank else 1.0
+    try:
+        family = models.build(config.model.family, **sizes, lora_targets=executor.targets, lora_scale=scale)
+    except TypeError as error:
+        raise UserError(f"config.model does not fit family {config.model.family!r}: {error}") from error
+    return family if mesh is None else family.on(mesh)
+
+
+def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of the config's devices; to be called before anything else touches JAX.
+
+    On a CPU, XLA runs the small operations of a small model on one thread a device, so the cores are used by splitting
+    the batch over `config.host_devices` CPU devices. Their number is part of the config and not of the machine: sums
+    over the batch are grouped by device, and a run should be the same everywhere. In a job of several processes each
+    has its part of them. On accelerators compiled programs are kept on disk (`compiles.keep_programs`).
+
+    Raises:
+      UserError: the processes of the job do not find together, or cannot share out the CPU devices.
+    """
+    count = hosts.start()
+    own = max(config.host_devices // count, 1)
+    if jax.config.jax_num_cpu_devices < own and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # Too late if JAX is in use already (a notebook): then take the devices that there are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", own)
+    devices = jax.devices()
+    keep_programs(devices[0].platform)
+    if devices[0].platform == "cpu" and config.host_devices % jax.process_count():
+        raise UserError(
+            f"config.host_devices = {config.host_devices} does not divide by {jax.process_count()} processes"
+        )
+    if devices[0].platform == "cpu" and jax.process_count() == 1:
+        devices = devices[: config.host_devices]
+    return make_mesh(**config.mesh.to_dict(), devices=devices)
+
+
+def sampler_grid(config: ConfigDict) -> tuple[np.ndarray, np.ndarray | None]:
+    """The sampler's times [k + 1], and its diffusion coefficients [k] where it is stochastic."""
+    settings = config.sampler
+    grid = flow.sampling_times(settings.steps, settings.shift, settings.explicit or None)
+    if settings.eta == 0:
+        return grid, None
+    return grid, sampling.flow_grpo_diffusion(grid, settings.eta, tuple(settings.window) or None)

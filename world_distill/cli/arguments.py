@@ -1,0 +1,184 @@
+"""Flags that several verbs share, and how their values are read.
+
+A verb's `add_arguments(parser)` calls the `add_*` functions here for what it takes. `--config.key=value`
+is not a flag of argparse: `take_overrides` collects it first, and `config_from` applies it.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from world_distill.errors import UserError
+
+HELP_CONFIG = "--help-config"  # `command` looks for it before it parses the other flags
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`--config`, required where there is no default; the verb then takes `--config.key` as well."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.py[:ARG]",
+        default=default,
+        required=default is None,
+        help="config file, or the bare name of a packaged config; "
+        "any of its leaves is set with --config.KEY=VALUE" + _default(default),
+    )
+    parser.add_argument(HELP_CONFIG, action="store_true", help="explain all keys of the config; --config.KEY=?: one")
+
+
+def add_workdir(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`--workdir`, a path; required where there is no default."""
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        type=_local_folder,
+        default=pathlib.Path(default) if default else None,
+        required=default is None,
+        help="folder of this run; an interrupted run continues from what it finds there" + _default(default),
+    )
+
+
+def _local_folder(text: str) -> pathlib.Path:
+    if "://" in text:  # a path would make one slash of the two, and then a folder of it
+        raise argparse.ArgumentTypeError(
+            f"{text} is an address, and this is a folder of a file system. To keep what matters in a bucket, take a"
+            f" folder and set --config.checkpoints={text} (and --config.judge.cache={text.rstrip('/')}/judgments)"
+        )
+    return pathlib.Path(text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`, where the verb's figures go besides the terminal."""
+    parser.add_argument(
+        "--json",
+        metavar="PATH",
+        type=pathlib.Path,
+        help="also write the figures to this file, as JSON",
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser, default: int | None = None) -> None:
+    """`--seed`. With a config and no default it is short for `--config.seed`."""
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=default,
+        help="seed of all that is random in this run" + _default(default),
+    )
+
+
+def add_logging(parser: argparse.ArgumentParser) -> None:
+    """`--log-level` and `--verbose`; every verb has them."""
+    text = "of this program and of Orbax, which has much to say (default: warning)"
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help=text)
+    parser.add_argument("--verbose", action="store_true", help="on an error, show the traceback as well")
+
+
+def start_logging(level: str) -> None:
+    """Sends absl's log to stderr from `level` on. Programs silence it on processes other than 0."""
+    from absl import logging
+
+    logging.use_absl_handler()
+    logging.set_verbosity(level)
+    logging.set_stderrthreshold(level)
+
+
+def take_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Splits argv into what argparse reads and the `--config.KEY=VALUE` or `--config.KEY VALUE` pairs.
+
+    Raises:
+      UserError: a key without a value.
+    """
+    rest, overrides = [], {}
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            return [*rest, word, *words], overrides
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise UserError(f"{word} needs a value: {word}=VALUE")
+        overrides[key] = value
+    return rest, overrides
+
+
+def config_from(args: argparse.Namespace) -> Any:
+    """The locked ConfigDict that `--config`, its overrides and `--seed` describe.
+
+    Raises:
+      UserError: see `load_config`; or `--seed` and `--config.seed` were both given.
+    """
+    from world_distill.errors import UserError
+    from world_distill.settings.config import load_config
+
+    overrides = dict(args.overrides)
+    if getattr(args, "seed", None) is not None:
+        if "seed" in overrides:
+            raise UserError("give either --seed or --config.seed, not both")
+        overrides["seed"] = str(args.seed)
+    return load_config(args.config, overrides)
+
+
+def _default(default: object) -> str:
+    return "" if default is None else f" (default: {default})"
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(shard, shards) from "I/N".
+
+    Raises:
+      UserError: not two numbers, or I is not in 0 ... N - 1.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise UserError(f"--shard {text}: give I/N, such as 0/4 for the first of four")
+    shard, shards = int(match[1]), int(match[2])
+    if shard >= shards:
+        raise UserError(f"--shard {text}: shards are counted from 0, so N = {shards} has {_span(shards)}")
+    return shard, shards
+
+
+def _span(shards: int) -> str:
+    return f"0/{shards} to {shards - 1}/{shards}" if shards else "none"
+
+
+def parse_steps(text: str) -> frozenset[int]:
+    """The steps that "3", "3:5" (3, 4 and 5) or "3,7" names; "" names none.
+
+    Raises:
+      UserError: anything else.
+    """
+    steps: set[int] = set()
+    for part in filter(None, text.split(",")) if text else ():
+        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise UserError(f"--profile {text}: {part!r} is not a step, from 1 on, or a range such as 3:5")
+        steps |= set(range(first, last + 1))
+    if text and not steps:
+        raise UserError(f"--profile {text}: names no step")
+    return frozenset(steps)
+
+
+@contextlib.contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of (done, all) that draws a bar on a terminal; what is done at its first call costs no time."""
+    with tqdm(unit=unit, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.total, bar.initial, bar.n = total, done, done
+            bar.update(done - bar.n)
+
+        yield show

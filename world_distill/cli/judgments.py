@@ -1,0 +1,110 @@
+"""`world-distill judgments`."""
+
+import argparse
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from world_distill import console
+from world_distill.cli import arguments
+from world_distill.errors import UserError
+from world_distill.storage import atomic
+
+if TYPE_CHECKING:
+    from world_distill.judges.memory.cache import JudgmentCache
+
+HELP = """\
+Audit a judge: what it was asked and answered, and whether another judge agrees.
+
+PATH is a run's folder, a cache file (judgments.sqlite), or the address that hosts share one through (gs://bucket/run).
+Without further flags it prints, for each judge and question, how many answers there are, how often it said yes, how
+its log-odds are spread, and how many are undecided (within +-1); how many of the run's questions the cache answered;
+and where two judges, or two wordings, were asked about the same clip, how well they agree.
+
+  world-distill judgments runs/mine
+  world-distill judgments runs/mine --export judgments.parquet        or .jsonl, .jsonl.gz
+  world-distill judgments all.sqlite --merge host0.sqlite host1.sqlite gs://bucket/run
+
+--merge takes over the answers of other caches. An answer that is there stays; one that differs is counted and listed.
+
+A reward can be gamed: the clips get to please one judge, and not to be better. So keep a share of the judged clips
+while training (--config.judge.keep_clips=0.05), and have another model, or other wordings, judge them again:
+
+  world-distill judgments runs/mine --rejudge --config.judge.options.model=Another/VLM
+  world-distill judgments runs/mine --rejudge --config.judge.rubric=my/questions --json audit.json
+  world-distill judgments runs/mine --rejudge --config wan22_5b --flips 20
+
+The judge is that of the run's config, or of --config, with these changes. For each question it shows in how many
+clips both say the same (sign), Spearman's rank correlation (1: the same order, 0: none), and the clips on which they
+differ most, with their tasks. Low agreement on clips late in training, where it was high early, is the sign of gaming.
+Answers go into the cache, so that an interrupted call goes on where it stopped. PATH has to be a file or a folder.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="run folder, cache file, or shared address (gs://…, folder/)")
+    parser.add_argument("--export", metavar="FILE", type=pathlib.Path, help="write all judgments as JSONL or Parquet")
+    parser.add_argument("--merge", metavar="CACHE", nargs="+", default=[], help="take over the answers of these caches")
+    parser.add_argument("--rejudge", action="store_true", help="have the config's judge judge the kept clips again")
+    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="for --rejudge (default: the config of the run PATH)")
+    parser.add_argument("--clips", metavar="DIR", type=pathlib.Path, help="kept clips (default: judged_clips by PATH)")
+    parser.add_argument("--flips", type=int, default=10, help="disagreements to list for each question (default: 10)")
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from world_distill.evaluation import agreement
+    from world_distill.judges.memory import transfer
+
+    if args.overrides and not args.rejudge:
+        raise UserError("--config.KEY is for --rejudge")
+    result: dict[str, Any] = {"path": args.path}
+    writes = bool(args.merge) or args.rejudge
+    with transfer.open_caches(args.path, writes=writes, creates=bool(args.merge)) as cache:
+        for other in args.merge:
+            merged = transfer.merge(cache, other)
+            result.setdefault("merged", []).append(merged)
+            _say_merged(merged)
+        if args.rejudge:
+            result["rejudged"] = _rejudge(args, cache)
+        elif args.export:
+            count = transfer.export(cache.entries(), args.export)
+            console.say(f"{count} judgments in {args.export}")
+            result |= {"exported": count, "file": args.export}
+        else:
+            result |= agreement.overview(cache)
+            result["hit_rate"] = agreement.hit_rate(pathlib.Path(args.path))
+            console.say(agreement.text(result, limit=args.flips))
+    if args.json:
+        atomic.write_json(args.json, result)
+    return 0
+
+
+def _say_merged(merged: dict[str, Any]) -> None:
+    conflicts = merged["conflicts"]
+    console.say(
+        f"{merged['path']}: {merged['new']} new, {merged['known']} known, {len(conflicts)} that differ from answers"
+        " that stay"
+    )
+    for row in conflicts[:10]:
+        console.say(f"  kept {row['kept']:+.3f}, other {row['other']:+.3f}: {row['question']} of {row['task']}")
+
+
+def _rejudge(args: argparse.Namespace, cache: "JudgmentCache") -> dict[str, Any]:
+    from world_distill import build
+    from world_distill.judges.memory.kept_clips import KeptClips
+    from world_distill.judges.memory.transfer import config_of
+    from world_distill.judges.rubric import load_rubric
+    from world_distill.programs import rejudge
+    from world_distill.settings.config import load_config, override
+
+    path = pathlib.Path(args.path)
+    folder = path if path.is_dir() else path.parent
+    config = load_config(args.config) if args.config else config_of(folder)
+    if config is None:
+        raise UserError(f"{folder} holds no config.json: --config says which judge to ask")
+    override(config, args.overrides)
+    clips = KeptClips(args.clips or folder / "judged_clips")
+    judge, rubric = build.make(config, "judge"), load_rubric(config.judge.rubric or None)
+    result = rejudge.rejudge(cache, clips, judge, rubric)
+    console.say(rejudge.text(result, limit=args.flips))
+    return result

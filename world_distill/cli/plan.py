@@ -1,0 +1,59 @@
+"""`world-distill plan`."""
+
+import argparse
+
+from world_distill import console
+from world_distill.cli import arguments
+from world_distill.errors import UserError
+from world_distill.storage import atomic
+
+LOCAL = "local"  # in place of a topology: the devices of this machine
+
+HELP = """\
+Compile every phase of a training step for a TPU slice, without having one (or for this machine's GPUs), and say
+whether it fits.
+
+Phases: the rollout, the Demonstrator's velocities, the update, the decoding of clips and the encoding of scenes. For
+each: memory a chip (what the program needs and what lies beside it) against what the chip has, compile time,
+operations, collectives, and a time predicted from the chip's peak at --utilisation. Needs the extra `tpu` (for its
+compiler); weights are never made.
+Ends with exit code 1 if a phase does not fit, and names the largest arrays.
+
+  world-distill plan --config wan22_5b:wmsd --topology v5p:2x2x1
+  world-distill plan --config wan22_5b:wmsd --topology v5e:4x4 --slices 2 --config.mesh.data=2
+  world-distill plan --config wan22_5b:wmsd --topology v6e:2x4 --search
+  world-distill plan --config wan22_5b:wmsd --topology local                # on a machine with GPUs
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add_config(parser)
+    parser.add_argument(
+        "--topology", required=True,
+        help=f"generation and chips, such as v5e:2x4, v5p:4x4x4, v6e:8x8; {LOCAL}: this machine's devices (GPUs)",
+    )  # fmt: skip
+    parser.add_argument("--slices", type=int, default=1, help="slices of that topology, joined by DCN (default: 1)")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that times assume (0.4)")
+    parser.add_argument("--phases", default="", help="only these, comma-separated (and those that they need)")
+    parser.add_argument("--search", action="store_true", help="try mesh shapes, micro-batches and remat policies")
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from world_distill.programs import plan
+
+    if not 0 < args.utilisation <= 1:
+        raise UserError(f"--utilisation {args.utilisation:g}: a share, above 0 and at most 1")
+    config = arguments.config_from(args)
+    devices = plan.topology(args.topology, args.slices)
+    only = tuple(filter(None, args.phases.split(",")))
+    if args.search:
+        result = plan.search(config, devices, only, args.utilisation, say=console.say)
+    else:
+        phases = plan.make_plan(config, devices, only, say=console.say)
+        result = plan.summary(config, devices, phases, args.utilisation)
+        for line in plan.describe(result):
+            console.say(line)
+    if args.json:
+        atomic.write_json(args.json, result)
+    return 0 if result["fits"] else 1

@@ -1,0 +1,1 @@
+"""Tasks and solutions for images, written by a vision-language model."""

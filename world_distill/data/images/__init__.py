@@ -1,0 +1,1 @@
+"""Scene images: finding, reading and filtering them."""

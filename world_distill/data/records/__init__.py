@@ -1,0 +1,1 @@
+"""Records of tasks on disk: writing, encoding and reading them."""

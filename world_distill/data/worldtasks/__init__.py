@@ -1,0 +1,1 @@
+"""The data set of the authors, WorldTasks, and folders like it."""

@@ -1,0 +1,1 @@
+"""Meshes, processes, compilation, and the time that devices take."""

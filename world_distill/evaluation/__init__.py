@@ -1,0 +1,1 @@
+"""Scores of clips: the benchmark, a held-out judge, agreement between judges."""

@@ -1,0 +1,1 @@
+"""What judges have answered, kept on disk."""

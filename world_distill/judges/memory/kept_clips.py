@@ -1,0 +1,39 @@
+"""Judged clips that are kept, so that another judge or another wording can be asked about them later.
+
+A clip is a lossless strip (`video_io.save_strip`) named by the digest under which its judgments are cached,
+FOLDER/ab/abcd….png. Which ones are kept depends on the digest alone: a repeated run, and every host, keeps the same.
+"""
+
+import pathlib
+
+import numpy as np
+
+from world_distill.judges.memory.cache import clip_digest
+from world_distill.storage.video_files import load_strip, save_strip
+
+
+class KeptClips:
+    """A folder of judged clips; called with a digest and its clip, it may keep it."""
+
+    def __init__(self, folder: pathlib.Path, *, share: float = 1.0):
+        """`share` of the clips are kept, 0 to 1."""
+        self.folder, self._share = pathlib.Path(folder), share
+
+    def __call__(self, digest: str, clip: np.ndarray) -> None:
+        """Keeps a clip [F H W 3] uint8 whose turn it is, or has it already. Raises OSError."""
+        if int(digest[:8], 16) < self._share * 2**32 and not (path := self._path(digest)).exists():
+            save_strip(path, clip, quick=True)
+
+    def digests(self) -> list[str]:
+        """Those of all clips that are there."""
+        return sorted(path.stem for path in self.folder.glob("[0-9a-f][0-9a-f]/*.png"))
+
+    def load(self, digest: str) -> np.ndarray:
+        """The clip, exactly as it was judged. Raises ValueError if the file is damaged, OSError if there is none."""
+        clip = load_strip(self._path(digest))
+        if clip_digest(clip).hex() != digest:
+            raise ValueError(f"{self._path(digest)}: not the clip that its name says")
+        return clip
+
+    def _path(self, digest: str) -> pathlib.Path:
+        return self.folder / digest[:2] / f"{digest}.png"

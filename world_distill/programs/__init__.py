@@ -1,0 +1,1 @@
+"""What each verb does: training, evaluation, pretraining and the other whole jobs."""

@@ -1,0 +1,49 @@
+"""Exporting the Executor of a run's folder: as a LoRA file, or merged into the base (`weights.export`)."""
+
+import pathlib
+from typing import Any
+
+import jax
+
+from world_distill import build
+from world_distill.errors import UserError
+from world_distill.training import run_folder
+from world_distill.weights.export import check_target, count_tensors, published_family, write_merged
+from world_distill.weights.lora_files import write_lora
+
+
+def export_lora(workdir: pathlib.Path, out: pathlib.Path, *, layout: str, dtype: str = "float32") -> dict[str, Any]:
+    """Writes the run's Executor as a LoRA file; returns step, tensors and bytes.
+
+    Raises:
+      UserError: no run or checkpoint there, or an Executor that no LoRA file can hold.
+    """
+    config = run_folder.read_config(workdir)
+    mesh = build.start_devices(config)
+    family = published_family(build.make_family(config))
+    lora, step = run_folder.load_executor(config, mesh, workdir)
+    if lora is None:
+        raise UserError(f"{workdir} has no checkpoint yet: there is no Executor to export")
+    if "full" in lora:
+        raise UserError(f"{workdir} trained all weights (executor.rank = 0), which is no LoRA; use --format merged")
+    metadata = {"project": "world-distill", "step": str(step), "seed": str(config.seed)}
+    host = jax.device_get(lora)
+    write_lora(out, host, family.linears, scale=family.lora_scale, layout=layout, dtype=dtype, metadata=metadata)
+    return {"step": step, "tensors": count_tensors(host), "bytes": out.stat().st_size, "layout": layout}
+
+
+def export_merged(
+    workdir: pathlib.Path, out: pathlib.Path, *, dtype: str = "float32", source: pathlib.Path | None = None
+) -> dict[str, Any]:
+    """Writes the run's base plus Executor as a folder in diffusers' layout; returns step, tensors and bytes.
+
+    Raises:
+      UserError: OUT exists, no run or checkpoint there, or SOURCE is no published pipeline.
+    """
+    check_target(out, source)
+    opened = run_folder.open_run(workdir)
+    family = published_family(build.make_family(opened.config))
+    if opened.executor is None:
+        raise UserError(f"{workdir} has no checkpoint yet: there is no Executor to export")
+    written = write_merged(out, family, opened.base, opened.executor, dtype=dtype, source=source)
+    return {"step": opened.step, **written, "layout": "merged"}

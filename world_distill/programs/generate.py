@@ -1,0 +1,317 @@
+"""Clips from images and texts, with the base, the Demonstrator or a trained Executor.
+
+Every clip is three files, written in this order: NAME.mp4, NAME.png (a contact sheet) and NAME.json (every setting). A
+clip whose JSON is there is done: called again after an interruption, only the missing ones are made. Clip k of any
+image starts from the noise of (seed, k), whatever else is made with it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import world_distill
+from world_distill import build
+from world_distill.core import flow
+from world_distill.data.images.decode import read_image
+from world_distill.data.records.batches import pad_texts
+from world_distill.data.records.encode import fit_image
+from world_distill.data.records.reader import EncodedRecord, RecordReader
+from world_distill.devices.mesh import batch_sharding
+from world_distill.errors import UserError
+from world_distill.evaluation import sampler
+from world_distill.interfaces import ModelFamily
+from world_distill.settings.config import load_config, override
+from world_distill.storage import atomic, video_files
+from world_distill.structs import Condition, Negative, PyTree
+from world_distill.training import run_folder
+from world_distill.weights import base_model
+from world_distill.weights.lora_files import load_lora
+
+SHEET_FRAMES = 8  # of a clip on its contact sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `generate` is asked for.
+
+    Attributes:
+      out: folder of the clips.
+      images: scene images; `tasks` and `solutions` are texts for them, one for all or one each.
+      records: folder of encoded records in place of images and texts; `name` is the record set, `text` which text of
+        a record is told (task, solution or both), `limit` how many records are taken, 0 for all.
+      executor: folder of a run, or a LoRA file; None is the base.
+      sampler: euler or unipc.
+      steps: of the sampler; 0 takes the config's.
+      shift: of the sampler's times; None takes the config's.
+      times: Euler's own times, falling from 1; the 0 at the end is added. Empty: a shifted grid.
+      guidance: scale of classifier-free guidance, away from the text `negative`; 1 is none.
+      count: clips of each image and text.
+      batch: clips made at once; 0 is one a device.
+      seed: of the noise.
+    """
+
+    out: pathlib.Path
+    images: tuple[pathlib.Path, ...] = ()
+    tasks: tuple[str, ...] = ()
+    solutions: tuple[str, ...] = ()
+    records: pathlib.Path | None = None
+    name: str = "test"
+    text: str = "task"
+    limit: int = 0
+    executor: pathlib.Path | None = None
+    sampler: str = "euler"
+    steps: int = 0
+    shift: float | None = None
+    times: tuple[float, ...] = ()
+    guidance: float = 1.0
+    negative: str = ""
+    count: int = 1
+    batch: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.guidance < 1:
+            raise UserError(f"--guidance {self.guidance}: the scale is at least 1, which is no guidance")
+        if self.times and self.sampler != "euler":
+            raise UserError("--sigmas is for --sampler euler; unipc makes its own from --steps and --shift")
+        if (self.records is None) == (not self.images):
+            raise UserError("give either --image with --task or --solution, or --records")
+        if self.images and not self.tasks and not self.solutions:
+            raise UserError("--image needs --task, --solution or both")
+        for kind, given in (("task", self.tasks), ("solution", self.solutions)):
+            if len(given) not in (0, 1, len(self.images)) and self.images:
+                raise UserError(
+                    f"{len(given)} --{kind} for {len(self.images)} --image: give one, or one for each image"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One clip to be made."""
+
+    name: str  # of its files, without suffix
+    role: str  # base, executor or demonstrator
+    prompt: str
+    number: int  # of the clip among those of its image and text
+    source: dict[str, Any]  # what the JSON says about where scene and text come from
+    load: Callable[[], tuple[np.ndarray, np.ndarray]]  # scene's latent [1 h w c] and text's states [l d]
+
+
+def generate(request: Request, config) -> tuple[int, int]:
+    """Makes the clips that are not there yet; returns how many were made, and how many were there.
+
+    Raises:
+      UserError: flags or files that do not fit together, or clips of other settings in the folder.
+    """
+    video_files.require_mp4()
+    settings = _settings(request, config)
+    mesh = build.start_devices(config)
+    family = build.make_family(config, mesh)
+    lora, settings["executor"] = _load_executor(request.executor, config, family, mesh)
+    base = functools.cache(lambda: base_model.load_base(family, config, mesh))
+    rows = request.batch or len(mesh.devices.flat)
+    jobs = list(_jobs(request, family, base))
+    waiting = [job for job in jobs if not _is_done(request.out, job, settings)]
+    if not waiting:
+        return 0, len(jobs)
+    sample = _sampler(family, mesh, settings, _negative(request, family, config.text_length))
+    with tqdm(total=len(waiting), unit="clip", disable=None) as progress:
+        for role in dict.fromkeys(job.role for job in waiting):
+            of_role = [job for job in waiting if job.role == role]
+            for start in range(0, len(of_role), rows):
+                batch = of_role[start : start + rows]
+                filled = batch + batch[-1:] * (rows - len(batch))
+                clips = sample(base(), lora if role == "executor" else None, filled, config.text_length, request.seed)
+                for job, clip in zip(batch, clips, strict=False):
+                    _write(request.out, job, clip, settings, family.fps)
+                    progress.update(1)
+    return len(waiting), len(jobs) - len(waiting)
+
+
+# ---- What is asked for
+
+
+def resolve_config(config: str | None, executor: pathlib.Path | None, overrides: Mapping[str, Any]) -> Any:
+    """The config named `config`, or else that of the run in folder `executor`, with the overrides.
+
+    Raises:
+      UserError: neither is given, or an override does not fit.
+    """
+    is_run = executor is not None and executor.is_dir()
+    if config is None and not is_run:
+        raise UserError("--config is needed: which model is it? (Only the folder of a run brings its own.)")
+    if config is None:
+        loaded = run_folder.read_config(executor)
+        override(loaded, overrides)
+        return loaded
+    loaded = load_config(config, overrides)
+    if is_run:
+        # The rank of the run's LoRA, and the scale that it was trained with.
+        loaded.executor = run_folder.read_config(executor).executor
+    return loaded
+
+
+def _settings(request: Request, config) -> dict[str, Any]:
+    """All that decides a clip, besides its scene and its text."""
+    given = config.sampler
+    settings = {
+        "sampler": request.sampler,
+        "steps": request.steps or given.steps,
+        "shift": given.shift if request.shift is None else request.shift,
+        "sigmas": list(given.explicit) or None,
+        "guidance": request.guidance,
+        "negative": request.negative if request.guidance != 1 else None,
+        "seed": request.seed,
+        "model": config.model.to_dict(),
+        "base": config.base,
+        "version": world_distill.__version__,
+    }
+    if request.steps or request.shift is not None:
+        settings["sigmas"] = None
+    if request.times:
+        settings["sigmas"] = list(request.times if request.times[-1] == 0 else (*request.times, 0.0))
+    if settings["sigmas"]:
+        settings |= {"steps": len(settings["sigmas"]) - 1, "shift": None}
+    return settings
+
+
+def _jobs(request: Request, family: ModelFamily, base: Callable[[], PyTree]) -> Iterator[Job]:
+    """Everything that is asked for, done or not; nothing is encoded before `Job.load`."""
+    inputs = _from_records(request, family) if request.records else _from_images(request, family, base)
+    told = "executor" if request.executor else "base"
+    names = set()
+    for name, kind, prompt, source, load in inputs:
+        role = told if kind == "task" else "demonstrator"
+        while f"{name}.{role}" in names:  # pictures of one name in two folders
+            name += "+"
+        names.add(f"{name}.{role}")
+        for number in range(request.count):
+            yield Job(f"{name}.{role}.{number}", role, prompt, number, source, load)
+
+
+def _from_records(request: Request, family: ModelFamily) -> Iterator[tuple]:
+    reader = RecordReader(request.records, request.name, EncodedRecord)
+    kinds = ("task", "solution") if request.text == "both" else (request.text,)
+    for i in range(min(request.limit or len(reader), len(reader))):
+        record = reader[i]
+        if record.scene.shape[1:] != family.latent_shape[1:]:
+            raise UserError(
+                f"{reader.index_path}: scenes are {record.scene.shape[1:]} latents, and this model and size have"
+                f" {family.latent_shape[1:]}: encode the records for it, or take the size that they were encoded for"
+            )
+        source = {"records": str(request.records), "name": request.name, "id": record.id}
+        for kind in kinds:
+
+            def load(i=i, kind=kind):
+                return reader[i].scene, getattr(reader[i], f"{kind}_text")
+
+            yield record.id, kind, getattr(record, kind), source, load
+
+
+def _from_images(request: Request, family: ModelFamily, base: Callable[[], PyTree]) -> Iterator[tuple]:
+    prompts = [(kind, given) for kind, given in (("task", request.tasks), ("solution", request.solutions)) if given]
+    unique = list(dict.fromkeys(text for _, given in prompts for text in given))
+    states = functools.cache(lambda: dict(zip(unique, family.encode_text(unique), strict=True)))
+    for i, path in enumerate(request.images):
+        image = read_image(path)
+        fitted = image if family.image_size is None else fit_image(image, family.image_size)
+        scene = functools.cache(lambda fitted=fitted: family.encode_scene(base(), fitted[None])[0])
+        source = {"image": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for kind, given in prompts:
+            text = given[i % len(given)]
+            yield path.stem, kind, text, source, lambda scene=scene, text=text: (scene(), states()[text])
+
+
+def _negative(request: Request, family: ModelFamily, length: int) -> Negative | None:
+    """The negative text's states, if guidance is on."""
+    if request.guidance == 1:
+        return None
+    states, mask = pad_texts(family.encode_text([request.negative]), length)
+    return Negative(states[0], mask[0])
+
+
+def _load_executor(
+    path: pathlib.Path | None, config, family: ModelFamily, mesh: jax.sharding.Mesh
+) -> tuple[PyTree | None, dict[str, Any] | None]:
+    """(weights, what tells them from any others)."""
+    if path is None:
+        return None, None
+    if path.is_dir():
+        trained = run_folder.read_config(path)
+        with trained.unlocked():
+            trained.model = config.model  # that the Executor fits it is checked when it is read
+        lora, step = run_folder.load_executor(trained, mesh, path)
+        if lora is None:
+            raise UserError(f"{path} has no checkpoint yet: there is no Executor")
+        return lora, {"run": str(path), "step": step}
+    return load_lora(path, family, mesh), {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+# ---- Sampling
+
+
+def _sampler(
+    family: ModelFamily, mesh: jax.sharding.Mesh, settings: dict[str, Any], negative: Negative | None
+) -> Callable[..., np.ndarray]:
+    """(base, lora, jobs, text_length, seed) -> clips [b F H W 3] uint8, compiled once for each role."""
+    steps, shift, times = (settings[name] for name in ("steps", "shift", "sigmas"))
+    if settings["sampler"] == "unipc":
+        schedule: sampler.Times | sampler.UniPC = sampler.UniPC(steps, shift)
+    else:
+        schedule = tuple(flow.sampling_times(steps, shift or 1.0, times and tuple(times)).tolist())
+    sample = sampler.make_sampler(family, mesh, schedule, settings["guidance"])
+    rows = batch_sharding(mesh)
+
+    def clips(base, lora, jobs: Sequence[Job], text_length: int, seed: int) -> np.ndarray:
+        scenes, texts = zip(*(job.load() for job in jobs), strict=True)
+        text, mask = pad_texts(texts, text_length)
+        scene = np.stack(scenes).astype(np.float32)
+        fits = len(jobs) % math.prod(mesh.shape[axis] for axis in ("data", "fsdp")) == 0
+        put = (lambda x: jax.device_put(x, rows)) if fits else jax.device_put
+        condition = Condition(put(text), put(mask), put(scene))
+        numbers = np.array([job.number for job in jobs], np.int32)
+        return np.asarray(sample(base, lora, condition, negative, jax.random.key(seed), numbers))
+
+    return clips
+
+
+# ---- Files
+
+
+def _describe(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+    described = {"role": job.role, "prompt": job.prompt, "number": job.number, "source": job.source, **settings}
+    if job.role != "executor":
+        described["executor"] = None
+    return json.loads(json.dumps(described))  # as it comes back from the file
+
+
+def _is_done(folder: pathlib.Path, job: Job, settings: dict[str, Any]) -> bool:
+    path = folder / f"{job.name}.json"
+    if not path.exists():
+        return False
+    try:
+        found, wanted = json.loads(path.read_text()), _describe(job, settings)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON ({error}); delete it, and the clip is made again") from error
+    other = [key for key in wanted if found.get(key) != wanted[key]]
+    if other:
+        changes = ", ".join(f"{key} {found.get(key)!r} -> {wanted[key]!r}" for key in other)
+        raise UserError(f"{path} is of a clip with other settings ({changes}); take another --out")
+    return True
+
+
+def _write(folder: pathlib.Path, job: Job, clip: np.ndarray, settings: dict[str, Any], fps: float) -> None:
+    video_files.save_mp4(folder / f"{job.name}.mp4", clip, fps)
+    shown = np.unique(np.linspace(0, len(clip) - 1, SHEET_FRAMES).round().astype(int))
+    video_files.save_sheet(folder / f"{job.name}.png", [clip[shown]], [job.prompt])
+    shape = {"frames": len(clip), "height": clip.shape[1], "width": clip.shape[2], "fps": fps}
+    atomic.write_json(folder / f"{job.name}.json", _describe(job, settings) | shape)

@@ -1,0 +1,340 @@
+"""`world-distill plan`: does a config fit and compile on a slice of TPUs, or on this machine's GPUs, and what will a
+step cost there?
+
+XLA's compiler for TPUs runs without one: every phase of a training step is traced with abstract weights, at the
+config's real sizes, and compiled for the topology. What is printed of memory and collectives is the compiler's;
+operations are counted from the traced programs (`flops`); times are predictions from these, the peak of the chip and an
+assumed utilisation, and say so.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from world_distill.data.records.negative import abstract_negative
+from world_distill.devices import chips, flops
+from world_distill.devices.mesh import batch_sharding, make_mesh, replicated, rows_or_whole
+from world_distill.errors import UserError
+from world_distill.settings import objective
+from world_distill.settings.config import override
+from world_distill.settings.rollout import RolloutSettings
+from world_distill.structs import Condition, PyTree, TrainBatch
+from world_distill.training.compiled import Programs, make_programs
+from world_distill.weights import base_model
+
+LOCAL = "local"
+GIB = 2**30
+_COLLECTIVE = re.compile(
+    r" = .+? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((?:.*channel_id=(\d+))?"
+)
+
+
+@dataclasses.dataclass
+class Phase:
+    """One compiled program of a step; memory in GiB a device, `None` where the compiler refused."""
+
+    name: str
+    flops: float  # of one call, over all devices
+    calls: int  # in a step
+    compile_seconds: float
+    arguments: float | None = None
+    temporaries: float | None = None
+    output: float | None = None
+    peak: float | None = None
+    beside: float = 0.0  # what else lies in the memory meanwhile: parts of the base and of the state not read here
+    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    problem: str = ""
+    largest: list[str] = dataclasses.field(default_factory=list)
+
+
+def topology(name: str, slices: int = 1) -> list[Any]:
+    """Devices of a TPU topology that need not exist; or, as "local", those of this machine.
+
+    Raises:
+      UserError: the compiler is not installed, or knows no such topology; slices of "local".
+    """
+    if name == LOCAL:
+        if slices > 1:
+            raise UserError(f"--slices {slices}: the devices of this machine (--topology {LOCAL}) are one slice")
+        return list(jax.devices())
+    # Off a TPU VM, libtpu would look for its surroundings.
+    for key, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    extra = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices)
+    except Exception as error:  # whatever the plug-in raises
+        if "libtpu" in str(error) or "Unknown platform" in str(error) or "not found" in str(error):
+            raise UserError(f"the compiler for TPUs is missing: pip install -e '.[tpu]' ({error})") from error
+        raise UserError(
+            f"--topology {name}: {str(error).splitlines()[0]} (such as v5e:2x4, v5p:2x2x2, v6e:4x4 or tpu7x:2x2x1)"
+        ) from error
+
+
+def make_plan(config, devices: list[Any], only: tuple[str, ...] = (), *, say=lambda text: None) -> list[Phase]:
+    """Every phase of a step, compiled for the devices; one that is refused ends those that need its result."""
+    found = []
+    for phase in _phases(config, devices, only):
+        say(f"{phase.name}: {'does not fit' if phase.problem else 'compiled'} in {phase.compile_seconds:.0f} s")
+        found.append(phase)
+    return found
+
+
+def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase]:
+    mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
+    programs = make_programs(config, mesh)
+    family, settings, state = programs.family, programs.collection, programs.state
+    base = base_model.abstract_base(family, mesh)
+    # A step in which every loss has a weight.
+    active = programs.objective.rl != "none"
+    in_force = objective.Phase(rl=active, anchor=programs.objective.anchored)
+    wanted = lambda name: not only or name in only  # noqa: E731
+
+    # Each phase takes what the one before gives, laid out as the compiler chose.
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    tasks = settings.tasks * settings.group // settings.group_in(active)
+    conditions = [_condition(config, family, mesh, tasks) for _ in range(2)]
+    width = config.model.text_width
+    negative = abstract_negative(programs.guidance, config.text_length, width, jnp.bfloat16, mesh)
+    at = (_abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
+    given = (state.lora, base, *conditions, *at, negative)
+    held = (base, state)
+    phase, rolled = _compile("rollout", programs.roll[active], given, held)
+    if wanted("rollout"):
+        yield phase
+    if rolled is not None:
+        rollout, task, solution = rolled
+        held += rolled
+        shown = None
+        if programs.shows(in_force):
+            phase, result = _compile("demonstrator", programs.show, (base, rollout, solution, negative), held)
+            shown = None if result is None else result[0]
+            if wanted("demonstrator"):
+                yield phase
+        if wanted("update") and (shown is not None or not programs.shows(in_force)):
+            read = shown if programs.objective.uses_visited else None
+            given = state, base, _batch(programs, rollout, task, solution, read, active).replace(negative=negative)
+            yield _compile("update", programs.update[in_force], given, (base, state))[0]  # the rollout is gone by then
+        if wanted("decode"):
+            judged = active and bool(settings.questions)
+            yield _compile("decode", programs.decode, (base, rollout.latents), held, calls=int(judged))[0]
+    if wanted("encode") and family.image_size:
+        images = jax.ShapeDtypeStruct((config.encode_batch, *family.image_size, 3), np.uint8, sharding=replicated(mesh))
+        encode = jax.jit(family.encode_traceable)
+        yield _compile("encode", encode, (base, images), base, calls=0)[0]
+
+
+def _condition(config, family, mesh, tasks: int) -> Condition:
+    length, width = config.text_length, config.model.text_width
+    sharding = rows_or_whole(mesh, tasks)
+    make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
+    return Condition(
+        text=make((tasks, length, width), jnp.bfloat16),
+        text_mask=make((tasks, length), jnp.bool_),
+        scene=make((tasks, 1, *family.latent_shape[1:]), jnp.float32),
+    )
+
+
+def _batch(programs: Programs, rollout, task, solution, shown, active: bool) -> TrainBatch:
+    rows = batch_sharding(programs.mesh)
+    count = rollout.latents.shape[0]
+    states = None
+    if rollout.states is not None:
+        shape = (rollout.states.shape[0] + 1, *rollout.states.shape[1:])
+        states = jax.ShapeDtypeStruct(shape, rollout.states.dtype, sharding=rollout.states.sharding)
+    return TrainBatch(
+        task=task, solution=solution, latents=rollout.latents, states=states, demonstrator=shown,
+        log_probs=rollout.log_probs if programs.keeps_log_probs and active else None,
+        advantages=jax.ShapeDtypeStruct((count,), jnp.float32, sharding=rows),
+        valid=jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=rows),
+    )  # fmt: skip
+
+
+def _abstract(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _compile(name: str, function: Any, given: tuple, held: PyTree, *, calls: int = 1) -> tuple[Phase, PyTree | None]:
+    """The phase, and its abstract result as the compiler lays it out (None if it refuses).
+
+    `held` is what lies in the memory all the time, read by this program or not.
+    """
+    traced = function.trace(*given)
+    phase = Phase(name, flops.count(traced.jaxpr), calls, 0.0)
+    started = time.perf_counter()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        phase.problem = str(error).removeprefix("RESOURCE_EXHAUSTED: ").splitlines()[0]
+        phase.largest = _largest(traced.jaxpr)
+        return phase, None
+    finally:
+        phase.compile_seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    phase.arguments = memory.argument_size_in_bytes / GIB
+    phase.temporaries = memory.temp_size_in_bytes / GIB
+    phase.output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
+    phase.peak = memory.peak_memory_in_bytes / GIB
+    phase.beside = max(_bytes((given, held)) / GIB - phase.arguments, 0.0)
+    phase.collectives = collectives(compiled.as_text())
+    result = jax.tree.map(_abstract, traced.out_info, compiled.output_shardings)
+    return phase, result
+
+
+def _bytes(tree: PyTree) -> float:
+    """On one device, of all different arrays of a tree."""
+    arrays = {id(x): x for x in jax.tree.leaves(tree)}.values()
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * getattr(x.dtype, "itemsize", 4) for x in arrays)
+
+
+def collectives(hlo: str) -> dict[str, int]:
+    """How many of each collective stand in a compiled program; one in a loop's body counts once.
+
+    So does one that the compiler sends in parts, which share a channel. An all-reduce of which every device keeps a
+    part is a reduce-scatter.
+    """
+    counts, channels, scattered = collections.Counter(), set(), False
+    for line in hlo.splitlines():
+        if line.endswith("{"):  # a computation begins
+            scattered = "all-reduce-scatter" in line
+        for kind, channel in _COLLECTIVE.findall(line):
+            if channel and (kind, channel) in channels:
+                continue
+            channels.add((kind, channel))
+            counts["reduce-scatter" if scattered and kind == "all-reduce" else kind] += 1
+    return dict(sorted(counts.items()))
+
+
+def _largest(jaxpr: Any, count: int = 5) -> list[str]:
+    """The largest arrays that a program makes, whole, with what makes them."""
+    seen: dict[str, float] = {}
+
+    def visit(jaxpr: Any) -> None:
+        for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+            for variable in equation.outvars:
+                if hasattr(variable.aval, "shape"):
+                    size = float(np.prod(variable.aval.shape)) * getattr(variable.aval.dtype, "itemsize", 4) / GIB
+                    seen.setdefault(f"{variable.aval.str_short()} of {equation.primitive.name}", size)
+            for inner in flops.inner(equation.params):
+                visit(inner)
+
+    visit(jaxpr)
+    best = sorted(seen.items(), key=lambda item: -item[1])[:count]
+    return [f"{size:.1f} GiB over all chips: {what}" for what, size in best]
+
+
+def summary(config, devices: list[Any], plan: list[Phase], utilisation: float) -> dict[str, Any]:
+    """The plan as plain values, with predictions."""
+    chip = chips.chip(devices[0].device_kind)
+    result: dict[str, Any] = {
+        "devices": len(devices),
+        "kind": devices[0].device_kind,
+        "chip": dataclasses.asdict(chip) if chip else None,
+        "mesh": {k: int(v) for k, v in make_mesh(**config.mesh.to_dict(), devices=devices).shape.items()},
+        "rollouts_per_step": config.rollout.tasks * config.rollout.group,
+        "utilisation": utilisation,
+        "phases": [dataclasses.asdict(phase) for phase in plan],
+        "fits": not any(phase.problem or (chip and phase.peak + phase.beside > chip.hbm_gib) for phase in plan),
+    }
+    if chip:
+        seconds = sum(p.flops * p.calls for p in plan) / (len(devices) * chip.tflops * 1e12 * utilisation)
+        result["step_seconds"] = seconds
+        asked = len(RolloutSettings(**config.rollout.to_dict()).questions) if config.objective.rl != "none" else 0
+        result["judge_requests_per_second"] = result["rollouts_per_step"] * asked / seconds if seconds else 0.0
+    return result
+
+
+def describe(result: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    chip = result["chip"]
+    has = f" of {chip['hbm_gib']:g}" if chip else ""
+    mesh = " ".join(f"{name}={size}" for name, size in result["mesh"].items())
+    lines = [f"{result['devices']} x {result['kind']}, mesh {mesh}, {result['rollouts_per_step']} rollouts a step"]
+    lines.append(
+        f"{'phase':>13}  {'peak GiB' + has:>17}  (args  temps  output  beside)  compile s       PFLOP  collectives"
+    )
+    for phase in result["phases"]:
+        if phase["problem"]:
+            lines.append(f"{phase['name']:>13}  does not fit: {phase['problem']}")
+            lines += [f"{'':>15}{line}" for line in phase["largest"]]
+            continue
+        counts = ", ".join(f"{n} {kind}" for kind, n in phase["collectives"].items()) or "none"
+        lines.append(
+            f"{phase['name']:>13}  {phase['peak'] + phase['beside']:17.2f}  ({phase['arguments']:4.1f}  "
+            f"{phase['temporaries']:5.1f}  {phase['output']:6.1f}  {phase['beside']:6.1f})  "
+            f"{phase['compile_seconds']:9.0f}  {phase['flops'] / 1e15:10.2f}  {counts}"
+        )
+    if "step_seconds" in result and result["fits"]:
+        lines.append(
+            f"predicted, at {result['utilisation']:.0%} of {chip['tflops']:g} TFLOP/s a chip: "
+            f"{result['step_seconds']:.3g} s a step, {result['judge_requests_per_second']:.1f} judge requests a second"
+        )
+    if chip:
+        over = [p["name"] for p in result["phases"] if not p["problem"] and p["peak"] + p["beside"] > chip["hbm_gib"]]
+        lines += [f"{name}: the program fits, but not beside what else lies in the memory" for name in over]
+    lines.append("fits" if result["fits"] else "does not fit")
+    return lines
+
+
+def search(config, devices: list[Any], only: tuple[str, ...], utilisation: float, *, say=lambda text: None) -> dict:
+    """Compiles candidates from the cheapest in communication to the most saving in memory, until one fits.
+
+    Returns:
+      `tried`: the summaries of all that were compiled, each with its `change`; `fits`: whether the last one fits.
+    """
+    tried: list[dict[str, Any]] = []
+    for change in candidates(config, len(devices)):
+        trial = config.copy_and_resolve_references()
+        override(trial, change)
+        text = " ".join(f"--config.{key}={value}" for key, value in change.items())
+        try:
+            result = summary(trial, devices, make_plan(trial, devices, only), utilisation)
+        except ValueError as error:
+            say(f"{text}: {error}")
+            continue
+        peak = max((phase["peak"] or 0.0) + phase["beside"] for phase in result["phases"])
+        tried.append(result | {"change": change})
+        say(f"{text}: {'fits, ' + format(peak, '.2f') + ' GiB at most' if result['fits'] else 'does not fit'}")
+        if result["fits"]:
+            for line in describe(result):
+                say(line)
+            break
+    return {"tried": tried, "fits": bool(tried) and tried[-1]["fits"]}
+
+
+def candidates(config, devices: int) -> Iterator[dict[str, Any]]:
+    """Changes of a config to try, the best first: less remat and larger micro-batches before smaller ones.
+
+    Meshes keep the rows of a step busy: data and fsdp together are no more than the rollouts.
+    """
+    rows = config.rollout.tasks * config.rollout.group
+    shards = [n for n in range(devices, 0, -1) if devices % n == 0 and rows % n == 0]
+    per_update = rows // config.objective.minibatches
+    for fsdp, remat in itertools.product(shards, ("attention", "full", "offload")):
+        context = devices // fsdp
+        for micro in sorted({per_update, max(per_update // 4, fsdp), fsdp}, reverse=True):
+            if per_update % micro == 0 and micro % fsdp == 0:
+                yield {
+                    "mesh.data": 1, "mesh.fsdp": fsdp, "mesh.context": context, "mesh.tensor": 1,
+                    "model.remat": remat, "model.rows": fsdp, "rollout.micro_batch": fsdp,
+                    "objective.micro_batch": 0 if micro == per_update else micro,
+                }  # fmt: skip

@@ -1,0 +1,95 @@
+"""`world-distill scenes | annotate | encode`: from images to the records that training reads.
+
+    scenes    images            drawn by a world, or your own folder of pictures
+    annotate  images -> tasks   a VLM writes tasks and solutions (`NAME_annotated` records)
+    encode    tasks -> arrays   scene latents and text states (`NAME` records)
+
+Every stage can be called again after an interruption, and then goes on.
+"""
+
+import functools
+import pathlib
+
+from world_distill import build
+from world_distill.data.annotation.annotate import annotate_images
+from world_distill.data.images.filters import Filters
+from world_distill.data.records.encode import encode_records
+from world_distill.data.records.negative import keep_negative
+from world_distill.data.records.reader import RecordError, RecordReader
+from world_distill.settings.config import section
+from world_distill.settings.guidance import Guidance
+from world_distill.structs import PyTree
+from world_distill.weights import base_model
+
+SPLITS = ("train", "validation", "test")
+
+
+def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None:
+    """Scenes, tasks and encoded records of all three splits in `folder`; what is there already is kept."""
+    encoder = Encoder(config)
+    for split in SPLITS:
+        if is_complete(folder, split):
+            if encoder.guidance.used:  # records of an earlier version have no negative text
+                encoder.keep_negative(folder, split)
+            continue
+        make_scenes = build.make_partial(config, "scenes")
+        paths = make_scenes(str(folder / "scenes" / split), config.scenes[split], split=split, seed=config.seed)
+        pairs = config.annotator.pairs if split == "train" else config.annotator.test_pairs
+        if not is_complete(folder, f"{split}_annotated"):
+            annotate_images(
+                paths, build.make(config, "annotator"), folder, name=f"{split}_annotated", max_pairs=pairs,
+                seed=config.seed, filters=section(config.filters, Filters), max_side=config.annotator.max_side,
+                max_failures=config.annotator.max_failures,
+            )  # fmt: skip
+        reader = RecordReader(folder, f"{split}_annotated")
+        encoder.keep_negative(folder, split)
+        encoder.encode(reader, folder, name=split, batch=config.encode_batch)
+        say(f"{split}: {len(paths)} scenes, {len(reader)} tasks")
+
+
+class Encoder:
+    """The encoders of a config's family. Their weights are read when there is something to encode, and once."""
+
+    def __init__(self, config):
+        self._config, self._family = config, build.make_family(config)
+        self.guidance = Guidance.of(config)
+
+    @functools.cached_property
+    def _codec(self) -> PyTree:
+        return base_model.load_codec(self._family, self._config)
+
+    def encode(self, reader: RecordReader, folder: pathlib.Path, *, name: str, **options) -> dict[str, int]:
+        """`encode_records` with these encoders; its other `options` and its counts."""
+        family, size = self._family, self._family.image_size
+        metadata = {
+            "family": family.name,
+            "weights": pathlib.Path(base_model.base_path(family, self._config.base) or "").name,
+            "text_encoder": self._text_encoder,
+            "image_size": "x".join(map(str, size)) if size else "as annotated",  # height x width
+            "scene": "x".join(map(str, family.latent_shape[1:])),  # h w c of its latent
+        }
+        return encode_records(
+            reader, folder, name=name, encode_scene=lambda images: family.encode_scene(self._codec, images),
+            encode_text=family.encode_text, size=size, metadata=metadata, **options,
+        )  # fmt: skip
+
+    def keep_negative(self, folder: pathlib.Path, name: str) -> bool:
+        """Encodes the config's negative text for a record set that lacks it; returns whether it did.
+
+        To be called before `encode`, so that a set that is complete has it.
+        """
+        text, encode = self.guidance.negative, self._family.encode_text
+        return keep_negative(folder, name, text, text_encoder=self._text_encoder, encode_text=encode)
+
+    @property
+    def _text_encoder(self) -> str:
+        return pathlib.Path(self._family.text_encoder).name
+
+
+def is_complete(folder: pathlib.Path, name: str) -> bool:
+    """Whether a whole record set is there."""
+    try:
+        RecordReader(folder, name)
+    except (RecordError, OSError):
+        return False
+    return True

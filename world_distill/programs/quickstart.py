@@ -1,0 +1,68 @@
+"""`world-distill quickstart`: the whole method, from nothing to a table and a report, on a laptop CPU.
+
+Nothing here is special to it: the stages are those of the other verbs, on one config and in one folder.
+"""
+
+import json
+import pathlib
+import time
+
+from world_distill import console
+from world_distill.data.records.reader import RecordReader
+from world_distill.evaluation.scoring import markdown
+from world_distill.programs import prepare, train
+from world_distill.programs.evaluate import ROLES, evaluate_roles
+from world_distill.reports import report
+from world_distill.reports.run_data import clip_path
+from world_distill.storage import atomic
+from world_distill.storage.video_files import save_strip
+from world_distill.training import run_folder
+
+CLIPS = 24  # test tasks whose clips are kept for the report
+
+
+def quickstart(config, workdir: pathlib.Path) -> dict:
+    """Runs (or continues) all stages in `workdir`; returns what is in its results.json."""
+    started = time.perf_counter()
+
+    def stage(number: int, text: str) -> None:
+        console.say(f"[{time.perf_counter() - started:5.0f} s] {number}/4 {text}")
+
+    stage(1, "scenes, tasks and solutions")
+    run_folder.check_folder(config, workdir)
+    prepare.make_records(config, run_folder.data_folder(config, workdir), say=console.say)
+    stage(2, f"training: {config.steps} steps")
+    train.train(config, workdir)
+    stage(3, "held-out tasks: base, Demonstrator, Executor")
+    results = score(workdir)
+    stage(4, "report")
+    page = report.build(workdir)
+    console.say("\n" + markdown(results["rows"]) + "\n")
+    console.say(f"{workdir / 'results.json'}\n{page}\n{time.perf_counter() - started:.0f} s in all")
+    return results
+
+
+def score(workdir: pathlib.Path) -> dict:
+    """Scores every role on the test tasks, keeps some clips, and writes results.json; reads it where it is there."""
+    opened = run_folder.open_run(workdir)
+    path = workdir / "results.json"
+    if path.exists():
+        results = json.loads(path.read_text())
+        if results.get("step") == opened.step:
+            return results
+    reader = RecordReader(opened.data, "test")
+    stride = max(1, len(reader) // CLIPS)
+    shown = {}
+    for index in range(0, len(reader), stride):
+        record = reader[index]
+        shown[record.id] = {name: getattr(record, name) for name in ("id", "task", "solution", "agent", "kind")}
+        shown[record.id]["fps"] = opened.family.fps
+
+    def keep(role, record, clip):
+        if record in shown:
+            save_strip(clip_path(workdir, role, record), clip)
+
+    results = evaluate_roles(opened, roles=ROLES, split="test", keep=keep)
+    atomic.write_json(workdir / "clips" / "clips.json", list(shown.values()))
+    atomic.write_json(path, results)
+    return json.loads(path.read_text())

@@ -1,0 +1,117 @@
+"""Judging kept clips again with another judge or other wordings, and comparing with what was said at first."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from world_distill import console
+from world_distill.errors import UserError
+from world_distill.evaluation.agreement import agreement, agreement_text
+from world_distill.interfaces import Judge
+from world_distill.judges.ask import judge_clips
+from world_distill.judges.memory.cache import JudgmentCache
+from world_distill.judges.memory.entries import Entry
+from world_distill.judges.memory.kept_clips import KeptClips
+from world_distill.judges.rubric import Rubric
+
+_CLIPS = 16  # held in memory, and given to the judge, at once
+
+
+def rejudge(cache: JudgmentCache, clips: KeptClips, judge: Judge, rubric: Rubric) -> dict[str, Any]:
+    """Has `judge` answer the rubric's questions about every kept clip of the cache, and compares question by question.
+
+    Answers are stored, under this judge's name. What it answered before with the same words is no comparison.
+
+    Raises:
+      UserError: no judged clip is kept, none of the questions is in the rubric, or the judge fails its own test.
+      ValueError: a kept clip is damaged.
+    """
+    kept = set(clips.digests())
+    first: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)  # by clip, task and agent
+    for entry in cache.entries():
+        about = entry.about
+        if about.clip in kept and about.task is not None and about.agent is not None:
+            first[about.clip, about.task, about.agent].append(entry)
+    if not first:
+        raise UserError(
+            f"{clips.folder} holds no clips of these judgments: train with --config.judge.keep_clips=0.05, for instance"
+        )
+    asked = {e.about.question for entries in first.values() for e in entries}
+    questions = [name for name in rubric.names if name in asked]
+    if not questions:
+        raise UserError(f"the rubric has none of the questions {', '.join(sorted(map(str, asked)))}")
+    for line in judge.check() if hasattr(judge, "check") else ():
+        console.say(f"judge: {line}")
+    pairs: dict[tuple[str, str], list[tuple[Entry, Entry]]] = defaultdict(list)
+    invalid, groups = 0, list(first)
+    with tqdm(total=len(groups), unit="clip", disable=not sys.stderr.isatty()) as progress:
+        for start in range(0, len(groups), _CLIPS):
+            part = groups[start : start + _CLIPS]
+            for group, scores in zip(part, _scores(part, first, cache, clips, judge, rubric, questions), strict=True):
+                invalid += sum(not np.isfinite(value) for value in scores.values())
+                for entry in first[group]:
+                    name = entry.about.question
+                    if name in scores and np.isfinite(scores[name]) and not _is_same(entry, judge, rubric):
+                        pairs[name, entry.judge].append((entry, _answer(entry, judge, scores[name])))
+            progress.update(len(part))
+    return {
+        "judge": judge.name,
+        "rubric": rubric.version,
+        "clips": len({clip for clip, *_ in groups}),
+        "invalid": invalid,
+        "by_question": [
+            {"question": name, "judge": other} | agreement(found) for (name, other), found in sorted(pairs.items())
+        ],
+    }
+
+
+def _scores(
+    groups: list[tuple[str, str, str]],
+    first: Mapping[tuple[str, str, str], list[Entry]],
+    cache: JudgmentCache,
+    clips: KeptClips,
+    judge: Judge,
+    rubric: Rubric,
+    questions: list[str],
+) -> list[dict[str, float]]:
+    """The judge's log-odds by question, for each group."""
+    loaded: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
+    for i, (digest, *_) in enumerate(groups):
+        clip = clips.load(digest)
+        loaded[clip.shape].append((i, clip))
+    scores: list[dict[str, float]] = [{} for _ in groups]
+    for same_shape in loaded.values():
+        rows = [i for i, _ in same_shape]
+        judgment = judge_clips(
+            judge, cache, np.stack([clip for _, clip in same_shape]),
+            [groups[i][1] for i in rows], [groups[i][2] for i in rows], rubric, questions,
+            records=[first[groups[i]][0].about.record for i in rows],
+        )  # fmt: skip
+        for position, i in enumerate(rows):
+            scores[i] = {name: float(values[position]) for name, values in judgment.scores.items()}
+    return scores
+
+
+def _is_same(entry: Entry, judge: Judge, rubric: Rubric) -> bool:
+    about = entry.about
+    return entry.judge == judge.name and about.text == rubric.render(about.question, about.task, about.agent)
+
+
+def _answer(entry: Entry, judge: Judge, log_odds: float) -> Entry:
+    return Entry(entry.key, log_odds, judge.name, entry.created, entry.about)
+
+
+def text(result: Mapping[str, Any], *, limit: int) -> str:
+    """The figures as lines."""
+    lines = [f"{result['judge']} (rubric {result['rubric']}) on {result['clips']} kept clips"]
+    if result["invalid"]:
+        lines.append(f"{result['invalid']} questions have no answer")
+    if not result["by_question"]:
+        lines.append("This judge gave all the answers itself, to the same questions: nothing to compare")
+    for row in result["by_question"]:
+        lines += ["", f"{row['question']}, beside {row['judge']}", agreement_text(row, limit=limit)]
+    return "\n".join(lines)

@@ -1,0 +1,243 @@
+"""`world-distill train`: one loop for distillation, RL and both (WMSD), for every model family.
+
+    for every step:
+        collect     the Executor's rollouts, judged and weighed        (collect.py)
+        train_step  a pure function of (state, base, batch)            (objectives.py)
+
+A run is a folder: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`. Called again on
+its folder, it continues from the newest checkpoint, bit for bit as if it had not stopped.
+"""
+
+import pathlib
+import shutil
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from world_distill import build, console
+from world_distill.data.records.batches import task_batches
+from world_distill.data.records.negative import load_negative
+from world_distill.data.records.reader import RecordReader
+from world_distill.devices import hosts
+from world_distill.devices.clock import UPDATE, Clock
+from world_distill.devices.interruption import Interruption
+from world_distill.devices.profiler import Profiler
+from world_distill.errors import UserError
+from world_distill.evaluation.held_out import audit, make_held_out
+from world_distill.evaluation.scoring import QUESTIONS, summarise
+from world_distill.interfaces import Judge
+from world_distill.judges.rubric import load_rubric
+from world_distill.settings.config import to_json
+from world_distill.storage.checkpoints import Checkpointer, make_metadata
+from world_distill.storage.metric_log import MetricLog
+from world_distill.training import run_folder
+from world_distill.training.balance import Balance
+from world_distill.training.collect import Collector, TooFewJudgments
+from world_distill.training.compiled import make_programs
+from world_distill.training.prefetch import Experience
+from world_distill.weights import base_model
+
+
+def train(
+    config, workdir: pathlib.Path, *, stem: pathlib.Path | None = None, profile: frozenset[int] = frozenset()
+) -> dict[str, Any]:
+    """Runs (or continues) training.
+
+    Args:
+      config: all settings.
+      workdir: the run's folder.
+      stem: folder of a run to branch off, at its newest checkpoint, where `workdir` has none yet. That its steps are
+        those that this config would have made is the caller's word.
+      profile: steps to trace (`profiling`).
+
+    Returns:
+      steps, seconds, and `validation`: the last row of rates on the validation records (None if never evaluated).
+
+    Raises:
+      UserError: another run's folder, or settings that do not fit together.
+      RecordError: records that are missing or damaged.
+      FloatingPointError: a loss that is not finite; the step and its tasks are named.
+      TooFewJudgments: the judge failed too often; what was trained is saved.
+      Preempted: SIGTERM; what was trained is saved.
+    """
+    started = time.perf_counter()
+    # Devices, model, data -------------------------------------------------------------------------------------------
+    mesh = build.start_devices(config)
+    programs = make_programs(config, mesh)
+    family, objective, collection = programs.family, programs.objective, programs.collection
+    folder = run_folder.data_folder(config, workdir)
+    reader = RecordReader(folder, config.train_set)
+    hosts.agree("config", to_json(config))
+    hosts.agree("set of records", reader.fingerprint)
+    run_folder.check_folder(config, workdir)
+    judge = build.make(config, "judge") if collection.questions and objective.rl != "none" else None
+    _test(judge)
+    negative = load_negative(reader, programs.guidance, config.text_length, mesh)
+    base = base_model.load_base(family, config, mesh)
+    tasks = task_batches(
+        reader, tasks_per_step=collection.tasks, seed=config.seed, text_length=config.text_length
+    )  # each process reads all of them: they are few, and need not divide by the processes
+
+    # State: the newest checkpoint, or a fresh Executor --------------------------------------------------------------
+    metadata = make_metadata(run_folder.fixed_settings(config))
+    checkpointer = Checkpointer(
+        run_folder.checkpoint_folder(config, workdir), keep=config.keep, save_every=config.save_every
+    )
+    restored = checkpointer.restore_latest(programs.state, expect=metadata, translate=run_folder.todays_settings)
+    if restored is None and stem is not None:
+        with Checkpointer(stem / "checkpoints") as source:
+            restored = source.restore_latest(programs.state)
+        if restored is None:
+            raise UserError(f"{stem} holds no checkpoint to branch off")
+        shutil.copy(stem / "metrics.jsonl", workdir)
+    if restored is None:
+        state = programs.init(base, config.seed)
+        if config.executor.start:
+            state = run_folder.start_from_file(config.executor.start, config, family, state)
+    else:
+        state, iterator_state, _ = restored
+        tasks.set_state(iterator_state)
+    first = int(state.step)
+    if restored is not None:
+        console.say(f"continuing {workdir} after step {first}")
+    profiler = Profiler(workdir / "profile", profile, first=first + 1, last=config.steps)
+
+    # Parts of a step ------------------------------------------------------------------------------------------------
+    cache = run_folder.open_cache(config, workdir) if judge is not None or config.held_out.factory else None
+    rubric = load_rubric(config.judge.rubric or None)
+    collector = Collector(programs, judge=judge, cache=cache, rubric=rubric, negative=negative)
+    evaluator = validation = None
+    if config.evaluate_every:
+        evaluator = run_folder.make_evaluator(config, family, mesh, build.make(config, "benchmark"))
+        validation = RecordReader(folder, "validation")
+        evaluator.negative(validation, "task")  # one that is missing is missed now
+    held_out = make_held_out(config, collection.questions, judge, cache)
+    _test(held_out and held_out.judge)
+
+    # The loop -------------------------------------------------------------------------------------------------------
+    log = MetricLog(workdir, first) if hosts.is_main() else None
+    row = None
+    key = jax.random.fold_in(jax.random.key(config.seed), 3)
+    progress = tqdm(
+        total=config.steps, initial=first, unit="step", disable=not (sys.stderr.isatty() and hosts.is_main())
+    )
+    waiting: list[tuple] = []
+
+    def settle() -> None:
+        """Fetches and logs the oldest step's metrics; the device is busy with a later step meanwhile."""
+        step, info, metrics, ids = waiting.pop(0)
+        values = {**info, **jax.device_get(metrics)}
+        values = {name: float(value) for name, value in values.items()}
+        values["train/forwards"] = programs.forwards(objective.phase(step - 1))
+        balance.watch(step, values)
+        bad = [n for n in ("train/gradient_norm", "train/lora_norm") if not np.isfinite(values[n])]
+        if bad:
+            raise FloatingPointError(
+                f"{' and '.join(bad)} not finite in step {step}; its tasks: {', '.join(ids)}. "
+                f"The last checkpoint in {checkpointer.directory} is good."
+            )
+        values |= clock.figures(step)
+        if log is None:
+            return
+        log.write(step, values)
+        progress.update(1)
+        progress.set_postfix(_short(values))
+        if step % config.log_every == 0 or step == config.steps:
+            text = "  ".join(f"{n} {v}" for n, v in _short(values).items())
+            (console.say if progress.disable else logging.debug)(f"step {step}/{config.steps}  {text}")
+
+    balance = Balance()
+    rows = collection.tasks * collection.group
+    clock = Clock(devices=mesh.devices.size, tokens=rows * family.tokens, started=started)
+    collector.clock(clock.program)
+    updates = {
+        phase: clock.program(UPDATE, f, lambda out: out[1]["train/lora_norm"]) for phase, f in programs.update.items()
+    }
+    experience = Experience(collector, tasks, base, key, steps=config.steps)
+    interruption = Interruption()
+    try:
+        interruption.watch()
+        for step in range(first, config.steps):
+            profiler.before(step + 1, clock)
+            with clock.turn(step + 1):
+                try:
+                    batch, info, ids = experience.take(state, step)
+                except TooFewJudgments:
+                    while waiting:
+                        settle()
+                    checkpointer.save(step, state, experience.data_state(step), metadata, force=True)
+                    raise
+                state, metrics = updates[objective.phase(step)](state, base, batch)
+                waiting.append((step + 1, info, metrics, ids))
+                last = step + 1 == config.steps
+                stops = interruption.asked(step + 1) and not last
+                saves = last or stops or (step + 1) % config.save_every == 0
+                evaluates = evaluator is not None and (last or (step + 1) % config.evaluate_every == 0)
+                # Nothing that is not finite gets into a checkpoint.
+                while len(waiting) > (0 if saves or evaluates or profiler.borders(step + 1) else 1):
+                    settle()
+            profiler.after(step + 1, clock)
+            if evaluates:
+                with clock.away("evaluate"):
+                    verdicts = evaluator.run(
+                        validation, base, state.lora_ema, text="task", limit=config.evaluate_tasks,
+                        watch=held_out and held_out.watch,
+                    )  # fmt: skip
+                    row = summarise("executor", verdicts)
+                    rates = {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")}
+                    rates |= audit(held_out, workdir)
+                if log is not None:
+                    log.write(step + 1, rates)
+            if saves:
+                if cache is not None:
+                    cache.sync()
+                with clock.away("save"):
+                    checkpointer.save(step + 1, state, experience.data_state(step + 1), metadata, force=last or stops)
+            if stops:
+                interruption.stop(step + 1)
+    finally:
+        interruption.close()
+        profiler.close()
+        experience.close()
+        clock.close()
+        progress.close()
+        if log is not None:
+            log.close()
+        checkpointer.close()
+        if cache is not None:
+            cache.close()
+    return {"steps": config.steps, "seconds": time.perf_counter() - started, "validation": row}
+
+
+def _test(judge: Judge | None) -> None:
+    """Tests a judge that can be, before anything slow is begun; one that cannot be reached may still come up."""
+    if not hasattr(judge, "check"):
+        return
+    try:
+        for line in judge.check():
+            console.say(f"judge: {line}")
+    except ConnectionError as error:
+        logging.warning("%s; going on: what is cached needs no judge, and for the rest it will be waited for", error)
+
+
+def _short(values: dict[str, float]) -> dict[str, str]:
+    """The few figures of a progress line."""
+    names = {
+        "anchor": "train/anchor",
+        "reward": "reward/total",
+        "task": "rate/task",
+        "agent": "rate/agent",
+        "consistency": "rate/consistency",
+        "ratio": "train/ratio",
+        "s": "time/step",
+        "judge_s": "time/judge_wait",
+        "TFLOP/s": "speed/tflops",
+        "mfu": "speed/mfu",
+        "goodput": "speed/goodput",
+    }
+    return {short: f"{values[name]:.3g}" for short, name in names.items() if name in values}

@@ -1,0 +1,1 @@
+"""HTML pages of runs, ablations and records."""

@@ -1,0 +1,165 @@
+"""The clips of a report: side by side on the page, and exported as GIF, MP4 and a contact sheet."""
+
+import pathlib
+
+import numpy as np
+
+from world_distill.errors import UserError
+from world_distill.reports import page
+from world_distill.reports.charts import escape
+from world_distill.reports.run_data import QUESTIONS, Clip, Contents
+from world_distill.reports.sections import name_of, rate
+from world_distill.storage import video_files
+
+MAX_TASKS = 24  # that go into the page
+SHOWN = (
+    ("demonstrator", "told the solution"),
+    ("base", "told the task"),
+    ("executor", "told the task"),
+)
+_EXPORT_WIDTH = 300  # pixels, of small clips
+_MARKS = {"task": "task completed", "agent": "intended agent", "consistency": "consistent"}
+
+
+def clips(contents: Contents) -> str:
+    """One card a task: start image, Demonstrator, base and Executor, with verdicts and the solution.
+
+    Clips that cannot be read are left out, and named in `contents.notes`.
+    """
+    shown = contents.clips[:MAX_TASKS]
+    text = "All clips of a task begin with the same image. They stop while a pointer rests on them, or after a tap. "
+    text += _share(contents, shown)
+    if len(contents.clips) > len(shown):
+        text += f" These are the first {len(shown)} of {len(contents.clips)} tasks whose clips were kept."
+    cards = [card for clip in shown if (card := _card(contents, clip))]
+    button = '<p><button id="motion" type="button" hidden>Stop the clips</button></p>'
+    return "\n".join([page.paragraph(text), button, *cards])
+
+
+def example(contents: Contents) -> str:
+    """A clip of the Executor for the top of the page: the first task that it solves; "" if there is none."""
+    verdicts = contents.verdicts.get("executor", {})
+    for clip in contents.clips[:MAX_TASKS]:
+        scores = verdicts.get(clip.id, {})
+        if "executor" not in clip.films or not all(scores.get(q, 0) > 0.5 for q in QUESTIONS):
+            continue
+        try:
+            frames = clip.load("executor")
+        except (OSError, ValueError):
+            continue  # the clips' own part says so
+        image = page.sprite(frames)
+        film = page.film(image, f"Clip of the Executor: {clip.task}", len(frames) / clip.fps)
+        caption = f"{_task(clip)}<small>What the trained Executor makes of a new image and this task.</small>"
+        return page.hero(image, film, caption)
+    return ""
+
+
+def _share(contents: Contents, shown: list[Clip]) -> str:
+    """How the Executor does on the clips shown, against all: whether they flatter it."""
+    row, verdicts = contents.row("executor"), contents.verdicts.get("executor", {})
+    judged = [verdicts[clip.id] for clip in shown if set(QUESTIONS) <= set(verdicts.get(clip.id, ()))]
+    if not judged or row is None or row.rates["all"] is None:
+        return ""
+    passed = sum(all(scores[q] > 0.5 for q in QUESTIONS) for scores in judged)
+    return (
+        f"Here the Executor passes all three questions in {passed} of {len(judged)} tasks; "
+        f"over all {row.count or ''} tasks it is {rate(row.rates['all'])}."
+    )
+
+
+def _card(contents: Contents, clip: Clip) -> str:
+    films: dict[str, np.ndarray] = {}
+    for role in clip.films:
+        try:
+            films[role] = clip.load(role)
+        except (OSError, ValueError) as error:
+            reason = str(error).removeprefix(f"{clip.films[role]}: ")
+            contents.notes.append(f"The clip of the {name_of(role)} for {clip.id} is left out: {reason}.")
+    if not films:
+        return ""
+    sprites = {role: page.sprite(film) for role, film in films.items()}
+    start = page.sprite(next(iter(films.values()))[:1])
+    figures = [_figure("Start image", "what all are given", page.film(start, "start image", 1), "")]
+    for role, told in SHOWN:
+        if role not in sprites:
+            continue
+        description = f"Clip of the {name_of(role)}, {told}: {clip.task}"
+        film = page.film(sprites[role], description, len(films[role]) / clip.fps)
+        figures.append(_figure(name_of(role), told, film, _marks(contents.verdicts.get(role, {}).get(clip.id))))
+    solution = page.details("Solution, as the Demonstrator is told it", page.paragraph(clip.solution))
+    width = max(s.shown_width for s in sprites.values())
+    return (
+        f'<div class="card task" style="--w:{width}px"><div><h3>{_task(clip)}</h3>'
+        f'<p class="soft">kind of task: {escape(clip.kind)}</p>{solution}</div>'
+        f'<div class="films" tabindex="0">{"".join(figures)}</div></div>'
+    )
+
+
+def _task(clip: Clip) -> str:
+    """The task with its agent set apart."""
+    lead = f"[{clip.agent}]:"
+    if clip.task.startswith(lead):
+        return f'<span class="agent">{escape(clip.agent)}</span> {escape(clip.task[len(lead) :].strip())}'
+    return escape(clip.task)
+
+
+def _figure(name: str, told: str, film: str, marks: str) -> str:
+    return f"<figure>{film}<figcaption><b>{escape(name)}</b>{escape(told)}</figcaption>{marks}</figure>"
+
+
+def _marks(scores: dict[str, float] | None) -> str:
+    if scores is None:
+        return ""
+    items = []
+    for question in QUESTIONS:
+        score = scores.get(question)
+        kind, word = ("none", "not judged") if score is None else ("yes", "yes") if score > 0.5 else ("no", "no")
+        items.append(f'<li class="{kind}">{_MARKS[question]}<span class="aloud">: {word}</span></li>')
+    return f'<ul class="marks">{"".join(items)}</ul>'
+
+
+# Exports ------------------------------------------------------------------------------------------------------------
+
+
+def export(contents: Contents, folder: pathlib.Path, suffix: str) -> int:
+    """Writes all kept clips as ROLE-ID.gif or ROLE-ID.mp4; returns how many.
+
+    Raises:
+      ValueError: a clip is damaged.
+      UserError: no clips; or MP4 without PyAV.
+    """
+    _need_clips(contents)
+    written = 0
+    for clip in contents.clips:
+        for role in clip.films:
+            frames = clip.load(role)
+            path, scale = folder / f"{role}-{clip.id}.{suffix}", max(1, _EXPORT_WIDTH // frames.shape[2])
+            if suffix == "gif":
+                video_files.save_gif(path, frames, clip.fps, scale, hold=1.0)
+            else:
+                video_files.save_mp4(path, frames, clip.fps, scale)
+            written += 1
+    return written
+
+
+def export_sheet(contents: Contents, path: pathlib.Path, ids: tuple[str, ...] = ()) -> None:
+    """Writes all frames of the kept clips (of the tasks `ids`, if given) into one PNG, one row a clip.
+
+    Raises:
+      UserError: as `export`; or no clips were kept of a task.
+    """
+    _need_clips(contents)
+    kept = {clip.id: clip for clip in contents.clips}
+    unknown = [i for i in ids if i not in kept]
+    if unknown:
+        raise UserError(f"no clips of {', '.join(unknown)} were kept; there are: {', '.join(kept)}")
+    chosen = [kept[i] for i in ids] if ids else contents.clips
+    rows = [(clip, role) for clip in chosen for role, _ in SHOWN if role in clip.films]
+    frames = [clip.load(role) for clip, role in rows]
+    labels = [f"{name_of(role)}: {clip.task}" for clip, role in rows]
+    video_files.save_sheet(path, frames, labels, max(1, 60 // frames[0].shape[2]))
+
+
+def _need_clips(contents: Contents) -> None:
+    if not contents.clips:
+        raise UserError(f"{contents.folder} holds no clips to export; quickstart keeps some")

@@ -1,0 +1,132 @@
+"""`world-distill inspect`: the records of a set as a table on the terminal, and as a page with pictures.
+
+Texts come from a VLM, so nothing in them is trusted: control characters never reach the terminal, and a page holds
+them escaped.
+"""
+
+import base64
+import collections
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from world_distill.data.images.png import ImageError, decode_png
+from world_distill.data.records.reader import AnnotatedRecord, RecordReader
+from world_distill.data.records.types import Record
+from world_distill.reports import page
+from world_distill.reports.charts import escape
+
+_THUMB = 320  # pixels of the longer side of a picture on the page
+_MOST_KINDS = 12  # kinds that are listed by name
+
+
+def survey(reader: RecordReader, wanted: re.Pattern) -> tuple[list[int], dict[str, Any]]:
+    """Rows whose task matches, and the figures of the whole set.
+
+    Returns:
+      The rows, and a dict of records, images, matching, and the numbers by kind and agent, most first.
+    """
+    matching, images = [], set()
+    kinds, agents = collections.Counter(), collections.Counter()
+    for i, record in enumerate(reader):
+        images.add(record.image_id)
+        kinds[record.kind] += 1
+        agents[record.agent.casefold()] += 1
+        if wanted.search(record.task):
+            matching.append(i)
+    return matching, {
+        "name": reader.index_path.stem, "type": reader.record_type.__name__, "records": len(reader),
+        "images": len(images), "matching": len(matching), "kinds": dict(kinds.most_common()),
+        "agents": dict(agents.most_common()),
+    }  # fmt: skip
+
+
+def choose(rows: Sequence[int], limit: int, seed: int | None) -> list[int]:
+    """At most `limit` of the rows, all if it is 0: the first ones, or with a seed a sample, in order."""
+    if not limit or limit >= len(rows):
+        return list(rows)
+    if seed is None:
+        return list(rows[:limit])
+    chosen = np.random.default_rng(seed).choice(len(rows), limit, replace=False)
+    return [rows[i] for i in sorted(chosen)]
+
+
+def describe(counts: dict[str, Any]) -> list[str]:
+    """The figures of `survey` as lines for a terminal."""
+    kinds = [f"{printable(kind) or '(none)'} {n}" for kind, n in counts["kinds"].items()]
+    more = [f"and {len(kinds) - _MOST_KINDS} more"] if len(kinds) > _MOST_KINDS else []
+    return [
+        f"{counts['name']}: {counts['records']} {counts['type']}s about {counts['images']} images,"
+        f" {len(counts['agents'])} agents; {counts['matching']} match",
+        f"kinds: {', '.join([*kinds[:_MOST_KINDS], *more])}",
+    ]
+
+
+def table(records: Any, width: int) -> list[str]:
+    """A line a record, cut to `width` columns: id, kind, task, solution."""
+    widths = [20, 12, max(20, (width - 38) * 2 // 5)]
+    widths.append(max(20, width - sum(widths) - 6))
+    rows = [("id", "kind", "task", "solution"), *((r.id, r.kind, r.task, r.solution) for r in records)]
+    return ["  ".join(_cell(text, w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def printable(text: str) -> str:
+    """One line without anything that a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+
+
+def _cell(text: str, width: int) -> str:
+    text = printable(text)
+    return f"{text if len(text) <= width else text[: width - 1] + '…':<{width}}"
+
+
+def html_page(title: str, counts: dict[str, Any], records: Sequence[Record]) -> str:
+    """A page with a card for each image: its picture, and its tasks with their solutions."""
+    images: dict[str, list[Record]] = {}
+    for record in records:
+        images.setdefault(record.image_id, []).append(record)
+    lines = "".join(page.paragraph(line, "soft") for line in describe(counts))
+    cards = "".join(_card(image) for image in images.values())
+    shown = f"{len(records)} of {counts['matching']} matching records"
+    body = f"<header><h1>{escape(title)}</h1>{lines}</header>" + page.section(
+        "records", shown, f'<div class="grid">{cards}</div>'
+    )
+    return page.document(title, body)
+
+
+def _card(records: Sequence[Record]) -> str:
+    tasks = "".join(
+        f"<p><b>{escape(r.task)}</b> <small>{escape(_about(r))}</small></p>" + page.paragraph(r.solution, "soft")
+        for r in records
+    )
+    first = records[0]
+    origin = first.source if isinstance(first, AnnotatedRecord) else {}
+    caption = "; ".join([first.image_id, *(f"{key}: {value}" for key, value in origin.items())])
+    return f'<div class="card">{_picture(first)}{tasks}{page.details("source", page.paragraph(caption, "soft"))}</div>'
+
+
+def _about(record: Record) -> str:
+    parts = [record.kind]
+    if not isinstance(record, AnnotatedRecord):
+        latent = "x".join(map(str, record.scene.shape))
+        parts.append(f"latent {latent}, {len(record.task_text)} and {len(record.solution_text)} tokens")
+    return ", ".join(filter(None, parts))
+
+
+def _picture(record: Record) -> str:
+    if not record.image_png:
+        return page.paragraph("no picture", "soft")
+    try:
+        image = Image.fromarray(decode_png(record.image_png))
+    except ImageError:
+        return page.paragraph("the picture is damaged", "soft")
+    image.thumbnail((_THUMB, _THUMB), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "webp", quality=80, method=4)
+    uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<img class="frame" src="{uri}" {size} alt="{escape(f"image {record.image_id}")}" loading="lazy">'

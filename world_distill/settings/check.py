@@ -1,0 +1,114 @@
+"""Refuses settings that have no effect together, or that cannot work together, each with its reason."""
+
+import dataclasses
+from collections.abc import Callable
+
+from world_distill.settings.objective import Objective, last_point
+from world_distill.settings.rollout import DISTILL, RolloutSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """`broken` says whether the settings break it; `reason` what to do."""
+
+    broken: Callable[[Objective, RolloutSettings], bool]
+    reason: str
+
+
+def _rl(objective: Objective, settings: RolloutSettings) -> bool:
+    return objective.rl != "none"
+
+
+RULES = (
+    _Rule(
+        lambda o, c: _rl(o, c) and c.group < 2,
+        "rollout.group = 1 leaves RL nothing to compare: every advantage is 0. Take 2 rollouts a task or more",
+    ),
+    _Rule(
+        lambda o, c: _rl(o, c) and c.min_valid > c.group,
+        "rollout.min_valid is above rollout.group, so RL would leave every group out",
+    ),
+    _Rule(
+        lambda o, c: _rl(o, c) and not any(c.weights.values()),
+        "every rollout.weights is 0, so RL has no reward: give one a weight, or set objective.rl = none",
+    ),
+    _Rule(
+        lambda o, c: _rl(o, c) and not any(o.phase(step).rl for step in range(last_point(o.rl_weight) + 1)),
+        "objective.rl_weight is 0 in every step: set objective.rl = none",
+    ),
+    _Rule(
+        lambda o, c: not all(any(o.phase(step)) for step in range(_settled(o) + 1)),
+        "in some training steps neither objective.beta_d nor RL has a weight, so they would learn nothing",
+    ),
+    _Rule(
+        lambda o, c: (o.beta_old or o.beta_base) and o.rl not in ("awm", "nft"),
+        "objective.beta_old and objective.beta_base belong to AWM and DiffusionNFT (objective.rl = awm or nft)",
+    ),
+    _Rule(
+        lambda o, c: o.grpo_beta and o.rl != "flow_grpo",
+        "objective.grpo_beta belongs to Flow-GRPO (objective.rl = flow_grpo); objective.beta_base is AWM's",
+    ),
+    _Rule(
+        lambda o, c: o.rl == "awm" and o.awm_old == "current" and o.awm_ratio_temperature != 1,
+        "objective.awm_ratio_temperature has no effect with objective.awm_old = current: the ratio is 1. Set it to 1",
+    ),
+    _Rule(
+        lambda o, c: o.rl == "flow_grpo" and c.role == "demonstrator",
+        "Flow-GRPO needs the Executor's own log-probabilities, and rollout.role = demonstrator rolls the Demonstrator",
+    ),
+    _Rule(
+        lambda o, c: _rl(o, c) and c.weights.get(DISTILL, 0) > 0 and c.role == "demonstrator",
+        "Eq. 9 (rollout.weights.distill) is about the Executor's rollouts: with rollout.role = demonstrator it is 0",
+    ),
+    _Rule(
+        lambda o, c: c.guidance > 1 and o.rl == "flow_grpo",
+        "rollout.guidance above 1 does not go with objective.rl = flow_grpo: its ratio would compare the Executor's own"
+        " velocity with the guided one, which made the step",
+    ),
+    _Rule(
+        lambda o, c: c.distill_min_time > 0 and not c.weights.get(DISTILL, 0),
+        "rollout.distill_min_time bounds Eq. 9, which has no weight: set rollout.weights.distill, or the bound to 0",
+    ),
+    _Rule(
+        lambda o, c: c.std_floor > 0 and c.std == "none",
+        "rollout.std_floor has no effect with rollout.std = none, which divides by nothing",
+    ),
+    _Rule(
+        lambda o, c: c.staleness and o.rl == "awm" and o.awm_old == "current",
+        "rollout.staleness = 1 needs AWM's ratio: set objective.awm_old to start or ema",
+    ),
+)
+
+
+def uses_demonstrator(objective: Objective, settings: RolloutSettings) -> bool:
+    """Whether training computes a velocity of the Demonstrator in any step."""
+    rewarded = objective.rl != "none" and settings.weights.get(DISTILL, 0.0) != 0
+    return objective.anchored or rewarded or settings.role == "demonstrator"
+
+
+def check(objective: Objective, settings: RolloutSettings, *, stochastic: bool, guidance: float = 1.0) -> None:
+    """Raises ValueError, with all reasons, where settings go together badly.
+
+    Args:
+      objective: settings of the losses.
+      settings: settings of the rollouts.
+      stochastic: whether the sampler has noise.
+      guidance: scale of the Demonstrator's guidance.
+    """
+    reasons = [rule.reason for rule in RULES if rule.broken(objective, settings)]
+    if guidance > 1 and not uses_demonstrator(objective, settings):
+        reasons.append(
+            "demonstrator.guidance has no effect: no loss, reward or rollout of this config uses the Demonstrator"
+            " (objective.beta_d, rollout.weights.distill, rollout.role)"
+        )
+    if stochastic and objective.rl != "flow_grpo":
+        reasons.append("sampler.eta above 0 is for objective.rl = flow_grpo; the others sample the ODE")
+    if not stochastic and objective.rl == "flow_grpo":
+        reasons.append("objective.rl = flow_grpo needs stochastic steps: set sampler.eta above 0 (its authors: 0.7)")
+    if reasons:
+        raise ValueError("settings that do not go together:\n  " + "\n  ".join(reasons))
+
+
+def _settled(objective: Objective) -> int:
+    """The step from which on both schedules are constant."""
+    return max(last_point(objective.beta_d), last_point(objective.rl_weight))

@@ -1,0 +1,174 @@
+"""Settings of a training step, and in which steps which loss has a weight."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Schedule = float | tuple[tuple[float, float], ...]
+
+
+class Phase(NamedTuple):
+    """Which losses have a weight in a training step; passes of the others are left out."""
+
+    rl: bool
+    anchor: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Settings of a training step.
+
+    Weights have the unit of the paper and of the released codes: at `rl_weight` 1 the gradient of AWM before any update
+    is that of -A l, averaged over rows with a judgment, whatever the clip range and the temperature are.
+
+    Attributes:
+      rl: "awm", "nft" (DiffusionNFT), "flow_grpo" or "none".
+      rl_weight: weight of L_RL; a number, or (step, value) points joined by straight lines.
+      beta_d: weight of the Demonstrator's anchor (WMSD Eq. 12; the paper's best is .01); a number or points, as
+        `rl_weight`.
+      anchor_states: "visited" (states of the rollout) or "renoised" (RL's re-noised clips; one forward serves both
+        losses, and their gradients are not logged apart).
+      anchor_loss: "mse" (Eq. 11) or "decoupled" (length and direction apart, see `losses.decoupled_gap`).
+      updates: optimiser updates on one batch of rollouts.
+      minibatches: parts that the rows are dealt out to; each update takes the next one, with rollouts of every group.
+      draws: random times in one update, for each row.
+      tied: neighbouring rows of an update that share their times; 0: all. Rows of one group should: what their losses
+        have in common at one time cancels in a policy gradient.
+      micro_batch: rows in one forward; 0 takes all.
+      skip_first: leave pure noise out of the times of re-noised clips.
+      keep_fraction: share of the sampler's grid, noisiest first, that these times are drawn from (for 14 steps: 0.9).
+      awm_weighting: weight over t of AWM's log-likelihood: uniform, t, t2, huber or ghuber
+        (`losses.awm_log_likelihood`).
+      awm_power: exponent of ghuber.
+      awm_clip: clip range of AWM's ratio.
+      awm_ratio_temperature: divides the logarithm of AWM's ratio, so that the clip engages; 1 in the released code. The
+        gradient at ratio 1 does not depend on it.
+      awm_old: policy in the ratio's denominator: "current" (ratio 1, plain gradient; exact with one update per batch),
+        "start" (the policy that made the rollouts, a step ago where they run ahead) or "ema" (the fast average
+        `lora_old`).
+      nft_beta: how far DiffusionNFT's two implicit policies lie from the old one.
+      nft_old: DiffusionNFT's old policy: "start" or "ema", as above.
+      beta_old: weight of the squared distance to the fast average of the Executor, a trust region. AWM's authors: 1.
+      old_slope: the decay of that average grows by this each step.
+      old_maximum: largest decay of that average.
+      beta_base: weight of the squared distance to the base given the task.
+      grpo_clip: clip range of Flow-GRPO's ratio.
+      grpo_beta: weight of Flow-GRPO's exact KL to the base given the task.
+      ema_decay: decay, per update, of the slow average of the trained weights, which is evaluated and exported; warmed
+        up as min(ema_decay, (1 + n) / (10 + n)).
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+
+    rl: str = "awm"
+    rl_weight: Schedule = ((0, 1.0),)
+    beta_d: Schedule = ((0, 0.01),)
+    anchor_states: str = "visited"
+    anchor_loss: str = "mse"
+    updates: int = 4
+    minibatches: int = 4
+    draws: int = 2
+    tied: int = 1
+    micro_batch: int = 0
+    skip_first: bool = True
+    keep_fraction: float = 1.0
+    awm_weighting: str = "uniform"
+    awm_power: float = 0.25
+    awm_clip: float = 0.2
+    awm_ratio_temperature: float = 0.005
+    awm_old: str = "start"
+    nft_beta: float = 1.0
+    nft_old: str = "start"
+    beta_old: float = 0.0
+    old_slope: float = 0.001
+    old_maximum: float = 0.3
+    beta_base: float = 0.0
+    grpo_clip: float = 1e-3
+    grpo_beta: float = 0.0
+    ema_decay: float = 0.98
+
+    def __post_init__(self):
+        for field, allowed in {
+            "rl": ("awm", "nft", "flow_grpo", "none"),
+            "anchor_states": ("visited", "renoised"),
+            "anchor_loss": ("mse", "decoupled"),
+            "awm_weighting": ("uniform", "t", "t2", "huber", "ghuber"),
+            "awm_old": ("current", "start", "ema"),
+            "nft_old": ("start", "ema"),
+        }.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"objective.{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        for field, least in {"updates": 1, "minibatches": 1, "draws": 1, "tied": 0, "micro_batch": 0}.items():
+            if getattr(self, field) < least:
+                raise ValueError(f"objective.{field} must be at least {least}, got {getattr(self, field)}")
+        positive = ("awm_power", "awm_clip", "awm_ratio_temperature", "nft_beta", "grpo_clip")
+        for field in positive:
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"objective.{field} must be a positive number, got {getattr(self, field)}")
+        for field in ("rl_weight", "beta_d", "beta_old", "beta_base", "grpo_beta", "old_slope"):
+            worst = min(value for _, value in _points(getattr(self, field)))
+            if not 0 <= worst < math.inf:
+                raise ValueError(f"objective.{field} must not be negative, got {worst}")
+        for field in ("old_maximum", "ema_decay"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"objective.{field} is a decay, at least 0 and below 1, got {getattr(self, field)}")
+        if not 0 < self.keep_fraction <= 1:
+            raise ValueError(f"objective.keep_fraction is a share, above 0 and at most 1, got {self.keep_fraction}")
+
+    def phase(self, step: int) -> Phase:
+        """Which losses have a weight in training step `step`."""
+        return Phase(rl=self.rl != "none" and _value(self.rl_weight, step) != 0, anchor=_value(self.beta_d, step) != 0)
+
+    def rl_active(self, step: int) -> bool:
+        """Whether L_RL has a weight in this training step: if not, nothing needs to be judged."""
+        return self.phase(step).rl
+
+    def in_phase(self, phase: Phase) -> "Objective":
+        """The objective without what has no weight in the phase."""
+        reduced = self if phase.anchor else dataclasses.replace(self, beta_d=0.0)
+        if phase.rl:
+            return reduced
+        return dataclasses.replace(reduced, rl="none", beta_old=0.0, beta_base=0.0, grpo_beta=0.0)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the anchor ever has a weight."""
+        return any(value for _, value in _points(self.beta_d))
+
+    @property
+    def uses_visited(self) -> bool:
+        """Whether the step reads the rollout's states and the Demonstrator's velocities there."""
+        return self.anchor_states == "visited" and self.anchored
+
+    @property
+    def uses_renoised(self) -> bool:
+        """Whether the step looks at the rollouts' clips noised anew."""
+        return self.rl in ("awm", "nft") or (self.anchor_states == "renoised" and self.anchored)
+
+    @property
+    def uses_old_policy(self) -> bool:
+        """Whether RL computes the velocity of an older policy."""
+        return self.rl == "nft" or (self.rl == "awm" and self.awm_old != "current")
+
+    @property
+    def reads(self) -> float:
+        """States of a rollout that its updates look at, the same one counted each time."""
+        return self.updates * self.draws / self.minibatches
+
+
+def last_point(schedule: Schedule) -> int:
+    """The training step from which on a schedule is constant."""
+    return int(_points(schedule)[-1][0])
+
+
+def _points(schedule: Schedule) -> Sequence[tuple[float, float]]:
+    return schedule if np.ndim(schedule) else [(0, schedule)]
+
+
+def _value(schedule: Schedule, step: int) -> float:
+    # By NumPy: an operation of JAX would wait for the device, which is busy with the step before.
+    return float(np.interp(step, *np.transpose(_points(schedule))))

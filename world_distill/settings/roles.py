@@ -1,0 +1,52 @@
+"""Settings of the Demonstrator, the Executor, and the sampler that both use."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DemonstratorSettings:
+    """The frozen base, told the solution.
+
+    Attributes:
+      guidance: scale of classifier-free guidance; 1: none. Above 1, a velocity costs two forward passes.
+      negative: text that guidance leads away from, `rollout.guidance` too. `encode` stores its states.
+    """
+
+    guidance: float = 1.0
+    negative: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutorSettings:
+    r"""The base with trained weights, told the task.
+
+    Attributes:
+      rank: rank of the LoRA factors; 0 trains full differences from the base.
+      alpha: LoRA's product is scaled by alpha / rank.
+      targets: pattern of the paths of the layers that LoRA adapts.
+      start: LoRA file, in diffusers' or ComfyUI's layout, to start from; only for published families. Empty: none.
+    """
+
+    rank: int = 32
+    alpha: float = 32.0
+    targets: str = r"blocks\..*"
+    start: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+    """The sampler of rollouts and evaluation. Times fall from 1 (noise) to 0 (a clean clip).
+
+    Attributes:
+      steps: sampler steps of a rollout.
+      shift: shift of the uniform grid of times: t -> shift t / (1 + (shift - 1) t).
+      explicit: times in place of the shifted grid, noisiest first. Empty: the grid.
+      eta: noise of the SDE steps; 0 samples the ODE. Flow-GRPO needs noise; its authors take 0.7.
+      window: (start, length) of the steps that stay stochastic. Empty: all but the last.
+    """
+
+    steps: int = 12
+    shift: float = 5.0
+    explicit: tuple[float, ...] = ()
+    eta: float = 0.0
+    window: tuple[int, ...] = ()

@@ -1,0 +1,89 @@
+"""Tensors of a folder of safetensors files, read one at a time."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors
+
+from world_distill.errors import UserError
+
+# What a tensor may be made of, as the files say it.
+TYPES = ("F32", "F16", "BF16")
+NAMES = ("diffusion_pytorch_model", "model", "pytorch_lora_weights")
+
+
+class TensorFileError(UserError):
+    """Files that cannot be read, named."""
+
+
+class TensorFiles:
+    """Name, shape, type and content of every tensor in a folder: one file, or several with an index.
+
+    Files are opened for each tensor and closed again, so that memory holds no more than what was read.
+
+    Args:
+      folder: where the files are.
+
+    Raises:
+      TensorFileError: no safetensors there, only pickles, a missing or damaged file.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self._file: dict[str, pathlib.Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.types: dict[str, str] = {}
+        for path, expected in _files(folder).items():
+            with open_tensors(path) as file:
+                found = set(file.keys())
+                if expected is not None and (lost := sorted(expected - found)):
+                    raise TensorFileError(f"{path} lacks {len(lost)} tensors of its index, {lost[0]} for one")
+                for name in sorted(found if expected is None else expected):
+                    self._file[name] = path
+                    tensor = file.get_slice(name)
+                    self.shapes[name], self.types[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with open_tensors(self._file[name]) as file:
+            return file.get_tensor(name)
+
+
+def _files(folder: pathlib.Path) -> Mapping[pathlib.Path, set[str] | None]:
+    """The folder's files; with an index, the names that each should hold."""
+    if not folder.is_dir():
+        raise TensorFileError(f"{folder} is no folder")
+    for name in NAMES:
+        index = folder / f"{name}.safetensors.index.json"
+        if index.exists():
+            try:
+                files: dict[pathlib.Path, set[str]] = {}
+                for tensor, file in json.loads(index.read_text())["weight_map"].items():
+                    files.setdefault(folder / file, set()).add(tensor)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise TensorFileError(f"{index} is no index of safetensors: {error}") from error
+            if missing := sorted(str(path.name) for path in files if not path.exists()):
+                raise TensorFileError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+            return files
+    found = [folder / f"{name}.safetensors" for name in NAMES if (folder / f"{name}.safetensors").exists()]
+    found = found or sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return {found[0]: None}
+    if found:
+        raise TensorFileError(f"{folder} holds {len(found)} safetensors files and no index that says what is where")
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")):
+        raise TensorFileError(
+            f"{folder} holds pickles ({', '.join(pickles[:3])}) and no safetensors. To read a pickle is to run the "
+            "code in it, so they are not read; save the model again with safetensors (`save_pretrained` does)."
+        )
+    raise TensorFileError(f"{folder} holds no safetensors files")
+
+
+def open_tensors(path: str | os.PathLike):
+    """An open safetensors file. Raises TensorFileError if it is missing, cut off or something else."""
+    try:
+        return safetensors.safe_open(path, "numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TensorFileError(f"{path} is no whole safetensors file: {error}") from error

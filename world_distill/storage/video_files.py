@@ -1,0 +1,192 @@
+"""Clips as files: lossless strips, and GIF, MP4 and contact sheets for looking at.
+
+A *strip* is a PNG with all frames of a clip side by side; its text chunk `frames` says how many. It is exact, opens in
+any viewer, and is what reports animate. A clip is [F H W 3] uint8. Every file is written beside its target and then
+renamed, so a reader sees the old file or the whole new one. All functions raise OSError where the disk refuses.
+"""
+
+import contextlib
+import fractions
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from world_distill.errors import UserError
+
+_INK, _PAPER = (60, 60, 60), (255, 255, 255)
+
+
+def save_strip(path: str | os.PathLike, clip: np.ndarray, *, quick: bool = False) -> None:
+    """Writes a clip [F H W 3] uint8 as a lossless PNG, frames from left to right.
+
+    `quick` takes a fifth of the time, for a file that is a fifth larger or so.
+
+    Raises:
+      ValueError: not a clip.
+    """
+    clip = _checked(clip)
+    info = PngInfo()
+    info.add_text("frames", str(len(clip)))
+    effort = {"compress_level": 1} if quick else {"optimize": True}
+    with _replacing(path) as file:
+        Image.fromarray(np.concatenate(list(clip), axis=1)).save(file, "PNG", pnginfo=info, **effort)
+
+
+def load_strip(path: str | os.PathLike) -> np.ndarray:
+    """The clip [F H W 3] uint8 that `save_strip` wrote.
+
+    Raises:
+      ValueError: the file is damaged, is no RGB image, or does not say how many frames it holds.
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            with Image.open(file) as image:
+                image.load()
+                mode, count = image.mode, getattr(image, "text", {}).get("frames")
+                strip = np.array(image)
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
+            raise ValueError(f"{path}: damaged, or not a PNG ({error})") from error
+    if count is None:
+        raise ValueError(f"{path}: not a strip of frames (its text chunk `frames` is missing)")
+    if mode != "RGB":
+        raise ValueError(f"{path}: a strip is an RGB image, this one is {mode}")
+    frames = int(count) if count.isascii() and count.isdecimal() and len(count) < 9 else 0
+    if not frames or strip.shape[1] % frames:
+        raise ValueError(f"{path}: cannot hold {count!r} frames side by side, it is {strip.shape[1]} pixels wide")
+    height, width = strip.shape[0], strip.shape[1] // frames
+    return np.ascontiguousarray(strip.reshape(height, frames, width, 3).swapaxes(0, 1))
+
+
+def save_gif(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int = 1, *, hold: float = 0.0) -> None:
+    """Writes a GIF that loops forever, pixels enlarged to crisp squares of `scale`.
+
+    Frames of up to 256 colours are exact, others get the 256 that fit best. Equal neighbours are one frame that is
+    shown for longer. The last frame stays for `hold` more seconds.
+
+    Raises:
+      ValueError: not a clip, or not a speed or scale.
+    """
+    clip = _checked(clip, fps, scale)
+    # GIF counts hundredths of a second: rounding the frames' ends, not their lengths, keeps the whole length right.
+    ends = np.round(np.arange(1, len(clip) + 1) * 100 / fps)
+    lengths = np.maximum(np.diff(ends, prepend=0), 2)  # browsers slow down anything shorter
+    lengths[-1] += round(100 * hold)
+    first, *rest = [_with_palette(frame, scale) for frame in clip]
+    with _replacing(path) as file:
+        first.save(
+            file, "GIF", save_all=True, append_images=rest, loop=0, duration=[int(10 * x) for x in lengths],
+            optimize=False, disposal=1,
+        )  # fmt: skip
+
+
+def require_mp4() -> None:
+    """Raises UserError where `save_mp4` will not work."""
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        raise UserError("writing MP4 needs PyAV, which is in the extra `vlm`: pip install -e '.[vlm]'") from error
+
+
+def save_mp4(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int = 1) -> None:
+    """Writes H.264 in yuv420p, which every player knows; sides are made even by repeating the last row or column.
+
+    Raises:
+      UserError: PyAV is not installed.
+      ValueError: not a clip, or not a speed or scale.
+    """
+    clip = _checked(clip, fps, scale)
+    require_mp4()
+    import av
+
+    clip = _enlarged(clip, scale)
+    clip = np.pad(clip, ((0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)), mode="edge")
+    with _replacing(path) as file, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "14", "preset": "slow"}
+        for frame in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def save_sheet(
+    path: str | os.PathLike, clips: Sequence[np.ndarray], labels: Sequence[str] | None = None, scale: int = 1
+) -> None:
+    """Writes a contact sheet as PNG: one row a clip, its frames from left to right, its label above.
+
+    Raises:
+      ValueError: no clips, not as many labels as clips, or not a clip among them.
+    """
+    if not clips:
+        raise ValueError("a contact sheet needs at least one clip")
+    if labels is not None and len(labels) != len(clips):
+        raise ValueError(f"{len(labels)} labels for {len(clips)} clips")
+    clips = [_enlarged(_checked(clip, scale=scale), scale) for clip in clips]
+    gap, font = max(2, scale), ImageFont.load_default(13)
+    line = 0 if labels is None else 18
+    width = max(len(clip) * (clip.shape[2] + gap) for clip in clips) + gap
+    if labels is not None:
+        width = max(width, *(int(font.getlength(label)) + 2 * gap for label in labels))
+    sheet = Image.new("RGB", (width, sum(line + clip.shape[1] + 2 * gap for clip in clips) + gap), _PAPER)
+    draw, y = ImageDraw.Draw(sheet), gap
+    for row, clip in enumerate(clips):
+        if labels is not None:
+            draw.text((gap, y), labels[row], fill=_INK, font=font)
+        for column, frame in enumerate(clip):
+            sheet.paste(Image.fromarray(frame), (gap + column * (clip.shape[2] + gap), y + line))
+        y += line + clip.shape[1] + 2 * gap
+    with _replacing(path) as file:
+        sheet.save(file, "PNG", optimize=True)
+
+
+def _checked(clip: np.ndarray, fps: float = 1.0, scale: int = 1) -> np.ndarray:
+    clip = np.asarray(clip)
+    if clip.ndim != 4 or clip.shape[3] != 3 or clip.dtype != np.uint8 or not clip.size:
+        raise ValueError(f"a clip is [frames height width 3] uint8 and not empty; got {clip.shape} {clip.dtype}")
+    if not 0 < fps <= 1000 or scale != int(scale) or scale < 1:
+        raise ValueError(f"need 0 < fps <= 1000 and a whole scale from 1 on, got fps {fps}, scale {scale}")
+    return clip
+
+
+def _enlarged(clip: np.ndarray, scale: int) -> np.ndarray:
+    return clip.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def _with_palette(frame: np.ndarray, scale: int) -> Image.Image:
+    """The frame with at most 256 colours, its own ones if they are so few."""
+    colours, index = np.unique(frame.reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colours) <= 256:
+        image = Image.fromarray(index.reshape(frame.shape[:2]).astype(np.uint8), "P")
+        image.putpalette(colours.tobytes())
+    else:
+        image = Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE)
+    return image.resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.Resampling.NEAREST)
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[object]:
+    """A binary file that takes the place of `path` when the block ends well, and leaves nothing when it does not."""
+    path = pathlib.Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w+b", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = pathlib.Path(file.name)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # it is born readable by its owner alone
+        temporary.replace(path)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)  # not the temporary name; a full disk says none at all
+        raise

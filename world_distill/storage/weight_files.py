@@ -1,0 +1,90 @@
+"""Weights in one safetensors file, with text metadata."""
+
+import contextlib
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from world_distill.errors import UserError
+
+_DTYPES = {"bool", "bfloat16", "float16", "float32", "float64"}
+_DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+class WeightFileError(UserError):
+    """A weight file cannot be written or read. The message names it."""
+
+
+def save_weights(path: str | os.PathLike, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Writes a nested dict of arrays as one safetensors file, or leaves what was there.
+
+    Array `tree["a"]["b"]` becomes tensor `a.b`; `metadata` is text to text.
+
+    Raises:
+      ValueError: an empty dict, a key that is not text or has a dot, a leaf that is no array, or a dtype that the
+        format does not carry. The path of the leaf is named.
+      WeightFileError: the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    tensors = {".".join(keys): _to_numpy(".".join(keys), leaf) for keys, leaf in _walk(tree)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file(tensors, temporary, metadata=dict(metadata))
+        temporary.chmod(0o644)  # safetensors makes files that others cannot read
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightFileError(f"{path}: the weights could not be written ({type(error).__name__}: {error})") from error
+    finally:
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            temporary.unlink(missing_ok=True)
+
+
+def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+    """The (nested dict of numpy arrays, metadata) of a file that `save_weights` wrote.
+
+    Raises WeightFileError if the file is missing, cut off or not in the safetensors format.
+    """
+    tree: dict[str, Any] = {}
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            for name in file.keys():
+                *parents, last = name.split(".")
+                node = tree
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[last] = file.get_tensor(name)
+            return tree, file.metadata() or {}
+    except (OSError, safetensors.SafetensorError, AttributeError, IndexError, TypeError) as error:
+        raise WeightFileError(f"{path}: not a readable weight file ({type(error).__name__}: {error})") from error
+
+
+def _walk(tree: Mapping[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not tree:
+        raise ValueError(f"the dict at {'.'.join(parents) or 'the root'!r} is empty: it would be lost in the file")
+    for key, value in tree.items():
+        if not isinstance(key, str) or not key or "." in key:
+            raise ValueError(f"key {key!r} under {'.'.join(parents)!r} is not a text without dots")
+        if isinstance(value, Mapping):
+            yield from _walk(value, (*parents, key))
+        else:
+            yield (*parents, key), value
+
+
+def _to_numpy(name: str, leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        raise ValueError(f"{name} is a {type(leaf).__name__}, not an array")
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise ValueError(f"{name} lies on several hosts: gather it first")
+    if leaf.dtype.name not in _DTYPES:
+        raise ValueError(f"{name} has dtype {leaf.dtype}, which a weight file does not carry")
+    # safetensors writes the memory as it lies, whatever the strides say: a transposed array would come back scrambled.
+    return np.array(leaf, order="C")

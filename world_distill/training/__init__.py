@@ -1,0 +1,1 @@
+"""A training step and its parts: objective, rollouts, optimizer, and the folder of a run."""

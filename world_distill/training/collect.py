@@ -1,0 +1,263 @@
+"""Collecting a batch of experience: the only place in a training step where host and device meet.
+
+    1. roll     every task `group` times: the Executor's own rollouts (or the Demonstrator's, for off-policy)
+    2. show     the Demonstrator's velocities at the visited states, and Eq. 9's reward from them; left out where
+                updates read few states, and compute the velocities there themselves
+    3. judge    decoded clips on the host, answers from the cache on disk where it has them
+    4. weigh    rewards to group-relative advantages, failed judgments masked
+
+A rollout depends on (seed, step, row) and the weights alone, so a resumed or repeated run makes the same clips, finds
+their judgments in the cache, and goes on bit for bit as before.
+"""
+
+import functools
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from world_distill.core import advantages
+from world_distill.core.metrics import within_group_correlations
+from world_distill.data.records.batches import Batch, concatenate
+from world_distill.devices import hosts
+from world_distill.devices.mesh import batch_sharding, rows_or_whole
+from world_distill.errors import UserError
+from world_distill.interfaces import Judge
+from world_distill.judges.ask import judge_clips
+from world_distill.judges.memory.cache import JudgmentCache
+from world_distill.judges.rubric import Rubric
+from world_distill.settings.objective import Phase
+from world_distill.settings.rollout import DISTILL, RolloutSettings
+from world_distill.structs import Condition, Judgment, Negative, PyTree, TrainBatch, TrainState
+from world_distill.training.compiled import Programs
+
+
+class TooFewJudgments(UserError):
+    """The judge failed on too many clips of a step to go on."""
+
+
+class Pending(NamedTuple):
+    """A step's rollouts, on their way through the device: a batch that lacks what the judge has to say."""
+
+    step: int
+    phase: Phase  # which losses have a weight
+    tasks: Mapping[str, Any]
+    batch: TrainBatch
+    clips: jax.Array | None  # [b F H W 3] uint8, if they are to be judged
+    reward: jax.Array | None  # [b] Eq. 9, if it is rewarded
+    motion: jax.Array | None  # [b] see `programs`, if rewards are weighed
+    started: float
+
+
+class Judged(NamedTuple):
+    """What the judge said about the clips of this process."""
+
+    numbers: np.ndarray | None = None  # the clips' rows in the batch
+    judgment: Judgment | None = None
+    info: Mapping[str, float] = types.MappingProxyType({})
+
+
+class Parts(NamedTuple):
+    """The pieces of collecting a batch, as functions without arguments."""
+
+    roll: Callable[[], Any]
+    decode: Callable[[], Any]
+    show: Callable[[], Any] | None
+    judge: Callable[[], Judgment]
+
+
+def draw_tasks(settings: RolloutSettings, batches: Iterator[Batch], active: bool) -> Batch:
+    """The tasks of a step in which L_RL has a weight (`active`) or has none, from batches of `settings.tasks` tasks."""
+    return concatenate([next(batches) for _ in range(settings.group // settings.group_in(active))])
+
+
+class Collector:
+    """Makes `TrainBatch`es. Holds programs and settings, no weights."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        *,
+        judge: Judge | None,
+        cache: JudgmentCache | None,
+        rubric: Rubric | None,
+        negative: Negative | None = None,
+    ):
+        """`negative` is the text of the records that guidance leads away from (`guidance.load_negative`)."""
+        self._negative = negative
+        self.settings, self._judge, self.cache, self.rubric = programs.collection, judge, cache, rubric
+        self._programs, self._objective = programs, programs.objective
+        self._rows = batch_sharding(programs.mesh)
+        self._questions = self.settings.questions if self._objective.rl != "none" else ()
+        # Those of them that `clock` may put on a clock.
+        self._roll, self._decode, self._show = programs.roll, programs.decode, programs.show
+
+    def __call__(
+        self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int
+    ) -> tuple[TrainBatch, dict[str, float]]:
+        """One batch of on-policy experience for training step `step`, and host-side metrics: all of the below."""
+        pending = self.begin(state.lora, base, tasks, key, step)
+        return self.weigh(pending, self.judge(pending))
+
+    def draw(self, batches: Iterator[Batch], step: int) -> Batch:
+        """The tasks of training step `step`."""
+        return draw_tasks(self.settings, batches, self._objective.rl_active(step))
+
+    def begin(self, lora: PyTree, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Pending:
+        """Gives the device the rollouts of training step `step`, and waits for nothing.
+
+        Args:
+          lora: the Executor that rolls.
+          base: frozen weights.
+          tasks: this step's, from `draw`.
+          key: typed PRNG key of the run; rollouts use fold_in(key, step).
+          step: finished steps.
+        """
+        started = time.perf_counter()
+        phase = self._objective.phase(step)
+        given = *self._conditions(tasks), *_key(key, step), self._negative
+        rollout, task, solution = self._roll[phase.rl](lora, base, *given)
+        # Only clips that will be judged are decoded.
+        clips = self._decode(base, rollout.latents) if phase.rl and self._questions else None
+        shown = reward = None
+        if self._programs.shows(phase):
+            shown, reward = self._show(base, rollout, solution, self._negative)
+        batch = TrainBatch(
+            task=task,
+            solution=solution,
+            latents=rollout.latents,
+            states=None if self._programs.finish is None else self._programs.finish(rollout),
+            demonstrator=shown if phase.anchor and self._objective.uses_visited else None,
+            log_probs=rollout.log_probs if self._programs.keeps_log_probs and phase.rl else None,
+            advantages=None,
+            valid=None,
+            negative=self._negative,
+        )
+        if not self._programs.rewards_distillation(phase):
+            reward = None
+        motion = self._programs.motion(rollout.latents) if phase.rl else None
+        return Pending(step, phase, tasks, batch, clips, reward, motion, started)
+
+    def judge(self, pending: Pending) -> Judged:
+        """Has the clips judged that lie on this process. Talks to no other one, so it may run in another thread."""
+        if not (pending.phase.rl and self._questions):
+            return Judged()
+        numbers, clips = hosts.own_rows(pending.clips)
+        rolled = time.perf_counter()
+        judgment = self._ask(pending.tasks, clips, numbers)
+        info = {"time/clips": rolled - pending.started, "time/judge": time.perf_counter() - rolled}
+        health = getattr(self._judge, "health", dict)()  # a judge may have figures of its own
+        return Judged(numbers, judgment, info | {f"judge/{name}": value for name, value in health.items()})
+
+    def weigh(self, pending: Pending, judged: Judged) -> tuple[TrainBatch, dict[str, float]]:
+        """The batch, with advantages from all processes' judgments, and host-side metrics.
+
+        Raises:
+          TooFewJudgments: more of the clips have no judgment than `RolloutSettings.max_invalid` allows.
+        """
+        (weighed, used), info = self._weigh(pending, judged)
+        place = functools.partial(hosts.place, sharding=self._rows)
+        return pending.batch.replace(advantages=place(weighed), valid=place(used)), info
+
+    def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Parts:
+        """The pieces of a call, each to be run alone (benchmarks)."""
+        given = state.lora, base, *self._conditions(tasks), *_key(key, step), self._negative
+        phase = self._objective.phase(step)
+        roll = self._roll[phase.rl]
+        rollout, _, solution = roll(*given)
+        frames = np.asarray(self._decode(base, rollout.latents))
+        return Parts(
+            roll=lambda: roll(*given),
+            decode=lambda: self._decode(base, rollout.latents),
+            show=(lambda: self._show(base, rollout, solution, self._negative)) if self._programs.shows(phase) else None,
+            judge=lambda: self._ask(tasks, frames, np.arange(len(frames))),
+        )
+
+    def clock(self, program: Callable[[str, Any, Callable], Any]) -> None:
+        """Puts every program of a step on a clock: `speed.Clock.program`."""
+        self._roll = {active: program("rollout", f, lambda out: out[0].latents) for active, f in self._roll.items()}
+        self._decode = program("decode", self._decode, lambda clips: clips)
+        self._show = program("demonstrator", self._show, lambda out: out[0])
+
+    def _conditions(self, tasks: Mapping[str, Any]) -> tuple[Condition, Condition]:
+        # Tasks need not divide by the devices, as the rollouts do: then each device gets all of them.
+        sharding = rows_or_whole(self._programs.mesh, len(tasks["scene"]))
+        put = lambda name: hosts.place(np.asarray(tasks[name]), sharding)  # noqa: E731
+        scene = put("scene")
+        return (
+            Condition(put("task_text"), put("task_mask"), scene),
+            Condition(put("solution_text"), put("solution_mask"), scene),
+        )
+
+    def _ask(self, tasks: Mapping[str, Any], clips: np.ndarray, numbers: np.ndarray) -> Judgment:
+        """The judge's answers about clips; `numbers` are their rows in a batch of `group` clips of each task."""
+        of = [number // self.settings.group for number in numbers]
+        texts = ([tasks[name][i] for i in of] for name in ("task", "agent"))
+        return judge_clips(
+            self._judge, self.cache, clips, *texts, self.rubric, self._questions, records=[tasks["ids"][i] for i in of]
+        )
+
+    def _check(self, valid: np.ndarray, step: int) -> None:
+        failed, limit = int((~valid).sum()), self.settings.max_invalid
+        if failed > limit * len(valid):
+            raise TooFewJudgments(
+                f"{failed} of {len(valid)} clips of step {step + 1} have no judgment, and "
+                f"config.rollout.max_invalid lets {limit:g} of them through: the warnings above say what the judge "
+                "answered. Start again when it works: what was answered is in the cache"
+            )
+
+    def _weigh(self, pending: Pending, judged: Judged) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
+        """((advantages [b] float32, used [b] bool), metrics)."""
+        tasks, reward, active = pending.tasks, pending.reward, pending.phase.rl
+        group, count = self.settings.group_in(active), len(tasks["ids"])
+        rows = count * group
+        info: dict[str, float] = dict(judged.info)
+        scores: dict[str, np.ndarray] = {}
+        valid = np.ones(rows, bool)
+        if not active:
+            return (np.zeros(rows, np.float32), valid), info
+        if reward is not None:
+            scores[DISTILL] = hosts.whole(reward).astype(np.float64)
+        if judged.judgment is not None:
+            mine = np.stack([judged.judgment.scores[name] for name in self._questions], axis=1)
+            joined = hosts.join_rows(judged.numbers, mine, rows)
+            scores |= {name: joined[:, i] for i, name in enumerate(self._questions)}
+            valid &= np.isfinite(joined).all(axis=1)
+            self._check(valid, pending.step)
+            info |= {"judge/hits": judged.judgment.hits, "judge/misses": judged.judgment.misses}
+            for name in self._questions:
+                info[f"rate/{name}"] = _mean(scores[name][valid] > 0)
+        groups = np.repeat(np.arange(count), group)
+        settings = self.settings
+        limits = dict.fromkeys(self._questions, settings.clip) if settings.clip else None
+        weights = {name: weight for name, weight in settings.weights.items() if weight}
+        total = advantages.combine_rewards(
+            scores, weights, clip=limits, normalise=settings.normalise, groups=groups, valid=valid
+        )
+        weighed, used = advantages.group_advantages(
+            total, groups, valid, std=settings.std, std_floor=settings.std_floor, min_valid=settings.min_valid,
+            negative_scale=settings.negative_scale,
+        )  # fmt: skip
+        for name, values in scores.items():
+            info[f"reward/{name}"] = _mean(values[valid])
+        info["reward/total"] = _mean(total[valid])
+        info["judge/invalid"] = float((~valid).mean())
+        info["judge/used"] = float(used.mean())
+        watched = scores | {"total": total, "motion": hosts.whole(pending.motion).astype(np.float64)}
+        correlations = within_group_correlations(watched, groups, valid)
+        info |= {f"within_group/{a}~{b}": value for (a, b), value in correlations.items()}
+        info |= {f"reward/{k}": float(v) for k, v in advantages.group_statistics(total, groups, valid).items()}
+        return (weighed, used), info
+
+
+def _key(key: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
+    """A step's key, and the first row's number in it."""
+    return jax.random.fold_in(key, step), jnp.zeros((), jnp.int32)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

@@ -1,0 +1,298 @@
+"""The compiled programs of a training step: pure functions of weights and a batch, made once for settings and a mesh.
+
+    init      the base                                  -> the first state
+    roll      an Executor, the base, tasks, a key       -> rollouts, and the conditions of each
+    decode    the base, final latents                   -> RGB clips
+    show      the base, rollouts, their solutions       -> the Demonstrator's velocities at all states, Eq. 9's reward
+    motion    final latents                             -> how much each clip moves
+    update    a state, the base, a batch                -> the next state, metrics        (objectives.py)
+
+With guidance, `roll` and `show` also take the states of the negative text.
+
+`train` runs them, `benchmark` times each alone, `plan` compiles them for machines that are not there. Runs of one
+process that have the same settings share them, so that the second neither traces nor compiles: seeds of an ablation, a
+run that goes on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from world_distill import build
+from world_distill.core import flow, losses, sampling
+from world_distill.core.guidance import with_guidance
+from world_distill.core.schedules import piecewise_linear
+from world_distill.devices.mesh import batch_sharding, like_weights, map_rows, replicated, tree_shardings
+from world_distill.interfaces import Denoise, ModelFamily
+from world_distill.settings import old_configs
+from world_distill.settings.check import check
+from world_distill.settings.config import section
+from world_distill.settings.guidance import Guidance
+from world_distill.settings.objective import Objective, Phase
+from world_distill.settings.rollout import DISTILL, RolloutSettings
+from world_distill.structs import Condition, Negative, PyTree, Rollout, TrainState
+from world_distill.training import forwards, optimizers
+from world_distill.training.objective import init_state, make_train_step
+from world_distill.weights import base_model
+
+PHASES = (Phase(True, True), Phase(True, False), Phase(False, True))
+# All that the programs are made from; seeds, judges and records are not.
+SECTIONS = (*build.FAMILY_SECTIONS, "demonstrator", "rollout", "objective", "optimizer", "sampler")
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """See the module's text. Holds no weights.
+
+    Attributes:
+      state: shapes and shardings of the state.
+      roll: by whether L_RL has a weight in the step.
+      update: by which losses have a weight in the step.
+      finish: rollouts -> visited states [k+1 b f p], the final latents last; None if no loss reads them.
+    """
+
+    mesh: jax.sharding.Mesh
+    family: ModelFamily
+    collection: RolloutSettings
+    objective: Objective
+    guidance: Guidance
+    steps: int  # of the sampler
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    roll: Mapping[bool, Any]
+    decode: Any
+    show: Any
+    motion: Any
+    finish: Any | None
+    update: Mapping[Phase, Any]
+    _init: Any
+
+    def init(self, base: PyTree, seed: int) -> TrainState:
+        """The first state of a run, on the mesh."""
+        return self._init(base, jax.random.fold_in(jax.random.key(seed), 2))
+
+    def rewards_distillation(self, phase: Phase) -> bool:
+        """See `forwards.rewards_distillation`."""
+        return forwards.rewards_distillation(self.collection, phase)
+
+    def shows(self, phase: Phase) -> bool:
+        """Whether `show` runs in a step: see `forwards.shows_all`."""
+        return forwards.shows_all(self.objective, self.collection, self.steps, phase)
+
+    def forwards(self, phase: Phase) -> float:
+        """Forward passes of the model that a step costs."""
+        return forwards.per_step(self.objective, self.collection, self.steps, phase, self.guidance.demonstrator)
+
+    @property
+    def keeps_log_probs(self) -> bool:
+        """Whether a batch has the rollouts' log-probabilities."""
+        return self.objective.rl == "flow_grpo"
+
+
+def make_programs(config: ConfigDict, mesh: jax.sharding.Mesh) -> Programs:
+    """The programs of a config; the same ones for the same settings.
+
+    Raises:
+      UserError: a section of the config has unknown or missing keys.
+      ValueError: settings that do not go together.
+    """
+    return _make(FrozenConfigDict({name: config[name] for name in SECTIONS if name in config}), mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
+    old_configs.refuse(config)
+    guidance = Guidance.of(config)
+    objective, settings = section(config.objective, Objective), RolloutSettings(**config.rollout.to_dict())
+    grid, diffusion = build.sampler_grid(config)
+    check(objective, settings, stochastic=diffusion is not None, guidance=guidance.demonstrator)
+    distills = objective.rl != "none" and settings.weights.get(DISTILL, 0.0) != 0
+    family = build.make_family(config, mesh)
+    optimizer = _make_optimizer(config, family, mesh)
+    init, state = _make_state(config, family, mesh, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    keep_states = objective.uses_visited or distills or objective.rl == "flow_grpo"
+    keep_velocities = distills or (objective.uses_visited and settings.role == "demonstrator")
+    roll = functools.partial(
+        _roll, family, mesh, settings, guidance, grid=grid, keep_states=keep_states, keep_velocities=keep_velocities
+    )
+
+    def show(base, rollout, solution, negative=None):
+        demonstrate = with_guidance(family.denoise, guidance.demonstrator, negative)
+        return _show(family, demonstrate, settings, grid, base, rollout, solution)
+
+    def decode(base, latents):
+        clips = family.decode(base, latents)
+        # Each is looked at by one process.
+        return jax.lax.with_sharding_constraint(clips, batch_sharding(mesh)) if jax.process_count() > 1 else clips
+
+    def motion(latents):
+        """[b] root mean square of the differences between neighbouring latent frames [b f h w c]."""
+        return jnp.sqrt(flow.masked_mean(jnp.square(jnp.diff(latents, axis=1)), None))
+
+    def finish(rollout):
+        return jnp.concatenate([rollout.states, rollout.latents.reshape(1, *rollout.states.shape[1:])])
+
+    def train_step(phase):
+        # While a schedule holds a loss at weight 0, its forward passes are left out.
+        noise = diffusion if phase.rl else None
+        return jax.jit(
+            make_train_step(family, objective.in_phase(phase), optimizer, grid, noise, guidance.demonstrator),
+            out_shardings=(shardings, replicated(mesh)),
+            donate_argnums=0,
+        )
+
+    return Programs(
+        mesh=mesh,
+        family=family,
+        collection=settings,
+        objective=objective,
+        guidance=guidance,
+        steps=len(grid) - 1,
+        optimizer=optimizer,
+        state=state,
+        # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
+        roll={
+            active: jax.jit(
+                functools.partial(roll, diffusion=diffusion if active else None, group=settings.group_in(active))
+            )
+            for active in (True, False)
+        },
+        # A program of its own: it takes as long to compile as a step, and its memory is free again for the next one.
+        decode=jax.jit(decode),
+        show=jax.jit(show),
+        motion=jax.jit(motion),
+        finish=jax.jit(finish) if keep_states else None,
+        update={phase: train_step(phase) for phase in PHASES},
+        _init=init,
+    )
+
+
+def _make_optimizer(config, family: ModelFamily, mesh: jax.sharding.Mesh) -> optax.GradientTransformation:
+    """The config's optimiser; its learning rate may be (training step, rate) points."""
+    settings = config.optimizer.to_dict()
+    if not isinstance(settings["learning_rate"], float):
+        by_step = piecewise_linear(settings["learning_rate"])
+        # The optimiser counts updates, several a step.
+        settings["learning_rate"] = lambda count: by_step(count // config.objective.updates)
+    executor = base_model.abstract_executor(family, mesh, config.executor.rank)
+    return optimizers.make_optimizer(**settings, axes=family.lora_axes(executor))
+
+
+def _make_state(config, family: ModelFamily, mesh: jax.sharding.Mesh, optimizer) -> tuple[Any, TrainState]:
+    """(program that makes the first state of the base and a key, the state's shapes and shardings)."""
+
+    def init(base, key):
+        ahead = config.rollout.staleness > 0
+        return init_state(family, base, optimizer, key, rank=config.executor.rank or None, ahead=ahead)
+
+    shapes = jax.eval_shape(init, base_model.abstract_base(family, mesh), jax.random.key(0))
+    weights = tree_shardings(mesh, family.lora_axes(shapes.lora), shapes.lora)
+    everywhere = replicated(mesh)
+    moments = like_weights(shapes.opt_state, shapes.lora, weights, everywhere)
+    rolled = None if shapes.lora_rolled is None else weights
+    shardings = TrainState(everywhere, weights, weights, weights, moments, everywhere, rolled)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.jit(init, out_shardings=shardings), abstract
+
+
+def _roll(
+    family: ModelFamily,
+    mesh: jax.sharding.Mesh,
+    settings: RolloutSettings,
+    guidance: Guidance,
+    lora: PyTree,
+    base: PyTree,
+    task: Condition,
+    solution: Condition,
+    key: jax.Array,
+    first_row: jax.Array,
+    negative: Negative | None = None,
+    *,
+    grid: np.ndarray,
+    keep_states: bool,
+    keep_velocities: bool,
+    diffusion: np.ndarray | None,
+    group: int,
+) -> tuple[Rollout, Condition, Condition]:
+    """Rollouts of every task `group` times (row i from the noise of `first_row` + i), and the conditions of each.
+
+    `Rollout.velocities` are those that made the clips: with guidance, the guided ones.
+    """
+
+    def grow(tree):
+        tree = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
+        return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
+
+    task, solution = grow(task), grow(solution)
+    rows = first_row + jnp.arange(task.text.shape[0])
+    keys = sampling.sample_keys(key, rows)
+    executor = settings.role == "executor"
+    denoise = with_guidance(family.denoise, guidance.rollout if executor else guidance.demonstrator, negative)
+
+    def some(condition, keys):
+        rollout = sampling.rollout(
+            denoise, base, lora if executor else None, condition, keys, times=grid,
+            latent_shape=family.latent_shape, frame_mask=family.free_frames, diffusion=diffusion,
+            keep_states=keep_states,
+        )  # fmt: skip
+        return _flat(_steps_first(rollout if keep_velocities else rollout.replace(velocities=None)))
+
+    rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
+    return _steps_first(rollout), task, solution
+
+
+def _show(
+    family: ModelFamily,
+    demonstrate: Denoise,
+    settings: RolloutSettings,
+    grid: np.ndarray,
+    base: PyTree,
+    rollout: Rollout,
+    solution: Condition,
+) -> tuple[jax.Array, jax.Array]:
+    """(the Demonstrator's velocities at the visited states [k b f p], Eq. 9's reward [b] where velocities are kept).
+
+    The reward compares the velocity that made the clip (`Rollout.velocities`, guided if the rollout was) with the
+    Demonstrator's, which is guided if `demonstrate` is: how far the clip was led from where the Demonstrator leads.
+    """
+    frames = lambda x: x.reshape(*x.shape[:-2], *family.latent_shape)  # noqa: E731
+
+    def at(state_and_time):
+        state, t = state_and_time
+
+        def some(x, solution):
+            v = demonstrate(base, None, frames(x), jnp.full(x.shape[:1], t), solution)
+            return v.reshape(x.shape)
+
+        return map_rows(some, settings.micro_batch, state, solution)
+
+    if settings.role == "demonstrator":
+        shown = rollout.velocities
+    else:
+        shown = jax.lax.map(at, (rollout.states, jnp.asarray(grid[:-1], jnp.float32)))
+    if rollout.velocities is None:
+        return shown, None
+    reward = losses.distillation_reward(
+        frames(rollout.velocities), frames(shown), grid, family.free_frames, settings.distill_min_time
+    )
+    return shown, reward
+
+
+def _flat(rollout: Rollout) -> Rollout:
+    """Frames as they are kept, [.. f p]: a TPU would fill up c, their last axis, to 128."""
+    as_rows = lambda x: None if x is None else x.reshape(*x.shape[:3], -1)  # noqa: E731
+    return rollout.replace(states=as_rows(rollout.states), velocities=as_rows(rollout.velocities))
+
+
+def _steps_first(rollout: Rollout) -> Rollout:
+    """States [k b ...] become [b k ...], and the other way round; clips stay as they are."""
+    swapped = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), rollout.replace(latents=None))
+    return swapped.replace(latents=rollout.latents)

@@ -1,0 +1,211 @@
+"""A run's folder: its config, its records, its state on the mesh, and what later programs need of it.
+
+`config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`, `judged_clips/` if some are kept,
+and `data/` where the config names no other records.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from world_distill import build
+from world_distill.errors import UserError
+from world_distill.evaluation.held_out import HeldOut, make_held_out
+from world_distill.evaluation.scoring import Evaluator
+from world_distill.interfaces import Benchmark, ModelFamily
+from world_distill.judges.memory.cache import JudgmentCache
+from world_distill.judges.memory.kept_clips import KeptClips
+from world_distill.judges.memory.segments import SyncedCache, is_shared
+from world_distill.settings.config import diff, from_json, leaves, override, to_json, translate
+from world_distill.settings.guidance import Guidance
+from world_distill.settings.rollout import RolloutSettings
+from world_distill.storage import array_store, atomic
+from world_distill.storage.checkpoints import Checkpointer
+from world_distill.structs import PyTree, TrainState
+from world_distill.weights import base_model
+from world_distill.weights.lora_files import read_lora
+
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
+
+# What may change between two calls on the same folder: how long, how talkatively and how well audited, not what is
+# trained.
+FREE_KEYS = (
+    "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch",
+    "encode_batch", "ablation", "checkpoints", "held_out", "judge.cache", "judge.keep_clips",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Run:
+    """A run's parts, as programs after training need them."""
+
+    config: Any
+    mesh: jax.sharding.Mesh
+    family: ModelFamily
+    base: PyTree
+    executor: PyTree | None  # the slow average of the trained weights; None before the first checkpoint
+    step: int
+    data: pathlib.Path
+
+    def evaluator(self, benchmark: Benchmark) -> Evaluator:
+        """An evaluator for this run's model."""
+        return make_evaluator(self.config, self.family, self.mesh, benchmark)
+
+
+def make_evaluator(config, family: ModelFamily, mesh: jax.sharding.Mesh, benchmark: Benchmark | None) -> Evaluator:
+    """The evaluator with the config's sampler and sizes; without a benchmark it samples only."""
+    # Evaluation always samples the ODE: a stochastic sampler serves training only.
+    grid, _ = build.sampler_grid(config)
+    return Evaluator(
+        family, mesh, benchmark, grid=grid, batch=config.evaluate_batch, text_length=config.text_length,
+        seed=config.seed, guidance=Guidance.of(config),
+    )  # fmt: skip
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The config of a run's folder. Raises UserError where there is no run."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} holds no run (no config.json); train one with `world-distill train --workdir`")
+    return from_json(path.read_text())
+
+
+def open_run(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None) -> Run:
+    """Opens a run's folder: its config, the base, and the newest Executor.
+
+    `overrides` change values of the config that have no part in what was trained (`FREE_KEYS`).
+
+    Raises:
+      UserError: the folder holds no run, or an override is of another value.
+    """
+    config = read_config(workdir)
+    if fixed := [key for key in overrides or () if not is_free(key)]:
+        raise UserError(f"--config.{fixed[0]} is part of what was trained in {workdir}; that cannot change any more")
+    override(config, overrides or {})
+    mesh = build.start_devices(config)
+    family = build.make_family(config, mesh)
+    base = base_model.load_base(family, config, mesh)
+    executor, step = load_executor(config, mesh, workdir)
+    return Run(config, mesh, family, base, executor=executor, step=step, data=data_folder(config, workdir))
+
+
+def load_executor(config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> tuple[PyTree | None, int]:
+    """(slow average of a run's trained weights, its step); (None, 0) before the first checkpoint. Needs no base."""
+    with Checkpointer(checkpoint_folder(config, workdir), keep=config.keep) as checkpointer:
+        family = build.make_family(config, mesh)
+        restored = checkpointer.restore_executor(base_model.abstract_executor(family, mesh, config.executor.rank))
+    return (None, 0) if restored is None else restored
+
+
+def checkpoint_folder(config, workdir: pathlib.Path) -> str:
+    """Where the run's checkpoints are: a folder, or the address of a bucket."""
+    return config.checkpoints or str(workdir / "checkpoints")
+
+
+def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:
+    """Where the run's encoded records are."""
+    return pathlib.Path(config.data) if config.data else workdir / "data"
+
+
+def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -> TrainState:
+    """A fresh state whose Executor is that of a LoRA file, in diffusers' or ComfyUI's layout.
+
+    Raises:
+      UserError: a family or an Executor without LoRA, or other layers or another rank than the config's.
+      TensorFileError: no LoRA file, or one of another model.
+    """
+    if family.linears is None or not config.executor.rank:
+        raise UserError(f"config.executor.start = {path!r}: only LoRA of a published family can be read from a file")
+    found = read_lora(path, family.linears, family.kernel_shapes(), scale=family.lora_scale)
+    have, want = ({n: x.shape for n, x in array_store.by_name(tree).items()} for tree in (found, state.lora))
+    if lines := base_model.differences(have, want):
+        raise UserError(
+            f"the LoRA in {path} is not of the layers and the rank that config.executor says:\n  " + "\n  ".join(lines)
+        )
+
+    def placed():  # a copy for each, since the training step gives its buffers away
+        return jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), found, state.lora)
+
+    rolled = None if state.lora_rolled is None else placed()
+    return dataclasses.replace(state, lora=placed(), lora_ema=placed(), lora_old=placed(), lora_rolled=rolled)
+
+
+def is_free(key: str) -> bool:
+    """Whether a key of the config, or the section that it is in, is in `FREE_KEYS`."""
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def fixed_settings(config) -> dict[str, Any]:
+    """The config's values without those of `FREE_KEYS`."""
+    settings = config.to_dict()
+    for key in FREE_KEYS:
+        *parents, last = key.split(".")
+        functools.reduce(dict.__getitem__, parents, settings).pop(last, None)
+    return settings
+
+
+def todays_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The `fixed_settings` that a checkpoint of this or an earlier version holds, in today's keys and units."""
+    return fixed_settings(ConfigDict(translate(saved)))
+
+
+def open_cache(config, workdir: pathlib.Path) -> JudgmentCache:
+    """The run's memory of judgments, which keeps the clips that the config says.
+
+    Raises:
+      CacheError: its file, or the address that it is shared through, cannot be used.
+    """
+    address, share = config.judge.cache, config.judge.keep_clips
+    if not 0 <= share <= 1:
+        raise UserError(f"config.judge.keep_clips is a share from 0 to 1, not {share}")
+    keep = KeptClips(workdir / "judged_clips", share=share) if share else None
+    if address and not is_shared(address):
+        return JudgmentCache(address, keep=keep)
+    # Hosts may have one folder, on a network file system: then each has a file of its own there.
+    host = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+    local = workdir / f"judgments{host}.sqlite"
+    return SyncedCache(local, address, keep=keep) if address else JudgmentCache(local, keep=keep)
+
+
+def check_folder(config, workdir: pathlib.Path) -> None:
+    """Writes the config into a new folder; refuses the folder of another run.
+
+    Raises:
+      UserError: the folder's config differs in what is trained, every differing key is named; or the config holds a
+        password, which does not belong on a disk.
+    """
+    path = workdir / "config.json"
+    secret = [key for key, value in leaves(config).items() if _PASSWORD.search(str(value))]
+    if secret:
+        raise UserError(
+            f"config.{secret[0]} holds an address with a password, which config.json and checkpoints would keep: leave "
+            "it out, and name the environment variable that holds the key in api_key_env"
+        )
+    if path.exists():
+        lines = [line for line in diff(from_json(path.read_text()), config) if not is_free(line.partition(":")[0])]
+        if lines:
+            raise UserError(
+                f"{workdir} holds a run of another config; take another --workdir, or the same settings:\n  "
+                + "\n  ".join(lines)
+            )
+    atomic.write_text(path, to_json(config) + "\n")
+
+
+@contextlib.contextmanager
+def open_held_out(config, workdir: pathlib.Path) -> Iterator[HeldOut | None]:
+    """The held-out judge of a run, beside the judge that its config rewards with, if any, through the run's cache."""
+    if not config.held_out.factory:
+        yield None
+        return
+    questions = RolloutSettings(**config.rollout.to_dict()).questions if config.objective.rl != "none" else ()
+    reward = build.make(config, "judge") if questions else None
+    with open_cache(config, workdir) as cache:
+        yield make_held_out(config, questions, reward, cache)

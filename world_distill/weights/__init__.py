@@ -1,0 +1,1 @@
+"""Weights in and out: published models, LoRA files, conversion, export and verification."""

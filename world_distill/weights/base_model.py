@@ -1,0 +1,108 @@
+"""The frozen base: from what `config.base` names to arrays on the mesh."""
+
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from world_distill.build import start_devices
+from world_distill.devices.mesh import tree_shardings
+from world_distill.errors import UserError
+from world_distill.interfaces import ModelFamily
+from world_distill.storage import array_store
+from world_distill.storage.weight_files import load_weights
+from world_distill.structs import PyTree
+
+RANDOM = "random"
+
+
+@functools.lru_cache(maxsize=32)
+def abstract_base(family: ModelFamily, mesh: jax.sharding.Mesh) -> PyTree:
+    """Shapes and shardings of the base on a mesh."""
+    shapes = jax.eval_shape(family.init_base, jax.random.key(0))
+    places = tree_shardings(mesh, family.base_axes(), shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+def abstract_executor(family: ModelFamily, mesh: jax.sharding.Mesh, rank: int) -> PyTree:
+    """Shapes and shardings of an Executor's weights on a mesh: LoRA factors, or full differences for rank 0."""
+    base = abstract_base(family, mesh)
+    shapes = jax.eval_shape(lambda: family.init_lora(jax.random.key(0), base, rank=rank or None))
+    places = tree_shardings(mesh, family.lora_axes(shapes), shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+def base_path(family: ModelFamily, name: str) -> str | pathlib.Path | None:
+    """Where the weights are that `config.base` names (see `load_base`); None where it names none."""
+    return family.shipped_bases.get(name) or name or None
+
+
+def load_base(
+    family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh, *, parts: Sequence[str] | None = None
+) -> PyTree:
+    """The frozen base, placed on the mesh: the one copy that serves Demonstrator and Executor.
+
+    `config.base` is a checkpoint of `world-distill convert`, a weight file of `world-distill pretrain`, "random" for
+    untrained weights, or the name of weights that ship with the family. With `parts`, only these of the base's
+    outermost keys.
+
+    Raises:
+      UserError: no weights are named, or they do not fit the config's sizes.
+    """
+    if parts is not None and not parts:
+        return {}
+    path = base_path(family, config.base)
+    if not path:
+        ships = ", ".join(family.shipped_bases) or "none"
+        raise UserError(f"config.base names no weights; with model family {family.name} ship: {ships}")
+
+    def chosen(tree):
+        return tree if parts is None else {part: tree[part] for part in parts}
+
+    expected = abstract_base(family, mesh)
+    shardings = chosen(jax.tree.map(lambda x: x.sharding, expected))
+    if path == RANDOM:
+        return jax.jit(lambda key: chosen(family.init_base(key)), out_shardings=shardings)(jax.random.key(0))
+    if pathlib.Path(path).is_dir():
+        return _load_converted(pathlib.Path(path), family, expected, shardings)
+    weights, _ = load_weights(path)
+    _check_weights(path, {name: x.shape for name, x in array_store.by_name(weights).items()}, expected)
+    return jax.device_put(chosen(weights), shardings)
+
+
+def _load_converted(path: pathlib.Path, family: ModelFamily, expected: PyTree, shardings: PyTree) -> PyTree:
+    """The arrays that have a sharding, read straight into it."""
+    shapes, metadata = array_store.describe(path)
+    if metadata.get("family") != family.name:
+        raise UserError(
+            f"{path} holds a model of family {metadata.get('family')}, config.model.family is {family.name}"
+        )
+    _check_weights(path, shapes, expected)
+    wanted = {
+        part: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), expected[part], places)
+        for part, places in shardings.items()
+    }
+    return array_store.load(path, wanted)
+
+
+def _check_weights(path: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...]], expected: PyTree) -> None:
+    problems = differences(shapes, {name: x.shape for name, x in array_store.by_name(expected).items()})
+    if problems:
+        raise UserError(f"the weights in {path} do not fit config.model:\n  " + "\n  ".join(problems))
+
+
+def load_codec(family: ModelFamily, config: ConfigDict) -> PyTree:
+    """The parts of the base that decode clips and encode scenes; nothing is read where the codec has no weights."""
+    if not family.codec_parts:
+        return {}
+    return load_base(family, config, start_devices(config), parts=family.codec_parts)
+
+
+def differences(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line an array that is missing, unexpected or of another shape."""
+    lines = [f"missing {name} {want[name]}" for name in sorted(want.keys() - have.keys())]
+    lines += [f"unexpected {name} {have[name]}" for name in sorted(have.keys() - want.keys())]
+    both = sorted(n for n in have.keys() & want.keys() if have[n] != want[n])
+    return lines + [f"{name} is {have[name]}, not {want[name]}" for name in both]

@@ -1,0 +1,150 @@
+"""A trained Executor for the tools that people already use: `weights.lora_files`, and here the merged model.
+
+    diffusers   LoRA file in PEFT's layout (`pipe.load_lora_weights`)
+    comfy       LoRA file with the original names (ComfyUI's "Load LoRA")
+    merged      the Executor added to the base: a folder with transformer/ and vae/ in diffusers' layout
+
+alpha is baked into the factors of LoRA files: every reader computes what training computed.
+"""
+
+import json
+import pathlib
+import secrets
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from tqdm import tqdm
+
+from world_distill.errors import UserError
+from world_distill.interfaces import ModelFamily, PublishedFamily
+from world_distill.models.tensor_map import Entry
+from world_distill.structs import PyTree
+
+FORMATS = ("diffusers", "comfy", "merged")
+SHARD_BYTES = 4 * 10**9  # of a merged model's files
+NAME = "diffusion_pytorch_model"
+
+
+def write_merged(
+    out: pathlib.Path,
+    family: PublishedFamily,
+    base: PyTree,
+    executor: PyTree,
+    *,
+    dtype: str = "float32",
+    source: pathlib.Path | None = None,
+) -> dict[str, int]:
+    """Writes base plus Executor as a folder in diffusers' layout; returns tensors and bytes.
+
+    The folder appears when it is whole. With `source`, the other parts of that pipeline are copied beside.
+
+    Raises:
+      UserError: OUT exists, or SOURCE is no published pipeline.
+    """
+    check_target(out, source)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    summary = {"tensors": 0, "bytes": 0}
+    try:
+        for part, config in family.published_configs(base).items():
+            folder = temporary / part
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            lora = executor if part == "transformer" else None
+            entries = family.entries()[part]
+            tensors = _tensors(entries, base[part], lora, family.lora_scale, jnp.dtype(dtype), part)
+            for key, value in _write_shards(folder, tensors, entries, jnp.dtype(dtype).itemsize).items():
+                summary[key] += value
+        for path in sorted(source.iterdir()) if source else ():
+            if path.name not in ("transformer", "vae"):
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, temporary / path.name)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return summary
+
+
+def check_target(out: pathlib.Path, source: pathlib.Path | None) -> None:
+    """Raises UserError where `write_merged` could not write, before anything slow is done."""
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it, or name another folder")
+    if source is not None and not (source / "model_index.json").is_file():
+        raise UserError(f"--source {source}: no model_index.json there; name the folder of the whole pipeline")
+
+
+def published_family(family: ModelFamily) -> PublishedFamily:
+    """The family, if others have weights of it. Raises UserError."""
+    if family.linears is None:
+        raise UserError(f"model family {family.name} has no published layout to export to")
+    return family
+
+
+def count_tensors(lora: PyTree) -> int:
+    """Tensors of a LoRA file: one a block where ours are stacked."""
+    return sum(leaf.shape[0] if leaf.ndim == 3 else 1 for leaf in jax.tree.leaves(lora))
+
+
+def _tensors(
+    entries: list[Entry], base: PyTree, lora: PyTree | None, scale: float, dtype: np.dtype, part: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of one part under its published name, the Executor added."""
+    for entry in tqdm(entries, desc=part, unit="array", disable=None):
+        *parents, last = entry.path.split(".")
+        array = jax.device_get(_at(base, [*parents, last])).astype(np.float32)
+        array = array + _change(lora, parents, last, scale)
+        for name, tensor in entry.scatter(array).items():
+            yield name, tensor.astype(dtype)
+
+
+def _change(lora: PyTree | None, parents: list[str], last: str, scale: float) -> np.ndarray | float:
+    """What an Executor adds to one array."""
+    if lora is None:
+        return 0.0
+    if "full" in lora:
+        return jax.device_get(_at(lora["full"], [*parents, last]))
+    layer = _at(lora, parents)
+    if last != "kernel" or layer is None or not isinstance(layer.get("a"), jax.Array):
+        return 0.0
+    a, b = jax.device_get((layer["a"], layer["b"]))
+    return scale * (a @ b)
+
+
+def _at(tree: PyTree, path: list[str]) -> Any:
+    for name in path:
+        if tree is None:
+            return None
+        tree = tree.get(name)
+    return tree
+
+
+def _write_shards(
+    folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], entries: list[Entry], itemsize: int
+) -> dict[str, int]:
+    """Tensors in one file, or in several with an index; memory holds one file at a time."""
+    sizes = {name: int(np.prod(entry.shape)) * itemsize for entry in entries for name in entry.names}
+    shard_of, number, filled = {}, 0, 0
+    for name, size in sizes.items():
+        if filled and filled + size > SHARD_BYTES:
+            number, filled = number + 1, 0
+        shard_of[name], filled = number, filled + size
+    count = number + 1
+    files = [f"{NAME}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
+        files = [f"{NAME}.safetensors"]
+    else:
+        index = {"metadata": {"total_size": sum(sizes.values())}}
+        index["weight_map"] = {name: files[shard] for name, shard in shard_of.items()}
+        (folder / f"{NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    waiting: dict[str, np.ndarray] = {}
+    shard = 0
+    for name, tensor in tensors:
+        if shard_of[name] != shard:
+            safetensors.numpy.save_file(waiting, folder / files[shard], metadata={"format": "pt"})
+            waiting, shard = {}, shard_of[name]
+        waiting[name] = tensor
+    safetensors.numpy.save_file(waiting, folder / files[shard], metadata={"format": "pt"})
+    return {"tensors": len(sizes), "bytes": sum(sizes.values())}

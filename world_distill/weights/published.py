@@ -1,0 +1,79 @@
+"""Where published weights are, which family they belong to, and where each of their tensors goes."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+from world_distill.errors import UserError
+from world_distill.models.tensor_map import Published
+from world_distill.models.wan import params as wan
+
+# Class of the transformer in diffusers -> family, and what reads its folder.
+_READERS = {"WanTransformer3DModel": ("wan", wan.describe)}
+
+# Of a model on the Hugging Face hub, no more than what is converted; its text encoder is the larger part.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = (
+    "model_index.json",
+    *(f"{part}/*.{kind}" for part in ("transformer", "vae") for kind in ("safetensors", "json")),
+)
+
+
+def locate(source: str) -> pathlib.Path:
+    """The folder that `source` names; downloaded if it is none here, but looks like a model on the Hugging Face hub.
+
+    Raises:
+      UserError: it cannot be had from the hub.
+    """
+    path = pathlib.Path(source)
+    if path.exists() or not _HUB_NAME.fullmatch(source):
+        return path
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # no network, no such model, no permission: many kinds, and httpx's among them
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"{source} is no folder here, and the Hugging Face hub gave no model of that name ({why}). Download it"
+            f" where there is a network (`hf download {source}`), and name the folder"
+        ) from error
+
+
+def describe(folder: pathlib.Path) -> tuple[str, Published]:
+    """(family, what there is to convert) of a diffusers folder.
+
+    Raises:
+      UserError: no diffusers folder, or of no family that is known, or with parts that are not built here.
+    """
+    configs = {part: _read_config(folder / part / "config.json") for part in ("transformer", "vae")}
+    kind = configs["transformer"].get("_class_name")
+    if kind not in _READERS:
+        known = ", ".join(sorted(_READERS))
+        raise UserError(f"{folder}/transformer is a {kind}; what can be converted: {known}")
+    index = folder / "model_index.json"
+    if index.exists() and any(_read_config(index).get("transformer_2") or ()):
+        raise UserError(f"{folder} has two transformers, one for the noisier half; such a model is not built here")
+    family, read = _READERS[kind]
+    try:
+        model = read(configs["transformer"], configs["vae"])
+    except KeyError as error:
+        raise UserError(f"{folder}: a config.json of it lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}: {error}") from error
+    return family, model
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{path} is not there; a model in diffusers' layout is a folder with transformer/ and vae/"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no config: its JSON is a {type(config).__name__}")
+    return config
