@@ -137,7 +137,7 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
             yield _compile("decode", programs.decode, (base, rollout.latents), held, calls=int(judged))[0]
     if wanted("encode") and family.image_size:
         images = jax.ShapeDtypeStruct((config.encode_batch, *family.image_size, 3), np.uint8, sharding=replicated(mesh))
-        encode = jax.jit(family.encode_traceable)  # pyright: ignore[reportAttributeAccessIssue]  # with `image_size`
+        encode = jax.jit(family.encode_traceable)  # pyright: ignore[reportAttributeAccessIssue]  # see `image_size`
         yield _compile("encode", encode, (base, images), base, calls=0)[0]
 
 
