@@ -54,7 +54,7 @@ GUIDANCE = 2.0  # scale of the guided variants' Demonstrator
 HIGH_NOISE = 0.8  # lower bound of Eq. 9's integral: the first three of the sampler's six steps
 DISTILL_STEPS = 50  # of the steps, at the start, are distillation alone
 GUIDED_DISTILL_STEPS = 42  # ... with a guided Demonstrator, whose velocities cost two forwards
-STEPS = 62  # in all
+STEPS = 74  # in all
 DISTILL_RATE, RL_RATE, LAST_RATE = 4e-3, 1e-3, 1e-4  # learning rates: at first, of RL, at the end
 
 

@@ -7,6 +7,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from small import VARIANTS, make_inputs, redraw, small_config
 
@@ -18,7 +19,7 @@ from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summa
 from world_distill.programs import evaluate, train
 from world_distill.storage.checkpoints import Checkpointer
 from world_distill.structs import Condition
-from world_distill.training import run_folder
+from world_distill.training import compiled, run_folder
 from world_distill.training.compiled import make_programs
 from world_distill.weights import base_model
 
@@ -158,7 +159,7 @@ def test_roles_are_what_their_names_say(parts):
     assert [row["name"] for row in found["rows"]] == list(found["verdicts"]) == ["base", "demonstrator", "executor"]
 
 
-def test_a_run_is_opened_with_the_slow_average_of_its_newest_checkpoint(parts, tmp_path):
+def test_a_run_is_opened_with_the_slow_average_of_its_newest_checkpoint(parts, tmp_path, monkeypatch):
     config, mesh, family, _, _ = parts
     state = make_programs(config, mesh).state
     made = redraw(state.replace(step=None, key=None), 1)
@@ -169,8 +170,13 @@ def test_a_run_is_opened_with_the_slow_average_of_its_newest_checkpoint(parts, t
             saved = made.replace(step=jnp.int32(step), key=jax.random.key(0), lora_ema=ema)
             saved = jax.tree.map(lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), saved, state)
             checkpointer.save(step, saved, b"{}", {"config": {}, "fingerprint": ""})
+    # Nothing but the Executor is read, and no training program is made.
+    read, restore = [], ocp.StandardCheckpointHandler.restore
+    spy = lambda self, folder, *args, **kw: read.append(folder.name) or restore(self, folder, *args, **kw)  # noqa: E731
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", spy)
+    monkeypatch.setattr(compiled, "_make", None)
     found, step = run_folder.load_executor(config, mesh, tmp_path)
-    assert step == 2
+    assert step == 2 and read == ["executor"]
     jax.tree.map(np.testing.assert_array_equal, found, ema)
 
 

@@ -48,7 +48,9 @@ def test_encode_and_again(capsys, folder):
         "scene": "5x5x432",
     }  # fmt: skip
     said, counts = encode(capsys, folder, "--shards", "2")
-    assert said.startswith(f"{folder}/train is complete with 6 records: nothing to do\nnext: ") and counts["encoded"] == 0
+    assert (
+        said.startswith(f"{folder}/train is complete with 6 records: nothing to do\nnext: ") and counts["encoded"] == 0
+    )
     _, counts = encode(capsys, folder, "--shards", "2", "--config.model.text_width=32")
     assert counts["encoded"] == 6  # states of another encoder
 

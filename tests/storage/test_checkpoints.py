@@ -403,6 +403,51 @@ def test_key_of_another_kind_with_the_same_shape(tmp_path):
             checkpointer.restore_latest(abstract(make_state(1, "unsafe_rbg")))
 
 
+EXECUTOR = {"q": {"a": jnp.arange(6.0).reshape(2, 3)}}
+
+
+def with_executor(step):
+    executor = jax.tree.map(lambda x: x * step, EXECUTOR)
+    return {"w": jnp.ones(4) * step, "lora_ema": executor}
+
+
+def test_the_executor_is_an_item_of_its_own_and_read_alone(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore_executor(EXECUTOR) is None
+        for step in (1, 2):
+            checkpointer.save(step, with_executor(step), b"{}", METADATA)
+    assert (tmp_path / "2/executor").is_dir()
+    with Checkpointer(tmp_path) as checkpointer:
+        found, step = checkpointer.restore_executor(EXECUTOR)
+        assert step == 2
+        assert_equal(found, with_executor(2)["lora_ema"])
+        whole, _, _ = checkpointer.restore_latest(with_executor(0))
+        assert_equal(whole, with_executor(2))
+        with pytest.raises(CheckpointError, match="lora_ema/q/a"):
+            checkpointer.restore_executor({"q": {"a": jnp.zeros((2, 4))}})
+
+
+@pytest.mark.parametrize("damage", ["gone", "zeroed", "cut"])
+def test_a_damaged_executor_is_passed_over(tmp_path, damage, caplog):
+    def state(step):
+        return {"w": jnp.ones(4) * step, "lora_ema": step_with_a_large_array(step)}
+
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state(step), b"{}", METADATA)
+    folder = tmp_path / "2/executor"
+    if damage == "gone":
+        shutil.rmtree(folder)
+    else:
+        hurt(max(folder.rglob("*"), key=lambda f: f.stat().st_size), damage, random.Random(1))
+    with Checkpointer(tmp_path) as checkpointer:
+        found, step = checkpointer.restore_executor(step_with_a_large_array(3))
+        assert step == 1
+        assert_equal(found, state(1)["lora_ema"])
+        assert damage != "zeroed" or "lora_ema/w differ from what was saved" in caplog.text
+        assert_equal(checkpointer.restore_latest(state(3))[0], state(1))
+
+
 # ---- The disk
 
 

@@ -1,6 +1,5 @@
 """The training step, through a network of one hidden layer; `test_train.py` has it with a transformer."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,124 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import redraw, small_config
 
+from tests.training.toy import (
+    GRID,
+    PIECES,
+    ROWS,
+    STEPS,
+    change,
+    make_objective,
+    make_state,
+    make_step,
+    renoised,
+    run,
+)
 from world_distill.core import flow, losses, sampling
 from world_distill.devices.mesh import batch_sharding, make_mesh, replicated
 from world_distill.programs.plan import collectives
-from world_distill.settings.config import load_config, section
-from world_distill.settings.objective import Objective
-from world_distill.structs import Condition, TrainBatch, TrainState
 from world_distill.training import objective as steps
 from world_distill.training import passes
-from world_distill.training.compiled import make_programs
-
-ROWS, STEPS = 6, 4
-GRID = flow.sampling_times(STEPS, 3.0)
-DIFFUSION = sampling.flow_grpo_diffusion(GRID, 0.7)
-
-
-class Network:
-    """As much of `interfaces.ModelFamily` as a training step sees."""
-
-    latent_shape = (3, 4, 4, 2)
-    free_frames = np.array([0.0, 1.0, 1.0], np.float32)
-    shapes = {"pixel": (2, 16), "clip": (16, 16), "text": (8, 16), "time": (16,), "out": (16, 2)}
-
-    def denoise(self, base, lora, x_t, t, condition):
-        x = jnp.concatenate([condition.scene, x_t[:, 1:]], axis=1)
-        time = (t[:, None] * self.free_frames)[:, :, None, None, None] * base["time"]
-        h = jnp.tanh(x @ base["pixel"] + time + (condition.text.mean(1) @ base["text"])[:, None, None, None])
-        h = h + jnp.tanh(h.mean((1, 2, 3)) @ base["clip"])[:, None, None, None]
-        out = base["out"] if lora is None else base["out"] + lora["out"]["a"] @ lora["out"]["b"]
-        return h @ out * self.free_frames[:, None, None, None]
-
-
-@pytest.fixture(scope="module")
-def family():
-    return Network()
-
-
-@pytest.fixture(scope="module")
-def base(family):
-    return redraw({name: jnp.zeros(shape) for name, shape in family.shapes.items()}, 0, 0.5)
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return redraw({"out": {"a": jnp.zeros((16, 4)), "b": jnp.zeros((4, 2))}}, 2)
-
-
-def make_objective(**changes) -> Objective:
-    settings = section(load_config("sandbox").objective, Objective)
-    return dataclasses.replace(
-        settings, **{"rl_weight": 1.0, "awm_ratio_temperature": 1.0, "minibatches": 1, "tied": 0, **changes}
-    )
-
-
-@pytest.fixture(scope="module")
-def batch(family, base, lora) -> TrainBatch:
-    """Rollouts along the ODE."""
-    return make_batch(family, base, lora)
-
-
-@pytest.fixture(scope="module")
-def noisy(family, base, lora) -> TrainBatch:
-    """Rollouts by Flow-GRPO's stochastic steps."""
-    return make_batch(family, base, lora, DIFFUSION)
-
-
-def flat(x):
-    return x.reshape(*x.shape[:3], -1)
-
-
-def make_batch(family, base, lora, diffusion=None) -> TrainBatch:
-    @jax.jit
-    def make(base, lora, key):
-        f, h, w, c = family.latent_shape
-        scene = jax.random.normal(key, (ROWS, 1, h, w, c))
-        mask = jnp.ones((ROWS, 3), bool)
-        task, solution = (
-            Condition(jax.random.normal(jax.random.fold_in(key, i), (ROWS, 3, 8)), mask, scene) for i in (1, 2)
-        )
-        rollout = sampling.rollout(
-            family.denoise, base, lora, task, sampling.sample_keys(key, jnp.arange(ROWS)), times=GRID,
-            latent_shape=family.latent_shape, frame_mask=family.free_frames, diffusion=diffusion, keep_states=True,
-        )  # fmt: skip
-        shown = jax.lax.map(
-            lambda job: family.denoise(base, None, job[0], jnp.full(ROWS, job[1]), solution),
-            (rollout.states, jnp.asarray(GRID[:-1])),
-        )
-        return TrainBatch(
-            task=task, solution=solution, latents=rollout.latents,
-            states=flat(jnp.concatenate([rollout.states, rollout.latents[None]])), demonstrator=flat(shown),
-            log_probs=rollout.log_probs, advantages=jnp.array([1.0, -1.0, 0.5, -0.5, 0.2, -0.2]),
-            valid=jnp.ones(ROWS, bool),
-        )  # fmt: skip
-
-    return make(base, lora, jax.random.key(5))
-
-
-def make_state(optimizer, lora):
-    copy = lambda: jax.tree.map(jnp.copy, lora)  # noqa: E731
-    return TrainState(jnp.zeros((), jnp.int32), copy(), copy(), copy(), optimizer.init(lora), jax.random.key(9))
-
-
-@functools.cache
-def make_step(family, objective, rate, diffuses):
-    """The jitted training step, with plain gradient descent; one for all tests of the same settings."""
-    return jax.jit(steps.make_train_step(family, objective, optax.sgd(rate), GRID, DIFFUSION if diffuses else None))
-
-
-def run(family, base, lora, batch, objective, rate=1.0, diffuses=False):
-    return make_step(family, objective, rate, diffuses)(make_state(optax.sgd(rate), lora), base, batch)
-
-
-def change(before, after):
-    return jax.tree.map(lambda a, b: np.asarray(b) - np.asarray(a), before, after)
-
-
-PIECES = {"tied": 1, "minibatches": 2, "micro_batch": 1}
 
 
 @pytest.mark.parametrize(
@@ -427,120 +326,3 @@ def test_other_anchors_pull_towards_their_reference(family, base, lora, noisy, f
         state, metrics = step(state.replace(step=jnp.zeros((), jnp.int32)), base, batch)
         values.append(float(metrics[f"train/{name}"]))
     assert 0 < values[1] < values[0]
-
-
-# ---- Which policy, which text, which key
-
-
-def leaf(tree) -> np.ndarray:
-    return np.asarray(tree["out"]["a"])
-
-
-def test_the_slow_average_by_hand(family, base, lora, batch):
-    """Two updates: decays 1/10 and 2/11 while it warms up."""
-    objective = make_objective(rl="none", beta_d=1.0, updates=1, draws=2, ema_decay=0.9)
-    step, states = make_step(family, objective, 0.1, False), [make_state(optax.sgd(0.1), lora)]
-    before = leaf(lora)
-    states.append(step(states[0], base, batch)[0])
-    first = leaf(states[1].lora)
-    average = first + 0.1 * (before - first)
-    np.testing.assert_allclose(leaf(states[1].lora_ema), average, atol=1e-6)
-    second_state = step(states[1], base, batch)[0]
-    second = leaf(second_state.lora)
-    np.testing.assert_allclose(leaf(second_state.lora_ema), second + 2 / 11 * (average - second), atol=1e-6)
-    assert np.abs(second - first).max() > 1e-4 and np.abs(first - before).max() > 1e-4
-
-
-def test_the_slow_average_within_a_step(family, base, lora, batch):
-    """It counts updates: after two, weights that stay put are where they were, and its decay is that of two."""
-    objective = make_objective(rl="none", beta_d=1.0, updates=2, draws=2, ema_decay=0.9)
-    start = make_state(optax.sgd(0.0), lora).replace(lora_ema=jax.tree.map(lambda x: 3.0 * x, lora))
-    state, _ = make_step(family, objective, 0.0, False)(start, base, batch)
-    np.testing.assert_allclose(leaf(state.lora_ema), leaf(lora) * (1 + 2 * (1 / 10) * (2 / 11)), rtol=1e-5)
-
-
-def test_awm_by_hand(family, base, lora, batch):
-    """One draw: the gradient of A t m with the `t` weighting, on free frames."""
-    objective = make_objective(rl="awm", beta_d=0.0, updates=1, draws=1, awm_weighting="t", awm_old="start")
-    state, _ = run(family, base, lora, batch, objective)
-    t, x_t, target = renoised(family, batch, objective, lora)
-
-    def direct(weights):
-        error = (family.denoise(base, weights, x_t, t, batch.task) - target)[:, 1:]
-        return (batch.advantages * t * (error**2).mean((1, 2, 3, 4))).mean()
-
-    by_hand = jax.tree.map(jnp.negative, jax.jit(jax.grad(direct))(lora))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), change(lora, state.lora), by_hand)
-
-
-def renoised(family, batch, objective, lora):
-    """(times, noisy clips, their velocities' target) of a first update with one draw."""
-    key = jax.random.split(jax.random.fold_in(make_state(optax.sgd(1.0), lora).key, 0), 1)[0]
-    draw = steps.draw_rows(key, objective, batch, GRID, None)
-    t = jnp.asarray(GRID)[draw.renoised[0]]
-    eps = sampling.initial_noise(draw.keys[0], batch.task.scene, family.latent_shape, family.free_frames)
-    x_t = sampling.pin_frames(flow.interpolate(batch.latents, eps, t), batch.task.scene, family.free_frames)
-    return t, x_t, flow.velocity(batch.latents, eps)
-
-
-def test_rows_draws_and_steps_have_noise_of_their_own(family, base, lora, batch):
-    objective = make_objective(draws=3)
-    draw = steps.draw_rows(jax.random.key(0), objective, batch, GRID, None)
-    keys = np.asarray(jax.random.key_data(draw.keys)).reshape(3 * ROWS, -1)
-    assert len(np.unique(keys, axis=0)) == 3 * ROWS
-    objective = make_objective(rl="awm", beta_d=0.0, updates=2, draws=1)
-    step = make_step(family, objective, 1e-3, False)
-    moved = []
-    for number in (0, 0, 1):
-        state = make_state(optax.sgd(1e-3), lora).replace(step=jnp.asarray(number, jnp.int32))
-        moved.append(leaf(step(state, base, batch)[0].lora) - leaf(lora))
-    np.testing.assert_array_equal(moved[0], moved[1])
-    assert np.abs(moved[2] - moved[0]).max() > 1e-2 * np.abs(moved[0]).max()
-
-
-def ratio_of(family, base, lora, batch, old, **changes):
-    objective = make_objective(rl="awm", beta_d=0.0, updates=1, draws=2, awm_old=old)
-    state = make_state(optax.sgd(1.0), lora).replace(**changes)
-    state, metrics = make_step(family, objective, 1.0, False)(state, base, batch)
-    return abs(float(metrics["train/ratio"]) - 1), state
-
-
-def test_the_ratio_is_to_the_policy_that_is_named(family, base, lora, batch):
-    other = lambda: jax.tree.map(lambda x: 1.5 * x, lora)  # noqa: E731  (a step gives away its buffers)
-    assert ratio_of(family, base, lora, batch, "start")[0] < 1e-6
-    assert ratio_of(family, base, lora, batch, "ema")[0] < 1e-6
-    assert ratio_of(family, base, lora, batch, "ema", lora_old=other())[0] > 1e-3
-    assert ratio_of(family, base, lora, batch, "start", lora_old=other())[0] < 1e-6
-    # Where rollouts run a step ahead, the policy that made them is the one of a step ago.
-    moved, state = ratio_of(family, base, lora, batch, "start", lora_rolled=other())
-    assert moved > 1e-3
-    np.testing.assert_array_equal(leaf(state.lora_rolled), leaf(lora))
-
-
-def test_the_base_is_told_the_task_and_the_demonstrator_the_solution(family, base, lora, batch, noisy):
-    """An Executor that equals the base is at no distance from it, told the same; and from the Demonstrator it is."""
-    fresh = jax.tree.map(jnp.zeros_like, lora)
-    objective = make_objective(
-        rl="awm", beta_d=1.0, anchor_states="renoised", updates=1, draws=2, beta_base=1.0, beta_old=1.0
-    )
-    _, metrics = run(family, base, fresh, batch, objective)
-    assert float(metrics["train/base"]) < 1e-10 and float(metrics["train/old"]) < 1e-10
-    assert float(metrics["train/anchor"]) > 1e-3
-    _, alike = run(family, base, fresh, batch.replace(solution=batch.task), objective)
-    assert float(alike["train/anchor"]) < 1e-10
-    objective = make_objective(rl="flow_grpo", beta_d=0.0, grpo_beta=1.0, updates=1, draws=2)
-    _, metrics = run(family, base, fresh, noisy, objective, diffuses=True)
-    assert float(metrics["train/kl"]) < 1e-10
-    _, metrics = run(family, base, lora, noisy, objective, diffuses=True)
-    assert float(metrics["train/kl"]) > 1e-4
-
-
-def test_the_learning_rate_follows_training_steps_and_not_updates(tmp_path):
-    rates = {"optimizer.learning_rate": ((0, 1e-3), (2, 0.0)), "objective.updates": 2, "optimizer.eps": 1e-12}
-    made = make_programs(small_config(tmp_path, **rates), make_mesh(devices=jax.devices()[:1]))
-    weights = jax.tree.map(lambda x: jnp.zeros(x.shape), made.state.lora)
-    state, sizes = made.optimizer.init(weights), []
-    for _ in range(5):
-        changes, state = made.optimizer.update(jax.tree.map(jnp.ones_like, weights), state, weights)
-        sizes.append(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(changes)))
-    np.testing.assert_allclose(sizes, [1e-3, 1e-3, 5e-4, 5e-4, 0.0], rtol=1e-3, atol=1e-9)
