@@ -8,7 +8,6 @@ learns to please the oracle rather than to do the task shows as a gap between th
 
 import dataclasses
 import re
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -143,8 +142,8 @@ class Blob:
             mine = owners[f] == own
             if thing.shape != "ring":
                 mine = _solid(mine)
-            found: Any = ndimage.label(mine, structure=np.ones((3, 3)))
-            labels, count = found
+            found = ndimage.label(mine, structure=np.ones((3, 3)))
+            labels, count = found  # pyright: ignore[reportGeneralTypeIssues]  # a pair, as no output is given
             sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
             around = owners[f, max(0, y0) : y0 + span, max(0, x0) : x0 + span]
             hidden[f] = _solid((around >= 0) & (around != own)).sum() >= 0.1 * cell**2
