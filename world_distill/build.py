@@ -107,7 +107,8 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
     """
     count = hosts.start()
     own = max(config.host_devices // count, 1)
-    if jax.config.jax_num_cpu_devices < own and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags: Any = jax.config  # its attributes are made at run time
+    if flags.jax_num_cpu_devices < own and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Too late if JAX is in use already (a notebook): then take the devices that there are.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", own)

@@ -90,7 +90,9 @@ class ModelFamily(Protocol):
 
 
 class PublishedFamily(ModelFamily, Protocol):
-    """A family whose weights are published in diffusers' layout; its `linears` are not None."""
+    """A family whose weights are published in diffusers' layout."""
+
+    linears: Mapping[str, tuple[str, str]]  # not None
 
     def entries(self) -> dict[str, list[Any]]:
         """`models.params.Entry` of every published tensor, by part of the base."""

@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from world_distill.programs import probe
 
     config = arguments.config_from(args)
-    folder = args.data or (pathlib.Path(config.data) if config.data else None)
-    _check(args, folder)
+    folder = _check(args, args.data or (pathlib.Path(config.data) if config.data else None))
     reader = RecordReader(folder, args.name, EncodedRecord)
     limit = (0 if args.keep else SAMPLE) if args.limit is None else args.limit
     with arguments.progress_bar("clip") as show:
@@ -71,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, folder: pathlib.Path | None) -> None:
+def _check(args: argparse.Namespace, folder: pathlib.Path | None) -> pathlib.Path:
+    """The folder of the records. Raises UserError where it is not given, or flags do not go together."""
     if folder is None:
         raise UserError("--data is needed: the folder of the encoded records (`world-distill encode`)")
     if args.clips < 1 or (args.limit or 0) < 0:
@@ -80,3 +80,4 @@ def _check(args: argparse.Namespace, folder: pathlib.Path | None) -> None:
         raise UserError("--keep looks at all tasks: leave --limit out")
     if args.keep == args.name:
         raise UserError(f"--keep {args.keep} would replace the records that are looked at: give another name")
+    return folder

@@ -82,8 +82,9 @@ def combine_rewards(
         if weight == 0:
             continue
         reward = np.asarray(scores[name], np.float64)
-        if limits.get(name) is not None:
-            reward = np.clip(reward, -limits[name], limits[name])
+        limit = limits.get(name)
+        if limit is not None:
+            reward = np.clip(reward, -limit, limit)
         try:
             reward, ids, mask = _prepare(reward, groups, valid)
         except ValueError as error:

@@ -85,7 +85,7 @@ def sampling_times(
             raise ValueError(f"a sampler needs at least one step, got steps={steps}")
         if not shift > 0:
             raise ValueError(f"the time shift must be positive, got {shift}")
-        times = shift_times(np.linspace(1.0, 0.0, steps + 1, dtype=np.float64), shift)
+        times = np.asarray(shift_times(np.linspace(1.0, 0.0, steps + 1, dtype=np.float64), shift))
     else:
         if shift != 1.0:
             raise ValueError(f"explicit times are used as they are, but shift={shift} was given")

@@ -7,6 +7,7 @@ from v, and so do rollouts if that is asked for. The Demonstrator's v may be the
 is trained to it needs no guidance, and so half of the forward passes.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -51,7 +52,8 @@ def guided(
                 f"texts have shape {condition.text.shape[1:]} (tokens, width), the negative text {negative.shape}: "
                 "encode both with the same model and pad them to the same length"
             )
-        without = condition.replace(
+        without = dataclasses.replace(
+            condition,
             text=jnp.broadcast_to(negative.astype(condition.text.dtype), condition.text.shape),
             text_mask=jnp.broadcast_to(negative_mask, condition.text_mask.shape),
         )

@@ -19,6 +19,7 @@ unchanged policy is already off 1.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +199,7 @@ def rollout(
         raise ValueError(f"diffusion has shape {g.shape}, but the grid has {k} steps")
     still = jnp.zeros_like(condition.scene, jnp.float32)
 
-    def step(x, inputs):
+    def step(x, inputs) -> tuple[Array, Any]:
         t, t_next, g, index = inputs
         v = denoise(base, lora, x, jnp.broadcast_to(t, x.shape[:1]), condition)
         v = pin_frames(jnp.asarray(v, jnp.float32), still, frame_mask)

@@ -7,6 +7,7 @@ keeps close behind the policy and serves as a trust region.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,13 @@ def piecewise_linear(
     Raises:
         ValueError: no points, a point that is not a finite pair, or steps that do not rise.
     """
-    if np.ndim(points) == 0:
-        points = [(0.0, points)]
-    table = np.asarray(points, np.float64)
+    pairs: Any = [(0.0, points)] if np.ndim(points) == 0 else points
+    table = np.asarray(pairs, np.float64)
     if table.ndim != 2 or table.shape[0] == 0 or table.shape[1] != 2:
-        raise ValueError(f"need (step, value) pairs, got {points!r}")
+        raise ValueError(f"need (step, value) pairs, got {pairs!r}")
     steps, values = table.T.astype(np.float32)
     if not np.isfinite(table).all() or not (np.diff(steps) > 0).all():
-        raise ValueError(f"need finite points with strictly rising steps, got {points!r}")
+        raise ValueError(f"need finite points with strictly rising steps, got {pairs!r}")
 
     def schedule(step: Num[ArrayLike, ""]) -> Float[Array, ""]:
         return jnp.interp(jnp.asarray(step, jnp.float32), steps, values)

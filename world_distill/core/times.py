@@ -79,4 +79,4 @@ def logit_normal_times(key: Key[Array, ""], count: int, shift: float) -> Float[A
 
 def uniform_times(key: Key[Array, ""], count: int, shift: float, low: float) -> Float[Array, " count"]:
     """Shifted times of uniform ones in [low, 1], rising, from `count` equal strata."""
-    return shift_times(low + (1 - low) * _stratified_units(key, count), shift)
+    return jnp.asarray(shift_times(low + (1 - low) * _stratified_units(key, count), shift))

@@ -58,7 +58,7 @@ def unipc_schedule(steps: int, shift: float = 1.0) -> UniPCSchedule:
     if not 0 < shift < np.inf:
         raise ValueError(f"the time shift must be positive and finite, got {shift}")
     even = np.linspace(1.0, 1 / TRAINING_TIMESTEPS, steps + 1, dtype=np.float64)[:-1]
-    t = shift_times(even, shift)
+    t = np.asarray(shift_times(even, shift))
     t[0] = 1 - 1e-6
     told = np.trunc(t * TRAINING_TIMESTEPS) / TRAINING_TIMESTEPS
     times = np.append(t, 0.0).astype(np.float32)

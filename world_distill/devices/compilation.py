@@ -12,6 +12,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import logging
@@ -22,6 +23,7 @@ _COMPILED = "backend_compile_duration"
 _TRACES = "jax._src.interpreters.partial_eval"
 _DISK = ("jax._src.compiler", "jax._src.compilation_cache")
 _MISS = "TRACING CACHE MISS"
+_FLAGS: Any = jax.config  # its attributes are made at run time
 
 
 def keep_programs(platform: str) -> None:
@@ -32,7 +34,7 @@ def keep_programs(platform: str) -> None:
     it, compiler and device included, so results are the same with it and without. Not on a CPU unless the folder is
     set: a program compiled on one model of CPU may not run on another, and folders are shared by machines.
     """
-    if platform == "cpu" or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if platform == "cpu" or _FLAGS.jax_compilation_cache_dir or not _FLAGS.jax_enable_compilation_cache:
         return
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     folder = pathlib.Path(home) / "world_distill" / "jax"
@@ -56,7 +58,7 @@ class Compiles:
         self._found: list[tuple[str, float]] | None = None  # of the visit that is under way
         self._expected = False
         self._reasons: list[str] = []
-        self._explains = not jax.config.jax_explain_cache_misses  # else the user wants to read them all
+        self._explains = not _FLAGS.jax_explain_cache_misses  # else the user wants to read them all
         python_logging.getLogger(_TRACES).addFilter(self._hear_reason)
         for name in _DISK:
             python_logging.getLogger(name).addFilter(self._no_news)
@@ -113,14 +115,14 @@ class Compiles:
         """Whether a record is more than that a program was not on disk, or was not worth being put there."""
         return not self._explains or not record.getMessage().startswith(("PERSISTENT", "Not writing persistent"))
 
-    def _hear(self, event: str, seconds: float, **kwargs) -> None:
+    def _hear(self, event: str, duration_secs: float, **kwargs) -> None:
         if not event.startswith(_EVENTS) or threading.get_ident() != self._thread:
             return
         end = time.perf_counter()
-        start = end - seconds
+        start = end - duration_secs
         # A function is traced inside of the one that calls it.
         while self._spans and self._spans[-1][0] >= start:
             self._spans.pop()
         self._spans.append((start, end))
         if event.endswith(_COMPILED) and self._found is not None:
-            self._found.append((kwargs.get("fun_name", "a program"), seconds))
+            self._found.append((kwargs.get("fun_name", "a program"), duration_secs))

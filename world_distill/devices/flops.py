@@ -52,15 +52,19 @@ def inner(params: dict[str, Any]) -> list[core.ClosedJaxpr | core.Jaxpr]:
     return found
 
 
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
 def _product(equation: core.JaxprEqn) -> float:
     (left, _), _ = equation.params["dimension_numbers"]
-    a = equation.invars[0].aval.shape
+    a = _shape(equation.invars[0])
     contracted = math.prod(a[i] for i in left)
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * contracted
+    return 2.0 * math.prod(_shape(equation.outvars[0])) * contracted
 
 
 def _convolution(equation: core.JaxprEqn) -> float:
-    kernel = equation.invars[1].aval.shape
+    kernel = _shape(equation.invars[1])
     numbers = equation.params["dimension_numbers"].rhs_spec  # out features, in features of a group, space ...
     per_output = math.prod(kernel[i] for i in numbers[1:])
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
+    return 2.0 * math.prod(_shape(equation.outvars[0])) * per_output

@@ -15,6 +15,7 @@ replicated on every device, and nothing says so.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from world_distill.structs import PyTree
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # Pairs, as `flax.nnx.logical_axis_rules` takes them. None: never split.
-RULES = (
+RULES: tuple[tuple[str, Any], ...] = (
     ("batch", ("data", "fsdp")),
     ("length", "context"),  # tokens of a clip
     ("stream", ("context", "tensor")),  # the same on the residual stream, where each token is by itself

@@ -29,9 +29,9 @@ def overview(cache: JudgmentCache) -> dict[str, Any]:
     for entry in cache.entries(where=_REPEATED, part=2**62):  # in one go: finding them takes a while
         about_one[entry.about.clip, entry.about.question, entry.about.task].append(entry)
     pairs: dict[tuple[str, str, str], list[tuple[Entry, Entry]]] = defaultdict(list)
-    for entries in about_one.values():
+    for (_, question, _), entries in about_one.items():
         for one, other in itertools.combinations(entries, 2):
-            pairs[one.about.question, _asker(one), _asker(other)].append((one, other))
+            pairs[question, _asker(one), _asker(other)].append((one, other))
     return {
         "judgments": sum(map(len, values.values())),
         "by_question": [

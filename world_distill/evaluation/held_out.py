@@ -55,11 +55,11 @@ class HeldOut:
           own: their numbers among all.
           records: `ids`, `task` and `agent` of all clips.
         """
-        ids, tasks, agents = ([records[name][i] for i in own] for name in ("ids", "task", "agent"))
+        ids, tasks, agents = ([records[name][int(i)] for i in own] for name in ("ids", "task", "agent"))
         parts = []
         for (judge, rubric), questions in ((self._held, self._held[1].names), (self._reward, self._compared)):
             found = np.zeros((len(own), len(questions)))
-            if questions and len(own):
+            if judge is not None and questions and len(own):
                 judgment = judge_clips(judge, self._cache, clips, tasks, agents, rubric, questions, records=ids)
                 found = np.stack([judgment.scores[question] for question in questions], axis=1)
             parts.append(found)

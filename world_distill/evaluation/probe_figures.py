@@ -48,7 +48,7 @@ class Probed:
     @property
     def judged(self) -> np.ndarray:
         """Tasks that have such a pair, [n] bool."""
-        return self.valid.any(axis=1)
+        return np.any(self.valid, axis=1)
 
     def by_task(self, role: str, question: str, figure: str) -> Float[np.ndarray, " n"]:
         """Mean over a task's valid pairs of its "log_odds" or its "rate"; NaN without any."""
@@ -114,7 +114,7 @@ def standing(row: Mapping[str, Any]) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as Markdown: Demonstrator, Executor and their difference, as rates and as log-odds; the largest kinds."""
     sizes = {row["group"]: row["tasks"] for row in rows}
-    shown = sorted(sizes, key=sizes.get, reverse=True)[: 1 + _MOST_KINDS]  # all tasks together come first
+    shown = sorted(sizes, key=sizes.__getitem__, reverse=True)[: 1 + _MOST_KINDS]  # all tasks together come first
     lines = [
         "| tasks | question | rate, Demonstrator | rate, Executor | difference"
         " | log-odds, Demonstrator | log-odds, Executor | difference | n |",

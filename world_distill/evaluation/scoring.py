@@ -101,7 +101,7 @@ class Evaluator:
                 watch(clips, own, {name: batch[name][:count] for name in ("ids", "task", "agent")})
             scores = hosts.join_rows(own, self._check(clips, own, batch), count)
             for i in range(count):
-                answers = dict(zip(QUESTIONS, scores[i].tolist(), strict=True))
+                answers: dict[str, float] = dict(zip(QUESTIONS, scores[i].tolist(), strict=True))
                 verdicts.append(
                     Verdict(batch["ids"][i], batch["task"][i], batch["agent"][i], batch["kind"][i], answers)
                 )
@@ -144,6 +144,7 @@ class Evaluator:
         """What the benchmark says [n, questions] about clips, whose numbers in the batch are `own`."""
         if not len(own):
             return np.zeros((0, len(QUESTIONS)))
+        assert self._benchmark is not None  # `run` is of no use without one
         scores = self._benchmark.check(clips, [batch["task"][i] for i in own], [batch["image_png"][i] for i in own])
         return np.stack([np.asarray(scores[question], np.float64) for question in QUESTIONS], axis=1)
 

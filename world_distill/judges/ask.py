@@ -21,7 +21,7 @@ def judge_clips(
     rubric: Rubric,
     questions: Sequence[str],
     *,
-    records: Sequence[str] | None = None,
+    records: Sequence[str | None] | None = None,
 ) -> Judgment:
     """Answers about every clip, from the cache where it has them.
 
@@ -33,7 +33,7 @@ def judge_clips(
       agents: [b] names.
       rubric: has the templates.
       questions: names in `rubric`.
-      records: [b] ids of the tasks' records, which the cache notes.
+      records: [b] ids of the tasks' records, which the cache notes; None where one is not known.
 
     Returns:
       Judgment with `scores[question]` [b] float64. An answer with an error, or that is not finite, is NaN there and
@@ -45,8 +45,8 @@ def judge_clips(
       CacheError: the cache's file fails.
     """
     clips = np.asarray(clips)
-    records = [None] * len(clips) if records is None else records
-    if len({len(clips), len(tasks), len(agents), len(records)}) > 1 or not questions:
+    names: Sequence[str | None] = [None] * len(clips) if records is None else records
+    if len({len(clips), len(tasks), len(agents), len(names)}) > 1 or not questions:
         raise ValueError(f"{len(clips)} clips, {len(tasks)} tasks, {len(agents)} agents, {len(questions)} questions")
     requests: dict[str, JudgeRequest] = {}  # by key, clip by clip: a judge can then share the video's part of the work
     about: dict[str, About] = {}
@@ -57,7 +57,7 @@ def judge_clips(
             text = rubric.render(name, tasks[i], agents[i])
             key = keys[i, j] = make_key(digests[i], text, judge.name)
             requests.setdefault(key, JudgeRequest(clip=clip, question=text))
-            about.setdefault(key, About(digests[i].hex(), name, text, tasks[i], agents[i], records[i], version))
+            about.setdefault(key, About(digests[i].hex(), name, text, tasks[i], agents[i], names[i], version))
     known = cache.get_many(list(requests)) if cache is not None else {}
     asked = [key for key in requests if key not in known]
     if asked:
@@ -69,7 +69,7 @@ def judge_clips(
                 cache.keep(digest.hex(), clip)
     return Judgment(
         scores={name: scores[:, j] for j, name in enumerate(questions)},
-        valid=np.isfinite(scores).all(axis=1),
+        valid=np.all(np.isfinite(scores), axis=1),
         hits=len(requests) - len(asked),
         misses=len(asked),
     )

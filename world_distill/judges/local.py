@@ -6,7 +6,7 @@ there gives what the whole gives, which the self-test finds out.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -126,7 +126,7 @@ class LocalJudge:
     def _judge(self, clip: np.ndarray, questions: Sequence[str]) -> list[JudgeAnswer]:
         """Answers about one clip."""
         images = chosen_images(clip, frames=self._frames, max_side=self._max_side)
-        answers: list[JudgeAnswer | None] = [None] * len(questions)
+        answers: dict[int, JudgeAnswer] = {}
         sound = {}
         for i, question in enumerate(questions):
             try:
@@ -142,9 +142,9 @@ class LocalJudge:
             else:
                 self._masses.append(reading.mass)
                 answers[i] = JudgeAnswer(reading.log_odds)
-        return answers
+        return [answers[i] for i in range(len(questions))]
 
-    def _log_probs(self, conversations: Sequence[Sequence[Message]]) -> Sequence[np.ndarray]:
+    def _log_probs(self, conversations: Sequence[Sequence[Message]]) -> Iterable[np.ndarray]:
         if self._share and conversations:
             return self._vlm.shared_log_probs(conversations, batch=self._batch)
         return [self._vlm.next_token_log_probs(conversation) for conversation in conversations]

@@ -87,7 +87,11 @@ def make_body(rules: Rules, form: Form, urls: list[str], question: str) -> dict[
     content = [{"type": "text", "text": INTRO}]
     content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content += [{"type": "text", "text": question}]
-    return {"model": rules.model, "messages": [{"role": "user", "content": content}]} | form.fields | dict(rules.extra)
+    return (
+        {"model": rules.model, "messages": [{"role": "user", "content": content}]}
+        | dict(form.fields)
+        | dict(rules.extra)
+    )
 
 
 async def find_form(client: Client, server: Server, rules: Rules) -> Form:
@@ -167,6 +171,7 @@ async def _probe(client: Client, server: Server, rules: Rules, form: Form) -> No
 async def _ask(client: Client, server: Server, rules: Rules, form: Form, urls: list[str], question: str) -> Reading:
     where = f"judge server {server.label}: {rules.model}"
     body = make_body(rules, form, urls, question)
+    malformed = ""
     for _ in range(3):
         reply = await client.send_patiently(server, "/chat/completions", body)
         try:

@@ -131,7 +131,7 @@ class ServerJudge:
         return lines
 
     async def _ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
-        answers: list[JudgeAnswer | None] = [None] * len(requests)
+        answers: dict[int, JudgeAnswer] = {}
         clips: dict[int, list[int]] = {}  # the requests of each array
         for i, request in enumerate(requests):
             clips.setdefault(id(request.clip), []).append(i)
@@ -149,10 +149,10 @@ class ServerJudge:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
-        return answers
+        return [answers[i] for i in range(len(requests))]
 
     async def _judge(
-        self, requests: Sequence[JudgeRequest], numbers: Sequence[int], answers: list[JudgeAnswer | None]
+        self, requests: Sequence[JudgeRequest], numbers: Sequence[int], answers: dict[int, JudgeAnswer]
     ) -> None:
         """All questions about one clip."""
         urls = await asyncio.to_thread(self._rules.urls, requests[numbers[0]].clip)

@@ -49,7 +49,7 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, implementation=kind)
 
 
-def suited(platform: str, q: Float[Array, "b n h e"]) -> str:
+def suited(platform: str, q: Float[Array, "b n h e"]) -> AttentionKind:
     """The kind of attention for a platform and queries of this type and head width."""
     if platform == "cpu":
         return "blocked"
@@ -153,7 +153,7 @@ def splash_attention(
         segments = jax.tree.map(lambda s: s.astype(jnp.int32), segments)
     q = filled(q * q.shape[-1] ** -0.5, n_full)
     y = jax.vmap(lambda q, k, v: run(q, k, v, segment_ids=segments))(q, filled(k, m_full), filled(v, m_full))
-    return y.transpose(0, 2, 1, 3)[:, :n]
+    return y.transpose(0, 2, 1, 3)[:, :n]  # pyright: ignore[reportAttributeAccessIssue]  # a pair only with residuals
 
 
 def _tiling(length: int) -> tuple[int, int]:

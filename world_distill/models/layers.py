@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 Lora = dict | None
@@ -117,7 +116,7 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "b *n h d"], cos: Float[ArrayLike, "*n e"], sin: Float[ArrayLike, "*n e"]
+    x: Float[Array, "b *n h d"], cos: Float[Array | np.ndarray, "*n e"], sin: Float[Array | np.ndarray, "*n e"]
 ) -> Float[Array, "b *n h d"]:
     """Rotates interleaved pairs (x[2i], x[2i+1]) of every head by the tables' angles."""
     even, odd = x[..., 0::2], x[..., 1::2]

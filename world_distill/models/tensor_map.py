@@ -58,6 +58,7 @@ class Entry:
             if stacked is None:
                 stacked = np.empty((self.blocks, *part.shape), part.dtype)
             stacked[n] = part
+        assert stacked is not None  # there is a block at least
         return stacked
 
     def scatter(self, array: np.ndarray) -> dict[str, np.ndarray]:

@@ -70,8 +70,8 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         "judge": parts.judge,
         "update": lambda: update(batch),
     }
-    if parts.show is not None:
-        jobs["demonstrator"] = lambda: jax.block_until_ready(parts.show())
+    if (show := parts.show) is not None:
+        jobs["demonstrator"] = lambda: jax.block_until_ready(show())
 
     def whole():
         made, _ = collector(state, base, draw_tasks(collection, batches, phase.rl), key, last)

@@ -10,9 +10,10 @@ from world_distill.errors import UserError
 from world_distill.training import run_folder
 from world_distill.weights.export import check_target, count_tensors, published_family, write_merged
 from world_distill.weights.lora_files import write_lora
+from world_distill.weights.lora_layouts import Layout
 
 
-def export_lora(workdir: pathlib.Path, out: pathlib.Path, *, layout: str, dtype: str = "float32") -> dict[str, Any]:
+def export_lora(workdir: pathlib.Path, out: pathlib.Path, *, layout: Layout, dtype: str = "float32") -> dict[str, Any]:
     """Writes the run's Executor as a LoRA file; returns step, tensors and bytes.
 
     Raises:

@@ -146,17 +146,17 @@ def resolve_config(config: str | None, executor: pathlib.Path | None, overrides:
     Raises:
       UserError: neither is given, or an override does not fit.
     """
-    is_run = executor is not None and executor.is_dir()
-    if config is None and not is_run:
-        raise UserError("--config is needed: which model is it? (Only the folder of a run brings its own.)")
+    run = executor if executor is not None and executor.is_dir() else None
     if config is None:
-        loaded = run_folder.read_config(executor)
+        if run is None:
+            raise UserError("--config is needed: which model is it? (Only the folder of a run brings its own.)")
+        loaded = run_folder.read_config(run)
         override(loaded, overrides)
         return loaded
     loaded = load_config(config, overrides)
-    if is_run:
+    if run is not None:
         # The rank of the run's LoRA, and the scale that it was trained with.
-        loaded.executor = run_folder.read_config(executor).executor
+        loaded.executor = run_folder.read_config(run).executor
     return loaded
 
 
@@ -199,6 +199,7 @@ def _jobs(request: Request, family: ModelFamily, base: Callable[[], PyTree]) -> 
 
 
 def _from_records(request: Request, family: ModelFamily) -> Iterator[tuple]:
+    assert request.records is not None
     reader = RecordReader(request.records, request.name, EncodedRecord)
     kinds = ("task", "solution") if request.text == "both" else (request.text,)
     for i in range(min(request.limit or len(reader), len(reader))):

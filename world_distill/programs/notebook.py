@@ -92,6 +92,7 @@ class Model:
             raise ValueError("tell takes either a task or a solution")
         role: Literal["task", "solution"] = "task" if solution is None else "solution"
         text = task if solution is None else solution
+        assert text is not None  # as just checked
         pixels = image if isinstance(image, np.ndarray) else read_image(pathlib.Path(image))
         if self.family.image_size is not None:
             pixels = fit_image(pixels, self.family.image_size)
@@ -309,5 +310,6 @@ def save_lora(
 def _condition(rows: Sequence[Told], text_length: int) -> Condition:
     if len({row.role for row in rows}) != 1:
         raise ValueError("clips of one call are all told tasks, or all told solutions, and at least one")
-    text, mask = pad_texts([row.states for row in rows], text_length)
-    return Condition(text, mask, np.stack([row.scene for row in rows]).astype(np.float32))
+    scenes = np.stack([row.scene for row in rows]).astype(np.float32)
+    on_host: Any = (*pad_texts([row.states for row in rows], text_length), scenes)  # the programs place them
+    return Condition(*on_host)

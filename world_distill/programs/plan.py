@@ -130,45 +130,48 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
                 yield phase
         if wanted("update") and (shown is not None or not programs.shows(in_force)):
             read = shown if programs.objective.uses_visited else None
-            given = state, base, _batch(programs, rollout, task, solution, read, active).replace(negative=negative)
+            given = state, base, _batch(programs, rollout, task, solution, read, active, negative)
             yield _compile("update", programs.update[in_force], given, (base, state))[0]  # the rollout is gone by then
         if wanted("decode"):
             judged = active and bool(settings.questions)
             yield _compile("decode", programs.decode, (base, rollout.latents), held, calls=int(judged))[0]
     if wanted("encode") and family.image_size:
         images = jax.ShapeDtypeStruct((config.encode_batch, *family.image_size, 3), np.uint8, sharding=replicated(mesh))
-        encode = jax.jit(family.encode_traceable)
+        encode = jax.jit(family.encode_traceable)  # pyright: ignore[reportAttributeAccessIssue]  # see `image_size`
         yield _compile("encode", encode, (base, images), base, calls=0)[0]
 
 
 def _condition(config, family, mesh, tasks: int) -> Condition:
     length, width = config.text_length, config.model.text_width
     sharding = rows_or_whole(mesh, tasks)
-    make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
     return Condition(
-        text=make((tasks, length, width), jnp.bfloat16),
-        text_mask=make((tasks, length), jnp.bool_),
-        scene=make((tasks, 1, *family.latent_shape[1:]), jnp.float32),
+        text=_shape((tasks, length, width), jnp.bfloat16, sharding),
+        text_mask=_shape((tasks, length), jnp.bool_, sharding),
+        scene=_shape((tasks, 1, *family.latent_shape[1:]), jnp.float32, sharding),
     )
 
 
-def _batch(programs: Programs, rollout, task, solution, shown, active: bool) -> TrainBatch:
+def _batch(programs: Programs, rollout, task, solution, shown, active: bool, negative) -> TrainBatch:
     rows = batch_sharding(programs.mesh)
     count = rollout.latents.shape[0]
-    states = None
+    states: Any = None
     if rollout.states is not None:
         shape = (rollout.states.shape[0] + 1, *rollout.states.shape[1:])
         states = jax.ShapeDtypeStruct(shape, rollout.states.dtype, sharding=rollout.states.sharding)
     return TrainBatch(
         task=task, solution=solution, latents=rollout.latents, states=states, demonstrator=shown,
         log_probs=rollout.log_probs if programs.keeps_log_probs and active else None,
-        advantages=jax.ShapeDtypeStruct((count,), jnp.float32, sharding=rows),
-        valid=jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=rows),
+        advantages=_shape((count,), jnp.float32, rows), valid=_shape((count,), jnp.bool_, rows), negative=negative,
     )  # fmt: skip
 
 
+def _shape(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
+    """What stands for an array."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
 def _abstract(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return _shape(x.shape, x.dtype, sharding)
 
 
 def _compile(name: str, function: Any, given: tuple, held: PyTree, *, calls: int = 1) -> tuple[Phase, PyTree | None]:
@@ -190,11 +193,11 @@ def _compile(name: str, function: Any, given: tuple, held: PyTree, *, calls: int
     finally:
         phase.compile_seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
-    phase.arguments = memory.argument_size_in_bytes / GIB
+    arguments = phase.arguments = memory.argument_size_in_bytes / GIB
     phase.temporaries = memory.temp_size_in_bytes / GIB
     phase.output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
     phase.peak = memory.peak_memory_in_bytes / GIB
-    phase.beside = max(_bytes((given, held)) / GIB - phase.arguments, 0.0)
+    phase.beside = max(_bytes((given, held)) / GIB - arguments, 0.0)
     phase.collectives = collectives(compiled.as_text())
     result = jax.tree.map(_abstract, traced.out_info, compiled.output_shardings)
     return phase, result
@@ -253,7 +256,7 @@ def summary(config, devices: list[Any], plan: list[Phase], utilisation: float) -
         "rollouts_per_step": config.rollout.tasks * config.rollout.group,
         "utilisation": utilisation,
         "phases": [dataclasses.asdict(phase) for phase in plan],
-        "fits": not any(phase.problem or (chip and phase.peak + phase.beside > chip.hbm_gib) for phase in plan),
+        "fits": not any(phase.peak is None or (chip and phase.peak + phase.beside > chip.hbm_gib) for phase in plan),
     }
     if chip:
         seconds = sum(p.flops * p.calls for p in plan) / (len(devices) * chip.tflops * 1e12 * utilisation)

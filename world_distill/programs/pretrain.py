@@ -53,7 +53,7 @@ def make_step(family: ModelFamily, optimizer: optax.GradientTransformation, sett
     def step(state: PretrainState, clips, text, mask, key):
         count = clips.shape[0]
         time_key, noise_key = jax.random.split(jax.random.fold_in(key, state.step))
-        clean = family.encode_clips(clips)
+        clean = family.encode_clips(clips)  # pyright: ignore[reportAttributeAccessIssue]  # the one that is pretrained
         condition = Condition(text, mask, clean[:, :1])
         u = (jnp.arange(count) + jax.random.uniform(time_key, (count,))) / count
         # A share of the batch is not shifted: the last sampling steps need the small times too.
@@ -200,5 +200,7 @@ def describe(config, family: ModelFamily, command: str) -> dict[str, str]:
     facts = {"command": command, "seed": config.seed, "steps": config.pretrain.steps}
     facts["version"] = world_distill.__version__
     if config.pretrain.start:
-        facts["start"] = json.dumps(load_weights(base_model.base_path(family, config.pretrain.start))[1])
+        start = base_model.base_path(family, config.pretrain.start)
+        assert start is not None  # it is named
+        facts["start"] = json.dumps(load_weights(start)[1])
     return {name: str(value) for name, value in facts.items()}

@@ -44,7 +44,7 @@ def rejudge(cache: JudgmentCache, clips: KeptClips, judge: Judge, rubric: Rubric
     questions = [name for name in rubric.names if name in asked]
     if not questions:
         raise UserError(f"the rubric has none of the questions {', '.join(sorted(map(str, asked)))}")
-    for line in judge.check() if hasattr(judge, "check") else ():
+    for line in getattr(judge, "check", tuple)():
         console.say(f"judge: {line}")
     pairs: dict[tuple[str, str], list[tuple[Entry, Entry]]] = defaultdict(list)
     invalid, groups = 0, list(first)
@@ -98,6 +98,7 @@ def _scores(
 
 def _is_same(entry: Entry, judge: Judge, rubric: Rubric) -> bool:
     about = entry.about
+    assert about.question is not None and about.task is not None and about.agent is not None  # else it is not compared
     return entry.judge == judge.name and about.text == rubric.render(about.question, about.task, about.agent)
 
 

@@ -182,7 +182,7 @@ def train(
                 while len(waiting) > (0 if saves or evaluates or profiler.borders(step + 1) else 1):
                     settle()
             profiler.after(step + 1, clock)
-            if evaluates:
+            if evaluates and evaluator is not None and validation is not None:
                 with clock.away("evaluate"):
                     verdicts = evaluator.run(
                         validation, base, state.lora_ema, text="task", limit=config.evaluate_tasks,
@@ -216,10 +216,11 @@ def train(
 
 def _test(judge: Judge | None) -> None:
     """Tests a judge that can be, before anything slow is begun; one that cannot be reached may still come up."""
-    if not hasattr(judge, "check"):
+    check = getattr(judge, "check", None)
+    if check is None:
         return
     try:
-        for line in judge.check():
+        for line in check():
             console.say(f"judge: {line}")
     except ConnectionError as error:
         logging.warning("%s; going on: what is cached needs no judge, and for the rest it will be waited for", error)

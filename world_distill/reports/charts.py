@@ -200,7 +200,7 @@ def lines(
             whisker = f"M{px(x) - 4:.1f} {py(low_end):.1f}h8M{px(x):.1f} {py(low_end):.1f}V{py(high_end):.1f}m-4 0h8"
             out.append(f'<path d="{whisker}" {style} stroke-width="1.2"/>')
         stride = max(1, len(points) // 60)
-        for x, y in [p for p in points if p[1] is not None][::stride]:
+        for x, y in [(x, y) for x, y in points if y is not None][::stride]:
             dot = one.dots or len(points) == 1
             look = f'r="3" style="fill:{escape(one.colour)}"' if dot else 'r="6" fill="transparent"'
             tip = f"{one.label}, {x_label} {names.get(x) or number(x)}: {show(y)}"

@@ -192,8 +192,8 @@ def _read_log(contents: Contents) -> None:
             raise UserError(f"{contents.folder / 'metrics.jsonl'}: a line without a step: {str(line)[:80]}")
         for name, y in line.items():
             if name != "step" and (y is None or isinstance(y, (int, float))):
-                finite = y is not None and math.isfinite(y)
-                contents.log.setdefault(name, []).append((line["step"], float(y) if finite else None))
+                value = float(y) if y is not None and math.isfinite(y) else None
+                contents.log.setdefault(name, []).append((line["step"], value))
     contents.log = {n: points for n, points in contents.log.items() if any(y is not None for _, y in points)}
 
 
@@ -252,8 +252,10 @@ class Change:
 def changes(contents: Contents, before: str, after: str) -> list[Change]:
     """What changed from role to role, for every measure that both have; [] if one of them is missing."""
     first, second = contents.row(before), contents.row(after)
+    if first is None or second is None:
+        return []
     found = []
-    for measure in MEASURES if first and second else ():
+    for measure in MEASURES:
         a, b = first.rates[measure], second.rates[measure]
         if a is None or b is None:
             continue
@@ -274,7 +276,8 @@ def _paired(contents: Contents, before: str, after: str, measure: str) -> tuple[
     take = {"average": lambda x: x.mean(1), "all": lambda x: x.min(1)}.get(
         measure, lambda x: x[:, QUESTIONS.index(measure)]
     )
-    return tuple(float(x) for x in bootstrap_difference(take(two), take(one), samples=4000))
+    mean, low, high = (float(x) for x in bootstrap_difference(take(two), take(one), samples=4000))
+    return mean, low, high
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -86,6 +86,7 @@ def _steps_between(a: tuple[int, int], b: tuple[int, int]) -> int:
 def _pushes(world: World, scene: Scene, agent) -> list[Motion]:
     """All ways in which the agent can push the crate straight on, at least one step."""
     crate = scene.crate
+    assert crate is not None
     dx, dy = crate.place[0] - agent.place[0], crate.place[1] - agent.place[1]
     if (dx == 0) == (dy == 0):
         return []

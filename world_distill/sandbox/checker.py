@@ -83,8 +83,8 @@ def _owners(scene: Scene, clip: np.ndarray) -> np.ndarray:
     A thing's colour and its even mix with the floor (its soft edge) both count as the thing. A pixel that is far from
     all of these is nothing's.
     """
-    things = np.float32([COLOURS[t.colour] for t in scene.things])
-    ground = np.float32(FLOOR)
+    things = np.array([COLOURS[t.colour] for t in scene.things], np.float32)
+    ground = np.array(FLOOR, np.float32)
     palette = np.concatenate([ground, things, (things + ground.mean(0)) / 2])
     pixels = clip.astype(np.float32)
     distance = np.square(pixels).sum(-1)[..., None] + np.square(palette).sum(-1) - 2 * pixels @ palette.T
@@ -142,7 +142,8 @@ class Blob:
             mine = owners[f] == own
             if thing.shape != "ring":
                 mine = _solid(mine)
-            labels, count = ndimage.label(mine, structure=np.ones((3, 3)))
+            found = ndimage.label(mine, structure=np.ones((3, 3)))
+            labels, count = found  # pyright: ignore[reportGeneralTypeIssues]  # a pair, as no output is given
             sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
             around = owners[f, max(0, y0) : y0 + span, max(0, x0) : x0 + span]
             hidden[f] = _solid((around >= 0) & (around != own)).sum() >= 0.1 * cell**2

@@ -53,6 +53,7 @@ def narrate(scene: Scene, motion: Motion, style: str = "both") -> str:
             legs.append(landmark if style == "landmarks" else f"{steps} {landmark}")
     if motion.pushes:
         crate = scene.crate
+        assert crate is not None  # that is pushed
         heading = next(d for d in DIRECTIONS if d in legs[0])
         axis = 0 if DIRECTIONS[heading][0] else 1
         gap = abs(crate.place[axis] - motion.way[0][axis]) - 1

@@ -91,7 +91,7 @@ class Oracle:
     # Judge -----------------------------------------------------------------------------------------------------------
 
     def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
-        watched: dict[int, tuple[Scene, Sight]] = {}
+        watched: dict[int, tuple[Scene | None, Sight | None]] = {}
         answers = []
         for request in requests:
             if id(request.clip) not in watched:
@@ -109,7 +109,7 @@ class Oracle:
             return None
 
     def _answer(self, request: JudgeRequest, scene: Scene | None, sight: Sight | None) -> JudgeAnswer:
-        if scene is None:
+        if scene is None or sight is None:
             return JudgeAnswer(None, "the first frame shows no scene of this world")
         question = request.question.lower()
         if re.search(r"\bconsistent\b", question):
@@ -176,7 +176,8 @@ class Oracle:
         """[F] squared difference from a clean drawing, in units of the faintest thing's own."""
         area = (self.world.size / self.world.cells) ** 2 / 2
         faintest = min(
-            np.square(np.float32(COLOURS[t.colour]) - floor(self.world).mean((0, 1))).sum() for t in scene.things
+            np.square(np.array(COLOURS[t.colour], np.float32) - floor(self.world).mean((0, 1))).sum()
+            for t in scene.things
         )
         return np.square(clip - drawn.astype(np.float32)).sum((1, 2, 3)) / (area * faintest)
 
@@ -189,13 +190,14 @@ class Oracle:
         shows = mass > mass[:1] / 3
         change = np.einsum("fnhw,fhwc->fnc", np.float32(cover > 0), clip - drawn.astype(np.float32))
         change /= np.maximum(mass, 1.0)[..., None]
-        line = np.float32([COLOURS[t.colour] for t in scene.things]) - floor(self.world).mean((0, 1))
+        line = np.array([COLOURS[t.colour] for t in scene.things], np.float32) - floor(self.world).mean((0, 1))
         along = (change * line).sum(-1) / np.square(line).sum(-1)
         return np.where(shows, np.linalg.norm(change - along[..., None] * line, axis=-1), 0.0)
 
     def _crate_margin(self, scene: Scene, sight: Sight) -> float:
         """A crate moves only while an agent touches it."""
         limit = self.tolerance
+        assert scene.crate is not None
         crate = scene.index(scene.crate.name)
         agents = [scene.index(a.name) for a in scene.agents]
         moved = np.linalg.norm(np.diff(sight.centre[:, crate], axis=0), axis=-1)
@@ -204,5 +206,5 @@ class Oracle:
         return (limit.still - alone) / limit.movement_softness
 
 
-def _certainty(x: float) -> float:
+def _certainty(x: float | np.floating) -> float:
     return float(np.clip(x, -CERTAIN, CERTAIN))

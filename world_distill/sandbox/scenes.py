@@ -63,11 +63,11 @@ def write_scenes(folder: str, count: int, *, split: str, seed: int, world: dict 
       ValueError: as `draw_scenes`; or a file of that name holds another scene (another seed or world).
     """
     world = world if isinstance(world, World) else World(**world)
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    target = pathlib.Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, scene in enumerate(draw_scenes(world, count, split=split, seed=seed)):
-        path = folder / f"scene-{index:05d}.png"
+        path = target / f"scene-{index:05d}.png"
         if path.exists():
             if true_scene(path.read_bytes()) != scene:
                 raise ValueError(f"{path} holds another scene: of another seed or world? Take another folder")

@@ -90,6 +90,7 @@ def _beside_is_free(scene: Scene, agent: Thing, ring: Thing, place) -> bool:
 
 def _push(scene: Scene, agent: Thing, ring: Thing) -> list[Deed]:
     crate = scene.crate
+    assert crate is not None
     to_crate = np.subtract(crate.place, agent.place)
     to_ring = np.subtract(ring.place, crate.place)
     heading = np.sign(to_crate)

@@ -34,7 +34,7 @@ class Sight:
 def coverage(world: World, frames: np.ndarray, colours: list[str]) -> np.ndarray:
     """How much of each pixel each colour covers: [... k H W] in 0..1 for frames [... H W 3] uint8."""
     base = floor(world)
-    lines = np.stack([np.float32(COLOURS[c]) for c in colours]) - base.mean((0, 1))  # [k 3]
+    lines = np.stack([np.array(COLOURS[c], np.float32) for c in colours]) - base.mean((0, 1))  # [k 3]
     lengths = np.square(lines).sum(-1)
     dots = np.moveaxis((frames - base) @ lines.T, -1, -3)  # [... k H W]
     share = np.clip(dots / lengths[:, None, None], 0.0, 1.0)
@@ -65,7 +65,7 @@ def read_scene(world: World, image: np.ndarray) -> Scene:
         )
         shapes = SHAPES if colour in AGENT_COLOURS else ("crate",)
         fits = {s: np.square(area - _template(world, Thing(s, colour, place))).sum() for s in shapes}
-        things.append(Thing(min(fits, key=fits.get), colour, place))
+        things.append(Thing(min(fits, key=fits.__getitem__), colour, place))
     if not things:
         raise ValueError("the scene image shows no things")
     order = {"ring": 0, "crate": 1}

@@ -203,6 +203,7 @@ def trajectories(world: World, scene: Scene, motion: Motion | None, *, travel: f
     track[:, agent] = way[leg] + part * (way[leg + 1] - way[leg])
     if motion.pushes:
         heading = np.sign(way[1] - way[0])
+        assert scene.crate is not None
         crate = scene.index(scene.crate.name)
         # The crate is pushed from the moment when the agent stands one place behind it.
         gap = np.dot(places[crate] - places[agent], heading) - 1.0
@@ -233,7 +234,7 @@ def render(
     canvas = np.broadcast_to(floor(world), (count, frames, size, size, 3)).copy()
     for b in range(count):
         for n, thing in enumerate(things[b]):
-            colour = np.float32(COLOURS[thing.colour])
+            colour = np.array(COLOURS[thing.colour], np.float32)
             track = tracks[b][:, n]
             strength = np.ones(frames) if opacity is None else opacity[b][:, n]
             still = np.ptp(track, axis=0).max() == 0 and np.ptp(strength) == 0
@@ -263,7 +264,8 @@ def floor(world: World) -> np.ndarray:
     odd_up_to = edges // 2 + np.clip(edges % 2 - 1, 0, 1)
     odd = np.diff(odd_up_to) * world.size / world.cells
     share = odd[:, None] * (1 - odd[None]) + (1 - odd[:, None]) * odd[None]
-    tiles = np.float32(FLOOR[0]) + share[..., None] * (np.float32(FLOOR[1]) - np.float32(FLOOR[0]))
+    even, odds = np.array(FLOOR, np.float32)
+    tiles = even + share[..., None] * (odds - even)
     tiles = tiles.astype(np.float32)
     tiles.flags.writeable = False  # it is shared by all callers
     return tiles

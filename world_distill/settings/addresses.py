@@ -24,7 +24,9 @@ def current(address: str) -> str:
 
 def translate(section: Mapping[str, Any]) -> dict[str, Any]:
     """A section, and all in it, with today's addresses as the values of `factory`."""
-    found = {key: translate(value) if isinstance(value, Mapping) else value for key, value in section.items()}
+    found: dict[str, Any] = {
+        key: translate(value) if isinstance(value, Mapping) else value for key, value in section.items()
+    }
     if isinstance(found.get("factory"), str):
         found["factory"] = current(found["factory"])
     return found

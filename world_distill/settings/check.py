@@ -11,7 +11,7 @@ from world_distill.settings.rollout import DISTILL, RolloutSettings
 class _Rule:
     """`broken` says whether the settings break it; `reason` what to do."""
 
-    broken: Callable[[Objective, RolloutSettings], bool]
+    broken: Callable[[Objective, RolloutSettings], bool | float]
     reason: str
 
 

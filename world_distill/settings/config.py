@@ -314,7 +314,7 @@ def section(config: ConfigDict, cls: type[T]) -> T:
     return _build(config, cls, cls.__name__)
 
 
-def _build(config: ConfigDict, cls: type[T], where: str) -> T:
+def _build(config: ConfigDict, cls: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     problems = []
     for key in (k for k in config if k not in fields):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -166,7 +166,8 @@ def last_point(schedule: Schedule) -> int:
 
 
 def _points(schedule: Schedule) -> Sequence[tuple[float, float]]:
-    return schedule if np.ndim(schedule) else [(0, schedule)]
+    points: Any = schedule if np.ndim(schedule) else [(0, schedule)]
+    return points
 
 
 def _value(schedule: Schedule, step: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 _OLD_KEY, _KEY = "awm_temperature", "awm_ratio_temperature"
 
 
-def is_old(config: Mapping[str, Any]) -> bool:
+def is_old(config: Any) -> bool:
     """Whether an earlier version wrote these settings, in units of its own."""
     return _OLD_KEY in config.get("objective", {})
 
@@ -44,7 +44,7 @@ def _name_base(config: dict[str, Any]) -> None:
     config["base"] = config["base"] or "2"  # before there was "3", no name meant "2"
 
 
-def refuse(config: Mapping[str, Any]) -> None:
+def refuse(config: Any) -> None:
     """Raises ValueError where a config file has the units of an earlier version."""
     if is_old(config):
         raise ValueError(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 DISTILL = "distill"  # the reward of Eq. 9, which no judge gives
 WEIGHTS = {"task": 1.0, "agent": 1.0, "consistency": 1.0, DISTILL: 0.0}  # lambdas of Eq. 10, by default
@@ -47,8 +48,8 @@ class RolloutSettings:
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(WEIGHTS))
     distill_min_time: float = 0.0
     clip: float = 0.0
-    normalise: str = "batch"
-    std: str = "batch"
+    normalise: Literal["batch", "group", "none"] = "batch"
+    std: Literal["batch", "group", "none"] = "batch"
     std_floor: float = 0.0
     min_valid: int = 2
     max_invalid: float = 0.5

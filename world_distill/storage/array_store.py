@@ -54,7 +54,7 @@ class Writer:
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # it warns that there is no OCDBT to merge
         try:
-            ocp.partial.finalize(self.path)
+            ocp.partial.finalize(os.fspath(self.path))
         finally:
             logging.set_verbosity(verbosity)
 
@@ -70,14 +70,14 @@ class Writer:
         context.array.saving.use_ocdbt = False
         context.array.saving.use_zarr3 = False  # Orbax takes folders of it for damaged unless they are OCDBT
         with context:
-            ocp.partial.save(self.path, self._batch, custom_metadata=self._metadata)
+            ocp.partial.save(os.fspath(self.path), self._batch, custom_metadata=self._metadata)
         self._batch.clear()
 
 
 class _Borrowed(np.ndarray):
     """An array that Orbax does not copy: it does so lest others change it during the writing, and no one does."""
 
-    def __deepcopy__(self, memo: dict) -> "_Borrowed":
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> "_Borrowed":
         return self
 
 
@@ -90,15 +90,16 @@ def by_name(tree: PyTree) -> dict[str, Any]:
 def describe(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     """(shape of every array, metadata) of a converted model. Raises ConvertedError if there is none."""
     try:
-        found = ocp.metadata(pathlib.Path(path).resolve())
-        return {name: tuple(x.shape) for name, x in found.metadata.items()}, dict(found.custom_metadata or {})
+        found = ocp.metadata(os.path.realpath(path))
+        kept: Any = found.custom_metadata or {}
+        return {name: tuple(x.shape) for name, x in found.metadata.items()}, dict(kept)
     except Exception as error:  # whatever Orbax says of another kind of folder
         raise ConvertedError(f"{path}: no checkpoint of `world-distill convert` ({_first_line(error)})") from error
 
 
 def types(path: str | os.PathLike) -> dict[str, np.dtype]:
     """Type of every array of a converted model, as it is stored."""
-    return {name: np.dtype(x.dtype) for name, x in ocp.metadata(pathlib.Path(path).resolve()).metadata.items()}
+    return {name: np.dtype(x.dtype) for name, x in ocp.metadata(os.path.realpath(path)).metadata.items()}
 
 
 def load(path: str | os.PathLike, wanted: PyTree) -> PyTree:
@@ -114,7 +115,7 @@ def load(path: str | os.PathLike, wanted: PyTree) -> PyTree:
     shapes, _ = describe(path)
     leaves = by_name(wanted)
     try:
-        found = ocp.load(pathlib.Path(path).resolve(), {name: leaves.get(name, ocp.PLACEHOLDER) for name in shapes})
+        found = ocp.load(os.path.realpath(path), {name: leaves.get(name, ocp.PLACEHOLDER) for name in shapes})
     except Exception as error:
         raise ConvertedError(f"{path}: damaged ({_first_line(error)}); convert the model again") from error
     return jax.tree.unflatten(jax.tree.structure(wanted), [found[name] for name in leaves])

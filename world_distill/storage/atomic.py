@@ -47,8 +47,8 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):  # arrays and array scalars of numpy and JAX
-        return _plain(value.tolist())
+    if tolist := getattr(value, "tolist", None):  # arrays and array scalars of numpy and JAX
+        return _plain(tolist())
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -186,7 +186,7 @@ class Checkpointer:
         """
         wanted = _abstract_arrays(abstract_state)
 
-        def read(step: int, metadata: Mapping[str, Any], where: str):
+        def read(step: int, metadata: dict[str, Any], where: str):
             if expect is not None:
                 _check_same_run(metadata, expect, translate, where)
             _check_same_arrays(self._saved_arrays(step), wanted, where)
@@ -208,7 +208,7 @@ class Checkpointer:
         """
         wanted = _abstract_arrays({EXECUTOR: abstract_executor})
 
-        def read(step: int, metadata: Mapping[str, Any], where: str):
+        def read(step: int, metadata: dict[str, Any], where: str):
             saved = {path: x for path, x in self._saved_arrays(step).items() if path.startswith(f"{EXECUTOR}/")}
             _check_same_arrays(saved, wanted, where)
             arrays, problem = {}, None
@@ -224,7 +224,7 @@ class Checkpointer:
 
         return self._newest(read)
 
-    def _newest(self, read: Callable[[int, Mapping[str, Any], str], tuple[T | None, str | None]]) -> T | None:
+    def _newest(self, read: Callable[[int, dict[str, Any], str], tuple[T | None, str | None]]) -> T | None:
         """The result of `read` for the newest step that is whole, and that `read` finds nothing wrong with.
 
         `read` gets a step, its metadata and its folder's name, and gives its result and what is wrong, or None.

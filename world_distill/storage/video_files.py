@@ -11,6 +11,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -171,7 +172,7 @@ def _with_palette(frame: np.ndarray, scale: int) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[object]:
+def _replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends well, and leaves nothing when it does not."""
     path = pathlib.Path(path)
     temporary = None

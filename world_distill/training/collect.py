@@ -10,6 +10,7 @@ A rollout depends on (seed, step, row) and the weights alone, so a resumed or re
 their judgments in the cache, and goes on bit for bit as before.
 """
 
+import dataclasses
 import functools
 import time
 import types
@@ -146,6 +147,7 @@ class Collector:
         """Has the clips judged that lie on this process. Talks to no other one, so it may run in another thread."""
         if not (pending.phase.rl and self._questions):
             return Judged()
+        assert pending.clips is not None  # there are questions
         numbers, clips = hosts.own_rows(pending.clips)
         rolled = time.perf_counter()
         judgment = self._ask(pending.tasks, clips, numbers)
@@ -161,7 +163,7 @@ class Collector:
         """
         (weighed, used), info = self._weigh(pending, judged)
         place = functools.partial(hosts.place, sharding=self._rows)
-        return pending.batch.replace(advantages=place(weighed), valid=place(used)), info
+        return dataclasses.replace(pending.batch, advantages=place(weighed), valid=place(used)), info
 
     def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Parts:
         """The pieces of a call, each to be run alone (benchmarks)."""
@@ -196,10 +198,9 @@ class Collector:
     def _ask(self, tasks: Mapping[str, Any], clips: np.ndarray, numbers: np.ndarray) -> Judgment:
         """The judge's answers about clips; `numbers` are their rows in a batch of `group` clips of each task."""
         of = [number // self.settings.group for number in numbers]
-        texts = ([tasks[name][i] for i in of] for name in ("task", "agent"))
-        return judge_clips(
-            self._judge, self.cache, clips, *texts, self.rubric, self._questions, records=[tasks["ids"][i] for i in of]
-        )
+        ids, texts, agents = ([tasks[name][i] for i in of] for name in ("ids", "task", "agent"))
+        assert self._judge is not None and self.rubric is not None  # there are questions
+        return judge_clips(self._judge, self.cache, clips, texts, agents, self.rubric, self._questions, records=ids)
 
     def _check(self, valid: np.ndarray, step: int) -> None:
         failed, limit = int((~valid).sum()), self.settings.max_invalid
@@ -224,6 +225,7 @@ class Collector:
             scores[DISTILL] = hosts.whole(reward).astype(np.float64)
         if judged.judgment is not None:
             mine = np.stack([judged.judgment.scores[name] for name in self._questions], axis=1)
+            assert judged.numbers is not None  # it comes with them
             joined = hosts.join_rows(judged.numbers, mine, rows)
             scores |= {name: joined[:, i] for i, name in enumerate(self._questions)}
             valid &= np.isfinite(joined).all(axis=1)
@@ -247,6 +249,7 @@ class Collector:
         info["reward/total"] = _mean(total[valid])
         info["judge/invalid"] = float((~valid).mean())
         info["judge/used"] = float(used.mean())
+        assert pending.motion is not None  # RL is active
         watched = scores | {"total": total, "motion": hosts.whole(pending.motion).astype(np.float64)}
         correlations = within_group_correlations(watched, groups, valid)
         info |= {f"within_group/{a}~{b}": value for (a, b), value in correlations.items()}

@@ -195,7 +195,7 @@ def _make_state(config, family: ModelFamily, mesh: jax.sharding.Mesh, optimizer)
 
     shapes = jax.eval_shape(init, base_model.abstract_base(family, mesh), jax.random.key(0))
     weights = tree_shardings(mesh, family.lora_axes(shapes.lora), shapes.lora)
-    everywhere = replicated(mesh)
+    everywhere: Any = replicated(mesh)
     moments = like_weights(shapes.opt_state, shapes.lora, weights, everywhere)
     rolled = None if shapes.lora_rolled is None else weights
     shardings = TrainState(everywhere, weights, weights, weights, moments, everywhere, rolled)
@@ -243,7 +243,7 @@ def _roll(
             latent_shape=family.latent_shape, frame_mask=family.free_frames, diffusion=diffusion,
             keep_states=keep_states,
         )  # fmt: skip
-        return _flat(_steps_first(rollout if keep_velocities else rollout.replace(velocities=None)))
+        return _flat(_steps_first(rollout if keep_velocities else dataclasses.replace(rollout, velocities=None)))
 
     rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
     return _steps_first(rollout), task, solution
@@ -257,7 +257,7 @@ def _show(
     base: PyTree,
     rollout: Rollout,
     solution: Condition,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array | None]:
     """(the Demonstrator's velocities at the visited states [k b f p], Eq. 9's reward [b] where velocities are kept).
 
     The reward compares the velocity that made the clip (`Rollout.velocities`, guided if the rollout was) with the
@@ -289,10 +289,11 @@ def _show(
 def _flat(rollout: Rollout) -> Rollout:
     """Frames as they are kept, [.. f p]: a TPU would fill up c, their last axis, to 128."""
     as_rows = lambda x: None if x is None else x.reshape(*x.shape[:3], -1)  # noqa: E731
-    return rollout.replace(states=as_rows(rollout.states), velocities=as_rows(rollout.velocities))
+    return dataclasses.replace(rollout, states=as_rows(rollout.states), velocities=as_rows(rollout.velocities))
 
 
 def _steps_first(rollout: Rollout) -> Rollout:
     """States [k b ...] become [b k ...], and the other way round; clips stay as they are."""
-    swapped = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), rollout.replace(latents=None))
-    return swapped.replace(latents=rollout.latents)
+    none: Any = None
+    swapped = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), dataclasses.replace(rollout, latents=none))
+    return dataclasses.replace(swapped, latents=rollout.latents)

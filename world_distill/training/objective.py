@@ -124,7 +124,7 @@ def draw_rows(
     Raises:
       ValueError: `tied` does not divide the rows.
     """
-    rows, draws = batch.valid.shape[0], objective.draws
+    rows, draws = batch.latents.shape[0], objective.draws
     tied = objective.tied or rows
     if rows % tied:
         raise ValueError(f"objective.tied = {tied} does not divide the {rows} rollouts of an update")
@@ -148,6 +148,7 @@ def draw_rows(
     # Noise belongs to a row and a draw, wherever the row lies and whoever shares its time.
     row_keys = sampling.sample_keys(keys[6], jnp.arange(rows))
     noise = jax.vmap(lambda draw: jax.vmap(lambda k: jax.random.fold_in(k, draw))(row_keys))(jnp.arange(draws))
+    assert batch.valid is not None  # the clips are judged
     valid = batch.valid.astype(jnp.float32)
     judged = jnp.broadcast_to(valid * rows / jnp.maximum(valid.sum(), 1.0), (draws, rows))
     return Draw(noise, visited, renoised, steps, judged)
@@ -155,7 +156,7 @@ def draw_rows(
 
 def _minibatch(batch: TrainBatch, parts: int, index: jax.Array) -> TrainBatch:
     """Every parts-th row, and so rollouts of every group (and, on many devices, of every device)."""
-    rows = batch.valid.shape[0]
+    rows = batch.latents.shape[0]
     if rows % parts:
         raise ValueError(f"objective.minibatches = {parts} does not divide the {rows} rollouts of a step")
     return batch if parts == 1 else _rows(batch, lambda x, axis: _deal(x, axis, parts, index % parts))
@@ -172,7 +173,7 @@ def _gradients(
     draws: Draw,
 ) -> tuple[dict[str, PyTree], dict[str, jax.Array]]:
     """Gradients of the mean loss over rows and draws, by name of the pass; every row's losses by name."""
-    rows = batch.valid.shape[0]
+    rows = batch.latents.shape[0]
     micro = objective.micro_batch or rows
     if rows % micro:
         raise ValueError(f"objective.micro_batch = {micro} does not divide the {rows} rollouts of an update")

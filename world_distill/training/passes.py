@@ -11,7 +11,7 @@ others need no judgment and are means over all rows.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +91,7 @@ class Losses:
         self, lora: PyTree, base: PyTree, policies: Policies, rows: TrainBatch, draw: Draw, weights: Weights
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The anchor on the rollout's own states."""
+        assert rows.states is not None
         x, t = self._frames(rows.states, draw.visited), self._times(draw.visited)
         v = self.family.denoise(base, lora, x, t, rows.task)
         if rows.demonstrator is None:
@@ -119,6 +120,7 @@ class Losses:
             out |= self._awm(v, target, t, rows.advantages, lambda: executor(self._old_policy(policies)))
         elif objective.rl == "nft":
             v_old = executor(self._old_policy(policies))
+            assert rows.advantages is not None
             out["rl"] = losses.nft_loss(v, v_old, target, t, rows.advantages, objective.nft_beta, mask)
             out["policy_gap"] = losses.velocity_gap(v, v_old, mask)
         if objective.beta_old:
@@ -131,6 +133,7 @@ class Losses:
         self, lora: PyTree, base: PyTree, policies: Policies, rows: TrainBatch, draw: Draw, weights: Weights
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Flow-GRPO on the rollout's own stochastic steps, with its exact KL to the base told the task."""
+        assert rows.states is not None and rows.log_probs is not None and rows.advantages is not None
         objective, at, mask = self.objective, draw.steps, self.family.free_frames
         t, t_next = self._times(at), self._times(at + 1)
         g = jnp.asarray(self.diffusion, jnp.float32)[at]
@@ -182,7 +185,8 @@ class Losses:
             "anchor": weights.beta_d, "rl": weights.rl, "old": self.objective.beta_old,
             "base": self.objective.beta_base, "kl": self.objective.grpo_beta,
         }  # fmt: skip
-        return sum(factor * out[name] for name, factor in factors.items() if name in out).sum(), out
+        total: Any = sum(factor * out[name] for name, factor in factors.items() if name in out)
+        return total.sum(), out
 
     def _times(self, at: jax.Array) -> jax.Array:
         return jnp.asarray(self.grid, jnp.float32)[at]

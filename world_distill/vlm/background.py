@@ -25,6 +25,7 @@ class Background:
                 self._loop, stop = _start(self._session)
                 # Also called when the interpreter ends.
                 self._stop = weakref.finalize(self, stop)
+            assert self._loop is not None  # it has been started
             future = asyncio.run_coroutine_threadsafe(work(), self._loop)
         try:
             return future.result()

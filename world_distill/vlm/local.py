@@ -67,7 +67,7 @@ class LocalVLM:
         self._dtype, self._device, self._device_map = dtype, device, device_map
         self.name = f"{_identity(model, self._source)} {dtype}"
         self._lock = threading.RLock()
-        self._model = None
+        self._model: Any = None
 
     def __repr__(self) -> str:
         return f"LocalVLM({self.name!r})"
@@ -181,9 +181,10 @@ class LocalVLM:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(**self._source)
             self._images = AutoImageProcessor.from_pretrained(**self._source, backend="pil")
-            model, found = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 **self._source, dtype=getattr(torch, self._dtype), output_loading_info=True, **placed
             )
+            model, found = loaded
         except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
             raise UserError(f"the VLM {where} cannot be read: {error}") from error
         if found["missing_keys"]:  # transformers draws these at random and says so in its log only

@@ -159,16 +159,17 @@ def _sort(tensors: Collection[str], layers: Mapping[str, _Layer]) -> dict[_Layer
     matches = {key: _KEY.fullmatch(key) for key in tensors}
     if not any(match and match["layer"] for match in matches.values()):
         raise ValueError(f"it holds no LoRA, but {_some(tensors) or 'nothing'}")
-    if strange := [key for key, match in matches.items() if not match]:
+    known = {key: match for key, match in matches.items() if match}
+    if strange := [key for key in matches if key not in known]:
         raise ValueError(
             "it holds more than LoRA factors, which would be lost (only linear layers' weights can be adapted; export "
             f"it without changes of biases, norms or magnitudes): {_some(strange)}"
         )
-    if unknown := [key for key, match in matches.items() if (match["layer"] or match["scaled"]) not in layers]:
+    if unknown := [key for key, match in known.items() if (match["layer"] or match["scaled"]) not in layers]:
         part = "none" if len(unknown) == len(tensors) else "not all"
         raise ValueError(f"it is of another model: {part} of its tensors belong to this one's layers; {_some(unknown)}")
     slots: dict[_Layer, dict[str, str]] = {}
-    for key, match in matches.items():
+    for key, match in known.items():
         slot = slots.setdefault(layers[match["layer"] or match["scaled"]], {})
         part = "a" if match["a"] else "b" if match["b"] else "alpha"
         if part in slot:
@@ -194,8 +195,8 @@ def _strength(settings: Mapping[str, Any], name: str, alpha: float | None, rank:
         return alpha / rank
     patterns = settings.get("alpha_pattern") or {}
     chosen = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    alpha = next(chosen, settings.get("lora_alpha", rank))
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    set_to = next(chosen, settings.get("lora_alpha", rank))
+    return set_to / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _some(items: Collection[str], separator: str = ", ", shown: int = 4) -> str:

@@ -114,7 +114,8 @@ def _load_theirs(source: pathlib.Path, part: str) -> Any:
     import diffusers
     import torch
 
-    kind = diffusers.WanTransformer3DModel if part == "transformer" else diffusers.AutoencoderKLWan
+    classes: Any = diffusers  # it makes its names when they are asked for
+    kind = classes.WanTransformer3DModel if part == "transformer" else classes.AutoencoderKLWan
     return kind.from_pretrained(source / part, torch_dtype=torch.float32, local_files_only=True).eval()
 
 
@@ -155,13 +156,14 @@ def _their_transformer(network: Any, x: np.ndarray, t: np.ndarray, text: np.ndar
     import torch
 
     by_token = torch.from_numpy(1000 * t).repeat_interleave(GRID[1] * GRID[2], dim=1)
-    x, text = torch.from_numpy(np.moveaxis(x, -1, 1)), torch.from_numpy(text)
+    states, words = torch.from_numpy(np.moveaxis(x, -1, 1)), torch.from_numpy(text)
     with torch.inference_mode():
-        v = network(hidden_states=x, timestep=by_token, encoder_hidden_states=text).sample
+        v = network(hidden_states=states, timestep=by_token, encoder_hidden_states=words).sample
     return {"transformer": np.moveaxis(v.numpy(), 1, -1)}
 
 
 def _vae_inputs(family: WanFamily) -> dict[str, np.ndarray]:
+    assert family.image_size is not None
     clip = _normal(1, 1 + family.codec.time, *family.image_size, 3)
     return {"clip": np.clip(clip / 2, -1, 1), "latents": _normal(1, *family.latent_shape)}
 

@@ -185,6 +185,7 @@ def _ask_about(
             if image.digest in journal.answers:
                 questions.remember()
             else:
+                assert image.pixels is not None  # nothing is against it
                 questions.ask(image.digest, image.pixels, image.source.where)
     failed = [digest for digest in accepted if digest in questions.failed]
     rejected += [(accepted.pop(digest), Rejection("failed", questions.failed[digest])) for digest in failed]

@@ -136,9 +136,10 @@ class _Reader:
             self.at = match.end()
             return _CONSTANTS[match[0].lower()], True
         match = _NUMBER.match(self.text, self.at)
-        digits = match[0].replace("_", "") if match else ""
+        if not match:
+            raise _NoJSON
         try:
-            number = float(digits)
+            number = float(match[0].replace("_", ""))
         except ValueError:
             raise _NoJSON from None
         self.at = match.end()

@@ -41,6 +41,7 @@ async def find_form(client: Client, server: Server, settings: Settings) -> Form:
     """
     await check_model(client, server, settings.model, "annotator")
     form: Form | None = Form()
+    complaint = ""
     while form is not None:
         try:
             await _probe(client, server, settings, form)

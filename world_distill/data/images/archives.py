@@ -3,17 +3,18 @@
 import contextlib
 import dataclasses
 import gzip
+import io
 import pathlib
 import tarfile
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import BinaryIO
 
 from world_distill.data.images.decode import MAX_BYTES, clean_text, is_image
 from world_distill.data.images.png import ImageError
 
 _BLOCK = 512  # tar's unit
+_File = gzip.GzipFile | io.BufferedReader
 
 
 class _Archive:
@@ -25,10 +26,10 @@ class _Archive:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.end = 0  # of the last image in it
-        self._file: BinaryIO | None = None
+        self._file: _File | None = None
         self._lock = threading.Lock()
 
-    def open(self) -> BinaryIO:
+    def open(self) -> _File:
         with open(self.path, "rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"
         return gzip.open(self.path) if compressed else open(self.path, "rb")
@@ -97,11 +98,11 @@ def in_archive(path: pathlib.Path) -> list[TarImage]:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
-        tar.members.clear()  # it would keep all of them
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # it would keep all of them; the stubs lack it
         yield member
 
 
-def _check_end(file: BinaryIO, offset: int) -> None:
+def _check_end(file: _File, offset: int) -> None:
     """Raises ValueError unless nothing but zeros, and a block of them at least, follows the last member.
 
     `tarfile` takes any header that it cannot read for the end.

@@ -79,8 +79,10 @@ def scan(
             return Rejection(*reason)
         if seen.digest in first:
             return Rejection("repeated", 0, first[seen.digest])
-        if near is not None and (found := near.add(seen.measures.hash, seen.source.name)):
-            return Rejection("duplicate", *found)
+        if near is not None:
+            assert seen.measures is not None  # `measured`, then
+            if found := near.add(seen.measures.hash, seen.source.name):
+                return Rejection("duplicate", *found)
         first[seen.digest] = seen.source.name
         return None
 

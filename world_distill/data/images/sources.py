@@ -25,9 +25,20 @@ _MAX_BRACES = 1_000_000  # names that a brace pattern may stand for
 class ImageSource(Protocol):
     """One image that can be read, as often as it is needed."""
 
-    name: str  # short, without the machine's folders; goes into the records
-    metadata: Mapping[str, str]  # what its source says about it
-    where: str  # in full, for messages
+    @property
+    def name(self) -> str:
+        """Short, without the machine's folders; goes into the records."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What its source says about it."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """In full, for messages."""
+        ...
 
     def read(self) -> bytes:
         """The bytes of the image file. Raises ImageError."""
@@ -85,9 +96,10 @@ def find_images(spec: str | os.PathLike) -> list[ImageSource]:
 
 def as_sources(images: Sequence[ImageSource | str | os.PathLike]) -> list[ImageSource]:
     """Sources as they are; paths as sources in sorted order."""
-    if any(isinstance(image, (str, os.PathLike)) for image in images):
-        return [FileImage(path, path.name) for path in sorted(pathlib.Path(image) for image in images)]
-    return list(images)
+    given: list[Any] = list(images)
+    if any(isinstance(image, (str, os.PathLike)) for image in given):
+        return [FileImage(path, path.name) for path in sorted(pathlib.Path(image) for image in given)]
+    return given
 
 
 def _in_folder(folder: pathlib.Path) -> list[ImageSource]:
@@ -95,7 +107,7 @@ def _in_folder(folder: pathlib.Path) -> list[ImageSource]:
     return [FileImage(path, clean_text(path.relative_to(folder).as_posix())) for path in paths]
 
 
-def _in_file(path: pathlib.Path, root: pathlib.Path) -> list[ImageSource]:
+def _in_file(path: pathlib.Path, root: pathlib.Path) -> Sequence[ImageSource]:
     if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
         return in_archive(path)
     if path.name.lower().endswith(".jsonl"):

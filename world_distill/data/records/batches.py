@@ -102,13 +102,13 @@ class TaskBatches(Iterator[Batch]):
         Raises ValueError, listing what differs, for a state of other data, another seed or batch size.
         """
         try:
-            state = json.loads(state)
-            iterator = state.pop("iterator")
+            left: Any = json.loads(state)
+            iterator = left.pop("iterator")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"not the state of a data iterator: {state!r}") from error
-        keys = sorted(k for k in state.keys() | self._identity.keys() if state.get(k) != self._identity.get(k))
+        keys = sorted(k for k in left.keys() | self._identity.keys() if left.get(k) != self._identity.get(k))
         if keys:
-            changes = ", ".join(f"{k} {state.get(k)} -> {self._identity.get(k)}" for k in keys)
+            changes = ", ".join(f"{k} {left.get(k)} -> {self._identity.get(k)}" for k in keys)
             raise ValueError(f"this data order is not the one that was left ({changes}): going on would repeat or skip")
         self._iterator.set_state(iterator)
 
@@ -204,8 +204,9 @@ def _check_reader(reader: RecordReader, text_length: int) -> None:
     """Raises before a long job starts what would otherwise stop it at some later step."""
     if reader.record_type is not EncodedRecord:
         raise RecordError(f"{reader} has not been encoded for a model; encode it first")
-    if reader.longest_text["length"] > text_length:
-        raise _too_long(reader.longest_text["id"], reader.longest_text["length"], text_length)
+    longest = reader.longest_text
+    if longest is not None and longest["length"] > text_length:
+        raise _too_long(longest["id"], longest["length"], text_length)
 
 
 def _too_long(record: str, length: int, text_length: int) -> RecordError:

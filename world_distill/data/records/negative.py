@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,8 @@ def read_negative(folder: str | os.PathLike, name: str) -> NegativeText | None:
     head, body = data[: len(_START) + _HASH_BYTES], data[len(_START) + _HASH_BYTES :]
     if head != _START + hashlib.sha256(body).digest():
         raise RecordError(f"{path} is damaged, or of another version: call `world-distill encode` again")
-    return NegativeText(**serialization.msgpack_restore(body))
+    fields: Any = serialization.msgpack_restore(body)
+    return NegativeText(**fields)
 
 
 def _body(negative: NegativeText) -> bytes:
@@ -158,5 +160,8 @@ def abstract_negative(guidance: Guidance, text_length: int, width: int, dtype, m
     """Shapes and shardings of `load_negative`'s result."""
     if not guidance.used:
         return None
-    make = lambda shape, kind: jax.ShapeDtypeStruct(shape, kind, sharding=replicated(mesh))  # noqa: E731
+
+    def make(shape: tuple[int, ...], kind) -> Any:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=replicated(mesh))
+
     return Negative(make((text_length, width), dtype), make((text_length,), np.bool_))

@@ -114,9 +114,10 @@ class ResumableSet:
         present = [_note_path(self._path(i)).exists() for i in range(self.shards)]  # hashing takes its time
         if not all(present):
             return [i for i, there in enumerate(present) if not there]
-        notes = [self.note(i) for i in range(self.shards)]
-        if None in notes:
-            return [i for i, note in enumerate(notes) if note is None]
+        found = [self.note(i) for i in range(self.shards)]
+        notes = [note for note in found if note is not None]
+        if len(notes) < len(found):
+            return [i for i, note in enumerate(found) if note is None]
         self._check(notes)
         entries = [{key: note[key] for key in ("file", "count", "bytes", "sha256")} for note in notes]
         kind = next(note["type"] for note in notes if note["count"])

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from world_distill.data.records.types import VERSION, AnnotatedRecord, EncodedRecord, Record, RecordError

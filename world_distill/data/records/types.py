@@ -91,13 +91,12 @@ def _unpack(cls: type, data: bytes) -> Any:
     if version != VERSION:
         raise RecordError(f"record of format version {version}, this program reads {VERSION}: write the data again")
     try:
-        value = serialization.msgpack_restore(data[len(_MAGIC) + 1 :])
+        value: Any = serialization.msgpack_restore(data[len(_MAGIC) + 1 :])
         kind, fields = value["type"], value["fields"]
-        if kind == cls.__name__:
-            record = cls(**fields)
+        record = cls(**fields) if kind == cls.__name__ else None
     except Exception as error:  # msgpack has its own exceptions, numpy others: all mean damaged bytes
         raise RecordError(f"damaged record ({type(error).__name__}: {error})") from error
-    if kind != cls.__name__:
+    if record is None:
         raise RecordError(f"this is a {kind}, not the {cls.__name__} asked for")
     _check(record)
     return record
@@ -107,7 +106,8 @@ def _check(record: Record) -> None:
     """Raises RecordError unless every field has its type, rank and some content."""
     problems = []
     for field in dataclasses.fields(record):
-        value, kind = getattr(record, field.name), typing.get_origin(field.type) or field.type
+        value, declared = getattr(record, field.name), typing.cast(Any, field.type)
+        kind = typing.get_origin(declared) or declared
         if not isinstance(value, kind):
             problems.append(f"{field.name} is a {type(value).__name__}, not {kind.__name__}")
         elif kind is dict and not all(isinstance(x, str) for item in value.items() for x in item):

@@ -16,7 +16,7 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -165,7 +165,7 @@ def list_segments(address: str) -> list[str]:
 def read_segment(address: str, name: str) -> list[Entry] | None:
     """A segment's entries; None, and a warning, if it is not what its name says. Raises what the storage raises."""
     files, folder = _folder(address)
-    data = files.cat_file(f"{folder}/{name}")
+    data: Any = files.cat_file(f"{folder}/{name}")  # bytes
     try:
         if hashlib.sha256(data).hexdigest()[:16] != name.removesuffix(SUFFIX)[-16:]:
             raise ValueError("its content is not the one that its name says")

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,9 +47,9 @@ class WanFamily:
     """
 
     name = "wan"
-    shipped_bases = {}
-    codec_parts = ("vae",)
-    linears = LINEARS
+    shipped_bases: Mapping[str, pathlib.Path] = {}
+    codec_parts: tuple[str, ...] = ("vae",)
+    linears: Mapping[str, tuple[str, str]] | None = LINEARS
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class WanFamily:
     ):
         codec.check_clip(frames, *size)
         self.config, self.codec, self.fps = config, codec, fps
-        self.image_size = tuple(size)
+        self.image_size: tuple[int, int] | None = (size[0], size[1])
         self.dtype, self.vae_dtype = jnp.dtype(dtype), jnp.dtype(vae_dtype)
         self.piece, self.rows, self.text_encoder = piece, rows, text_encoder
         self.lora_targets, self.lora_scale = lora_targets, lora_scale
@@ -250,4 +251,5 @@ def build(
 
 def make_codec(sizes: Mapping[str, Any]) -> vae.VaeConfig:
     """The autoencoder's sizes, from a config's section."""
-    return vae.VaeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
+    return vae.VaeConfig(**fields)

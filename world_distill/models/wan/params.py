@@ -166,7 +166,7 @@ def vae_entries(config: VaeConfig) -> Iterator[Entry]:
     # Encoder
     widths = [config.encoder_width * m for m in (1, *config.multiples)]
     yield from _conv("encoder.conv_in", "encoder.conv_in", pixels, widths[0])
-    place = 0  # the 2.1 encoder's blocks lie in one list
+    width, place = widths[0], 0  # the 2.1 encoder's blocks lie in one list
     for level in range(levels):
         width = widths[level]
         for i in range(config.blocks):

@@ -9,6 +9,7 @@ import html
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,9 +104,10 @@ def _load(folder: pathlib.Path, dtype, device):
             raise ValueError(f"{folder} has no {part}/: give the folder of a Wan model in diffusers' layout")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        network, found = UMT5EncoderModel.from_pretrained(
+        loaded: Any = UMT5EncoderModel.from_pretrained(
             folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
         )
+        network, found = loaded
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: text encoder or tokenizer cannot be read ({error})") from error
     if found["missing_keys"]:  # transformers draws these at random and says so in its log only

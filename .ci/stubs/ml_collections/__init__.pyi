@@ -1,0 +1,2 @@
+from ml_collections.config_dict import ConfigDict as ConfigDict
+from ml_collections.config_dict import FrozenConfigDict as FrozenConfigDict
