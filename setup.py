@@ -25,6 +25,8 @@ EXTRAS = {
         "ftfy>=6.3",
     ],
     "colab": ["ipywidgets>=8", "matplotlib>=3.9"],
+    # The type checker, to be run where the extra `torch` is installed, too.
+    "types": ["pyright[nodejs]~=1.1.400"],
     "test": [
         "pyarrow>=16",
         "av>=14",

@@ -12,7 +12,7 @@ import numpy as np
 
 from world_distill import build
 from world_distill.programs import prepare
-from world_distill.settings.config import load_config
+from world_distill.settings.loading import load_config
 from world_distill.storage.weight_files import save_weights
 from world_distill.training.compiled import make_programs
 

@@ -42,13 +42,13 @@ _HOMES = {
     "Trainer": "programs.notebook",
     "UserError": "errors",
     "convert": "weights.convert",
-    "default_config": "settings.sections",
+    "default_config": "settings.defaults",
     "evaluate": "programs.evaluate",
     "export_lora": "programs.export",
     "export_merged": "programs.export",
     "judge": "programs.notebook",
     "load": "programs.notebook",
-    "load_config": "settings.config",
+    "load_config": "settings.loading",
     "rollout": "programs.notebook",
     "save_lora": "programs.notebook",
     "train": "programs.train",
@@ -73,11 +73,11 @@ if TYPE_CHECKING:
     from world_distill.programs.notebook import rollout as rollout
     from world_distill.programs.notebook import save_lora as save_lora
     from world_distill.programs.train import train as train
-    from world_distill.settings.config import load_config as load_config
+    from world_distill.settings.defaults import default_config as default_config
+    from world_distill.settings.loading import load_config as load_config
     from world_distill.settings.objective import Objective as Objective
     from world_distill.settings.optimizer import OptimizerSettings as OptimizerSettings
     from world_distill.settings.rollout import RolloutSettings as RolloutSettings
-    from world_distill.settings.sections import default_config as default_config
     from world_distill.weights.convert import convert as convert
 
 

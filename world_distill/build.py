@@ -19,7 +19,7 @@ from world_distill import models
 from world_distill.core import flow, sampling
 from world_distill.devices import hosts
 from world_distill.devices.compilation import keep_programs
-from world_distill.devices.mesh import make_mesh
+from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
 from world_distill.settings import addresses

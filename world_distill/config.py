@@ -9,7 +9,7 @@ return c
 """
 
 from world_distill.errors import UserError as UserError
-from world_distill.settings.config import load_config as load_config
-from world_distill.settings.config import override as override
-from world_distill.settings.config import parse_arg as parse_arg
-from world_distill.settings.sections import default_config as default_config
+from world_distill.settings.defaults import default_config as default_config
+from world_distill.settings.loading import load_config as load_config
+from world_distill.settings.loading import override as override
+from world_distill.settings.loading import parse_arg as parse_arg

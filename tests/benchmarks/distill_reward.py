@@ -28,7 +28,7 @@ from world_distill.core.metrics import within_group_correlations
 from world_distill.data.records.batches import task_batches
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
-from world_distill.devices.mesh import rows_or_whole
+from world_distill.devices.sharding import rows_or_whole
 from world_distill.evaluation.scoring import QUESTIONS
 from world_distill.judges.ask import judge_clips
 from world_distill.judges.rubric import load_rubric

@@ -23,7 +23,7 @@ from tests.vlm.fake_server import FakeServer
 from world_distill.interfaces import JudgeRequest
 from world_distill.judges.server import ServerJudge
 from world_distill.programs import prepare, train
-from world_distill.settings.config import load_config
+from world_distill.settings.loading import load_config
 
 
 def serve(latency, ports, done):

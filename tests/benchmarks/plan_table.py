@@ -18,7 +18,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from world_distill.programs import plan
-from world_distill.settings.config import load_config
+from world_distill.settings.loading import load_config
 
 ROLLOUTS, GROUP, PARTS = 16, 8, 64
 PHASES = ("rollout", "demonstrator", "update")

@@ -24,7 +24,7 @@ import numpy as np
 
 from world_distill.core import times
 from world_distill.core.advantages import group_advantages
-from world_distill.settings.config import load_config, section
+from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.training.forwards import per_rollout, shows_all

@@ -5,8 +5,8 @@ import pytest
 from world_distill import cli
 from world_distill.cli.config_help import documented, explain, lines
 from world_distill.errors import UserError
-from world_distill.settings.config import load_config
-from world_distill.settings.sections import SECTIONS
+from world_distill.settings.defaults import SECTIONS
+from world_distill.settings.loading import load_config
 
 SHIPPED = ("sandbox", "sandbox:wmsd_guided", "wan22_5b", "wan22_5b:wmsd", "wan22_5b:debug", "wan_sizes:14b")
 

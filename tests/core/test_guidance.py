@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from world_distill.core.guidance import guided, with_guidance
-from world_distill.devices.mesh import batch_sharding, make_mesh, replicated
+from world_distill.devices.sharding import batch_sharding, make_mesh, replicated
 from world_distill.programs.plan import collectives
 from world_distill.structs import Condition, Negative
 

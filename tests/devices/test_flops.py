@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from world_distill.devices.flops import count
-from world_distill.devices.mesh import make_mesh
+from world_distill.devices.sharding import make_mesh
 
 
 def flops(f, *shapes):

@@ -9,7 +9,7 @@ import pytest
 from small import redraw
 
 from tests.models.tiny_inputs import base_weights, inputs, make_family
-from world_distill.devices.mesh import RULES
+from world_distill.devices.sharding import RULES
 from world_distill.models import lora as lora_lib
 
 

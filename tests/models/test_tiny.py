@@ -14,12 +14,12 @@ from tests.models.tiny_inputs import CONFIG, base_weights, inputs, make_family, 
 from world_distill import build, models
 from world_distill.core import flow, sampling
 from world_distill.data.records.batches import pad_texts
-from world_distill.devices.mesh import RULES, make_mesh, tree_shardings
+from world_distill.devices.sharding import RULES, make_mesh, tree_shardings
 from world_distill.errors import UserError
 from world_distill.models.hashed_words import encode_text
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN
-from world_distill.settings.config import load_config
+from world_distill.settings.loading import load_config
 from world_distill.storage.weight_files import WeightFileError, load_weights, save_weights
 from world_distill.structs import Condition
 from world_distill.weights import base_model

@@ -12,7 +12,7 @@ from world_distill.errors import UserError
 from world_distill.evaluation.scoring import QUESTIONS, Verdict
 from world_distill.programs import ablate, train
 from world_distill.programs.ablate import Ordering
-from world_distill.settings.config import load_config, section
+from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.storage.metric_log import read_log

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from world_distill import cli
 from world_distill.programs import train
-from world_distill.settings.config import load_config, override
+from world_distill.settings.loading import load_config, override
 from world_distill.storage.metric_log import read_log
 from world_distill.training import run_folder
 

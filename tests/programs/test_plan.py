@@ -7,10 +7,10 @@ import pytest
 
 from world_distill import cli
 from world_distill.devices import chips
-from world_distill.devices.mesh import make_mesh
+from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
 from world_distill.programs import plan
-from world_distill.settings.config import load_config
+from world_distill.settings.loading import load_config
 
 NO_COMPILER = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is in the extra `tpu`")
 

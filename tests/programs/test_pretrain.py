@@ -13,7 +13,7 @@ from small import small_config
 from world_distill import build
 from world_distill.errors import UserError
 from world_distill.programs import pretrain
-from world_distill.settings.config import load_config
+from world_distill.settings.loading import load_config
 from world_distill.storage.weight_files import load_weights
 from world_distill.weights import base_model
 

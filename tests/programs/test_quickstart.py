@@ -9,7 +9,7 @@ from small import SMALL, make_inputs
 from tests.test_notebooks import execute, shown
 from world_distill.errors import UserError
 from world_distill.programs import quickstart, train
-from world_distill.settings.config import load_config
+from world_distill.settings.loading import load_config
 
 
 @pytest.fixture(scope="module")

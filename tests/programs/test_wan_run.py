@@ -17,12 +17,12 @@ from tests.vlm.fake_server import FakeServer
 from world_distill import build, cli
 from world_distill.data.annotation.server import ServerAnnotator
 from world_distill.data.records.reader import RecordReader
-from world_distill.devices.mesh import batch_sharding, make_mesh, replicated, tree_shardings
+from world_distill.devices.sharding import batch_sharding, make_mesh, replicated, tree_shardings
 from world_distill.errors import UserError
 from world_distill.judges.server import ServerJudge
 from world_distill.models.lora import merge
 from world_distill.programs import evaluate, export, generate, prepare, train
-from world_distill.settings.config import load_config
+from world_distill.settings.loading import load_config
 from world_distill.storage import array_store
 from world_distill.storage.metric_log import read_log
 from world_distill.storage.safetensors_folder import TensorFileError

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from world_distill.settings.check import RULES, check
-from world_distill.settings.config import load_config, packaged_configs, section
+from world_distill.settings.loading import load_config, packaged_configs, section
 from world_distill.settings.objective import Objective, Phase
 from world_distill.settings.rollout import RolloutSettings
 

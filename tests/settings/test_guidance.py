@@ -9,12 +9,12 @@ from tests.programs.test_prepare import encode, folder  # noqa: F401  (a fixture
 from world_distill import cli
 from world_distill.data.records.negative import load_negative, negative_path, read_negative, write_negative
 from world_distill.data.records.reader import RecordError, RecordReader
-from world_distill.devices.mesh import make_mesh
+from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
 from world_distill.programs import ablate
 from world_distill.settings.check import check as check_settings
-from world_distill.settings.config import load_config, section
 from world_distill.settings.guidance import Guidance
+from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.training.compiled import make_programs

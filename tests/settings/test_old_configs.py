@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from world_distill.devices.mesh import make_mesh
+from world_distill.devices.sharding import make_mesh
 from world_distill.settings import old_configs
-from world_distill.settings.config import from_json, load_config, to_json
+from world_distill.settings.loading import from_json, load_config, to_json
 from world_distill.training.compiled import make_programs
 
 

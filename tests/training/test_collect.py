@@ -11,8 +11,8 @@ from small import random_weights, redraw, small_config
 
 from world_distill.core import losses, sampling
 from world_distill.data.records.batches import concatenate
-from world_distill.devices.mesh import make_mesh
-from world_distill.settings.config import load_config, section
+from world_distill.devices.sharding import make_mesh
+from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective, Phase
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.structs import Judgment, TrainBatch

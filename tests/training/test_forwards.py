@@ -8,7 +8,7 @@ import pytest
 from small import small_config
 
 from world_distill.devices import flops
-from world_distill.devices.mesh import make_mesh
+from world_distill.devices.sharding import make_mesh
 from world_distill.models.tiny.family import TinyFamily
 from world_distill.settings.objective import Phase
 from world_distill.structs import Condition, Negative
@@ -84,7 +84,7 @@ def test_forwards_are_counted_as_they_are_made(case, tmp_path, monkeypatch):
 
 def test_what_is_not_read_is_not_computed(tmp_path):
     """`wan22_5b:distill` reads 2 of 12 states: before, it computed the Demonstrator at all 12."""
-    from world_distill.settings.config import load_config, section
+    from world_distill.settings.loading import load_config, section
 
     config = load_config("wan22_5b:distill")
     objective = section(config.objective, forwards.Objective)

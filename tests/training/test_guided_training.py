@@ -15,11 +15,11 @@ from world_distill.core import flow, losses, sampling
 from world_distill.data.records.batches import task_batches
 from world_distill.data.records.negative import load_negative, negative_path
 from world_distill.data.records.reader import RecordError, RecordReader
-from world_distill.devices.mesh import batch_sharding
+from world_distill.devices.sharding import batch_sharding
 from world_distill.models.hashed_words import encode_text
 from world_distill.programs import train
 from world_distill.programs.plan import collectives
-from world_distill.settings.config import load_config, section
+from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.storage.checkpoints import Checkpointer
 from world_distill.structs import Condition, Negative, TrainBatch

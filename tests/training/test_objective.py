@@ -21,7 +21,7 @@ from tests.training.toy import (
     run,
 )
 from world_distill.core import flow, losses, sampling
-from world_distill.devices.mesh import batch_sharding, make_mesh, replicated
+from world_distill.devices.sharding import batch_sharding, make_mesh, replicated
 from world_distill.programs.plan import collectives
 from world_distill.training import objective as steps
 from world_distill.training import passes

@@ -9,7 +9,7 @@ import optax
 from small import small_config
 
 from tests.training.toy import GRID, ROWS, change, make_objective, make_state, make_step, renoised, run
-from world_distill.devices.mesh import make_mesh
+from world_distill.devices.sharding import make_mesh
 from world_distill.training import objective as steps
 from world_distill.training.compiled import make_programs
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from world_distill.core import flow, sampling
-from world_distill.settings.config import load_config, section
+from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.structs import Condition, TrainBatch, TrainState
 from world_distill.training import objective as steps

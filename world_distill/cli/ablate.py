@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from world_distill.programs import ablate
-    from world_distill.settings.config import load_config
+    from world_distill.settings.loading import load_config
 
     config = arguments.config_from(args)
     try:

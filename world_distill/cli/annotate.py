@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from world_distill.data.annotation.annotate import annotate_images
     from world_distill.data.images.filters import Filters
     from world_distill.data.images.sources import find_images
-    from world_distill.settings.config import section
+    from world_distill.settings.loading import section
 
     only, shards = arguments.parse_shard(args.shard) if args.shard else (None, args.shards)
     config = arguments.config_from(args)

@@ -120,7 +120,7 @@ def config_from(args: argparse.Namespace) -> Any:
       UserError: see `load_config`; or `--seed` and `--config.seed` were both given.
     """
     from world_distill.errors import UserError
-    from world_distill.settings.config import load_config
+    from world_distill.settings.loading import load_config
 
     overrides = dict(args.overrides)
     if getattr(args, "seed", None) is not None:

@@ -144,7 +144,7 @@ def _explain_config(
 ) -> int:
     """Prints what the keys `asked` mean, or without any all keys of the config that the flags name."""
     from world_distill.cli import config_help
-    from world_distill.settings.config import load_config
+    from world_distill.settings.loading import load_config
 
     default = parser.get_default("config")
     if "--config" not in parser.format_usage():

@@ -59,7 +59,7 @@ def lines(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 def _default(key: str) -> Any:
     """The default of a key that a section's dataclass has; None for any other."""
-    from world_distill.settings.sections import SECTIONS, to_section
+    from world_distill.settings.defaults import SECTIONS, to_section
 
     section, _, name = key.rpartition(".")
     if section not in SECTIONS:
@@ -74,7 +74,7 @@ def _shown(value: Any) -> str:
 
 def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves in the order of the sections' definitions: the top level first, then the sections."""
-    from world_distill.settings.sections import SECTIONS
+    from world_distill.settings.defaults import SECTIONS
 
     known = list(SECTIONS)
     order = sorted(config, key=lambda k: known.index(k) if k in known else len(known)) if not prefix else list(config)
@@ -88,7 +88,7 @@ def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _text(config: ConfigDict, key: str) -> str:
     """The explanation of a leaf; "" where nothing explains it."""
-    from world_distill.settings.sections import SECTIONS
+    from world_distill.settings.defaults import SECTIONS
 
     section, _, name = key.rpartition(".")
     top, *inner = section.split(".")

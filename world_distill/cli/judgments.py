@@ -95,7 +95,7 @@ def _rejudge(args: argparse.Namespace, cache: "JudgmentCache") -> dict[str, Any]
     from world_distill.judges.memory.transfer import config_of
     from world_distill.judges.rubric import load_rubric
     from world_distill.programs import rejudge
-    from world_distill.settings.config import load_config, override
+    from world_distill.settings.loading import load_config, override
 
     path = pathlib.Path(args.path)
     folder = path if path.is_dir() else path.parent

@@ -10,7 +10,7 @@ import numpy as np
 
 from world_distill.core import sampling, unipc
 from world_distill.core.guidance import with_guidance
-from world_distill.devices.mesh import batch_sharding
+from world_distill.devices.sharding import batch_sharding
 from world_distill.interfaces import ModelFamily
 
 Times = tuple[float, ...]  # of the Euler sampler, noisiest first, 0 at the end

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.mesh import dividing_spec, platform_of
+from world_distill.devices.sharding import dividing_spec, platform_of
 
 AttentionKind = Literal["blocked", "splash", "xla", "cudnn"] | None
 

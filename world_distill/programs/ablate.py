@@ -31,7 +31,7 @@ from world_distill.programs import prepare, train
 from world_distill.programs.evaluate import evaluate_roles
 from world_distill.reports import ablation
 from world_distill.settings.check import uses_demonstrator
-from world_distill.settings.config import diff, section
+from world_distill.settings.loading import diff, section
 from world_distill.settings.objective import Objective, Phase
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.storage import atomic

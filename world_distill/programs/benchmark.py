@@ -24,7 +24,7 @@ from world_distill import build
 from world_distill.data.records.batches import pad_texts, task_batches
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
-from world_distill.devices.mesh import batch_sharding
+from world_distill.devices.sharding import batch_sharding
 from world_distill.interfaces import ModelFamily
 from world_distill.judges.rubric import load_rubric
 from world_distill.programs import prepare, pretrain

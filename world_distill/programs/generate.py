@@ -25,11 +25,11 @@ from world_distill.data.images.decode import read_image
 from world_distill.data.records.batches import pad_texts
 from world_distill.data.records.encode import fit_image
 from world_distill.data.records.reader import EncodedRecord, RecordReader
-from world_distill.devices.mesh import batch_sharding
+from world_distill.devices.sharding import batch_sharding
 from world_distill.errors import UserError
 from world_distill.evaluation import sampler
 from world_distill.interfaces import ModelFamily
-from world_distill.settings.config import load_config, override
+from world_distill.settings.loading import load_config, override
 from world_distill.storage import atomic, video_files
 from world_distill.structs import Condition, Negative, PyTree
 from world_distill.training import run_folder

@@ -30,12 +30,12 @@ from world_distill.interfaces import Judge, ModelFamily
 from world_distill.judges.ask import judge_clips
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import load_rubric
-from world_distill.settings.config import load_config
+from world_distill.settings.defaults import to_section
 from world_distill.settings.guidance import Guidance
+from world_distill.settings.loading import load_config
 from world_distill.settings.objective import Objective
 from world_distill.settings.optimizer import OptimizerSettings
 from world_distill.settings.rollout import RolloutSettings
-from world_distill.settings.sections import to_section
 from world_distill.structs import Condition, Judgment, Negative, PyTree, TrainState
 from world_distill.training.collect import Collector
 from world_distill.training.compiled import make_programs

@@ -23,10 +23,10 @@ import numpy as np
 
 from world_distill.data.records.negative import abstract_negative
 from world_distill.devices import chips, flops
-from world_distill.devices.mesh import batch_sharding, make_mesh, replicated, rows_or_whole
+from world_distill.devices.sharding import batch_sharding, make_mesh, replicated, rows_or_whole
 from world_distill.errors import UserError
 from world_distill.settings import objective
-from world_distill.settings.config import override
+from world_distill.settings.loading import override
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.structs import Condition, PyTree, TrainBatch
 from world_distill.training.compiled import Programs, make_programs

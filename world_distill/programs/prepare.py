@@ -16,8 +16,8 @@ from world_distill.data.images.filters import Filters
 from world_distill.data.records.encode import encode_records
 from world_distill.data.records.negative import keep_negative
 from world_distill.data.records.reader import RecordError, RecordReader
-from world_distill.settings.config import section
 from world_distill.settings.guidance import Guidance
+from world_distill.settings.loading import section
 from world_distill.structs import PyTree
 from world_distill.weights import base_model
 

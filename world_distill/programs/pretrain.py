@@ -26,7 +26,7 @@ import world_distill
 from world_distill import build, console
 from world_distill.core import flow, losses, sampling, schedules
 from world_distill.data.records.batches import pad_texts
-from world_distill.devices.mesh import batch_sharding, replicated
+from world_distill.devices.sharding import batch_sharding, replicated
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
 from world_distill.storage.checkpoints import Checkpointer, make_metadata

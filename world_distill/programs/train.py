@@ -32,7 +32,7 @@ from world_distill.evaluation.held_out import audit, make_held_out
 from world_distill.evaluation.scoring import QUESTIONS, summarise
 from world_distill.interfaces import Judge
 from world_distill.judges.rubric import load_rubric
-from world_distill.settings.config import to_json
+from world_distill.settings.loading import to_json
 from world_distill.storage.checkpoints import Checkpointer, make_metadata
 from world_distill.storage.metric_log import MetricLog
 from world_distill.training import run_folder

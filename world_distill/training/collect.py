@@ -25,7 +25,7 @@ from world_distill.core import advantages
 from world_distill.core.metrics import within_group_correlations
 from world_distill.data.records.batches import Batch, concatenate
 from world_distill.devices import hosts
-from world_distill.devices.mesh import batch_sharding, rows_or_whole
+from world_distill.devices.sharding import batch_sharding, rows_or_whole
 from world_distill.errors import UserError
 from world_distill.interfaces import Judge
 from world_distill.judges.ask import judge_clips

@@ -29,12 +29,12 @@ from world_distill import build
 from world_distill.core import flow, losses, sampling
 from world_distill.core.guidance import with_guidance
 from world_distill.core.schedules import piecewise_linear
-from world_distill.devices.mesh import batch_sharding, like_weights, map_rows, replicated, tree_shardings
+from world_distill.devices.sharding import batch_sharding, like_weights, map_rows, replicated, tree_shardings
 from world_distill.interfaces import Denoise, ModelFamily
 from world_distill.settings import old_configs
 from world_distill.settings.check import check
-from world_distill.settings.config import section
 from world_distill.settings.guidance import Guidance
+from world_distill.settings.loading import section
 from world_distill.settings.objective import Objective, Phase
 from world_distill.settings.rollout import DISTILL, RolloutSettings
 from world_distill.structs import Condition, Negative, PyTree, Rollout, TrainState

@@ -24,8 +24,8 @@ from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.memory.kept_clips import KeptClips
 from world_distill.judges.memory.segments import SyncedCache, is_shared
-from world_distill.settings.config import diff, from_json, leaves, override, to_json, translate
 from world_distill.settings.guidance import Guidance
+from world_distill.settings.loading import diff, from_json, leaves, override, to_json, translate
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.storage import array_store, atomic
 from world_distill.storage.checkpoints import Checkpointer

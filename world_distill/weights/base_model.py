@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from world_distill.build import start_devices
-from world_distill.devices.mesh import tree_shardings
+from world_distill.devices.sharding import tree_shardings
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
 from world_distill.storage import array_store

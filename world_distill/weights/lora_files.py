@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from world_distill.devices.mesh import tree_shardings
+from world_distill.devices.sharding import tree_shardings
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
 from world_distill.models.tensor_map import put

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from world_distill import models
-from world_distill.devices.mesh import make_mesh
+from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
 from world_distill.models.tensor_map import Entry
 from world_distill.models.wan import vae

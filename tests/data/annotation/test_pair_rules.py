@@ -7,7 +7,7 @@ from world_distill.data.images.decode import read_image
 from world_distill.interfaces import TaskPair
 from world_distill.sandbox.factories import make_oracle
 from world_distill.sandbox.scenes import write_scenes
-from world_distill.settings.config import load_config
+from world_distill.settings.loading import load_config
 
 SOLUTION = (
     "The man in the blue shirt lifts his left foot, steps forward onto the yellow line, then brings his right foot "

@@ -11,7 +11,7 @@ from world_distill.models.tensor_map import assemble
 from world_distill.models.wan.family import WanFamily
 from world_distill.models.wan.params import transformer_entries
 from world_distill.models.wan.vae import VaeConfig
-from world_distill.settings.config import load_config, section
+from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.structs import Condition, Negative, TrainBatch
 from world_distill.training.passes import Losses

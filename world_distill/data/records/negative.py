@@ -24,7 +24,7 @@ from world_distill.data.records.reader import RecordReader
 from world_distill.data.records.shard_files import disk, write_atomically
 from world_distill.data.records.types import RecordError
 from world_distill.devices import hosts
-from world_distill.devices.mesh import replicated
+from world_distill.devices.sharding import replicated
 from world_distill.settings.guidance import Guidance
 from world_distill.structs import Negative
 

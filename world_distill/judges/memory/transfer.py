@@ -13,7 +13,7 @@ from world_distill.errors import UserError
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.memory.entries import Entry, flat, to_line
 from world_distill.judges.memory.segments import is_shared, list_segments, read_segment
-from world_distill.settings.config import ConfigDict, from_json
+from world_distill.settings.loading import ConfigDict, from_json
 
 _PART = 10_000
 _NUMBERS = ("log_odds", "created")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from world_distill.devices.mesh import gathered, map_rows
+from world_distill.devices.sharding import gathered, map_rows
 from world_distill.models import lora as lora_lib
 from world_distill.models.functional import Functional, functional
 from world_distill.models.tensor_map import Entry, our_shapes

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.mesh import constrain, platform_of, rows_in_order
+from world_distill.devices.sharding import constrain, platform_of, rows_in_order
 from world_distill.models.attention import SAVED, AttentionKind, attend_on
 from world_distill.models.layers import (
     LayerNorm,

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.mesh import spread_pixels
+from world_distill.devices.sharding import spread_pixels
 from world_distill.structs import PyTree
 
 

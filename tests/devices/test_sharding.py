@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from world_distill.devices import mesh as meshes
+from world_distill.devices import sharding as meshes
 from world_distill.models import build
 
 

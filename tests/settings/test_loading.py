@@ -9,13 +9,13 @@ import pytest
 from ml_collections import ConfigDict, config_dict
 
 from world_distill.errors import UserError
-from world_distill.settings import config as config_lib
-from world_distill.settings.config import load_config
+from world_distill.settings import loading as config_lib
+from world_distill.settings.loading import load_config
 
 SOURCE = '''
 """A config."""
 from ml_collections import ConfigDict, config_dict
-from world_distill.settings.config import parse_arg
+from world_distill.settings.loading import parse_arg
 
 def get_config(arg):
     arg = parse_arg(arg, variant="base", seed=0, fast=False)
@@ -99,7 +99,7 @@ def test_broken_file_is_named_with_what_is_wrong(tmp_path, source, message):
 
 def test_bare_name_finds_a_packaged_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # wherever the caller stands
-    monkeypatch.setattr(config_lib, "__file__", str(tmp_path / "site/world_distill/settings/config.py"))
+    monkeypatch.setattr(config_lib, "__file__", str(tmp_path / "site/world_distill/settings/loading.py"))
     beside, inside = tmp_path / "site/configs", tmp_path / "site/world_distill/configs"
     for folder, value in ((beside, 1), (inside, 2)):
         folder.mkdir(parents=True)
@@ -317,7 +317,7 @@ def test_config_may_start_from_another(tmp_path, path):
     file = tmp_path / "child.py"
     file.write_text(
         textwrap.dedent(f"""
-        from world_distill.settings.config import load_config
+        from world_distill.settings.loading import load_config
         def get_config(arg):
             config = load_config({path!r} + ":" + arg)
             config.train.steps = 5

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from ml_collections import config_dict
 
 from world_distill.errors import UserError
-from world_distill.settings import addresses, old_configs, sections
+from world_distill.settings import addresses, defaults, old_configs
 
 ConfigDict = config_dict.ConfigDict
 T = TypeVar("T")
@@ -263,7 +263,7 @@ def from_json(text: str) -> ConfigDict:
 def translate(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Plain settings that this or an earlier version wrote, in today's keys, units and addresses."""
     today = addresses.translate(old_configs.translate(plain))
-    return sections.with_newer_keys(today) if "objective" in today else today
+    return defaults.with_newer_keys(today) if "objective" in today else today
 
 
 def fingerprint(config: ConfigDict) -> str:
