@@ -3,7 +3,7 @@
 import functools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,9 @@ class TinyFamily:
 
     name = "tiny"
     # By the name that `config.base` gives. Runs that were made with an older base still need it.
-    shipped_bases = {name: _HERE / f"base_{name}.safetensors" for name in ("1", "2", "3")}
-    image_size = None
-    linears = None
+    shipped_bases: Mapping[str, pathlib.Path] = {name: _HERE / f"base_{name}.safetensors" for name in ("1", "2", "3")}
+    image_size: tuple[int, int] | None = None
+    linears: Mapping[str, tuple[str, str]] | None = None
     codec_parts = ()  # the codec has no weights
 
     def __init__(
