@@ -26,7 +26,7 @@ EXTRAS = {
     ],
     "colab": ["ipywidgets>=8", "matplotlib>=3.9"],
     # The type checker, to be run where the extra `torch` is installed, too.
-    "types": ["pyright[nodejs]~=1.1.400"],
+    "types": ["pyright[nodejs]==1.1.414"],  # another version may see other mistakes
     "test": [
         "pyarrow>=16",
         "av>=14",
