@@ -1,7 +1,7 @@
 """World Model Self-Distillation of Wan2.2-TI2V-5B.
 
 Commands:  world-distill convert Wan2.2-TI2V-5B-Diffusers weights/wan22-5b --dtype bfloat16
-           world-distill annotate / encode --config wan22_5b …      (see README.md)
+           world-distill annotate / encode --config wan22_5b …      (see launch/README.md)
            world-distill train --config wan22_5b[:VARIANT] --config.data=data --workdir runs/wan
 Hardware:  not measured yet. By their shapes the weights are 10.0 GB in bfloat16, the autoencoder 2.8 GB in float32.
 Result:    not measured yet.

@@ -1,7 +1,7 @@
 """Larger transformers of Wan's kind, to be planned (`world-distill plan`) or trained from nothing: no weights of these
 sizes are published in this form.
 
-Commands:  world-distill plan --config wan_sizes:13b --topology v5e:2x2 …      (README.md, "Does it fit?")
+Commands:  world-distill plan --config wan_sizes:13b --topology v5e:2x2 …      (launch/README.md, "Does it fit?")
 
 Variants, `--config wan_sizes:VARIANT`, all with the settings of `wan22_5b:wmsd`:
   13b   as deep and as wide as LTX-2's video stream (arXiv 2601.03233), 6,144 tokens a clip

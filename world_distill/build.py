@@ -59,7 +59,7 @@ def find_factory(config: ConfigDict, section: str) -> Callable[..., Any]:
     """
     path = config[section].factory
     if not path:
-        raise UserError(f"config.{section}.factory names nothing: set it to package.module:function (README.md)")
+        raise UserError(f"config.{section}.factory names nothing: set it to package.module:function (world_distill/README.md)")
     module, _, name = addresses.current(path).partition(":")
     try:
         return getattr(importlib.import_module(module), name)
@@ -100,7 +100,7 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
     On a CPU, XLA runs the small operations of a small model on one thread a device, so the cores are used by splitting
     the batch over `config.host_devices` CPU devices. Their number is part of the config and not of the machine: sums
     over the batch are grouped by device, and a run should be the same everywhere. In a job of several processes each
-    has its part of them. On accelerators compiled programs are kept on disk (`compiles.keep_programs`).
+    has its part of them. On accelerators compiled programs are kept on disk (`compilation.keep_programs`).
 
     Raises:
       UserError: the processes of the job do not find together, or cannot share out the CPU devices.

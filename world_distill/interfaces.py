@@ -95,7 +95,7 @@ class PublishedFamily(ModelFamily, Protocol):
     linears: Mapping[str, tuple[str, str]]  # not None
 
     def entries(self) -> dict[str, list[Any]]:
-        """`models.params.Entry` of every published tensor, by part of the base."""
+        """`models.tensor_map.Entry` of every published tensor, by part of the base."""
         ...
 
     def published_configs(self, base: PyTree) -> dict[str, dict[str, Any]]:

@@ -100,14 +100,15 @@ def measure(workdir: pathlib.Path, tasks: int, group: int, seed: int):
 
     found = []
     for step in range(tasks // BATCH):
-        batch = next(batches)
+        batch = batches.take()
         names = ("task_text", "task_mask", "solution_text", "solution_mask", "scene")
-        placed = {name: jax.device_put(batch[name], rows_or_whole(mesh, BATCH)) for name in names}
+        rows = rows_or_whole(mesh, BATCH * group)
+        placed = {name: jax.device_put(np.repeat(batch[name], group, axis=0), rows) for name in names}
         task = Condition(placed["task_text"], placed["task_mask"], placed["scene"])
         solution = Condition(placed["solution_text"], placed["solution_mask"], placed["scene"])
         key = jax.random.fold_in(jax.random.key(seed), step)
         given = task, solution, key, jnp.zeros((), jnp.int32), negative
-        rollout, _, solution = programs.roll[Phase(True, True).rl](executor, base, *given)
+        rollout = programs.roll[Phase(True, True).rl](executor, base, *given)
         shown, _ = programs.show(base, rollout, solution, negative)
         clips = np.asarray(programs.decode(base, rollout.latents))
         texts = ([x for x in batch[name] for _ in range(group)] for name in ("task", "agent"))

@@ -15,7 +15,10 @@ from small import PATTERN, VARIANTS, check_advantages, make_inputs, small_config
 
 from tests.effort import KILLS
 from tests.programs.test_train import assert_same, final_states
+from world_distill.data.records.batches import task_batches
+from world_distill.data.records.reader import RecordReader
 from world_distill.devices import hosts
+from world_distill.devices.sharding import make_mesh, rows_or_whole
 from world_distill.errors import UserError
 from world_distill.programs import train
 
@@ -82,9 +85,17 @@ def inputs(tmp_path_factory):
     return folder
 
 
-# Says how many clips each process's benchmark is shown, and how many questions its held-out judge is asked.
+# Says how many clips each process's benchmark is shown, how many questions its held-out judge is asked, and how many
+# bytes of records it reads.
 COUNTING = """
 from world_distill import build
+from world_distill.data.records.reader import RecordReader
+read = RecordReader.__getitem__
+def reading(reader, index):
+    record = read(reader, index)
+    print("read", reader.index_path.stem, len(record.to_bytes()), flush=True)
+    return record
+RecordReader.__getitem__ = reading
 make = build.make
 def counting(config, section):
     made, name = make(config, section), {"benchmark": "check", "held_out": "ask"}.get(section)
@@ -128,6 +139,29 @@ def test_two_processes_train_as_one(inputs, two, tmp_path):
     for text in said:  # of four clips, three questions about each, at every evaluation
         assert re.findall(r"benchmark (\d+)", text) == ["2"] * (STEPS // 2)
         assert re.findall(r"held_out (\d+)", text) == ["6"] * (STEPS // 2)
+
+
+def test_each_process_reads_the_tasks_of_its_own_rollouts(inputs, two):
+    config = small_config(inputs, **RUN)
+    count, reader = config.rollout.tasks, RecordReader(config.data, "train")
+    order = task_batches(reader, tasks_per_step=count, seed=config.seed, text_length=config.text_length)
+    ids = [order.take()["ids"] for _ in range(STEPS)]
+    size = {record.id: len(record.to_bytes()) for record in reader}
+    for text, own in zip(two[1], (slice(count // 2), slice(count // 2, None)), strict=True):
+        read = [int(found) for found in re.findall(r"read train (\d+)", text)]
+        assert read == [size[name] for step in ids for name in step[own]]
+
+
+@pytest.mark.parametrize("rows, ways", [(8, 4), (8, 8), (4, 8)])
+def test_rows_are_placed_from_the_part_that_a_process_has(rows, ways):
+    mesh = make_mesh(fsdp=ways, devices=jax.devices()[:ways])
+    sharding = rows_or_whole(mesh, rows)
+    np.testing.assert_array_equal(hosts.rows_held(rows, sharding), np.arange(rows))
+    x = np.arange(12.0).reshape(4, 3)
+    at = np.repeat(np.arange(4), rows // 4)[::-1]
+    placed = hosts.place_rows(x, at, sharding)
+    assert placed.sharding == sharding
+    np.testing.assert_array_equal(placed, x[at])
 
 
 def test_another_config_on_one_of_them_stops_all_before_anything_is_trained(inputs, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from small import random_weights, redraw, small_config
 
 from world_distill.core import losses, sampling
-from world_distill.data.records.batches import concatenate
+from world_distill.devices import hosts
 from world_distill.devices.sharding import make_mesh
 from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective, Phase
@@ -25,33 +25,40 @@ def collection(**changes) -> RolloutSettings:
     return dataclasses.replace(settings, tasks=2, group=3, **changes)
 
 
-def batches():
-    for start in range(0, 100, 2):
-        yield {"ids": [f"r{start}", f"r{start + 1}"], "scene": np.arange(start, start + 2)[:, None]}
+class Tasks:
+    """As much of `TaskBatches` as drawing needs: task i of the order is called r{i}."""
+
+    def __init__(self):
+        self.next = 0
+
+    def take(self, needed, *, draws):
+        first, self.next = 2 * self.next, self.next + draws
+        return {"ids": [f"r{first + i}" for i in np.unique(needed)], "count": 2 * draws}
+
+
+MESH = make_mesh(devices=jax.devices()[:1])
 
 
 def test_every_rollout_has_a_task_of_its_own_while_there_is_no_rl():
-    stream, settings = batches(), collection(spread=True)
-    alone = draw_tasks(settings, stream, active=False)
+    tasks, settings = Tasks(), collection(spread=True)
+    alone = draw_tasks(settings, MESH, tasks, active=False)
     assert alone["ids"] == [f"r{i}" for i in range(6)]
-    np.testing.assert_array_equal(alone["scene"][:, 0], np.arange(6))
-    assert settings.group_in(False) * len(alone["ids"]) == 6
-    grouped = draw_tasks(settings, stream, active=True)  # goes on where that stopped: no task is passed over
+    assert settings.group_in(False) * alone["count"] == 6
+    grouped = draw_tasks(settings, MESH, tasks, active=True)  # goes on where that stopped: no task is passed over
     assert grouped["ids"] == ["r6", "r7"]
-    assert settings.group_in(True) * len(grouped["ids"]) == 6
+    assert settings.group_in(True) * grouped["count"] == 6
 
 
 @pytest.mark.parametrize("active", [True, False])
 def test_groups_stay_together_where_that_is_asked_for(active):
     settings = collection(spread=False)
-    assert draw_tasks(settings, batches(), active)["ids"] == ["r0", "r1"] and settings.group_in(active) == 3
+    assert draw_tasks(settings, MESH, Tasks(), active)["ids"] == ["r0", "r1"] and settings.group_in(active) == 3
 
 
-def test_batches_are_joined_in_order():
-    first, second = {"ids": ["a"], "x": np.ones((1, 2))}, {"ids": ["b", "c"], "x": np.zeros((2, 2))}
-    joined = concatenate([first, second])
-    assert joined["ids"] == ["a", "b", "c"]
-    np.testing.assert_array_equal(joined["x"], [[1, 1], [0, 0], [0, 0]])
+@pytest.mark.parametrize("active, expected", [(True, ["r1"]), (False, ["r2", "r3"])])
+def test_a_process_draws_the_tasks_of_the_rollouts_that_its_devices_hold(active, expected, monkeypatch):
+    monkeypatch.setattr(hosts, "rows_held", lambda count, sharding: np.arange(count)[4:] - (0 if active else 2))
+    assert draw_tasks(collection(spread=True), MESH, Tasks(), active)["ids"] == expected
 
 
 # ---- Rollouts against direct calls of the model
@@ -75,7 +82,12 @@ def make(tmp_path_factory, changes):
     )  # fmt: skip
     programs = make_programs(config, make_mesh(devices=jax.devices()[:1]))
     rng = np.random.default_rng(0)
-    tasks = {"ids": ["a", "b"], "scene": rng.normal(size=(TASKS, 1, *programs.family.latent_shape[1:]))}
+    tasks = {
+        "ids": ["a", "b"],
+        "numbers": np.arange(2),
+        "count": 2,
+        "scene": rng.normal(size=(TASKS, 1, *programs.family.latent_shape[1:])),
+    }
     for text in ("task", "solution"):
         tasks[f"{text}_text"] = rng.normal(size=(TASKS, 4, 64))
         tasks[f"{text}_mask"] = np.arange(4)[None] < rng.integers(1, 5, size=(TASKS, 1))
@@ -162,7 +174,7 @@ def weigh(scores: dict, *, reward=None, distilling=False, **changes):
     judged = Judged(order, Judgment({n: v[order] for n, v in scores.items()}, valid[order]), {"judge/x": 1.0})
     batch = TrainBatch(**{f.name: None for f in dataclasses.fields(TrainBatch)})
     pending = Pending(
-        step=0, phase=Phase(not distilling, True), tasks={"ids": ["a", "b"]}, batch=batch, clips=None,
+        step=0, phase=Phase(not distilling, True), tasks={"ids": ["a", "b"], "count": 2}, batch=batch, clips=None,
         reward=None if reward is None else jnp.float32(reward), motion=jnp.arange(6.0), started=0.0,
     )  # fmt: skip
     batch, info = collector.weigh(pending, judged)

@@ -54,15 +54,17 @@ def run(inputs, tmp_path_factory):
 
 
 def parts(config):
-    """(programs, base, Executor of random weights, conditions of a step's tasks, negative text)."""
+    """(programs, base, Executor of random weights, conditions of a step's rollouts, negative text)."""
     mesh = build.start_devices(config)
     programs = make_programs(config, mesh)
     reader = RecordReader(config.data, "train")
-    tasks = next(task_batches(reader, tasks_per_step=4, seed=0, text_length=config.text_length))
+    tasks = task_batches(reader, tasks_per_step=4, seed=0, text_length=config.text_length).take()
     conditions = [
         Condition(jnp.asarray(tasks[f"{name}_text"]), jnp.asarray(tasks[f"{name}_mask"]), jnp.asarray(tasks["scene"]))
         for name in ("task", "solution")
     ]
+    group = programs.collection.group
+    conditions = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), conditions)
     base = base_model.load_base(programs.family, config, mesh)
     negative = load_negative(reader, programs.guidance, config.text_length, mesh)
     return programs, base, redraw(programs.state.lora, 2), conditions, negative
@@ -107,7 +109,7 @@ def test_rollouts_and_the_demonstrators_velocities_are_the_formula(inputs):
     family, length = programs.family, config.text_length
     grid, _ = build.sampler_grid(config)
     given = lora, base, *conditions, jax.random.key(3), jnp.int32(0), negative
-    rollout, task, solution = programs.roll[True](*given)
+    (task, solution), rollout = conditions, programs.roll[True](*given)
     states, velocities = steps_of(family, rollout)
     check_steps(family, grid, states, velocities, by_hand(family, ROLLED, length), base, lora, task)
     shown, reward = programs.show(base, rollout, solution, negative)
@@ -127,7 +129,7 @@ def test_the_demonstrators_own_rollouts_are_guided(inputs):
     programs, base, lora, conditions, negative = parts(config)
     grid, _ = build.sampler_grid(config)
     given = lora, base, *conditions, jax.random.key(3), jnp.int32(0), negative
-    rollout, _, solution = programs.roll[True](*given)
+    solution, rollout = conditions[1], programs.roll[True](*given)
     velocity = by_hand(programs.family, SHOWN, config.text_length)
     check_steps(programs.family, grid, *steps_of(programs.family, rollout), velocity, base, None, solution)
 
@@ -137,7 +139,7 @@ def test_clips_at_evaluation_are_guided_by_role(run):
     programs, base, lora, _, _ = parts(config)
     family, reader = programs.family, RecordReader(config.data, "test")
     evaluator = run_folder.make_evaluator(config, family, programs.mesh, None)
-    batch = next(iter(train.task_batches(reader, tasks_per_step=4, seed=0, text_length=config.text_length)))
+    batch = train.task_batches(reader, tasks_per_step=4, seed=0, text_length=config.text_length).take()
     grid, _ = build.sampler_grid(config)
     rows = np.arange(4)
     keys = sampling.sample_keys(jax.random.key(config.seed), rows)

@@ -169,6 +169,27 @@ def place(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
 
 
+def rows_held(count: int, sharding: jax.sharding.Sharding) -> np.ndarray:
+    """Numbers of the rows of an array [count ...] that this process's devices hold, rising."""
+    places = sharding.addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[place] for place in places if place is not None]))
+
+
+def place_rows(x: np.ndarray, rows: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array [b ...] over the devices of all processes, of which each process has the rows that its devices hold.
+
+    Args:
+      x: this process's own rows [n ...].
+      rows: [b] for each row of the result, its place in `x`; of rows that are not held here (`rows_held`), anything.
+      sharding: of the result.
+    """
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        return x[rows[index[0]]][(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback((len(rows), *x.shape[1:]), sharding, part)
+
+
 def whole(x: jax.Array) -> np.ndarray:
     """All of an array, on every process."""
     if jax.process_count() == 1:

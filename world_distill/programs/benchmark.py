@@ -53,7 +53,7 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     )  # fmt: skip
     last = config.steps - 1  # of a schedule: with all losses in force
     phase = objective.phase(last)
-    tasks = draw_tasks(collection, batches, phase.rl)
+    tasks = draw_tasks(collection, mesh, batches, phase.rl)
     trained = programs.init(base, config.seed)  # an update gives away the buffers of the state that it is given
     key = jax.random.key(config.seed)
     parts = collector.parts(state, base, tasks, key, last)
@@ -74,7 +74,7 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         jobs["demonstrator"] = lambda: jax.block_until_ready(show())
 
     def whole():
-        made, _ = collector(state, base, draw_tasks(collection, batches, phase.rl), key, last)
+        made, _ = collector(state, base, draw_tasks(collection, mesh, batches, phase.rl), key, last)
         update(made)
 
     jobs["step"] = whole

@@ -284,6 +284,8 @@ class Trainer:
             "task": [told.text for told in tasks],
             "agent": [told.agent for told in tasks],
             "scene": np.stack([told.scene for told in tasks]).astype(np.float32),
+            "numbers": np.arange(len(pairs)),
+            "count": len(pairs),
         }
         for name, told in (("task", tasks), ("solution", solutions)):
             batch[f"{name}_text"], batch[f"{name}_mask"] = pad_texts(

@@ -109,19 +109,17 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
 
     # Each phase takes what the one before gives, laid out as the compiler chose.
     key = jax.eval_shape(lambda: jax.random.key(0))
-    tasks = settings.tasks * settings.group // settings.group_in(active)
-    conditions = [_condition(config, family, mesh, tasks) for _ in range(2)]
+    task, solution = (_condition(config, family, mesh, settings.tasks * settings.group) for _ in range(2))
     width = config.model.text_width
     negative = abstract_negative(programs.guidance, config.text_length, width, jnp.bfloat16, mesh)
     at = (_abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
-    given = (state.lora, base, *conditions, *at, negative)
+    given = (state.lora, base, task, solution, *at, negative)
     held = (base, state)
-    phase, rolled = _compile("rollout", programs.roll[active], given, held)
+    phase, rollout = _compile("rollout", programs.roll[active], given, held)
     if wanted("rollout"):
         yield phase
-    if rolled is not None:
-        rollout, task, solution = rolled
-        held += rolled
+    if rollout is not None:
+        held += (rollout, task, solution)
         shown = None
         if programs.shows(in_force):
             phase, result = _compile("demonstrator", programs.show, (base, rollout, solution, negative), held)
@@ -141,13 +139,13 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
         yield _compile("encode", encode, (base, images), base, calls=0)[0]
 
 
-def _condition(config, family, mesh, tasks: int) -> Condition:
+def _condition(config, family, mesh, rows: int) -> Condition:
     length, width = config.text_length, config.model.text_width
-    sharding = rows_or_whole(mesh, tasks)
+    sharding = rows_or_whole(mesh, rows)
     return Condition(
-        text=_shape((tasks, length, width), jnp.bfloat16, sharding),
-        text_mask=_shape((tasks, length), jnp.bool_, sharding),
-        scene=_shape((tasks, 1, *family.latent_shape[1:]), jnp.float32, sharding),
+        text=_shape((rows, length, width), jnp.bfloat16, sharding),
+        text_mask=_shape((rows, length), jnp.bool_, sharding),
+        scene=_shape((rows, 1, *family.latent_shape[1:]), jnp.float32, sharding),
     )
 
 

@@ -2,7 +2,7 @@
 
     for every step:
         collect     the Executor's rollouts, judged and weighed        (collect.py)
-        train_step  a pure function of (state, base, batch)            (objectives.py)
+        train_step  a pure function of (state, base, batch)            (objective.py)
 
 A run is a folder: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`. Called again on
 its folder, it continues from the newest checkpoint, bit for bit as if it had not stopped.
@@ -53,7 +53,7 @@ def train(
       workdir: the run's folder.
       stem: folder of a run to branch off, at its newest checkpoint, where `workdir` has none yet. That its steps are
         those that this config would have made is the caller's word.
-      profile: steps to trace (`profiling`).
+      profile: steps to trace (`devices.profiler`).
 
     Returns:
       steps, seconds, and `validation`: the last row of rates on the validation records (None if never evaluated).
@@ -79,9 +79,7 @@ def train(
     _test(judge)
     negative = load_negative(reader, programs.guidance, config.text_length, mesh)
     base = base_model.load_base(family, config, mesh)
-    tasks = task_batches(
-        reader, tasks_per_step=collection.tasks, seed=config.seed, text_length=config.text_length
-    )  # each process reads all of them: they are few, and need not divide by the processes
+    tasks = task_batches(reader, tasks_per_step=collection.tasks, seed=config.seed, text_length=config.text_length)
 
     # State: the newest checkpoint, or a fresh Executor --------------------------------------------------------------
     metadata = make_metadata(run_folder.fixed_settings(config))

@@ -1,9 +1,9 @@
 """`world-distill report`: one self-contained HTML page of a run, for people who have never heard of it.
 
-The page is made from what lies in the run's folder (`report_data` reads it), and says what is missing:
+The page is made from what lies in the run's folder (`run_data` reads it), and says what is missing:
 
     results.json or evaluation.json   rates with intervals (`evaluate.evaluate_roles`)
-    metrics.jsonl                     figures of every training step (`logs.MetricLog`)
+    metrics.jsonl                     figures of every training step (`metric_log.MetricLog`)
     clips/clips.json                  [{id, task, solution, agent, kind, fps?}] of the tasks whose clips were kept
     clips/ROLE/ID.png                 those clips (`video_io.save_strip`); ROLE is base, demonstrator or executor
     config.json                       the settings

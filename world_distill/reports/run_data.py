@@ -60,7 +60,7 @@ class Clip:
     films: Mapping[str, pathlib.Path]
 
     def load(self, role: str) -> np.ndarray:
-        """The role's clip [F H W 3] uint8. Raises ValueError or OSError, see `video_io.load_strip`."""
+        """The role's clip [F H W 3] uint8. Raises ValueError or OSError, see `video_files.load_strip`."""
         return load_strip(self.films[role])
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 
 from world_distill.core import advantages
 from world_distill.core.metrics import within_group_correlations
-from world_distill.data.records.batches import Batch, concatenate
+from world_distill.data.records.batches import Batch, TaskBatches
 from world_distill.devices import hosts
 from world_distill.devices.sharding import batch_sharding, rows_or_whole
 from world_distill.errors import UserError
@@ -50,7 +50,7 @@ class Pending(NamedTuple):
     batch: TrainBatch
     clips: jax.Array | None  # [b F H W 3] uint8, if they are to be judged
     reward: jax.Array | None  # [b] Eq. 9, if it is rewarded
-    motion: jax.Array | None  # [b] see `programs`, if rewards are weighed
+    motion: jax.Array | None  # [b] see `compiled`, if rewards are weighed
     started: float
 
 
@@ -71,9 +71,15 @@ class Parts(NamedTuple):
     judge: Callable[[], Judgment]
 
 
-def draw_tasks(settings: RolloutSettings, batches: Iterator[Batch], active: bool) -> Batch:
-    """The tasks of a step in which L_RL has a weight (`active`) or has none, from batches of `settings.tasks` tasks."""
-    return concatenate([next(batches) for _ in range(settings.group // settings.group_in(active))])
+def draw_tasks(settings: RolloutSettings, mesh: jax.sharding.Mesh, tasks: TaskBatches, active: bool) -> Batch:
+    """The tasks that this process needs of a step in which L_RL has a weight (`active`) or has none.
+
+    Each draw has `settings.tasks` tasks. A process needs the tasks of the rollouts that its devices hold.
+    """
+    group = settings.group_in(active)
+    count = settings.tasks * settings.group
+    needed = hosts.rows_held(count, rows_or_whole(mesh, count)) // group
+    return tasks.take(needed, draws=settings.group // group)
 
 
 class Collector:
@@ -88,7 +94,7 @@ class Collector:
         rubric: Rubric | None,
         negative: Negative | None = None,
     ):
-        """`negative` is the text of the records that guidance leads away from (`guidance.load_negative`)."""
+        """`negative` is the text that guidance leads away from (`data.records.negative.load_negative`)."""
         self._negative = negative
         self.settings, self._judge, self.cache, self.rubric = programs.collection, judge, cache, rubric
         self._programs, self._objective = programs, programs.objective
@@ -104,9 +110,9 @@ class Collector:
         pending = self.begin(state.lora, base, tasks, key, step)
         return self.weigh(pending, self.judge(pending))
 
-    def draw(self, batches: Iterator[Batch], step: int) -> Batch:
-        """The tasks of training step `step`."""
-        return draw_tasks(self.settings, batches, self._objective.rl_active(step))
+    def draw(self, tasks: TaskBatches, step: int) -> Batch:
+        """The tasks of training step `step` that this process needs."""
+        return draw_tasks(self.settings, self._programs.mesh, tasks, self._objective.rl_active(step))
 
     def begin(self, lora: PyTree, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Pending:
         """Gives the device the rollouts of training step `step`, and waits for nothing.
@@ -120,8 +126,8 @@ class Collector:
         """
         started = time.perf_counter()
         phase = self._objective.phase(step)
-        given = *self._conditions(tasks), *_key(key, step), self._negative
-        rollout, task, solution = self._roll[phase.rl](lora, base, *given)
+        task, solution = self._conditions(tasks, phase)
+        rollout = self._roll[phase.rl](lora, base, task, solution, *_key(key, step), self._negative)
         # Only clips that will be judged are decoded.
         clips = self._decode(base, rollout.latents) if phase.rl and self._questions else None
         shown = reward = None
@@ -167,10 +173,11 @@ class Collector:
 
     def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Parts:
         """The pieces of a call, each to be run alone (benchmarks)."""
-        given = state.lora, base, *self._conditions(tasks), *_key(key, step), self._negative
         phase = self._objective.phase(step)
+        task, solution = self._conditions(tasks, phase)
+        given = state.lora, base, task, solution, *_key(key, step), self._negative
         roll = self._roll[phase.rl]
-        rollout, _, solution = roll(*given)
+        rollout = roll(*given)
         frames = np.asarray(self._decode(base, rollout.latents))
         return Parts(
             roll=lambda: roll(*given),
@@ -180,15 +187,17 @@ class Collector:
         )
 
     def clock(self, program: Callable[[str, Any, Callable], Any]) -> None:
-        """Puts every program of a step on a clock: `speed.Clock.program`."""
-        self._roll = {active: program("rollout", f, lambda out: out[0].latents) for active, f in self._roll.items()}
+        """Puts every program of a step on a clock: `devices.clock.Clock.program`."""
+        self._roll = {active: program("rollout", f, lambda out: out.latents) for active, f in self._roll.items()}
         self._decode = program("decode", self._decode, lambda clips: clips)
         self._show = program("demonstrator", self._show, lambda out: out[0])
 
-    def _conditions(self, tasks: Mapping[str, Any]) -> tuple[Condition, Condition]:
-        # Tasks need not divide by the devices, as the rollouts do: then each device gets all of them.
-        sharding = rows_or_whole(self._programs.mesh, len(tasks["scene"]))
-        put = lambda name: hosts.place(np.asarray(tasks[name]), sharding)  # noqa: E731
+    def _conditions(self, tasks: Mapping[str, Any], phase: Phase) -> tuple[Condition, Condition]:
+        """What every rollout is told, task and solution: on each device those of its own rollouts."""
+        group = self.settings.group_in(phase.rl)
+        rows = _places(tasks, np.repeat(np.arange(tasks["count"]), group))
+        sharding = rows_or_whole(self._programs.mesh, len(rows))
+        put = lambda name: hosts.place_rows(np.asarray(tasks[name]), rows, sharding)  # noqa: E731
         scene = put("scene")
         return (
             Condition(put("task_text"), put("task_mask"), scene),
@@ -197,7 +206,7 @@ class Collector:
 
     def _ask(self, tasks: Mapping[str, Any], clips: np.ndarray, numbers: np.ndarray) -> Judgment:
         """The judge's answers about clips; `numbers` are their rows in a batch of `group` clips of each task."""
-        of = [number // self.settings.group for number in numbers]
+        of = _places(tasks, numbers // self.settings.group)
         ids, texts, agents = ([tasks[name][i] for i in of] for name in ("ids", "task", "agent"))
         assert self._judge is not None and self.rubric is not None  # there are questions
         return judge_clips(self._judge, self.cache, clips, texts, agents, self.rubric, self._questions, records=ids)
@@ -214,7 +223,7 @@ class Collector:
     def _weigh(self, pending: Pending, judged: Judged) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
         """((advantages [b] float32, used [b] bool), metrics)."""
         tasks, reward, active = pending.tasks, pending.reward, pending.phase.rl
-        group, count = self.settings.group_in(active), len(tasks["ids"])
+        group, count = self.settings.group_in(active), tasks["count"]
         rows = count * group
         info: dict[str, float] = dict(judged.info)
         scores: dict[str, np.ndarray] = {}
@@ -255,6 +264,11 @@ class Collector:
         info |= {f"within_group/{a}~{b}": value for (a, b), value in correlations.items()}
         info |= {f"reward/{k}": float(v) for k, v in advantages.group_statistics(total, groups, valid).items()}
         return (weighed, used), info
+
+
+def _places(tasks: Mapping[str, Any], numbers: np.ndarray) -> np.ndarray:
+    """Where the tasks of these numbers stand in the batch of this process; of tasks that it lacks, anywhere."""
+    return np.minimum(np.searchsorted(tasks["numbers"], numbers), len(tasks["numbers"]) - 1)
 
 
 def _key(key: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:

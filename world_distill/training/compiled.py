@@ -1,11 +1,11 @@
 """The compiled programs of a training step: pure functions of weights and a batch, made once for settings and a mesh.
 
     init      the base                                  -> the first state
-    roll      an Executor, the base, tasks, a key       -> rollouts, and the conditions of each
+    roll      an Executor, the base, conditions, a key  -> a rollout of each row
     decode    the base, final latents                   -> RGB clips
     show      the base, rollouts, their solutions       -> the Demonstrator's velocities at all states, Eq. 9's reward
     motion    final latents                             -> how much each clip moves
-    update    a state, the base, a batch                -> the next state, metrics        (objectives.py)
+    update    a state, the base, a batch                -> the next state, metrics        (objective.py)
 
 With guidance, `roll` and `show` also take the states of the negative text.
 
@@ -160,9 +160,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         state=state,
         # Only RL by Flow-GRPO needs stochastic steps: while a schedule holds it at weight 0, rollouts follow the ODE.
         roll={
-            active: jax.jit(
-                functools.partial(roll, diffusion=diffusion if active else None, group=settings.group_in(active))
-            )
+            active: jax.jit(functools.partial(roll, diffusion=diffusion if active else None))
             for active in (True, False)
         },
         # A program of its own: it takes as long to compile as a step, and its memory is free again for the next one.
@@ -220,18 +218,12 @@ def _roll(
     keep_states: bool,
     keep_velocities: bool,
     diffusion: np.ndarray | None,
-    group: int,
-) -> tuple[Rollout, Condition, Condition]:
-    """Rollouts of every task `group` times (row i from the noise of `first_row` + i), and the conditions of each.
+) -> Rollout:
+    """A rollout of every row, row i from the noise of `first_row` + i.
 
     `Rollout.velocities` are those that made the clips: with guidance, the guided ones.
     """
-
-    def grow(tree):
-        tree = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
-        return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
-
-    task, solution = grow(task), grow(solution)
+    task, solution = jax.lax.with_sharding_constraint((task, solution), batch_sharding(mesh))
     rows = first_row + jnp.arange(task.text.shape[0])
     keys = sampling.sample_keys(key, rows)
     executor = settings.role == "executor"
@@ -246,7 +238,7 @@ def _roll(
         return _flat(_steps_first(rollout if keep_velocities else dataclasses.replace(rollout, velocities=None)))
 
     rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
-    return _steps_first(rollout), task, solution
+    return _steps_first(rollout)
 
 
 def _show(

@@ -1,8 +1,9 @@
-"""Batches: the same for ever, whatever the threads, the processes and the interruptions."""
+"""Batches: the same for ever, whatever the processes and the interruptions."""
 
 import dataclasses
-import itertools
+import json
 
+import grain
 import jax
 import ml_dtypes
 import numpy as np
@@ -35,6 +36,10 @@ def start(reader, **changes):
     return task_batches(reader, **dict(tasks_per_step=4, seed=5, text_length=LONGEST) | changes)
 
 
+def taken(tasks, steps):
+    return [tasks.take() for _ in range(steps)]
+
+
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
@@ -46,7 +51,7 @@ def assert_same(a, b):
 
 
 def test_contents_of_a_batch(reader):
-    batch = next(start(reader))
+    batch = start(reader).take()
     assert batch["scene"].shape == (4, 1, 2, 2, 3) and batch["scene"].dtype == np.float32
     assert batch["task_text"].dtype == np.float32 and batch["task_mask"].dtype == bool
     for row, name in enumerate(batch["ids"]):
@@ -63,56 +68,63 @@ def test_contents_of_a_batch(reader):
 
 
 def test_every_epoch_has_every_task_once_in_another_order(reader):
-    rows = [i for batch in itertools.islice(start(reader), COUNT) for i in batch["ids"]]  # 4 epochs of 11
+    rows = [i for batch in taken(start(reader), COUNT) for i in batch["ids"]]  # 4 epochs of 11
     epochs = [tuple(rows[k : k + COUNT]) for k in range(0, len(rows), COUNT)]
     assert len(set(epochs)) == 4
     assert all(sorted(e) == sorted(f"r{i}" for i in range(COUNT)) for e in epochs)
 
 
 def test_seed_decides_the_order(reader):
-    ids = [[b["ids"] for b in itertools.islice(start(reader, seed=s), 4)] for s in (5, 5, 6)]
+    ids = [[b["ids"] for b in taken(start(reader, seed=s), 4)] for s in (5, 5, 6)]
     assert ids[0] == ids[1] != ids[2]
 
 
-@pytest.mark.parametrize("threads_before, threads_after", [(0, 0), (2, 2), (0, 3), (3, 0)])
 @pytest.mark.parametrize("stop_at", [0, 1, 7])
-def test_resume_is_exact(reader, stop_at, threads_before, threads_after):
-    first = start(reader, num_threads=threads_before)
-    for _ in range(stop_at):
-        next(first)
+def test_resume_is_exact(reader, stop_at):
+    first = start(reader)
+    taken(first, stop_at)
     state = first.get_state()
-    expected = [next(first) for _ in range(5)]
-    first.close()
-    second = start(reader, num_threads=threads_after)
-    next(second), next(second)  # a used iterator can be set too
+    expected = taken(first, 5)
+    second = start(reader)
+    taken(second, 2)  # one that was used can be set too
     second.set_state(state)
     assert second.get_state() == state
     for batch in expected:
-        assert_same(next(second), batch)
-    second.close()
+        assert_same(second.take(), batch)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_out_the_tasks_of_one(reader, processes):
-    alone = start(reader)
-    shares = [start(reader, process_index=p, process_count=processes) for p in range(processes)]
-    for step in range(9):
-        whole, parts = next(alone), [next(share) for share in shares]
-        assert [i for part in parts for i in part["ids"]] == whole["ids"]
-        np.testing.assert_array_equal(np.concatenate([part["scene"] for part in parts]), whole["scene"])
-        assert len({share.get_state() for share in [alone, *shares]}) == 1
-        if step == 1:  # 8 of the first epoch's 11 tasks so far
-            assert len({i for part in parts for i in part["ids"]}) == 4
+def test_state_is_that_of_earlier_versions(reader):
+    """They kept Grain's own iterator over batches."""
+    tasks = start(reader)
+    taken(tasks, 3)
+    assert json.loads(tasks.get_state())["iterator"] == {"next_index": 3}
+    old = grain.MapDataset.source(reader).shuffle(seed=5).repeat().batch(4, batch_fn=lambda rows: [r.id for r in rows])
+    assert [batch["ids"] for batch in taken(tasks, 4)] == [old[i] for i in range(3, 7)]
 
 
-def test_resume_on_another_number_of_processes(reader):
-    alone = start(reader)
-    for _ in range(3):
-        next(alone)
-    halves = [start(reader, process_index=p, process_count=2) for p in range(2)]
-    for half in halves:
-        half.set_state(alone.get_state())
-    assert [i for half in halves for i in next(half)["ids"]] == next(alone)["ids"]
+@pytest.mark.parametrize("needed", [[0, 1], [3], [2, 1, 2]])
+def test_a_process_reads_the_tasks_that_it_needs(reader, needed):
+    read, alone, share = [], start(reader), start(reader)
+    share._records = share._records.map(lambda record: read.append(record.id) or record)
+    for _ in range(4):
+        whole, part = alone.take(), share.take(needed)
+        own = sorted(set(needed))
+        assert part["numbers"].tolist() == own and part["count"] == whole["count"] == 4
+        assert part["ids"] == read == [whole["ids"][i] for i in own]
+        np.testing.assert_array_equal(part["scene"], whole["scene"][own])
+        assert share.get_state() == alone.get_state()
+        read.clear()
+
+
+def test_several_draws_are_the_ones_that_come_next(reader):
+    single, several = start(reader), start(reader)
+    ids = [name for batch in taken(single, 3) for name in batch["ids"]]
+    both = several.take(draws=2)
+    assert both["ids"] == ids[:8] and both["count"] == 8
+    assert several.take([0, 3])["ids"] == [ids[8], ids[11]]
+    with pytest.raises(IndexError, match="tasks 0 to 4 of a step that has 4"):
+        several.take([0, 4])
+    assert several.get_state() == single.get_state()  # what failed has drawn nothing
 
 
 def test_state_of_another_order_is_refused(reader, tmp_path):
@@ -132,7 +144,7 @@ def test_arguments_are_checked_before_the_first_batch(reader, tmp_path):
         start(reader, text_length=5)
     with pytest.raises(RecordError, match="'r4'"):
         fixed_batches(reader, 4, text_length=5)
-    for changes in ({"process_count": 3}, {"tasks_per_step": 0}, {"process_index": 1}, {"seed": -1}, {"seed": 2**32}):
+    for changes in ({"tasks_per_step": 0}, {"seed": -1}, {"seed": 2**32}):
         with pytest.raises(ValueError):
             start(reader, **changes)
     record = AnnotatedRecord("r", "i", b"p", "t", "s", "a", "k", {})
@@ -163,8 +175,7 @@ def test_collate_never_cuts():
         collate([make(0), make(2)], 3)
 
 
-@pytest.mark.parametrize("threads", [0, 2])
-def test_damage_met_on_the_way_is_a_record_error(tmp_path, threads):
+def test_damage_met_on_the_way_is_a_record_error(tmp_path):
     write_records(tmp_path, "set", (make(i) for i in range(3)))
     reader = RecordReader(tmp_path, "set")
     shard = tmp_path / "set-00000-of-00001.arrayrecord"
@@ -172,7 +183,7 @@ def test_damage_met_on_the_way_is_a_record_error(tmp_path, threads):
     data[data.index(b"task 1")] ^= 0xFF
     shard.write_bytes(data)
     with pytest.raises(RecordError, match=r"arrayrecord, row 1: .*damaged"):
-        next(start(reader, tasks_per_step=3, num_threads=threads))
+        start(reader, tasks_per_step=3).take()
 
 
 @pytest.mark.parametrize("batch_size, processes", [(4, 1), (11, 1), (16, 1), (4, 2), (8, 4)])
@@ -198,7 +209,7 @@ def test_a_task_without_a_solution_is_not_for_training(tmp_path):
     reader = RecordReader(tmp_path, "set")
     assert reader[1].solution == "" and reader[1].solution_text.shape == (0, 4)
     with pytest.raises(RecordError, match=r"record 'r1' has no solution for the Demonstrator"):
-        next(start(reader, tasks_per_step=2))
+        start(reader, tasks_per_step=2).take()
     (batch,) = fixed_batches(reader, 2, text_length=LONGEST)  # told the task, models can be evaluated on it
     assert not batch["solution_mask"][1].any() and batch["task_mask"][1].any()
     with pytest.raises(RecordError, match=r"record 'r1' has no solution"):

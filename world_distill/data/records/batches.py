@@ -1,11 +1,12 @@
 """From encoded records to batches: endless and resumable for training, one pass for evaluation.
 
-Training order. The data set is shuffled anew each epoch and repeated without end; step s takes the s-th
-`tasks_per_step` rows of that order, and process p of n the p-th n-th of them. So the tasks of a step do not depend on
-the number of processes, and what has to be remembered to go on is one number.
+Training order. The data set is shuffled anew each epoch and repeated without end; draw s is the s-th `tasks_per_step`
+records of that order. So the tasks of a step do not depend on the number of processes, and one number says where to go
+on. A process reads only the records that it names as needed.
 """
 
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from world_distill.data.records.reader import EncodedRecord, RecordError, Record
 #   scene                                    [b 1 h w c] float32
 #   task_text solution_text                  [b l d] in the type of the records, zero where the mask is False
 #   task_mask solution_mask                  [b l] bool
+# and in training
+#   numbers                                  [b] which of the step's tasks these are, rising
+#   count                                    int, tasks of the step, those that other processes have read too
 Batch = dict[str, Any]
 
 
@@ -54,17 +58,6 @@ def with_solutions(batch: Batch) -> Batch:
     return batch
 
 
-def concatenate(batches: Sequence[Batch]) -> Batch:
-    """One batch of the rows of several, in order."""
-    first = batches[0]
-    join = {name: np.concatenate if isinstance(value, np.ndarray) else _chain for name, value in first.items()}
-    return {name: join[name]([batch[name] for batch in batches]) for name in first}
-
-
-def _chain(lists: Sequence[list]) -> list:
-    return [item for part in lists for item in part]
-
-
 def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     """States [b length d] in the texts' own type, zero behind each text's end, and the mask [b length] of what is real.
 
@@ -82,86 +75,79 @@ def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.
     return padded, mask
 
 
-class TaskBatches(Iterator[Batch]):
-    """Endless batches for training; see `task_batches`."""
+class TaskBatches:
+    """Endless draws of tasks for training; see `task_batches`."""
 
-    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any]):
-        self._iterator = iter(dataset)
-        self._identity = identity
+    def __init__(self, records: grain.MapDataset, identity: dict[str, Any], tasks_per_step: int, text_length: int):
+        self._records, self._identity = records, identity
+        self.tasks_per_step, self._text_length = tasks_per_step, text_length
+        self._next = 0  # draws so far
 
-    def __next__(self) -> Batch:
-        return next(self._iterator)
+    def take(self, needed: Sequence[int] | np.ndarray | None = None, *, draws: int = 1) -> Batch:
+        """The tasks of the next `draws` draws, one draw after the other, as one batch; see `Batch`.
+
+        Args:
+          needed: numbers of the tasks to read, in [0, draws * tasks_per_step); None reads all. Each process may need
+            others: the draws are the same.
+          draws: how many.
+
+        Raises:
+          RecordError: a record is damaged or has no solution.
+          IndexError: a number out of its range.
+        """
+        count, first = draws * self.tasks_per_step, self._next * self.tasks_per_step
+        numbers = np.arange(count) if needed is None else np.unique(np.asarray(needed))
+        if len(numbers) and not 0 <= numbers[0] <= numbers[-1] < count:
+            raise IndexError(f"tasks {numbers[0]} to {numbers[-1]} of a step that has {count}")
+        records = [self._records[first + int(number)] for number in numbers]
+        batch = with_solutions(collate(records, self._text_length))
+        self._next += draws
+        return batch | {"numbers": numbers, "count": count}
 
     def get_state(self) -> bytes:
         """Where the iterator stands: JSON, the same on every process, to be kept in the checkpoint."""
-        return json.dumps(self._identity | {"iterator": self._iterator.get_state()}, sort_keys=True).encode()
+        return json.dumps(self._identity | {"iterator": {"next_index": self._next}}, sort_keys=True).encode()
 
     def set_state(self, state: bytes) -> None:
-        """Goes to where `get_state` was called; the batches that follow are the same, bit for bit.
+        """Goes to where `get_state` was called; the draws that follow are the same, bit for bit.
 
         Raises ValueError, listing what differs, for a state of other data, another seed or batch size.
         """
         try:
             left: Any = json.loads(state)
-            iterator = left.pop("iterator")
+            at = operator.index(left.pop("iterator")["next_index"])
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"not the state of a data iterator: {state!r}") from error
         keys = sorted(k for k in left.keys() | self._identity.keys() if left.get(k) != self._identity.get(k))
         if keys:
             changes = ", ".join(f"{k} {left.get(k)} -> {self._identity.get(k)}" for k in keys)
             raise ValueError(f"this data order is not the one that was left ({changes}): going on would repeat or skip")
-        self._iterator.set_state(iterator)
-
-    def close(self) -> None:
-        """Stops the reading threads."""
-        self._iterator.close()
+        self._next = at
 
 
-def task_batches(
-    reader: RecordReader,
-    *,
-    tasks_per_step: int,
-    seed: int,
-    text_length: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 0,
-    prefetch: int = 16,
-) -> TaskBatches:
-    """Endless, deterministic batches of this process's share of each step's tasks.
+def task_batches(reader: RecordReader, *, tasks_per_step: int, seed: int, text_length: int) -> TaskBatches:
+    """Endless, deterministic draws of tasks.
 
     Args:
       reader: encoded records.
-      tasks_per_step: tasks of all processes together; a multiple of `process_count`.
+      tasks_per_step: tasks of a draw, those of all processes together.
       seed: of the shuffling, in [0, 2**32).
       text_length: tokens to pad to.
-      process_index: which share, in [0, process_count).
-      process_count: number of shares.
-      num_threads: that read ahead; 0 reads when asked. The batches are the same.
-      prefetch: batches to read ahead, with threads.
 
     Raises:
       ValueError: an argument out of its range.
-      RecordError: not encoded records, or a text longer than `text_length`; while reading, a record without a solution.
+      RecordError: not encoded records, or a text longer than `text_length`.
     """
-    rows = _rows(tasks_per_step, process_index, process_count)
+    if tasks_per_step < 1:
+        raise ValueError(f"a step of {tasks_per_step} tasks")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} is not in [0, 2**32)")
     _check_reader(reader, text_length)
-    # Nothing remains of an endless order; without drop_remainder Grain's count of batches overflows for rows of 1.
-    dataset = (
-        grain.MapDataset.source(reader)
-        .shuffle(seed=seed)
-        .repeat()
-        .batch(rows, drop_remainder=True, batch_fn=lambda records: with_solutions(collate(records, text_length)))
-    )
-    # Every n-th small batch from the p-th on: process p's contiguous part of each step's rows.
-    shares = dataset[process_index::process_count]
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
     identity = {
         "data": reader.fingerprint, "records": len(reader), "seed": seed, "tasks_per_step": tasks_per_step,
     }  # fmt: skip
-    return TaskBatches(shares.to_iter_dataset(options), identity)
+    records = grain.MapDataset.source(reader).shuffle(seed=seed).repeat()
+    return TaskBatches(records, identity, tasks_per_step, text_length)
 
 
 def fixed_batches(

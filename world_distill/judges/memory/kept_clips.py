@@ -1,6 +1,6 @@
 """Judged clips that are kept, so that another judge or another wording can be asked about them later.
 
-A clip is a lossless strip (`video_io.save_strip`) named by the digest under which its judgments are cached,
+A clip is a lossless strip (`video_files.save_strip`) named by the digest under which its judgments are cached,
 FOLDER/ab/abcd….png. Which ones are kept depends on the digest alone: a repeated run, and every host, keeps the same.
 """
 
