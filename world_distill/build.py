@@ -59,7 +59,9 @@ def find_factory(config: ConfigDict, section: str) -> Callable[..., Any]:
     """
     path = config[section].factory
     if not path:
-        raise UserError(f"config.{section}.factory names nothing: set it to package.module:function (world_distill/README.md)")
+        raise UserError(
+            f"config.{section}.factory names nothing: set it to package.module:function (world_distill/README.md)"
+        )
     module, _, name = addresses.current(path).partition(":")
     try:
         return getattr(importlib.import_module(module), name)

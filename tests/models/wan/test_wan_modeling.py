@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.models.wan.small_wan import CONFIG, inputs, load, network
+from world_distill.models.blocks import StreamLayout
 from world_distill.models.tensor_map import check_names
-from world_distill.models.wan import modeling
 from world_distill.models.wan.params import transformer_entries
 
 
@@ -24,7 +24,7 @@ def test_velocity_is_that_of_diffusers(name, remat):
 @pytest.mark.parametrize("attention", ["blocked", "xla"])
 def test_velocity_is_the_same_where_rows_stay_apart(attention, monkeypatch):
     arrays, weights, _ = load("transformer_3x4x6.npz")
-    monkeypatch.setattr(modeling.WanConfig, "rows", lambda _, x: x)  # as on accelerators
+    monkeypatch.setattr(StreamLayout, "rows", lambda _, x: x)  # as on accelerators
     v = network(dataclasses.replace(CONFIG, attention=attention))(weights, *inputs(arrays))
     np.testing.assert_allclose(v, np.moveaxis(arrays["v"], 1, -1), atol=5e-5)
 

@@ -6,26 +6,24 @@ block's own. The first latent frame is the scene: its tokens are clean and have 
 
 Tokens keep two axes, frames and the places in a frame: on a device mesh the places lie along the axis `context`, and
 what belongs to a frame is there on every device. Attention alone sees them as one sequence. On the residual stream
-places lie along `tensor`, too: they are gathered before the products that are split by heads or hidden units, and the
-products' sums are scattered (sequence parallelism: Korthikanti et al., arXiv 2205.05198).
+places lie along `tensor`, too (`models/blocks.py`).
 
 Norms, modulation and gates are computed in float32 whatever the weights are in, and the residual stream is kept in the
 weights' type in between: bfloat16 differs visibly otherwise.
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.sharding import constrain, platform_of, rows_in_order
-from world_distill.models.attention import SAVED, AttentionKind, attend_on
+from world_distill.devices.sharding import rows_in_order
+from world_distill.models.attention import AttentionKind, attend_on
+from world_distill.models.blocks import Remat, StreamLayout, scan_blocks
 from world_distill.models.layers import (
     LayerNorm,
     Linear,
@@ -39,26 +37,6 @@ from world_distill.models.layers import (
     stack,
     sub,
 )
-
-Remat = Literal["none", "dots", "attention", "full", "offload"]
-
-# An activation's axes on the residual stream, and within attention and MLP.
-_STREAM = ("batch", None, "stream", None)
-_WITHIN = ("batch", None, "length", None)
-
-_BLOCK_INPUT = "block_input"
-_ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
-_KEPT = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
-    ),
-    "attention": _ATTENTION,
-    "full": None,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[_BLOCK_INPUT],
-        offload_src="device", offload_dst="pinned_host",
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,33 +82,10 @@ class WanConfig:
         space = 2 * (head // 6)
         return head - 2 * space, space, space
 
-    def spare_places(self, places: int) -> int:
-        """How many to add to the places of a frame, so that they divide by the devices that share them."""
-        if self.mesh is None:
-            return 0
-        ways = self.mesh.shape["context"] * self.mesh.shape["tensor"]
-        if self.mesh.shape["tensor"] > 1 and platform_of(self.mesh) == "tpu":
-            # Their compiler scatters sums only in whole tiles of 16 rows; else each chip gets all, and drops the rest.
-            spare = -places % (16 * ways)
-            if spare <= places // 16:
-                return spare
-        return -places % ways
-
-    def gather(self, x: Float[Array, "b f m d"]) -> Float[Array, "b f m d"]:
-        """From the residual stream into attention or MLP; the gradient's sums are scattered."""
-        return constrain(self.mesh, x, _WITHIN, _STREAM)
-
-    def scatter(self, x: Float[Array, "b f m d"]) -> Float[Array, "b f m d"]:
-        """What attention or MLP adds to the residual stream; its gradient is gathered."""
-        return constrain(self.mesh, x, _STREAM, _WITHIN)
-
-    def rows(self, x: Float[Array, "*n d"]) -> Float[Array, "*m d"]:
-        """[n d] on one CPU, where XLA would else transpose each activation for the gradient of the matrix it meets.
-
-        Elsewhere `x` itself: there, batch and tokens may lie on several devices.
-        """
-        alone = self.mesh is None or self.mesh.size == 1
-        return x.reshape(-1, x.shape[-1]) if alone and platform_of(self.mesh) == "cpu" else x
+    @property
+    def stream(self) -> StreamLayout:
+        """Where activations lie."""
+        return StreamLayout(self.mesh)
 
 
 class Attention(nnx.Module):
@@ -159,8 +114,8 @@ class Attention(nnx.Module):
         heads, eps, shape = self.config.heads, self.config.eps, x.shape
         split = lambda y, like: y.reshape(*like[:-1], heads, shape[-1] // heads)  # noqa: E731
         source = x.shape if text is None else text.shape
-        x = self.config.rows(x)
-        context = x if text is None else self.config.rows(text)
+        x = self.config.stream.rows(x)
+        context = x if text is None else self.config.stream.rows(text)
         q = rms_norm(self.q(x, sub(lora, "q"), scale), self.q_norm[...], eps)
         k = rms_norm(self.k(context, sub(lora, "k"), scale), self.k_norm[...], eps)
         v = self.v(context, sub(lora, "v"), scale)
@@ -195,7 +150,8 @@ class Block(nnx.Module):
         scale: float,
         places: int | None = None,
     ) -> Float[Array, "b f m d"]:
-        eps, rows, gather, scatter = self.config.eps, self.config.rows, self.config.gather, self.config.scatter
+        eps, stream = self.config.eps, self.config.stream
+        rows, gather, scatter = stream.rows, stream.gather, stream.scatter
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(
             self.table[...].astype(jnp.float32) + modulation.astype(jnp.float32), 2, 0
         )
@@ -260,24 +216,21 @@ class WanDiT(nnx.Module):
         time = self.time_out(time, sub(lora, "time_out"), scale)  # [b f d]
         modulation = self.time_table(jax.nn.silu(time), sub(lora, "time_table"), scale).reshape(b, f, 6, -1)
         places = grid[1] * grid[2]
-        spare = config.spare_places(places)
+        spare = config.stream.spare_places(places)
         rope = rope_tables(grid, config.rope_dims, theta=config.theta)
         rope = tuple(np.pad(y.reshape(f, places, -1), ((0, 0), (0, spare), (0, 0))) for y in rope)
 
         h = x.astype(dtype).reshape(b, f, grid[1], p, grid[2], p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
         h = jnp.pad(h.reshape(b, f, places, -1), ((0, 0), (0, 0), (0, spare), (0, 0)))
-        lay = lambda h: constrain(config.mesh, h, _STREAM)  # noqa: E731
+        lay = config.stream.lay
         h = self.patch(lay(h), sub(lora, "patch"), scale)
         graph, blocks = nnx.split(self.blocks)
 
-        def body(h, layer):
+        def block(h, layer):
             weights, layer_lora = layer
-            h = checkpoint_name(lay(h), _BLOCK_INPUT)
-            return lay(nnx.merge(graph, weights)(h, modulation, text, rope, layer_lora, scale, places)), None
+            return lay(nnx.merge(graph, weights)(h, modulation, text, rope, layer_lora, scale, places))
 
-        if config.remat != "none":
-            body = jax.checkpoint(body, policy=_KEPT[config.remat])
-        h, _ = jax.lax.scan(body, h, (blocks, sub(lora, "blocks")))
+        h = scan_blocks(block, h, (blocks, sub(lora, "blocks")), config.remat, lay=lay)
         shift, gain = jnp.moveaxis(self.table[...].astype(jnp.float32) + time.astype(jnp.float32)[:, :, None], 2, 0)
         h = self.head(_modulate(h, gain, shift, config.eps), sub(lora, "head"), scale)
         h = h[:, :, :places].reshape(b, f, grid[1], grid[2], p, p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
