@@ -20,11 +20,11 @@ MOST_TOP_LEVEL = 8  # modules directly in world_distill/
 # What families share; the other folders of models/ know nothing of each other.
 SHARED_BY_MODELS = {
     "models", "models.attention", "models.blocks", "models.functional", "models.hashed_words", "models.layers",
-    "models.lora", "models.tensor_map",
+    "models.lora", "models.parity", "models.tensor_map",
 }  # fmt: skip
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
-# And every models/**/params.py and models/**/text.py; inside functions. `verify` runs diffusers beside our networks.
+# And params.py, text.py and verify.py of every family; inside functions. `verify` runs diffusers beside our networks.
 MAY_USE_TORCH = {"vlm.local", "weights.verify"}
 
 NOT_IN_CORE = {
@@ -144,7 +144,7 @@ def internal(module: str, target: str) -> str | None:
 
 
 def external(module: str, item: Import) -> str | None:
-    of_a_family = module.startswith("models.") and module.split(".")[-1] in ("params", "text")
+    of_a_family = module.startswith("models.") and module.split(".")[-1] in ("params", "text", "verify")
     if under(item.name, TORCH):
         if not (of_a_family or module in MAY_USE_TORCH):
             return f"imports {item.name}; torch is for converters, text encoders, verify and vlm.local"
@@ -200,6 +200,7 @@ GOOD = {
     "judges.rubric": "",
     "judges.local": "from world_distill.judges.rubric import questions",
     "weights.__init__": "",
+    "models.wan.verify": "def load():\n    import diffusers",
     "weights.verify": "def compare():\n    import diffusers",
     "programs.__init__": "",
     "programs.train": "import ml_collections\nfrom world_distill.devices import sharding",

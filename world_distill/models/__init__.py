@@ -1,6 +1,7 @@
 """Video models. A family is a folder with `build(**sizes)`, which returns an `interfaces.ModelFamily`."""
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 FAMILIES = ("tiny", "wan")
@@ -15,6 +16,19 @@ def build(family: str, **sizes):
     if family not in FAMILIES:
         raise ValueError(f"unknown model family {family!r}; there are: {', '.join(FAMILIES)}")
     return importlib.import_module(f"world_distill.models.{family}").build(**sizes)
+
+
+def parity_of(family: str, sizes: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A small float32 family of these sizes, and the `models.parity.PartParity` of each part of its base.
+
+    Raises:
+      ValueError: the family has no published code to compare with.
+    """
+    try:
+        module = importlib.import_module(f"world_distill.models.{family}.verify")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"model family {family!r} has no published code to compare with") from error
+    return module.parity(sizes)
 
 
 def documented(family: str, part: str = "") -> tuple[Any, ...]:

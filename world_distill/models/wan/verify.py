@@ -1,0 +1,102 @@
+"""Wan's networks beside diffusers', part by part: inputs, and what each of the two makes of them.
+
+Ours has channels last, theirs first.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from world_distill.models.parity import PartParity
+from world_distill.models.wan import vae
+from world_distill.models.wan.family import WanFamily, build, make_codec
+from world_distill.structs import PyTree
+
+GRID = (3, 4, 6)  # tokens: frames, rows, columns
+TOKENS = 32  # of text
+TIME = 0.625  # of the frames after the first, which is clean
+
+
+def parity(sizes: Mapping[str, Any]) -> tuple[WanFamily, dict[str, PartParity]]:
+    """The family of these sizes for short, small clips in float32, and the comparison of each part of its base."""
+    codec = make_codec(sizes["vae"])
+    side = 2 * codec.space * sizes["patch"]
+    small = {"size": (side, side), "frames": 1 + codec.time, "dtype": "float32", "remat": "none"}
+    family = build(**{**sizes, **small})
+    return family, {
+        "transformer": PartParity(_transformer_inputs, _our_transformer, _load_transformer, _their_transformer),
+        "vae": PartParity(_vae_inputs, _our_vae, _load_vae, _their_vae),
+    }
+
+
+def _load_transformer(source: pathlib.Path) -> Any:
+    import diffusers
+
+    return _read(diffusers.WanTransformer3DModel, source / "transformer")
+
+
+def _load_vae(source: pathlib.Path) -> Any:
+    import diffusers
+
+    return _read(diffusers.AutoencoderKLWan, source / "vae")
+
+
+def _read(kind: Any, folder: pathlib.Path) -> Any:
+    import torch
+
+    return kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).normal(size=shape).astype(np.float32)
+
+
+def _transformer_inputs(family: WanFamily) -> dict[str, np.ndarray]:
+    config, (f, h, w) = family.config, GRID
+    return {
+        "x": _normal(1, f, h * config.patch, w * config.patch, config.channels),
+        "t": np.array([[0.0] + [TIME] * (f - 1)], np.float32),
+        "text": _normal(1, TOKENS, config.text_width),
+    }
+
+
+def _our_transformer(family: WanFamily, weights: PyTree, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    return {"transformer": np.asarray(jax.jit(family.network)(weights, *inputs.values()))}
+
+
+def _their_transformer(network: Any, x: np.ndarray, t: np.ndarray, text: np.ndarray) -> dict[str, np.ndarray]:
+    import torch
+
+    by_token = torch.from_numpy(1000 * t).repeat_interleave(GRID[1] * GRID[2], dim=1)
+    states, words = torch.from_numpy(np.moveaxis(x, -1, 1)), torch.from_numpy(text)
+    with torch.inference_mode():
+        v = network(hidden_states=states, timestep=by_token, encoder_hidden_states=words).sample
+    return {"transformer": np.moveaxis(v.numpy(), 1, -1)}
+
+
+def _vae_inputs(family: WanFamily) -> dict[str, np.ndarray]:
+    assert family.image_size is not None
+    clip = _normal(1, 1 + family.codec.time, *family.image_size, 3)
+    return {"clip": np.clip(clip / 2, -1, 1), "latents": _normal(1, *family.latent_shape)}
+
+
+def _our_vae(family: WanFamily, weights: PyTree, clip: np.ndarray, latents: np.ndarray) -> dict[str, np.ndarray]:
+    encode, decode = (jax.jit(f, static_argnums=2) for f in (vae.encode, vae.decode))
+    return {
+        "vae_encode": np.asarray(encode(weights, clip, family.codec)),
+        "vae_decode": np.asarray(decode(weights, latents, family.codec)),
+    }
+
+
+def _their_vae(network: Any, clip: np.ndarray, latents: np.ndarray) -> dict[str, np.ndarray]:
+    import torch
+
+    mean, std = (np.array(network.config[f"latents_{name}"], np.float32) for name in ("mean", "std"))
+    with torch.inference_mode():
+        encoded = network.encode(torch.from_numpy(np.moveaxis(clip, -1, 1))).latent_dist.mode()
+        decoded = network.decode(torch.from_numpy(np.moveaxis(latents * std + mean, -1, 1))).sample
+    encoded, decoded = (np.moveaxis(x.numpy(), 1, -1) for x in (encoded, decoded))
+    return {"vae_encode": (encoded - mean) / std, "vae_decode": decoded}
