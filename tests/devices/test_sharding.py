@@ -146,7 +146,7 @@ def test_an_activation_whose_rows_are_put_in_order_stays_where_it_is(mesh, monke
     names, x = ("batch", None, "heads"), np.arange(4 * 6 * 8.0, dtype=np.float32).reshape(4, 6, 8)
 
     def twice(x):
-        return meshes.rows_in_order(mesh, meshes.constrain(mesh, 2 * x, names), names)
+        return meshes.pin_row_major(mesh, meshes.constrain(mesh, 2 * x, names), names)
 
     y, back = jax.jit(lambda x: jax.vjp(twice, x))(x)
     np.testing.assert_array_equal(y, 2 * x)

@@ -205,7 +205,7 @@ def test_a_clip_is_decoded_in_parts_on_many_devices(random):
 @pytest.mark.once
 def test_an_exported_lora_is_an_executor_to_start_from(opened, files, layout):
     path = str(files[layout])
-    found = read_lora(path, opened.family.linears, opened.family.kernel_shapes(), scale=opened.family.lora_scale)
+    found = read_lora(path, opened.family.lora_names, opened.family.kernel_shapes(), scale=opened.family.lora_scale)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, jax.device_get(opened.executor))
     config = config_of(**{"executor.start": path})
     state = make_programs(config, opened.mesh).init(opened.base, config.seed)
@@ -335,7 +335,7 @@ def test_lora_of_another_model_is_refused(files):
     config = config_of(**{"model.width": 64})
     family = build.make_family(config)
     with pytest.raises(TensorFileError, match=r"comfy\.safetensors"):
-        read_lora(files["comfy"], family.linears, family.kernel_shapes(), scale=1.0)
+        read_lora(files["comfy"], family.lora_names, family.kernel_shapes(), scale=1.0)
 
 
 def test_the_full_size_takes_its_place_on_a_mesh():

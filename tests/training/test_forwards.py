@@ -65,10 +65,9 @@ def test_forwards_are_counted_as_they_are_made(case, tmp_path, monkeypatch):
     negative = Negative(jnp.ones((4, 64)), jnp.ones(4, bool)) if made.guidance.used else None
     collector = Collector(made, judge=None, cache=None, rubric=None, negative=negative)
     monkeypatch.setattr(type(made.objective), "phase", lambda self, step: phase)
-    text, mask = jnp.ones((count // made.collection.group_in(phase.rl), 4, 64)), jnp.ones((1, 4), bool)
-    scene = jnp.zeros((len(text), 1, *made.family.latent_shape[1:]))
-    condition = Condition(text, jnp.repeat(mask, len(text), 0), scene)
-    monkeypatch.setattr(collector, "_conditions", lambda tasks: (condition, condition))
+    scene = jnp.zeros((count, 1, *made.family.latent_shape[1:]))
+    condition = Condition(jnp.ones((count, 4, 64)), jnp.ones((count, 4), bool), scene)
+    monkeypatch.setattr(collector, "_conditions", lambda tasks, phase: (condition, condition))
 
     def step(state, base, key):
         batch = collector.begin(state.lora, base, {}, key, 0).batch

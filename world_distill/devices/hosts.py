@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -184,7 +185,7 @@ def place_rows(x: np.ndarray, rows: np.ndarray, sharding: jax.sharding.Sharding)
       sharding: of the result.
     """
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         return x[rows[index[0]]][(slice(None), *index[1:])]
 
     return jax.make_array_from_callback((len(rows), *x.shape[1:]), sharding, part)

@@ -137,7 +137,7 @@ _laid_out.defvjp(
 )
 
 
-def rows_in_order(mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+def pin_row_major(mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """An activation with its last axis the innermost in a TPU's memory, and its gradient too; elsewhere `x` itself.
 
     What the compiler would else choose for `x` it carries back to the weights that `x` is made of, and it copies those

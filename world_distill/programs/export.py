@@ -29,7 +29,7 @@ def export_lora(workdir: pathlib.Path, out: pathlib.Path, *, layout: Layout, dty
         raise UserError(f"{workdir} trained all weights (executor.rank = 0), which is no LoRA; use --format merged")
     metadata = {"project": "world-distill", "step": str(step), "seed": str(config.seed)}
     host = jax.device_get(lora)
-    write_lora(out, host, family.linears, scale=family.lora_scale, layout=layout, dtype=dtype, metadata=metadata)
+    write_lora(out, host, family.lora_names, scale=family.lora_scale, layout=layout, dtype=dtype, metadata=metadata)
     return {"step": step, "tensors": count_tensors(host), "bytes": out.stat().st_size, "layout": layout}
 
 

@@ -303,10 +303,10 @@ def save_lora(
       UserError: a family without published weights.
       ValueError: full weights, which are no LoRA.
     """
-    if model.family.linears is None:
+    if model.family.lora_names is None:
         raise UserError(f"model family {model.family.name} has no published layout to export to")
     host = jax.device_get(executor)
-    write_lora(path, host, model.family.linears, scale=model.family.lora_scale, layout=layout)
+    write_lora(path, host, model.family.lora_names, scale=model.family.lora_scale, layout=layout)
 
 
 def _condition(rows: Sequence[Told], text_length: int) -> Condition:

@@ -78,7 +78,7 @@ def check_target(out: pathlib.Path, source: pathlib.Path | None) -> None:
 
 def published_family(family: ModelFamily) -> PublishedFamily:
     """The family, if others have weights of it. Raises UserError."""
-    if family.linears is None:
+    if family.lora_names is None:
         raise UserError(f"model family {family.name} has no published layout to export to")
     return cast(PublishedFamily, family)  # which has the rest, too
 

@@ -1,7 +1,7 @@
 """LoRA files that diffusers and ComfyUI read, and those that they or their trainers wrote.
 
 A family says how its layers are called: `names` is our path -> (name in diffusers, original name), such as
-`models.wan.params.LINEARS`.
+`models.wan.params.LORA_NAMES`.
 """
 
 import os
@@ -99,7 +99,7 @@ def load_lora(path: str | os.PathLike, family: ModelFamily, mesh: jax.sharding.M
       UserError: a family that is not published has no LoRA files.
       TensorFileError: as `read_lora`.
     """
-    if family.linears is None:
+    if family.lora_names is None:
         raise UserError(f"{path}: model family {family.name} has no LoRA files; name the folder of a run")
-    lora = read_lora(path, family.linears, family.kernel_shapes(), scale=family.lora_scale)
+    lora = read_lora(path, family.lora_names, family.kernel_shapes(), scale=family.lora_scale)
     return jax.device_put(lora, tree_shardings(mesh, family.lora_axes(lora), lora))

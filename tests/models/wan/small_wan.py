@@ -12,7 +12,7 @@ from world_distill.models.functional import Functional
 from world_distill.models.lora import init_lora, kernels
 from world_distill.models.tensor_map import assemble
 from world_distill.models.wan.modeling import WanConfig, WanDiT
-from world_distill.models.wan.params import LINEARS, transformer_entries
+from world_distill.models.wan.params import LORA_NAMES, transformer_entries
 from world_distill.weights.lora_layouts import METADATA_KEY, lora_tree
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -53,7 +53,7 @@ def random_lora(weights, *, targets, rank=3, seed=0):
 
 def tree_of(tensors, scale, **settings):
     """Our factors from tensors by diffusers' names, and PEFT's settings."""
-    return lora_tree(tensors, {METADATA_KEY: json.dumps(settings)}, LINEARS, shapes(), scale=scale)
+    return lora_tree(tensors, {METADATA_KEY: json.dumps(settings)}, LORA_NAMES, shapes(), scale=scale)
 
 
 def check_gradients(weights, golden, arrays, *, alpha, rank, config=CONFIG):

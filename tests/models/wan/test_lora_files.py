@@ -10,12 +10,12 @@ import pytest
 import safetensors.numpy
 
 from tests.models.wan.small_wan import load, random_lora, shapes
-from world_distill.models.wan.params import LINEARS
+from world_distill.models.wan.params import LORA_NAMES
 from world_distill.storage.safetensors_folder import TensorFileError
 from world_distill.weights.lora_files import read_lora, write_lora
 from world_distill.weights.lora_layouts import METADATA_KEY
 
-ALL = "|".join(path.replace(".", r"\.") for path in LINEARS)
+ALL = "|".join(path.replace(".", r"\.") for path in LORA_NAMES)
 ATTENTION = r"blocks\.(self|cross)_attention\.(q|k|v|out)"
 Q = "transformer.blocks.0.attn1.to_q"
 
@@ -26,7 +26,7 @@ def weights():
 
 
 def read(path, scale=1.0):
-    return read_lora(path, LINEARS, shapes(), scale=scale)
+    return read_lora(path, LORA_NAMES, shapes(), scale=scale)
 
 
 def save(path, tensors, **settings):
@@ -63,7 +63,7 @@ def assert_same_change(found, expected, atol=1e-5):
 @pytest.mark.parametrize("targets", [ALL, ATTENTION, "text_in"])
 def test_what_is_written_comes_back(tmp_path, weights, layout, targets):
     lora = random_lora(weights, targets=targets)
-    write_lora(tmp_path / "x.safetensors", lora, LINEARS, scale=1.7, layout=layout)
+    write_lora(tmp_path / "x.safetensors", lora, LORA_NAMES, scale=1.7, layout=layout)
     assert_same_change(products(read(tmp_path / "x.safetensors", 1.7), 1.7), products(lora, 1.7))
     assert_same_change(products(read(tmp_path / "x.safetensors", 0.5), 0.5), products(lora, 1.7))
 
@@ -71,7 +71,7 @@ def test_what_is_written_comes_back(tmp_path, weights, layout, targets):
 def test_bfloat16_halves_the_file_and_loses_what_it_must(tmp_path, weights):
     lora = random_lora(weights, targets=ATTENTION)
     path = tmp_path / "x.safetensors"
-    write_lora(path, lora, LINEARS, scale=0.3, layout="comfy", dtype="bfloat16")
+    write_lora(path, lora, LORA_NAMES, scale=0.3, layout="comfy", dtype="bfloat16")
     assert {x.dtype for x in safetensors.numpy.load_file(path).values()} == {np.dtype(ml_dtypes.bfloat16)}
     expected = {
         "a": lora["blocks"]["self_attention"]["q"]["a"].astype(ml_dtypes.bfloat16),
@@ -89,7 +89,7 @@ def test_bfloat16_halves_the_file_and_loses_what_it_must(tmp_path, weights):
 )  # fmt: skip
 def test_names_orientation_and_scale_are_those_of_the_layout(tmp_path, weights, layout, q, head):
     lora = random_lora(weights, targets=r"blocks\.self_attention\.q|head")
-    write_lora(tmp_path / "x.safetensors", lora, LINEARS, scale=2.0, layout=layout)
+    write_lora(tmp_path / "x.safetensors", lora, LORA_NAMES, scale=2.0, layout=layout)
     found = safetensors.numpy.load_file(tmp_path / "x.safetensors")
     layers = (q, q.replace("0", "1"), head)
     assert found.keys() == {f"{layer}.lora_{x}.weight" for layer in layers for x in "AB"}
@@ -101,7 +101,7 @@ def test_names_orientation_and_scale_are_those_of_the_layout(tmp_path, weights, 
 
 def test_the_header_says_that_alpha_is_the_rank(tmp_path, weights):
     lora = random_lora(weights, targets=r"blocks\.self_attention\.q") | random_lora(weights, targets="head", rank=2)
-    write_lora(tmp_path / "x.safetensors", lora, LINEARS, scale=2.0, layout="diffusers", metadata={"base": "wan"})
+    write_lora(tmp_path / "x.safetensors", lora, LORA_NAMES, scale=2.0, layout="diffusers", metadata={"base": "wan"})
     with safetensors.safe_open(tmp_path / "x.safetensors", "numpy") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt" and metadata["base"] == "wan"
@@ -125,7 +125,7 @@ def test_the_header_says_that_alpha_is_the_rank(tmp_path, weights):
 def test_what_no_file_can_hold_is_refused(tmp_path, weights, change, message):
     arguments = {"lora": random_lora(weights, targets="head"), "layout": "comfy"} | change
     with pytest.raises(ValueError, match=message):
-        write_lora(tmp_path / "x.safetensors", names=LINEARS, scale=1.0, **arguments)
+        write_lora(tmp_path / "x.safetensors", names=LORA_NAMES, scale=1.0, **arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -99,7 +99,7 @@ class TaskBatches:
         numbers = np.arange(count) if needed is None else np.unique(np.asarray(needed))
         if len(numbers) and not 0 <= numbers[0] <= numbers[-1] < count:
             raise IndexError(f"tasks {numbers[0]} to {numbers[-1]} of a step that has {count}")
-        records = [self._records[first + int(number)] for number in numbers]
+        records: Any = [self._records[first + int(number)] for number in numbers]
         batch = with_solutions(collate(records, self._text_length))
         self._next += draws
         return batch | {"numbers": numbers, "count": count}

@@ -38,7 +38,7 @@ class TinyFamily:
     # By the name that `config.base` gives. Runs that were made with an older base still need it.
     shipped_bases: Mapping[str, pathlib.Path] = {name: _HERE / f"base_{name}.safetensors" for name in ("1", "2", "3")}
     image_size: tuple[int, int] | None = None
-    linears: Mapping[str, tuple[str, str]] | None = None
+    lora_names: Mapping[str, tuple[str, str]] | None = None
     codec_parts = ()  # the codec has no weights
 
     def __init__(

@@ -22,7 +22,7 @@ from world_distill.models.functional import Functional, functional
 from world_distill.models.tensor_map import Entry, our_shapes
 from world_distill.models.wan import vae
 from world_distill.models.wan.modeling import WanConfig, WanDiT
-from world_distill.models.wan.params import LINEARS, published_configs, transformer_entries, vae_entries
+from world_distill.models.wan.params import LORA_NAMES, published_configs, transformer_entries, vae_entries
 from world_distill.structs import Condition, PyTree
 
 # Texts are padded to so many tokens, with zeros that attend like any other token: so the model was trained.
@@ -49,7 +49,7 @@ class WanFamily:
     name = "wan"
     shipped_bases: Mapping[str, pathlib.Path] = {}
     codec_parts: tuple[str, ...] = ("vae",)
-    linears: Mapping[str, tuple[str, str]] | None = LINEARS
+    lora_names: Mapping[str, tuple[str, str]] | None = LORA_NAMES
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.sharding import rows_in_order
+from world_distill.devices.sharding import pin_row_major
 from world_distill.models.attention import AttentionKind, attend_on
 from world_distill.models.blocks import Remat, StreamLayout, scan_blocks
 from world_distill.models.layers import (
@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         k = rms_norm(self.k(context, sub(lora, "k"), scale), self.k_norm[...], eps)
         v = self.v(context, sub(lora, "v"), scale)
         names = ("batch", None, "length", "heads") if text is None else ("batch", None, "heads")
-        v = rows_in_order(self.config.mesh, v, names)
+        v = pin_row_major(self.config.mesh, v, names)
         q, k, v = split(q, shape), split(k, source), split(v, source)
         if rope is not None:
             q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))

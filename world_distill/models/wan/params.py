@@ -102,7 +102,7 @@ def published_configs(network: WanConfig, codec: VaeConfig, mean: np.ndarray, st
 
 
 # Linear layers: our path, and its name in diffusers and in the original checkpoints (which ComfyUI uses).
-LINEARS = {
+LORA_NAMES = {
     "text_in": ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
     "text_out": ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
     "time_in": ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
@@ -133,7 +133,7 @@ def transformer_entries(config: WanConfig) -> Iterator[Entry]:
         "blocks.mlp.up": (width, config.mlp),
         "blocks.mlp.down": (config.mlp, width),
     }
-    for path, (name, _) in LINEARS.items():
+    for path, (name, _) in LORA_NAMES.items():
         inputs, outputs = sizes.get(path, (width, width))
         yield _entry(config, f"{path}.kernel", f"{name}.weight", (outputs, inputs), transpose, transpose)
         yield _entry(config, f"{path}.bias", f"{name}.bias", (outputs,))

@@ -33,20 +33,18 @@ def parity(sizes: Mapping[str, Any]) -> tuple[WanFamily, dict[str, PartParity]]:
 
 
 def _load_transformer(source: pathlib.Path) -> Any:
-    import diffusers
-
-    return _read(diffusers.WanTransformer3DModel, source / "transformer")
+    return _read("WanTransformer3DModel", source / "transformer")
 
 
 def _load_vae(source: pathlib.Path) -> Any:
+    return _read("AutoencoderKLWan", source / "vae")
+
+
+def _read(name: str, folder: pathlib.Path) -> Any:
     import diffusers
-
-    return _read(diffusers.AutoencoderKLWan, source / "vae")
-
-
-def _read(kind: Any, folder: pathlib.Path) -> Any:
     import torch
 
+    kind = getattr(diffusers, name)  # it makes its names when they are asked for
     return kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
 
 
