@@ -40,7 +40,7 @@ class ModelFamily(Protocol):
     fps: float  # frames a second of a decoded clip
     image_size: tuple[int, int] | None  # (height, width) that scenes are cut to; None: they have to fit already
     lora_scale: float  # factor on the product of LoRA's factors
-    lora_names: Mapping[str, tuple[str, str]] | None  # a layer's names in diffusers and in the original
+    lora_names: Mapping[str, tuple[str, str]] | None  # layer -> its names in diffusers and in the original code
     codec_parts: tuple[str, ...]  # parts of the base (its outermost keys) that `decode` and `encode_scene` read
     shipped_bases: Mapping[str, pathlib.Path]  # weights that ship with the package, by name
     text_encoder: str  # names what `encode_text` is: encoded records of another one are not reused

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from world_distill import models
 from world_distill.devices.sharding import make_mesh
 from world_distill.models.blocks import StreamLayout, scan_blocks
 
@@ -76,3 +77,9 @@ def test_places_are_filled_up_to_the_devices_that_share_them():
     layout = StreamLayout(make_mesh(fsdp=2, context=2, tensor=2))
     assert [layout.spare_places(places) for places in (8, 9, 11)] == [0, 3, 1]
     assert StreamLayout(None).spare_places(9) == 0
+
+
+@pytest.mark.parametrize("family", ["tiny", "none"])
+def test_a_family_without_published_code_is_not_compared(family):
+    with pytest.raises(ValueError, match=f"'{family}' has no published code"):
+        models.parity_of(family, {})

@@ -1,6 +1,7 @@
 """Video models. A family is a folder with `build(**sizes)`, which returns an `interfaces.ModelFamily`."""
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,11 +25,10 @@ def parity_of(family: str, sizes: Mapping[str, Any]) -> tuple[Any, dict[str, Any
     Raises:
       ValueError: the family has no published code to compare with.
     """
-    try:
-        module = importlib.import_module(f"world_distill.models.{family}.verify")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"model family {family!r} has no published code to compare with") from error
-    return module.parity(sizes)
+    name = f"world_distill.models.{family}.verify"
+    if family not in FAMILIES or importlib.util.find_spec(name) is None:
+        raise ValueError(f"model family {family!r} has no published code to compare with")
+    return importlib.import_module(name).parity(sizes)
 
 
 def documented(family: str, part: str = "") -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from world_distill.models.blocks import scan_blocks
 from world_distill.models.layers import (
     Attention,
     Linear,
@@ -147,15 +148,15 @@ class TinyDiT(nnx.Module):
 
         graph, blocks = nnx.split(self.blocks)
 
-        def body(h, layer):
+        def block_of(h, layer):
             weights, layer_lora = layer
             block = nnx.merge(graph, weights)
-            return block(h, modulation, text, text_mask, rope, layer_lora, scale), None
+            return block(h, modulation, text, text_mask, rope, layer_lora, scale)
 
-        body = jax.checkpoint(body) if config.remat else body
         h = self.patch(x.reshape(b, -1, config.channels), sub(lora, "patch"), scale)
         h = h + self.place(jnp.asarray(place_table(config)), sub(lora, "place"), scale)
-        h, _ = jax.lax.scan(body, h, (blocks, sub(lora, "blocks")), unroll=config.unroll)
+        remat = "full" if config.remat else "none"
+        h = scan_blocks(block_of, h, (blocks, sub(lora, "blocks")), remat, unroll=config.unroll)
         # The scene's own frame is known; only the others go through the head.
         tokens = h.shape[1] // t.shape[1]
         h, time = h[:, tokens:], time[:, 1:]
