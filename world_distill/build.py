@@ -96,6 +96,11 @@ def _make_family(config: FrozenConfigDict, mesh: jax.sharding.Mesh | None) -> Mo
     return family if mesh is None else family.on(mesh)
 
 
+def text_lengths(family: ModelFamily, config: ConfigDict) -> dict[str, int]:
+    """Tokens that the family's texts are padded to, by the name of their states."""
+    return {name: spec.length or config.text_length for name, spec in family.encoders.texts.items()}
+
+
 def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
     """The mesh of the config's devices; to be called before anything else touches JAX.
 

@@ -11,43 +11,107 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from world_distill.structs import Condition, PyTree
+from world_distill.structs import Condition, Latents, LatentSpec, PyTree
 
 
 class Denoise(Protocol):
     """Velocity field: `v = eps - x_0` at `x_t = (1 - t) x_0 + t eps`."""
 
     def __call__(
-        self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition
-    ) -> jax.Array:
-        """Velocity [b f h w c] fp32 at x_t [b f h w c], t [b] in [0, 1].
+        self, base: PyTree, lora: PyTree | None, x_t: Latents, t: jax.Array, condition: Condition
+    ) -> dict[str, jax.Array]:
+        """Velocity [b n ...] fp32 of every stream at x_t [b n ...], t [b] in [0, 1].
 
-        `lora=None` is the Demonstrator. Pinned frames (see `ModelFamily.free_frames`) come back with velocity 0.
+        `lora=None` is the Demonstrator. Pinned places (`LatentSpec.moves`) come back with velocity 0.
         """
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class TextSpec:
+    """One output of a text encoder.
+
+    Attributes:
+      width: of its states.
+      dtype: of its states.
+      length: tokens that texts are padded to; None takes `config.text_length`.
+    """
+
+    width: int
+    dtype: Any
+    length: int | None = None
+
+
+class Codec(Protocol):
+    """From clean latents to pixels, and back. It may lay its work out on a mesh, and cut it into pieces."""
+
+    parts: tuple[str, ...]  # parts of the base (its outermost keys) that hold its weights; () if it has none
+
+    def decode(self, base: PyTree, latents: Latents) -> jax.Array:
+        """Clean latents [b n ...] to RGB clips [b F H W 3] uint8 (traceable)."""
+        ...
+
+    def encode(self, base: PyTree, clips: jax.Array) -> dict[str, jax.Array]:
+        """RGB clips [b F H W 3] uint8 to latents [b n ...] (traceable); a clip of one frame is a scene."""
+        ...
+
+
+class Encoders(Protocol):
+    """From scene images and texts to what the network is told. Called once a record, on the host, in any framework."""
+
+    name: str  # names what `text` is: encoded records of another one are not reused
+    image_size: tuple[int, int] | None  # (height, width) that scenes are cut to; None: they have to fit already
+    parts: tuple[str, ...]  # parts of the base that `scene` reads
+    scenes: Mapping[str, jax.ShapeDtypeStruct]  # what `scene` returns, of one image
+    texts: Mapping[str, TextSpec]  # what `text` returns
+
+    def scene(self, base: PyTree, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Arrays [b ...] by name for scene images [b H W 3] uint8. Latents of a pinned stream bear its name."""
+        ...
+
+    def text(self, texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
+        """Each text's states [l d] by name, true length, no padding.
+
+        The empty text has a state, too: guidance leads away from it.
+        """
+        ...
+
+
+class PublishedLayout(Protocol):
+    """The layout in which a family's weights are published, that of diffusers."""
+
+    lora_names: Mapping[str, tuple[str, str]]  # layer -> its names in diffusers and in the original code
+
+    def entries(self) -> dict[str, list[Any]]:
+        """`models.tensor_map.Entry` of every published tensor, by part of the base."""
+        ...
+
+    def configs(self, base: PyTree) -> dict[str, dict[str, Any]]:
+        """config.json of every part."""
+        ...
+
+
 class ModelFamily(Protocol):
-    """A video model with its latent codec and its text encoder, as the programs see it.
+    """A video model with its codec and its encoders, as the programs see it.
 
     The base weights, and the LoRA, are pytrees that are passed in as arguments: a family holds sizes, not weights.
+    `models.lora.Adapted` has the members about LoRA, for families whose layers are linear.
     """
 
     name: str
-    latent_shape: tuple[int, int, int, int]  # f h w c of one clip
+    latents: Mapping[str, LatentSpec]  # the streams of one clip; the first one is the picture's
     tokens: int  # of one clip, as the network sees it
-    free_frames: np.ndarray  # [f] float32: 1 where a latent frame is generated, 0 where it is pinned to the scene
     fps: float  # frames a second of a decoded clip
-    image_size: tuple[int, int] | None  # (height, width) that scenes are cut to; None: they have to fit already
+    adapted: str | None  # part of the base (an outermost key) that the Executor changes; None: all of it
     lora_scale: float  # factor on the product of LoRA's factors
-    lora_names: Mapping[str, tuple[str, str]] | None  # layer -> its names in diffusers and in the original code
-    codec_parts: tuple[str, ...]  # parts of the base (its outermost keys) that `decode` and `encode_scene` read
     shipped_bases: Mapping[str, pathlib.Path]  # weights that ship with the package, by name
-    text_encoder: str  # names what `encode_text` is: encoded records of another one are not reused
+    codec: Codec
+    encoders: Encoders
+    published: PublishedLayout | None
 
     def denoise(
-        self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition
-    ) -> jax.Array: ...
+        self, base: PyTree, lora: PyTree | None, x_t: Latents, t: jax.Array, condition: Condition
+    ) -> dict[str, jax.Array]: ...
 
     def on(self, mesh: jax.sharding.Mesh) -> "ModelFamily":
         """The same for programs that run on a mesh: it may lay its activations out there."""
@@ -71,35 +135,6 @@ class ModelFamily(Protocol):
 
     def kernel_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every kernel that LoRA may adapt, by dotted path."""
-        ...
-
-    def decode(self, base: PyTree, latents: jax.Array) -> jax.Array:
-        """Clean latents [b f h w c] to RGB clips [b F H W 3] uint8 (traceable)."""
-        ...
-
-    def encode_scene(self, base: PyTree, images: np.ndarray) -> np.ndarray:
-        """Scene images [b H W 3] uint8 to first-frame latents [b 1 h w c]."""
-        ...
-
-    def encode_text(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each text to its encoder states [l d], true length, no padding.
-
-        The empty text has a state, too: guidance leads away from it.
-        """
-        ...
-
-
-class PublishedFamily(ModelFamily, Protocol):
-    """A family whose weights are published in diffusers' layout."""
-
-    lora_names: Mapping[str, tuple[str, str]]  # not None
-
-    def entries(self) -> dict[str, list[Any]]:
-        """`models.tensor_map.Entry` of every published tensor, by part of the base."""
-        ...
-
-    def published_configs(self, base: PyTree) -> dict[str, dict[str, Any]]:
-        """config.json of every part."""
         ...
 
 

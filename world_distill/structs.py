@@ -1,13 +1,16 @@
 """The arrays that travel through the project, as frozen pytrees.
 
-One letter an axis: b batch, k sampler step, f latent frames, h w latent height and width, c latent channels,
-l text tokens, d text width, p = h w c; F H W are the pixels of a decoded clip. Arrays are float32 unless a comment
-says otherwise.
+Latents are a mapping of streams to arrays, such as `{"video": [b f h w c], "audio": [b l c]}`; below, [b n ...] stands
+for the array of each stream. One letter an axis: b batch, k sampler step, n places of a stream (latent frames, moments
+of a sound track), f latent frames, h w latent height and width, c latent channels, l text tokens, d text width,
+p entries of one place; F H W are the pixels of a decoded clip. Arrays are float32 unless a comment says otherwise.
 
 This module carries no run-time shape checks on purpose: pytrees are rebuilt by JAX with leaves that are not arrays
 (shardings, shape structs, None), which a checking hook would refuse.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,32 +18,72 @@ import numpy as np
 from flax import struct
 
 PyTree = Any
+Latents = Mapping[str, Any]  # stream -> array [b n ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentSpec:
+    """One stream of a clip's latents, and which of its places are generated and which are learnt.
+
+    Attributes:
+      shape: of one clip: the places first, the channels last.
+      moves: [n] bool; False where a place is pinned to the scene's latents. None: all move.
+      counts: [n] bool; True where a place enters losses, step noise and log-probabilities. None: where it moves. A
+        place that moves without counting follows the ODE.
+
+    Raises:
+      ValueError: a mask of another length, or a pinned place that counts.
+    """
+
+    shape: tuple[int, ...]
+    moves: np.ndarray = None  # pyright: ignore[reportAssignmentType]  # filled in below
+    counts: np.ndarray = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self):
+        places = self.shape[0]
+        moves = np.ones(places, bool) if self.moves is None else np.asarray(self.moves, bool)
+        counts = moves if self.counts is None else np.asarray(self.counts, bool)
+        if moves.shape != (places,) or counts.shape != (places,):
+            raise ValueError(f"moves {moves.shape} and counts {counts.shape} of a stream with {places} places")
+        if (counts & ~moves).any():
+            raise ValueError(f"pinned places count: {np.flatnonzero(counts & ~moves).tolist()}")
+        object.__setattr__(self, "moves", moves)
+        object.__setattr__(self, "counts", counts)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether any place is pinned, so that a condition's scene has to hold this stream's latents."""
+        return not self.moves.all()
+
+
+@struct.dataclass
+class Tokens:
+    """One text as the frozen text encoder's states."""
+
+    states: jax.Array  # [b l d] in the type that they were stored in; 0 behind the end
+    mask: jax.Array  # [b l] bool, True where a token is real
+
+
+# By the name of the encoder's output: a model may read several. The negative text, which guidance leads away from, is
+# one for all rows: states [l d] and masks [l].
+Texts = dict[str, Tokens]
 
 
 @struct.dataclass
 class Condition:
     """What a denoiser is told besides the noisy latents: the scene and one text (a task or a solution)."""
 
-    text: jax.Array  # [b l d] frozen text-encoder states, in the type that they were stored in; 0 behind the end
-    text_mask: jax.Array  # [b l] bool, True where a token is real
-    scene: jax.Array  # [b 1 h w c] clean latent of the first frame
-
-
-@struct.dataclass
-class Negative:
-    """The text that guidance leads away from, one for all rows."""
-
-    text: jax.Array  # [l d] text-encoder states, as long and of the same type as the texts of the conditions
-    text_mask: jax.Array  # [l] bool, True where a token is real
+    text: Texts
+    scene: Mapping[str, Any]  # arrays [b ...] by name: clean latents of a pinned stream, image tokens, ...
 
 
 @struct.dataclass
 class Rollout:
     """One sampled clip per batch row, with what the losses need of the way there."""
 
-    latents: jax.Array  # [b f h w c] clean latents (t = 0)
-    states: jax.Array | None = None  # [k b f h w c] visited x_t, noisiest first, without the final clean latents
-    velocities: jax.Array | None = None  # [k b f h w c] the sampling policy's own v at `states`
+    latents: Latents  # [b n ...] clean latents (t = 0)
+    states: Latents | None = None  # [k b n ...] visited x_t, noisiest first, without the final clean latents
+    velocities: Latents | None = None  # [k b n ...] the sampling policy's own v at `states`
     log_probs: jax.Array | None = None  # [k b] log-probability of each SDE step (0 on ODE steps)
 
 
@@ -60,13 +103,18 @@ class TrainBatch:
 
     task: Condition  # the Executor's condition
     solution: Condition  # the Demonstrator's condition
-    latents: jax.Array  # [b f h w c] final clean latents of the rollouts
-    states: jax.Array | None  # [k+1 b f p] visited x_t, the final clean latents last
-    demonstrator: jax.Array | None  # [k b f p] v_D(states[:-1] | solution)
+    latents: Latents  # [b n ...] final clean latents of the rollouts
+    states: Latents | None  # [k+1 b n p] visited x_t, the final clean latents last
+    demonstrator: Latents | None  # [k b n p] v_D(states[:-1] | solution)
     log_probs: jax.Array | None  # [k b] log-probabilities at sampling time (Flow-GRPO)
     advantages: jax.Array | None  # [b] 0 where invalid; None until the clips are judged
     valid: jax.Array | None  # [b] bool: the clip was judged, and its group kept
-    negative: Negative | None = None  # what the Demonstrator's guidance leads away from; None without guidance
+    negative: Texts | None = None  # what the Demonstrator's guidance leads away from; None without guidance
+
+    @property
+    def rows(self) -> int:
+        """b: rollouts of the batch."""
+        return jax.tree.leaves(self.latents)[0].shape[0]
 
 
 @struct.dataclass

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from world_distill import build
 from world_distill.core.losses import distillation_reward, velocity_gap
 from world_distill.core.metrics import within_group_correlations
+from world_distill.core.sampling import counted
 from world_distill.data.records.batches import task_batches
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
@@ -34,9 +35,9 @@ from world_distill.judges.ask import judge_clips
 from world_distill.judges.rubric import load_rubric
 from world_distill.settings.objective import Phase
 from world_distill.settings.rollout import DISTILL
-from world_distill.structs import Condition
 from world_distill.training import run_folder
 from world_distill.training.compiled import make_programs
+from world_distill.training.passes import in_shape
 from world_distill.weights import base_model
 
 BATCH = 16  # tasks at once
@@ -86,32 +87,31 @@ def measure(workdir: pathlib.Path, tasks: int, group: int, seed: int):
     family, (grid, _) = programs.family, build.sampler_grid(config)
     base = base_model.load_base(family, config, mesh)
     reader = RecordReader(run_folder.data_folder(config, workdir), config.train_set)
-    negative = load_negative(reader, programs.guidance, config.text_length, mesh)
-    batches = task_batches(reader, tasks_per_step=BATCH, seed=seed, text_length=config.text_length)
+    lengths = build.text_lengths(family, config)
+    negative = load_negative(reader, programs.guidance, lengths, mesh)
+    batches = task_batches(reader, tasks_per_step=BATCH, seed=seed, lengths=lengths)
     judge, rubric = build.make(config, "judge"), load_rubric(config.judge.rubric or None)
     bounds = sorted([0.0, *(float(np.mean(pair)) for pair in zip(grid[:-2], grid[1:-1], strict=True))])
 
     @jax.jit
     def compare(rollout, shown):
-        frames = lambda x: x.reshape(*x.shape[:-2], *family.latent_shape)  # noqa: E731
-        v_e, v_d = frames(rollout.velocities), frames(shown)
-        gaps = jax.vmap(velocity_gap, in_axes=(0, 0, None))(v_e, v_d, family.free_frames)
-        return gaps, jnp.stack([distillation_reward(v_e, v_d, grid, family.free_frames, b) for b in bounds])
+        v_e, v_d = (in_shape(v, family.latents) for v in (rollout.velocities, shown))
+        counts = counted(family.latents)
+        gaps = jax.vmap(lambda e, d: velocity_gap(e, d, counts))(v_e, v_d)
+        return gaps, jnp.stack([distillation_reward(v_e, v_d, grid, counts, b) for b in bounds])
 
     found = []
     for step in range(tasks // BATCH):
         batch = batches.take()
-        names = ("task_text", "task_mask", "solution_text", "solution_mask", "scene")
         rows = rows_or_whole(mesh, BATCH * group)
-        placed = {name: jax.device_put(np.repeat(batch[name], group, axis=0), rows) for name in names}
-        task = Condition(placed["task_text"], placed["task_mask"], placed["scene"])
-        solution = Condition(placed["solution_text"], placed["solution_mask"], placed["scene"])
+        told = batch.condition("task"), batch.condition("solution")
+        task, solution = jax.device_put(jax.tree.map(lambda x: np.repeat(x, group, axis=0), told), rows)
         key = jax.random.fold_in(jax.random.key(seed), step)
         given = task, solution, key, jnp.zeros((), jnp.int32), negative
         rollout = programs.roll[Phase(True, True).rl](executor, base, *given)
-        shown, _ = programs.show(base, rollout, solution, negative)
+        shown, _ = programs.demonstrate(base, rollout, solution, negative)
         clips = np.asarray(programs.decode(base, rollout.latents))
-        texts = ([x for x in batch[name] for _ in range(group)] for name in ("task", "agent"))
+        texts = ([x for x in values for _ in range(group)] for values in (batch.task, batch.agent))
         scores = judge_clips(judge, None, clips, *texts, rubric, QUESTIONS).scores
         scores = {name: np.clip(scores[name], -config.rollout.clip, config.rollout.clip) for name in QUESTIONS}
         found.append((*map(np.asarray, compare(rollout, shown)), scores, np.asarray(programs.motion(rollout.latents))))

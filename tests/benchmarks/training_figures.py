@@ -27,7 +27,7 @@ from world_distill.core.advantages import group_advantages
 from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.settings.rollout import RolloutSettings
-from world_distill.training.forwards import per_rollout, shows_all
+from world_distill.training.forwards import demonstrates_all, per_rollout
 
 CONFIGS = ("sandbox:on_policy", "sandbox:wmsd", "sandbox:wmsd_guided", "wan22_5b:distill", "wan22_5b:wmsd")
 LOGGED = ("train/anchor_gradient_norm", "train/rl_gradient_norm", "train/anchor_to_rl", "judge/used")
@@ -72,7 +72,7 @@ def forwards(name: str) -> tuple[float, float]:
     scale = config.demonstrator.guidance
     now = per_rollout(objective, settings, steps, phase, scale)
     reads = objective.in_phase(phase).reads
-    saved = 0 if shows_all(objective.in_phase(phase), settings, steps, phase) else steps - reads
+    saved = 0 if demonstrates_all(objective.in_phase(phase), settings, steps, phase) else steps - reads
     return now, now + saved * (2 if scale > 1 else 1)
 
 

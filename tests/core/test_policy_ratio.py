@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from streams import one_stream, told, video
 
 from world_distill.core import flow, losses, sampling
-from world_distill.structs import Condition
 
 PINNED = np.float32([0, 1, 1])
 LATENT = (3, 4, 4, 8)
@@ -19,17 +19,13 @@ def draw(seed, shape, scale=1.0):
 def denoise(base, lora, x, t, condition):
     """A small non-linear network over channels."""
     hidden = jnp.tanh(x @ base + t[:, None, None, None, None])
-    return hidden @ (base.T + lora) + condition.scene
+    return hidden @ (base.T + lora) + condition.scene["video"]
 
 
 @pytest.fixture(scope="module")
 def policy():
     lora = draw(6, (8, 8), 0.1)
-    c = Condition(
-        text=draw(4, (4, 2, 3)),
-        text_mask=jnp.asarray(np.ones((4, 2), bool)),
-        scene=draw(5, (4, 1, 4, 4, 8)),
-    )
+    c = told(draw(4, (4, 2, 3)), jnp.asarray(np.ones((4, 2), bool)), draw(5, (4, 1, 4, 4, 8)))
     times = flow.sampling_times(8, 3.0)
     g = sampling.flow_grpo_diffusion(times, 0.7)
     base = draw(3, (8, 8), 0.3)
@@ -38,14 +34,13 @@ def policy():
     def sample(base, lora, c):
         keys = sampling.sample_keys(jax.random.key(0), np.arange(4))
         return sampling.rollout(
-            denoise,
+            one_stream(denoise),
             base,
             lora,
             c,
             keys,
             times=times,
-            latent_shape=LATENT,
-            frame_mask=PINNED,
+            streams=video(LATENT, PINNED),
             diffusion=g,
             keep_states=True,
         )
@@ -56,7 +51,7 @@ def policy():
 def grpo_ratios(policy, lora):
     """Ratios [k b] of policy `lora` to the one that sampled, from the stored trajectory."""
     base, _, c, times, g, out = policy
-    states = jnp.concatenate([out.states, out.latents[None]])
+    states = jnp.concatenate([out.states["video"], out.latents["video"][None]])
 
     @jax.jit
     def ratio(lora, x, x_next, t, t_next, g, old):
@@ -78,14 +73,15 @@ def test_flow_grpo_ratio_is_1_for_the_policy_that_sampled(policy):
 
 def test_awm_ratio_is_1_for_the_policy_that_sampled(policy):
     base, lora, c, _, _, out = policy
-    eps = draw(9, out.latents.shape)
+    latents = out.latents["video"]
+    eps = draw(9, latents.shape)
 
     @jax.jit
     def log_likelihood(lora, t):
-        x_t = flow.interpolate(out.latents, eps, t)
-        x_t = sampling.pin_frames(x_t, c.scene, PINNED)
+        x_t = {"video": flow.interpolate(latents, eps, t)}
+        x_t = sampling.pin(x_t, c.scene, video(LATENT, PINNED))["video"]
         v = denoise(base, lora, x_t, t, c)
-        m = losses.velocity_gap(v, flow.velocity(out.latents, eps), PINNED)
+        m = losses.velocity_gap(v, flow.velocity(latents, eps), PINNED)
         return losses.awm_log_likelihood(m, t, "ghuber")
 
     t = np.float32([0.1, 0.4, 0.7, 0.95])

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from streams import one_stream, told, video
 
 from world_distill.core import flow, sampling
-from world_distill.structs import Condition
 
 SHAPE = (3, 2, 2, 4)  # f h w c
 PINNED = np.float32([0, 1, 1])
@@ -19,11 +19,7 @@ def draw(seed, shape):
 
 def condition(b, shape=SHAPE, seed=7):
     f, h, w, c = shape
-    return Condition(
-        text=draw(seed, (b, 2, 3)),
-        text_mask=jnp.asarray(np.ones((b, 2), bool)),
-        scene=draw(seed + 1, (b, 1, h, w, c)),
-    )
+    return told(draw(seed, (b, 2, 3)), jnp.asarray(np.ones((b, 2), bool)), draw(seed + 1, (b, 1, h, w, c)))
 
 
 def keys(ids, seed=0):
@@ -33,12 +29,12 @@ def keys(ids, seed=0):
 @jax.jit
 def start(ids):
     """Where rollouts begin when nothing is pinned."""
-    return sampling.initial_noise(keys(ids), jnp.zeros((len(ids), 1, 2, 2, 4)), SHAPE, None)
+    return sampling.initial_noise(keys(ids), {}, video(SHAPE))["video"]
 
 
 def wavy(base, lora, x, t, condition):
     """A denoiser that is not linear, works entry by entry and looks at its condition."""
-    hint = jnp.mean(condition.text, axis=(1, 2)) + t
+    hint = jnp.mean(condition.text["text"].states, axis=(1, 2)) + t
     return base * jnp.sin(2 * x + hint[:, None, None, None, None]) + lora * x
 
 
@@ -66,14 +62,13 @@ def linear(base, lora, x, t, condition):
 @functools.partial(jax.jit, static_argnames=["denoise", "times", "shape", "mask", "keep"])
 def compiled(denoise, ids, condition, diffusion, times, shape, mask, keep):
     return sampling.rollout(
-        denoise,
+        one_stream(denoise),
         jnp.float32(0.8),
         jnp.float32(0.3),
         condition,
         keys(ids),
         times=np.float32(times),
-        latent_shape=shape,
-        frame_mask=None if mask is None else np.float32(mask),
+        streams=video(shape, mask),
         diffusion=diffusion,
         keep_states=keep,
     )
@@ -90,7 +85,13 @@ def arguments(ids, steps=6, *, c=None, shape=SHAPE, mask=PINNED, eta=None, g=Non
 
 def run(denoise, ids, steps=6, **settings):
     """A rollout with weights (0.8, 0.3), as numpy; calls of one shape share one compilation."""
-    return jax.device_get(compiled(denoise, *arguments(np.array(ids), steps, **settings)))
+    out = jax.device_get(compiled(denoise, *arguments(np.array(ids), steps, **settings)))
+    return of_video(out)
+
+
+def of_video(out):
+    """A rollout's arrays in place of its streams."""
+    return jax.tree.map(lambda x: x["video"] if isinstance(x, dict) else x, out, is_leaf=lambda x: isinstance(x, dict))
 
 
 def test_ode_rollout_of_a_linear_field():
@@ -137,8 +138,8 @@ def test_rollout_is_the_plain_loop(mask, eta):
         return np.stack(rows).astype(np.float64)
 
     x = step_noise(0)
-    x[:, ~free] = c.scene
-    hint = np.asarray(c.text, np.float64).mean((1, 2))[:, None, None, None, None]
+    x[:, ~free] = c.scene["video"]
+    hint = np.asarray(c.text["text"].states, np.float64).mean((1, 2))[:, None, None, None, None]
     for i in range(steps):
         t, t_next = float(times[i]), float(times[i + 1])
         v = 0.8 * np.sin(2 * x + hint + t) + 0.3 * x
@@ -166,9 +167,9 @@ def coarse_and_noisy(*inputs):
 
 def test_pinned_frames_hold_the_scene_and_everything_stays_float32():
     c = condition(3)
-    c = c.replace(scene=c.scene.astype(jnp.bfloat16))
+    c = c.replace(scene={"video": c.scene["video"].astype(jnp.bfloat16)})
     out = run(coarse_and_noisy, range(3), eta=0.7, c=c)
-    scene = np.asarray(c.scene, np.float32)
+    scene = np.asarray(c.scene["video"], np.float32)
     np.testing.assert_array_equal(out.states[:, :, :1], np.broadcast_to(scene, (6, *scene.shape)))
     np.testing.assert_array_equal(out.latents[:, :1], scene)
     for leaf in (out.latents, out.states, out.velocities, out.log_probs):
@@ -202,7 +203,7 @@ def test_rollout_of_a_sample_depends_neither_on_its_batch_nor_on_the_mesh():
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     _, _, *rest = arguments(ids, eta=0.7)
-    eight = compiled(wavy, jax.device_put(ids, spread), jax.device_put(c, spread), *rest)
+    eight = of_video(compiled(wavy, jax.device_put(ids, spread), jax.device_put(c, spread), *rest))
     assert len(eight.latents.sharding.device_set) == 8
     np.testing.assert_array_equal(eight.latents, whole.latents)
     np.testing.assert_array_equal(eight.log_probs, whole.log_probs)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+from streams import one_stream, told, video
 
 from world_distill.core import flow, sampling, unipc
-from world_distill.structs import Condition
 
 SHAPE = (3, 2, 2, 4)  # f h w c
 PINNED = np.float32([0, 1, 1])
@@ -16,7 +16,7 @@ MEAN, STD = 0.7, 0.4
 
 
 def condition(dtype=np.float32):
-    return Condition(text=jnp.zeros((2, 1, 1)), text_mask=jnp.ones((2, 1), bool), scene=jnp.asarray(SCENE, dtype))
+    return told(jnp.zeros((2, 1, 1)), jnp.ones((2, 1), bool), jnp.asarray(SCENE, dtype))
 
 
 def keys():
@@ -31,22 +31,24 @@ def exact(steps, shift=3.0):
 
 @functools.partial(jax.jit, static_argnames=["denoise", "pinned", "dtype"])
 def run(denoise, schedule, pinned=False, dtype=np.float32):
-    mask = PINNED if pinned else None
-    return unipc.unipc_rollout(
-        denoise, None, None, condition(dtype), keys(), schedule=schedule, latent_shape=SHAPE, frame_mask=mask
-    ).latents
+    streams = video(SHAPE, PINNED if pinned else None)
+    out = unipc.unipc_rollout(
+        one_stream(denoise), None, None, condition(dtype), keys(), schedule=schedule, streams=streams
+    )
+    return out.latents["video"]
 
 
 @functools.partial(jax.jit, static_argnames=["denoise"])
 def euler(denoise, times):
-    return sampling.rollout(
-        denoise, None, None, condition(), keys(), times=times, latent_shape=SHAPE, frame_mask=None, keep_states=False
-    ).latents
+    out = sampling.rollout(
+        one_stream(denoise), None, None, condition(), keys(), times=times, streams=video(SHAPE), keep_states=False
+    )
+    return out.latents["video"]
 
 
 @pytest.fixture(scope="module")
 def noise():
-    return np.asarray(jax.jit(lambda: sampling.initial_noise(keys(), condition().scene, SHAPE, None))())
+    return np.asarray(jax.jit(lambda: sampling.initial_noise(keys(), {}, video(SHAPE))["video"])())
 
 
 def constant(base, lora, x, t, condition):
@@ -54,7 +56,7 @@ def constant(base, lora, x, t, condition):
 
 
 def towards_a_point(base, lora, x, t, condition):
-    return (x - condition.scene) / flow.broadcast_time(t, x.ndim)
+    return (x - condition.scene["video"]) / flow.broadcast_time(t, x.ndim)
 
 
 def towards_a_gaussian(base, lora, x, t, condition):
@@ -131,7 +133,7 @@ def test_the_network_is_traced_as_often_for_many_steps_as_for_few():
 
 def coarse(base, lora, x, t, condition):
     """Half precision; nonsense in the pinned frame, and everywhere unless that frame holds the scene."""
-    held = jnp.all(x[:, :1] == condition.scene.astype(x.dtype), axis=(1, 2, 3, 4), keepdims=True)
+    held = jnp.all(x[:, :1] == condition.scene["video"].astype(x.dtype), axis=(1, 2, 3, 4), keepdims=True)
     return jnp.where(held, jnp.sin(2 * x), jnp.nan).at[:, 0].set(jnp.nan).astype(jnp.bfloat16)
 
 

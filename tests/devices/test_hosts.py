@@ -144,8 +144,8 @@ def test_two_processes_train_as_one(inputs, two, tmp_path):
 def test_each_process_reads_the_tasks_of_its_own_rollouts(inputs, two):
     config = small_config(inputs, **RUN)
     count, reader = config.rollout.tasks, RecordReader(config.data, "train")
-    order = task_batches(reader, tasks_per_step=count, seed=config.seed, text_length=config.text_length)
-    ids = [order.take()["ids"] for _ in range(STEPS)]
+    order = task_batches(reader, tasks_per_step=count, seed=config.seed, lengths={"text": config.text_length})
+    ids = [order.take().ids for _ in range(STEPS)]
     size = {record.id: len(record.to_bytes()) for record in reader}
     for text, own in zip(two[1], (slice(count // 2), slice(count // 2, None)), strict=True):
         read = [int(found) for found in re.findall(r"read train (\d+)", text)]

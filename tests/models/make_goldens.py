@@ -22,8 +22,8 @@ SCALE = 0.5  # of LoRA's product
 def velocities() -> dict[str, np.ndarray]:
     """Of the base (`v`) and of an Executor (`v_lora`), [b f h w c] at `tiny_inputs.inputs()`."""
     x_t, t, condition = (np.asarray(x) if hasattr(x, "shape") else x for x in inputs())
-    told = np.asarray(condition.text), np.asarray(condition.text_mask)
-    noisy = np.concatenate([condition.scene, x_t[:, 1:]], axis=1)  # the scene's frame is clean
+    told = np.asarray(condition.text["text"].states), np.asarray(condition.text["text"].mask)
+    noisy = np.concatenate([condition.scene["video"], x_t[:, 1:]], axis=1)  # the scene's frame is clean
     times = np.stack([np.zeros(len(t)), *[t] * (CONFIG.grid[0] - 1)], axis=1)
     found = {}
     for name, lora in (("v", None), ("v_lora", random_lora())):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import redraw
+from streams import velocity_of
 
 from tests.models.tiny_inputs import base_weights, inputs, make_family
 from world_distill.devices.sharding import RULES
@@ -20,7 +21,7 @@ def base():
 
 @functools.cache
 def denoiser(scale=1.0):
-    return jax.jit(make_family(lora_scale=scale).denoise)
+    return jax.jit(velocity_of(make_family(lora_scale=scale)))
 
 
 def velocity(base, lora, scale=1.0):
@@ -186,7 +187,7 @@ def test_gradients_reach_every_adapted_layer_and_no_other(base):
 
     @jax.jit
     def gradient(lora):
-        return jax.grad(lambda w: jnp.square(family.denoise(base, w, x_t, t, condition)).mean())(lora)
+        return jax.grad(lambda w: jnp.square(velocity_of(family)(base, w, x_t, t, condition)).mean())(lora)
 
     # A fresh Executor learns by B alone, since A is multiplied by B = 0.
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(fresh)):
@@ -204,7 +205,7 @@ def test_merged_weights_are_the_same_function_with_the_same_gradient(base, rank)
     x_t, t, condition = inputs()
 
     def loss(family):
-        return jax.jit(jax.value_and_grad(lambda w: jnp.square(family.denoise(base, w, x_t, t, condition)).mean()))
+        return jax.jit(jax.value_and_grad(lambda w: jnp.square(velocity_of(family)(base, w, x_t, t, condition)).mean()))
 
     (one, gradient), (other, expected) = loss(merged)(lora), loss(apart)(lora)
     np.testing.assert_allclose(one, other, rtol=1e-5)
@@ -212,8 +213,8 @@ def test_merged_weights_are_the_same_function_with_the_same_gradient(base, rank)
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max()))
     plain = lora_lib.merge(base, lora, 0.5)
     np.testing.assert_allclose(
-        jax.jit(apart.denoise)(plain, None, x_t, t, condition),
-        jax.jit(apart.denoise)(base, lora, x_t, t, condition),
+        jax.jit(velocity_of(apart))(plain, None, x_t, t, condition),
+        jax.jit(velocity_of(apart))(base, lora, x_t, t, condition),
         atol=1e-4,
     )
     assert lora_lib.merge(base, None, 0.5) is base

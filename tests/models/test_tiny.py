@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import redraw
+from streams import counts_of, shape_of, tokens, told, velocity_of
 
 from tests.models import make_goldens, plain_tiny
 from tests.models.tiny_inputs import CONFIG, base_weights, inputs, make_family, random_lora
@@ -21,7 +22,6 @@ from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN
 from world_distill.settings.loading import load_config
 from world_distill.storage.weight_files import WeightFileError, load_weights, save_weights
-from world_distill.structs import Condition
 from world_distill.weights import base_model
 
 
@@ -32,12 +32,12 @@ def base():
 
 @functools.cache
 def denoiser(**changes):
-    return jax.jit(make_family(dataclasses.replace(CONFIG, **changes)).denoise)
+    return jax.jit(velocity_of(make_family(dataclasses.replace(CONFIG, **changes))))
 
 
 @functools.cache
 def cleaner():
-    return jax.jit(make_family().predict_clean)
+    return jax.jit(lambda base, lora, x, *told: make_family().predict_clean(base, lora, {"video": x}, *told)["video"])
 
 
 def velocity(base, x_t, t, condition, lora=None):
@@ -52,9 +52,9 @@ def close(value, expected, tolerance=2e-4):
 
 
 def plain_velocity(base, x_t, t, condition, lora=None, scale=1.0):
-    put_in = np.concatenate([condition.scene, x_t[:, 1:]], axis=1)
+    put_in = np.concatenate([condition.scene["video"], x_t[:, 1:]], axis=1)
     times = np.stack([np.zeros(len(t)), t, t], axis=1)  # the scene's frame is clean
-    text = condition.text, condition.text_mask
+    text = condition.text["text"].states, condition.text["text"].mask
     clean = plain_tiny.predict_clean(base, CONFIG, put_in, times, *text, lora, scale)
     v = (np.float64(x_t) - clean) / np.float64(t)[:, None, None, None, None]
     v[:, 0] = 0.0
@@ -67,7 +67,7 @@ def test_the_network_is_the_plain_one(base):
     expected = plain_velocity(base, x_t, t, condition)
     close(velocity(base, x_t, t, condition), expected)
     # What the network itself says is a good part of it.
-    still = (x_t - condition.scene) / t[:, None, None, None, None]
+    still = (x_t - condition.scene["video"]) / t[:, None, None, None, None]
     assert np.abs(expected[:, 1:] - still[:, 1:]).max() > 0.5
 
 
@@ -77,7 +77,7 @@ def test_the_network_with_lora_is_the_plain_one(base):
     lora = redraw(shapes, 3, 0.3)
     x_t, t, condition = inputs()
     expected = plain_velocity(base, x_t, t, condition, lora, 0.5)
-    close(jax.jit(family.denoise)(base, lora, x_t, t, condition), expected)
+    close(jax.jit(velocity_of(family))(base, lora, x_t, t, condition), expected)
     assert not np.allclose(expected, plain_velocity(base, x_t, t, condition), atol=0.1)
 
 
@@ -87,7 +87,7 @@ def test_velocities_are_the_committed_ones(base, merge_lora):
         plain, adapted = golden["v"], golden["v_lora"]
     family = make_family(lora_targets=".*", lora_scale=make_goldens.SCALE, merge_lora=merge_lora)
     x_t, t, condition = inputs()
-    close(jax.jit(family.denoise)(base, random_lora(), x_t.at[:, 0].set(1e3), t, condition), adapted)
+    close(jax.jit(velocity_of(family))(base, random_lora(), x_t.at[:, 0].set(1e3), t, condition), adapted)
     close(velocity(base, x_t, t, condition), plain)
     assert not np.allclose(plain, adapted, atol=0.1)
 
@@ -95,7 +95,7 @@ def test_velocities_are_the_committed_ones(base, merge_lora):
 def value_and_gradient(**changes):
     """Mean square of the velocity, and its gradients with respect to base and LoRA."""
     x_t, t, condition = inputs()
-    denoise = make_family(dataclasses.replace(CONFIG, **changes)).denoise
+    denoise = velocity_of(make_family(dataclasses.replace(CONFIG, **changes)))
     loss = lambda base, lora: jnp.square(denoise(base, lora, x_t, t, condition)).mean()  # noqa: E731
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(base_weights(), some_lora())
 
@@ -134,7 +134,7 @@ def test_the_scene_is_pinned(base):
     x_t, t, condition = inputs()
     v = velocity(base, x_t, t, condition)
     assert not v[:, 0].any() and v[:, 1:].all()
-    np.testing.assert_array_equal(make_family().free_frames, [0, 1, 1])
+    np.testing.assert_array_equal(counts_of(make_family()), [0, 1, 1])
     other = x_t.at[:, 0].set(1e3)
     np.testing.assert_array_equal(velocity(base, other, t, condition), v)
 
@@ -155,15 +155,15 @@ def test_velocity_and_clean_latents_belong_together(base):
 def test_padding_has_no_influence(base):
     x_t, t, condition = inputs()
     v = velocity(base, x_t, t, condition)
-    garbage = jnp.where(condition.text_mask[..., None], condition.text, 50.0)
-    np.testing.assert_array_equal(velocity(base, x_t, t, condition.replace(text=garbage)), v)
+    text, mask = condition.text["text"].states, condition.text["text"].mask
+    garbage = jnp.where(mask[..., None], text, 50.0)
+    np.testing.assert_array_equal(velocity(base, x_t, t, condition.replace(text=tokens(garbage, mask))), v)
     longer = condition.replace(
-        text=jnp.pad(condition.text, ((0, 0), (0, 3), (0, 0)), constant_values=7.0),
-        text_mask=jnp.pad(condition.text_mask, ((0, 0), (0, 3))),
+        text=tokens(jnp.pad(text, ((0, 0), (0, 3), (0, 0)), constant_values=7.0), jnp.pad(mask, ((0, 0), (0, 3))))
     )
     close(velocity(base, x_t, t, longer), v, 1e-5)
     # But what is no padding has.
-    real = condition.replace(text_mask=jnp.ones_like(condition.text_mask))
+    real = condition.replace(text=tokens(text))
     changed = np.abs(velocity(base, x_t, t, real) - v).max(axis=(1, 2, 3, 4))
     assert changed[0] == 0 and changed[1] > 1e-2
 
@@ -196,7 +196,8 @@ def test_all_that_goes_in_matters(base, what):
     elif what == "x_t":
         x_t = x_t.at[:, 2, 0, 0].add(1.0)
     else:
-        condition = condition.replace(**{what: getattr(condition, what).at[:, 0].add(0.5)})
+        moved = jax.tree.map(lambda x: x.at[:, 0].add(0.5) if x.dtype != bool else x, getattr(condition, what))
+        condition = condition.replace(**{what: moved})
     changed = np.abs(velocity(base, x_t, t, condition, lora) - v)
     assert np.all(changed[:, 1:].max(axis=(2, 3, 4)) > 1e-3)  # in every row and every free frame
 
@@ -243,7 +244,7 @@ def test_a_new_base_is_a_function_of_its_key(base):
     assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, base)
     assert not first["head"]["kernel"].any()  # it begins by showing the scene, still
     x_t, t, condition = inputs()
-    still = (x_t - condition.scene) / t[:, None, None, None, None]
+    still = (x_t - condition.scene["video"]) / t[:, None, None, None, None]
     close(velocity(first, x_t, t, condition)[:, 1:], still[:, 1:], 1e-6)
 
 
@@ -268,16 +269,16 @@ def test_the_first_base_that_shipped_keeps_its_network():
     first = load_weights(family.shipped_bases["1"])[0]
     np.testing.assert_array_equal(weights["head"]["kernel"], first["head"]["kernel"])
     clips, captions = build.make(config, "clips").batch(5, 0, 4)
-    clean = family.encode_clips(jnp.asarray(clips))
-    text, mask = pad_texts(family.encode_text(captions), config.text_length)
-    condition = Condition(jnp.asarray(text), jnp.asarray(mask), clean[:, :1])
+    clean = family.codec.encode({}, jnp.asarray(clips))["video"]
+    text = jax.tree.map(jnp.asarray, pad_texts(family.encoders.text(captions)["text"], config.text_length))
+    condition = told(text.states, text.mask, clean[:, :1])
     errors = {}
     for add_scene in (False, True):
         built = build.make_family(load_config("sandbox", {"model.add_scene": add_scene}))
         t = jnp.full(4, 0.5)
         eps = jax.random.normal(jax.random.key(0), clean.shape)
-        x_t = sampling.pin_frames(flow.interpolate(clean, eps, t), clean[:, :1], built.free_frames)
-        predicted = built.predict_clean(weights, None, x_t, t, condition)
+        x_t = sampling.pin({"video": flow.interpolate(clean, eps, t)}, condition.scene, built.latents)
+        predicted = built.predict_clean(weights, None, x_t, t, condition)["video"]
         errors[add_scene] = float(jnp.mean((predicted - clean)[:, 1:] ** 2))
     assert errors[False] < 0.1 * errors[True]
 
@@ -328,8 +329,8 @@ def test_sizes_that_do_not_fit(sizes, message):
 
 def test_sizes_that_fit():
     family = models.build("tiny", size=20, frames=7, patch=4, stride=3, width=32, heads=2)
-    assert family.latent_shape == (3, 5, 5, 3 * 3 * 16)
-    np.testing.assert_array_equal(family.free_frames, [0, 1, 1])
+    assert shape_of(family) == (3, 5, 5, 3 * 3 * 16)
+    np.testing.assert_array_equal(counts_of(family), [0, 1, 1])
     with pytest.raises(ValueError, match="unknown model family 'huge'; there are: tiny"):
         models.build("huge")
 
@@ -372,16 +373,17 @@ def test_decoding_clips_what_no_byte_can_hold():
 def test_scenes_are_encoded_like_first_frames():
     family = models.build("tiny", size=20, frames=5, patch=5, stride=2, width=32, heads=2)
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), np.uint8)
-    scenes = family.encode_scene({}, images)
+    scenes = family.encoders.scene({}, images)["video"]
     assert isinstance(scenes, np.ndarray) and scenes.shape == (2, 1, 4, 4, 150) and scenes.dtype == np.float32
     clips = np.repeat(images[:, None], 5, axis=1)
-    np.testing.assert_array_equal(family.encode_clips(jnp.asarray(clips))[:, :1], scenes)
+    np.testing.assert_array_equal(family.codec.encode({}, jnp.asarray(clips))["video"][:, :1], scenes)
     latents = jnp.concatenate([scenes, jnp.zeros((2, 2, 4, 4, 150))], axis=1)
-    assert family.decode({}, latents).shape == (2, 5, 20, 20, 3)
-    np.testing.assert_array_equal(family.decode({}, latents)[:, 0], images)
+    frames = family.codec.decode({}, {"video": latents})
+    assert frames.shape == (2, 5, 20, 20, 3)
+    np.testing.assert_array_equal(frames[:, 0], images)
     for height, width in ((25, 25), (20, 25)):
         with pytest.raises(ValueError, match=f"{height}x{width} pixels; this model takes 20x20"):
-            family.encode_scene({}, np.zeros((1, height, width, 3), np.uint8))
+            family.encoders.scene({}, np.zeros((1, height, width, 3), np.uint8))
 
 
 # ---- Text
@@ -395,7 +397,7 @@ def test_text_encoder_is_fixed():
     np.testing.assert_allclose(states[0, :3], [0.8348095, 1.6495727, -2.538923], atol=1e-6)
     family = make_family()
     texts = ["one step", "two steps up"]
-    encoded = family.encode_text(texts)
+    encoded = family.encoders.text(texts)["text"]
     assert [e.shape for e in encoded] == [(2, 8), (3, 8)]
     np.testing.assert_array_equal(encoded[1], encode_text(texts[1], 8))
 
@@ -430,11 +432,11 @@ def test_the_empty_text_is_one_token_and_looks_like_no_word(base):
     assert empty.shape == (1, 64) and np.abs(empty).max() > 0.1
     assert not any(np.allclose(empty, encode_text(word, 64)) for word in ("s", "a", "the"))
     x_t, t, condition = inputs()
-    mask = np.zeros_like(condition.text_mask)
+    mask = np.zeros_like(condition.text["text"].mask)
     mask[:, :1] = True
-    text = np.zeros_like(condition.text)
+    text = np.zeros_like(condition.text["text"].states)
     text[:, :1] = encode_text("", text.shape[-1])
-    v = velocity(base, x_t, t, condition.replace(text=jnp.asarray(text), text_mask=jnp.asarray(mask)))
+    v = velocity(base, x_t, t, condition.replace(text=tokens(jnp.asarray(text), jnp.asarray(mask))))
     assert np.isfinite(v).all() and np.abs(v - velocity(base, x_t, t, condition)).max() > 1e-2
 
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from small import redraw
+from streams import told
 
-from world_distill.models.tiny.family import TinyFamily
+from world_distill.models.tiny.family import TinyCodec, TinyFamily
 from world_distill.models.tiny.modeling import TinyConfig
-from world_distill.structs import Condition
 
 # Three different sides, so that no two axes can be mixed up unseen.
 CONFIG = TinyConfig(grid=(3, 2, 4), channels=6, text_width=8, width=32, depth=2, heads=2, mlp=2)
@@ -17,7 +17,7 @@ TARGETS = r"blocks\..*|text_in|text_out"
 
 
 def make_family(config=CONFIG, **options):
-    return TinyFamily(config, patch=1, stride=2, **({"lora_targets": TARGETS} | options))
+    return TinyFamily(config, TinyCodec(1, 2), **({"lora_targets": TARGETS} | options))
 
 
 @functools.cache
@@ -38,10 +38,10 @@ def inputs(batch=2, tokens=5, config=CONFIG, seed=2):
     f, h, w = config.grid
     mask = np.ones((batch, tokens), bool)
     mask[1::2, -2:] = False
-    condition = Condition(
-        text=jnp.asarray(rng.normal(size=(batch, tokens, config.text_width)), jnp.float32),
-        text_mask=jnp.asarray(mask),
-        scene=jnp.asarray(rng.normal(size=(batch, 1, h, w, config.channels)), jnp.float32),
+    condition = told(
+        jnp.asarray(rng.normal(size=(batch, tokens, config.text_width)), jnp.float32),
+        jnp.asarray(mask),
+        jnp.asarray(rng.normal(size=(batch, 1, h, w, config.channels)), jnp.float32),
     )
     x_t = jnp.asarray(rng.normal(size=(batch, f, h, w, config.channels)), jnp.float32)
     return x_t, jnp.asarray(rng.uniform(0.1, 1.0, batch), jnp.float32), condition

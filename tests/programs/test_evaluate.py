@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from small import VARIANTS, make_inputs, redraw, small_config
+from streams import velocity_of
 
 from world_distill import build, cli
 from world_distill.core import sampling
@@ -18,7 +19,6 @@ from world_distill.data.records.reader import RecordReader
 from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summarise
 from world_distill.programs import evaluate, train
 from world_distill.storage.checkpoints import Checkpointer
-from world_distill.structs import Condition
 from world_distill.training import compiled, run_folder
 from world_distill.training.compiled import make_programs
 from world_distill.weights import base_model
@@ -96,21 +96,21 @@ def test_a_clip_does_not_depend_on_the_batch(parts):
 @pytest.mark.parametrize("text", ["task", "solution"])
 def test_a_clip_is_a_plain_rollout_from_the_seed_and_the_records_number(parts, text):
     config, mesh, family, base, reader = parts
-    [batch] = fixed_batches(reader, 4, text_length=config.text_length)
+    [batch] = fixed_batches(reader, 4, lengths={"text": config.text_length})
     rows, lora = np.array([0, 1, 2, 3]), redraw(make_programs(config, mesh).state.lora, 5)
     grid, _ = build.sampler_grid(config)
-    condition = Condition(*(jnp.asarray(batch[name]) for name in (f"{text}_text", f"{text}_mask", "scene")))
-    found, denoise = [], jax.jit(family.denoise)
+    condition = jax.tree.map(jnp.asarray, batch.condition(text))
+    found, denoise = [], jax.jit(velocity_of(family))
     for seed in (0, 3):
         evaluator = run_folder.Evaluator(
-            family, mesh, None, grid=grid, batch=4, text_length=config.text_length, seed=seed
+            family, mesh, None, grid=grid, batch=4, lengths={"text": config.text_length}, seed=seed
         )
         found.append(evaluator.clips(batch, base, lora, text=text, rows=rows))
         keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), row) for row in rows])
-        x = sampling.initial_noise(keys, condition.scene, family.latent_shape, family.free_frames)
+        x = sampling.initial_noise(keys, condition.scene, family.latents)["video"]
         for t, t_next in zip(grid[:-1], grid[1:], strict=True):  # Euler's method
             x = x + (t_next - t) * denoise(base, lora, x, jnp.full(4, t), condition)
-        assert np.abs(found[-1].astype(int) - np.asarray(family.decode(base, x))).max() <= 1
+        assert np.abs(found[-1].astype(int) - np.asarray(family.codec.decode(base, {"video": x}))).max() <= 1
     assert np.abs(found[0][:, 1:].astype(int) - found[1][:, 1:]).max() > 10  # another seed, other clips
     np.testing.assert_array_equal(found[0][:, 0], found[1][:, 0])  # of the same scene
 

@@ -1,7 +1,6 @@
 """From a model that diffusers saved, through training, back to diffusers: it makes the clips that we make."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,8 +67,8 @@ def ours(run, tmp_path_factory):
 def clip_of(pipeline, image, config, family):
     """What diffusers makes of the scene and the task, from the noise that `generate` starts from. [F H W 3] uint8."""
     keys = sampling.sample_keys(jax.random.key(0), np.arange(1))
-    noise = sampling.initial_noise(keys, jnp.zeros((1, 1, *family.latent_shape[1:])), family.latent_shape, None)
-    text, _ = pad_texts(family.encode_text([TASK]), config.text_length)
+    noise = sampling.draw_noise(keys, 0, family.latents)["video"]
+    text = pad_texts(family.encoders.text([TASK])["text"], config.text_length).states
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         image=image, height=64, width=64, num_frames=9, num_inference_steps=STEPS, guidance_scale=1.0,

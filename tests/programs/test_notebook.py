@@ -110,7 +110,7 @@ def test_each_step_has_noise_of_its_own(model, pairs):
     state = trainer.init()
     for _ in range(2):
         state, _ = trainer.step(state, pairs)
-    first, second = (np.asarray(pending.batch.states[0]) for pending in seen)  # pure noise
+    first, second = (np.asarray(pending.batch.states["video"][0]) for pending in seen)  # pure noise
     assert np.abs(first - second).max() > 0.1
 
 

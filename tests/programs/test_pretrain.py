@@ -1,6 +1,7 @@
 """Pretraining learns, resumes bit for bit, and writes weights that the rest of the project loads."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 from ml_collections import FrozenConfigDict
 from small import small_config
+from streams import video
 
 from world_distill import build
 from world_distill.errors import UserError
@@ -85,15 +87,13 @@ def test_the_loss_weighs_times_by_the_power(power, by_hand):
     """A model that always sees the clean latents 1 too high has |v error|^2 = 1 / t^2."""
 
     class Off:
-        free_frames = np.array([0.0, 1.0], np.float32)
-        latent_shape = (2, 1, 1, 3)
-
-        def encode_clips(self, clips):
-            return jnp.asarray(clips, jnp.float32)
+        latents = video((2, 1, 1, 3), [0, 1])
+        encoders = types.SimpleNamespace(scenes={"video": np.zeros((1, 1, 1, 3))})
+        codec = types.SimpleNamespace(encode=lambda base, clips: {"video": jnp.asarray(clips, jnp.float32)})
 
         def denoise(self, weights, lora, x_t, t, condition):
             times.append(t)
-            return weights + (x_t - 1.0) / t[:, None, None, None, None]
+            return {"video": weights + (x_t["video"] - 1.0) / t[:, None, None, None, None]}
 
     times = []
     optimizer = optax.sgd(0.0)
@@ -102,7 +102,7 @@ def test_the_loss_weighs_times_by_the_power(power, by_hand):
     state = pretrain.PretrainState(jnp.zeros((), jnp.int32), weights, weights, optimizer.init(weights))
     with jax.disable_jit():
         step = pretrain.make_step(Off(), optimizer, settings)
-        _, metrics = step(state, np.zeros((4, 2, 1, 1, 3)), None, None, jax.random.key(0))
+        _, metrics = step(state, np.zeros((4, 2, 1, 1, 3)), None, jax.random.key(0))
     (t,) = jax.tree.map(np.asarray, [jax.lax.stop_gradient(x) for x in times])
     assert np.ptp(t) > 0.3
     assert metrics["loss"] == pytest.approx(np.mean(by_hand(t) / t**2), rel=1e-4)
@@ -122,14 +122,15 @@ def test_captions_are_dropped_as_often_as_asked_and_the_same_again(tmp_path):
 
     config = pretrain_config(tmp_path, 64, **{"pretrain.drop_text": 0.5, "pretrain.batch": 16})
     family, source = build.make_family(config), build.make(config, "clips")
-    clips, text, mask = pretrain.load_batch(config, family, source, 3)
-    lengths = mask.sum(-1)
+    clips, texts = pretrain.load_batch(config, family, source, 3)
+    text, lengths = texts["text"].states, texts["text"].mask.sum(-1)
     assert 0 < np.sum(lengths == 1) < 16 and lengths.min() == 1  # the empty text is one token
-    np.testing.assert_array_equal(text[lengths == 1][:, 0], family.encode_text([""])[0].repeat((lengths == 1).sum(), 0))
+    empty = family.encoders.text([""])["text"][0]
+    np.testing.assert_array_equal(text[lengths == 1][:, 0], empty.repeat((lengths == 1).sum(), 0))
     config.pretrain.drop_text = 0.0
     whole = pretrain.load_batch(config, family, source, 3)
     np.testing.assert_array_equal(whole[0], clips)
-    assert whole[2].sum(-1).min() > 1
+    assert whole[1]["text"].mask.sum(-1).min() > 1
 
 
 def test_training_starts_from_a_file_but_for_what_begins_anew(whole, tmp_path):

@@ -337,7 +337,7 @@ def test_one_compilation_of_each_program_over_many_steps(whole):
     functions = [*made.roll.values(), *updates, made.decode, made.motion]
     assert [f._cache_size() for f in functions] == [1] * 6
     # Updates read few states, and compute the Demonstrator there themselves.
-    assert made.show._cache_size() == made.update[Phase(True, False)]._cache_size() == 0
+    assert made.demonstrate._cache_size() == made.update[Phase(True, False)]._cache_size() == 0
     assert "compiled" not in (folder / "warnings").read_text()  # none that was not to be expected
 
     # What the run says of its speed.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from small import redraw
+from streams import shape_of, told, velocity_of
 
 from tests.vlm.fake_server import FakeServer
 from world_distill import build, cli
@@ -26,7 +27,6 @@ from world_distill.settings.loading import load_config
 from world_distill.storage import array_store
 from world_distill.storage.metric_log import read_log
 from world_distill.storage.safetensors_folder import TensorFileError
-from world_distill.structs import Condition
 from world_distill.training import run_folder
 from world_distill.training.compiled import make_programs
 from world_distill.weights import base_model
@@ -115,7 +115,7 @@ def test_training_was_judged_by_the_server(run):
 @pytest.mark.once
 def test_records_hold_scenes_of_the_model(run, opened):
     record = RecordReader(run / "data", "train")[0]
-    assert record.scene.shape == (1, 4, 4, 6)
+    assert record.scene["video"].shape == (1, 4, 4, 6)
     image = np.asarray(Image.open(next((run / "data" / "scenes" / "train").glob("*.png"))).convert("RGB"))
     assert image.shape == (64, 64, 3)
 
@@ -155,12 +155,12 @@ def test_heads_that_do_not_divide_are_an_error_that_names_the_axes(random):
 def value_and_gradient(family, where, weights):
     """A loss of 8 rows, and its gradient with respect to the Executor, with everything on a device or a mesh."""
     base, lora = weights.base, weights.executor
-    x = jax.random.normal(jax.random.key(1), (8, *family.latent_shape))
+    x = jax.random.normal(jax.random.key(1), (8, *shape_of(family)))
     text = jax.random.normal(jax.random.key(2), (8, 64, 20))
     condition = condition_of(text, x[:, :1])
 
     def loss(lora, base, x):
-        v = family.denoise(base, lora, x, jnp.full(8, 0.5), condition)
+        v = velocity_of(family)(base, lora, x, jnp.full(8, 0.5), condition)
         return (v**2).mean()
 
     if isinstance(where, jax.sharding.Mesh):
@@ -173,27 +173,31 @@ def value_and_gradient(family, where, weights):
 
 
 def condition_of(text, scene):
-    return Condition(text, jnp.ones(text.shape[:2], bool), scene)
+    return told(text, jnp.ones(text.shape[:2], bool), scene)
 
 
 def test_clips_decoded_a_few_at_a_time_are_the_same(random):
-    latents = jax.random.normal(jax.random.key(3), (4, *random.family.latent_shape))
+    latents = jax.random.normal(jax.random.key(3), (4, *shape_of(random.family)))
     base = {"vae": jax.device_put(random.base["vae"], jax.devices()[0])}
-    whole = jax.jit(build.make_family(config_of(**{"model.piece": 0})).decode)(base, latents)
+    whole = jax.jit(build.make_family(config_of(**{"model.piece": 0})).codec.decode)(base, {"video": latents})
     family = build.make_family(config_of(**{"model.rows": 2, "model.piece": 1}))
-    np.testing.assert_allclose(jax.jit(family.decode)(base, latents).astype(int), whole.astype(int), atol=1)
+    np.testing.assert_allclose(
+        jax.jit(family.codec.decode)(base, {"video": latents}).astype(int), whole.astype(int), atol=1
+    )
     with pytest.raises(ValueError, match="2 rows at a time do not divide 3"):
-        family.decode(base, latents[:3])
+        family.codec.decode(base, {"video": latents[:3]})
 
 
 def test_a_clip_is_decoded_in_parts_on_many_devices(random):
-    latents = jax.random.normal(jax.random.key(3), (2, *random.family.latent_shape))
+    latents = jax.random.normal(jax.random.key(3), (2, *shape_of(random.family)))
     found = []
     for shape in ({"data": 1, "context": 1, "tensor": 1}, {"data": 2, "context": 2, "tensor": 2}):
         mesh = make_mesh(fsdp=1, **shape, devices=jax.devices()[: math.prod(shape.values())])
         family = build.make_family(config_of(**{"model.piece": 2}), mesh)
-        base, placed = jax.device_put(({"vae": jax.device_get(random.base["vae"])}, latents), replicated(mesh))
-        found.append(jax.jit(family.decode).lower(base, placed).compile())
+        base, placed = jax.device_put(
+            ({"vae": jax.device_get(random.base["vae"])}, {"video": latents}), replicated(mesh)
+        )
+        found.append(jax.jit(family.codec.decode).lower(base, placed).compile())
         clips = found[-1](base, placed)
         found[-1] = clips, found[-1].memory_analysis().temp_size_in_bytes
     (one, needs), (many, less) = found
@@ -205,7 +209,9 @@ def test_a_clip_is_decoded_in_parts_on_many_devices(random):
 @pytest.mark.once
 def test_an_exported_lora_is_an_executor_to_start_from(opened, files, layout):
     path = str(files[layout])
-    found = read_lora(path, opened.family.lora_names, opened.family.kernel_shapes(), scale=opened.family.lora_scale)
+    found = read_lora(
+        path, opened.family.published.lora_names, opened.family.kernel_shapes(), scale=opened.family.lora_scale
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, jax.device_get(opened.executor))
     config = config_of(**{"executor.start": path})
     state = make_programs(config, opened.mesh).init(opened.base, config.seed)
@@ -335,7 +341,7 @@ def test_lora_of_another_model_is_refused(files):
     config = config_of(**{"model.width": 64})
     family = build.make_family(config)
     with pytest.raises(TensorFileError, match=r"comfy\.safetensors"):
-        read_lora(files["comfy"], family.lora_names, family.kernel_shapes(), scale=1.0)
+        read_lora(files["comfy"], family.published.lora_names, family.kernel_shapes(), scale=1.0)
 
 
 def test_the_full_size_takes_its_place_on_a_mesh():
@@ -349,15 +355,15 @@ def test_the_full_size_takes_its_place_on_a_mesh():
     assert shardings["transformer"]["blocks"]["mlp"]["up"]["kernel"].spec[1] == "fsdp"
     state = make_programs(config, mesh).state
     assert state.lora["blocks"]["self_attention"]["q"]["a"].shape == (30, 3072, 32)
-    assert family.latent_shape == (13, 30, 52, 48)
-    condition = Condition(
+    assert shape_of(family) == (13, 30, 52, 48)
+    condition = told(
         *(jax.ShapeDtypeStruct(s, d) for s, d in (((2, 512, 4096), jnp.bfloat16), ((2, 512), bool))),
-        scene=jax.ShapeDtypeStruct((2, 1, 30, 52, 48), jnp.float32),
+        jax.ShapeDtypeStruct((2, 1, 30, 52, 48), jnp.float32),
     )  # fmt: skip
-    x, t = jax.ShapeDtypeStruct((2, *family.latent_shape), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
-    v = jax.eval_shape(family.denoise, base, state.lora, x, t, condition)
+    x, t = jax.ShapeDtypeStruct((2, *shape_of(family)), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    v = jax.eval_shape(velocity_of(family), base, state.lora, x, t, condition)
     assert (v.shape, v.dtype) == (x.shape, jnp.float32)
-    clips = jax.eval_shape(family.decode, base, x)
+    clips = jax.eval_shape(family.codec.decode, base, {"video": x})
     assert (clips.shape, clips.dtype) == ((2, 49, 480, 832, 3), jnp.uint8)
 
 

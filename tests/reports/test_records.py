@@ -27,10 +27,12 @@ def folder(tmp_path):
 
     write_records(tmp_path, "train_annotated", [make(i) for i in range(8)])
     latent, text = np.zeros((1, 2, 3, 4), np.float32), np.zeros((5, 6), np.float32)
-    fields = dict(task="[fox]: Go.", solution="It goes.", agent="fox", kind=EVIL, scene=latent)
+    fields = dict(task="[fox]: Go.", solution="It goes.", agent="fox", kind=EVIL, scene={"video": latent})
     pictures = (image(1), b"", b"damaged")
     records = [
-        EncodedRecord(f"e{i}", f"i{i}", image_png=p, task_text=text, solution_text=text[:4], **fields)
+        EncodedRecord(
+            f"e{i}", f"i{i}", image_png=p, task_states={"text": text}, solution_states={"text": text[:4]}, **fields
+        )
         for i, p in enumerate(pictures)
     ]
     write_records(tmp_path, "train", records)
@@ -90,7 +92,7 @@ def test_page_holds_pictures_and_nothing_that_runs(capsys, folder, name, picture
     assert all(source.startswith("data:image/webp;base64,") for source in page.sources)
     assert EVIL.replace("\x1b", "") in page.text
     if name == "train":
-        assert "latent 1x2x3x4, 5 and 4 tokens" in page.text
+        assert "scene video 1x2x3x4, text: 5 and 4 tokens" in page.text
         assert "no picture" in page.text and "the picture is damaged" in page.text
 
 

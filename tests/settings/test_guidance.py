@@ -112,7 +112,7 @@ def test_an_ablation_leaves_out_guidance_that_a_variant_has_no_use_for():
 
 
 def load(folder, guidance, length=LENGTH, name="train"):  # noqa: F811
-    return load_negative(RecordReader(folder, name), guidance, length, make_mesh())
+    return load_negative(RecordReader(folder, name), guidance, {"text": length}, make_mesh())
 
 
 def contents(folder):  # noqa: F811
@@ -123,10 +123,10 @@ def contents(folder):  # noqa: F811
 
 def test_encode_keeps_the_negative_text_beside_the_records(capsys, folder):  # noqa: F811
     encode(capsys, folder, *BLUR)
-    found = load(folder, Guidance(2.0, 1.0, "a blurred picture"))
-    assert found.text.shape == (LENGTH, 64) and found.text.dtype == np.float32
-    assert np.asarray(found.text_mask).tolist() == [True] * 3 + [False] * (LENGTH - 3)
-    assert np.abs(found.text[:3]).min() > 0 and np.abs(found.text[3:]).max() == 0
+    found = load(folder, Guidance(2.0, 1.0, "a blurred picture"))["text"]
+    assert found.states.shape == (LENGTH, 64) and found.states.dtype == np.float32
+    assert np.asarray(found.mask).tolist() == [True] * 3 + [False] * (LENGTH - 3)
+    assert np.abs(found.states[:3]).min() > 0 and np.abs(found.states[3:]).max() == 0
     assert load(folder, Guidance()) is None
 
 
@@ -141,7 +141,7 @@ def test_records_of_an_earlier_version_open_and_say_what_guidance_needs(capsys, 
     assert said.startswith(f"encoded the negative text; {folder}/train is complete with 6 records\nnext: ")
     assert counts["encoded"] == 0
     assert contents(folder) == before
-    assert np.asarray(load(folder, Guidance(2.0)).text_mask).sum() == 1  # the empty text
+    assert np.asarray(load(folder, Guidance(2.0))["text"].mask).sum() == 1  # the empty text
 
 
 def test_another_negative_text_is_an_error_until_it_is_encoded(capsys, folder):  # noqa: F811
@@ -167,11 +167,20 @@ def test_shards_by_several_machines_have_one_negative_text(capsys, folder):  # n
 def test_a_text_by_another_encoder_or_too_long_is_refused(capsys, folder):  # noqa: F811
     encode(capsys, folder, *BLUR)
     guidance, kept = Guidance(2.0, 1.0, "a blurred picture"), read_negative(folder, "train")
-    with pytest.raises(RecordError, match="has 3 tokens, and text_length is 2"):
+    with pytest.raises(RecordError, match="has 3 tokens, and texts are padded to 2: raise config.text_length"):
         load(folder, guidance, length=2)
-    for change in ({"text_encoder": "words-32"}, {"states": kept.states[:, :32]}, {"states": kept.states.astype("f2")}):
+    states = kept.states["text"]
+    others = (
+        {"text": states[:, :32]},
+        {"text": states.astype("f2")},
+        {"clip": states},
+        {**kept.states, "clip": states},
+    )
+    for change in ({"text_encoder": "words-32"}, *({"states": other} for other in others)):
         write_negative(folder, "train", type(kept)(**vars(kept) | change))
-        with pytest.raises(RecordError, match=r"has states by text encoder .*, the records by 'words-64' \(64 wide"):
+        with pytest.raises(
+            RecordError, match=r"has states by text encoder .*, the records by 'words-64' \(text: 64 wide"
+        ):
             load(folder, guidance)
 
 

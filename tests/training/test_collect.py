@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import random_weights, redraw, small_config
+from streams import counts_of, shape_of, tokens, velocity_of
 
 from world_distill.core import losses, sampling
+from world_distill.data.records.batches import TaskBatch
 from world_distill.devices import hosts
 from world_distill.devices.sharding import make_mesh
 from world_distill.settings.loading import load_config, section
@@ -82,16 +84,15 @@ def make(tmp_path_factory, changes):
     )  # fmt: skip
     programs = make_programs(config, make_mesh(devices=jax.devices()[:1]))
     rng = np.random.default_rng(0)
-    tasks = {
-        "ids": ["a", "b"],
-        "numbers": np.arange(2),
-        "count": 2,
-        "scene": rng.normal(size=(TASKS, 1, *programs.family.latent_shape[1:])),
-    }
-    for text in ("task", "solution"):
-        tasks[f"{text}_text"] = rng.normal(size=(TASKS, 4, 64))
-        tasks[f"{text}_mask"] = np.arange(4)[None] < rng.integers(1, 5, size=(TASKS, 1))
-    tasks = {n: np.float32(x) if isinstance(x, np.ndarray) and x.dtype == float else x for n, x in tasks.items()}
+    scene = {"video": np.float32(rng.normal(size=(TASKS, 1, *shape_of(programs.family)[1:])))}
+    texts = {}
+    for role in ("task", "solution"):
+        states = np.float32(rng.normal(size=(TASKS, 4, 64)))
+        texts[role] = tokens(states, np.arange(4)[None] < rng.integers(1, 5, size=(TASKS, 1)))
+    words, weight = ["a", "b"], np.ones(TASKS, np.float32)
+    tasks = TaskBatch(
+        *[words] * 6, image_png=[b""] * 2, scene=scene, texts=texts, numbers=np.arange(2), count=2, weight=weight
+    )
     base = random_weights(programs.family, 1)
     lora = redraw(programs.state.lora, 2)
     return programs, base, lora, tasks
@@ -108,31 +109,28 @@ def test_the_executor_rolls_told_the_task_and_the_demonstrator_watches_told_the_
     family = programs.family
     pending = begin(made)
     batch, grid = pending.batch, np.asarray([1.0, 8 / 9, 2 / 3, 0.0])  # shift 4
-    states = np.asarray(batch.states).reshape(STEPS + 1, -1, *family.latent_shape)
+    states = np.asarray(batch.states["video"]).reshape(STEPS + 1, -1, *shape_of(family))
     row = [0, 0, 1, 1]  # rollouts of a task are neighbours
-    task, solution = (
-        {f: jnp.asarray(tasks[f"{name}_{f}"][row]) for f in ("text", "mask")} for name in ("task", "solution")
-    )
-    for condition, given in ((task, batch.task), (solution, batch.solution)):
-        np.testing.assert_array_equal(given.text, condition["text"])
-        np.testing.assert_array_equal(given.text_mask, condition["mask"])
-        np.testing.assert_array_equal(given.scene, tasks["scene"][row])
+    for role, given in (("task", batch.task), ("solution", batch.solution)):
+        np.testing.assert_array_equal(given.text["text"].states, tasks.texts[role]["text"].states[row])
+        np.testing.assert_array_equal(given.text["text"].mask, tasks.texts[role]["text"].mask[row])
+        np.testing.assert_array_equal(given.scene["video"], tasks.scene["video"][row])
     keys = sampling.sample_keys(jax.random.fold_in(jax.random.key(7), 0), jnp.arange(4))
-    noise = sampling.initial_noise(keys, batch.task.scene, family.latent_shape, family.free_frames)
-    np.testing.assert_array_equal(states[0], noise)
+    noise = sampling.initial_noise(keys, batch.task.scene, family.latents)
+    np.testing.assert_array_equal(states[0], noise["video"])
     gaps = []
     for i in range(STEPS):
         x, t = jnp.asarray(states[i]), jnp.full(4, grid[i], jnp.float32)
-        v = family.denoise(base, lora, x, t, batch.task)
+        v = velocity_of(family)(base, lora, x, t, batch.task)
         np.testing.assert_allclose(states[i + 1], x + (grid[i + 1] - grid[i]) * v, atol=2e-4)
-        v_d = family.denoise(base, None, x, t, batch.solution)
-        np.testing.assert_allclose(np.asarray(batch.demonstrator[i]).reshape(v_d.shape), v_d, atol=2e-4)
-        gaps.append(np.asarray(losses.velocity_gap(v, v_d, family.free_frames)))
+        v_d = velocity_of(family)(base, None, x, t, batch.solution)
+        np.testing.assert_allclose(np.asarray(batch.demonstrator["video"][i]).reshape(v_d.shape), v_d, atol=2e-4)
+        gaps.append(np.asarray(losses.velocity_gap(v, v_d, counts_of(family))))
     # Eq. 9 over t >= .85: all of the first step, and a part of the second.
     expected = -((1 - 8 / 9) * gaps[0] + (8 / 9 - 0.85) * gaps[1])
     np.testing.assert_allclose(pending.reward, expected, rtol=1e-3)
     assert np.ptp(pending.reward) > 1e-3
-    moved = np.sqrt(np.mean(np.diff(np.asarray(batch.latents), axis=1) ** 2, axis=(1, 2, 3, 4)))
+    moved = np.sqrt(np.mean(np.diff(np.asarray(batch.latents["video"]), axis=1) ** 2, axis=(1, 2, 3, 4)))
     np.testing.assert_allclose(pending.motion, moved, rtol=1e-4)
 
 
@@ -140,16 +138,16 @@ def test_off_policy_the_demonstrator_rolls_and_its_own_velocities_are_the_target
     made = make(tmp_path_factory, {"objective.rl": "none", "rollout.role": "demonstrator", "rollout.spread": False})
     family, base = made[0].family, made[1]
     batch = begin(made).batch
-    states = np.asarray(batch.states).reshape(STEPS + 1, -1, *family.latent_shape)
-    v = family.denoise(base, None, jnp.asarray(states[0]), jnp.ones(4), batch.solution)
+    states = np.asarray(batch.states["video"]).reshape(STEPS + 1, -1, *shape_of(family))
+    v = velocity_of(family)(base, None, jnp.asarray(states[0]), jnp.ones(4), batch.solution)
     np.testing.assert_allclose(states[1], states[0] + (8 / 9 - 1) * v, atol=2e-4)
-    np.testing.assert_allclose(np.asarray(batch.demonstrator[0]).reshape(v.shape), v, atol=2e-4)
-    told_the_task = family.denoise(base, None, jnp.asarray(states[0]), jnp.ones(4), batch.task)
+    np.testing.assert_allclose(np.asarray(batch.demonstrator["video"][0]).reshape(v.shape), v, atol=2e-4)
+    told_the_task = velocity_of(family)(base, None, jnp.asarray(states[0]), jnp.ones(4), batch.task)
     assert np.abs(v - told_the_task).max() > 1e-2
 
 
 def test_rollouts_of_a_task_and_of_two_steps_differ(made):
-    first, again, second = (np.asarray(begin(made, step).batch.states) for step in (0, 0, 1))
+    first, again, second = (np.asarray(begin(made, step).batch.states["video"]) for step in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     apart = [np.abs(first[0, i] - first[0, j]).max() for i in range(4) for j in range(i)]
     apart += [np.abs(first[0, i] - second[0, j]).max() for i in range(4) for j in range(4)]
@@ -164,8 +162,8 @@ def weigh(scores: dict, *, reward=None, distilling=False, **changes):
     settings = collection(**changes)
     objective = section(load_config("sandbox").objective, Objective)
     programs = types.SimpleNamespace(
-        collection=settings, objective=objective, mesh=make_mesh(devices=jax.devices()[:1]),
-        roll=None, decode=None, show=None,
+        rollout_settings=settings, objective=objective, mesh=make_mesh(devices=jax.devices()[:1]),
+        roll=None, decode=None, demonstrate=None,
     )  # fmt: skip
     collector = Collector(programs, judge=None, cache=None, rubric=None)
     scores = {name: np.float64(values) for name, values in scores.items()}
@@ -173,8 +171,9 @@ def weigh(scores: dict, *, reward=None, distilling=False, **changes):
     order = np.random.default_rng(0).permutation(6)  # clips come back in any order, with their numbers
     judged = Judged(order, Judgment({n: v[order] for n, v in scores.items()}, valid[order]), {"judge/x": 1.0})
     batch = TrainBatch(**{f.name: None for f in dataclasses.fields(TrainBatch)})
+    tasks = types.SimpleNamespace(ids=["a", "b"], count=2)
     pending = Pending(
-        step=0, phase=Phase(not distilling, True), tasks={"ids": ["a", "b"], "count": 2}, batch=batch, clips=None,
+        step=0, phase=Phase(not distilling, True), tasks=tasks, batch=batch, clips=None,
         reward=None if reward is None else jnp.float32(reward), motion=jnp.arange(6.0), started=0.0,
     )  # fmt: skip
     batch, info = collector.weigh(pending, judged)

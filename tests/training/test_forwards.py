@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from small import small_config
+from streams import shape_of, tokens, told
 
 from world_distill.devices import flops
 from world_distill.devices.sharding import make_mesh
 from world_distill.models.tiny.family import TinyFamily
 from world_distill.settings.objective import Phase
-from world_distill.structs import Condition, Negative
 from world_distill.training import compiled, forwards
 from world_distill.training.collect import Collector
 
@@ -52,21 +52,23 @@ def test_forwards_are_counted_as_they_are_made(case, tmp_path, monkeypatch):
     changes, phase, by_hand = CASES[case]
 
     def one_product(self, base, lora, x_t, t, condition):
-        column = jax.lax.stop_gradient(x_t.reshape(len(x_t), -1)[:, :1]) @ jnp.ones((1, 1))
+        x = x_t["video"]
+        column = jax.lax.stop_gradient(x.reshape(len(x), -1)[:, :1]) @ jnp.ones((1, 1))
         moved = 0.0 if lora is None else sum(x.sum() for x in jax.tree.leaves(lora))
-        return (x_t + moved) * column.reshape(-1, 1, 1, 1, 1) * self.free_frames[:, None, None, None]
+        free = self.latents["video"].moves[:, None, None, None]
+        return {"video": (x + moved) * column.reshape(-1, 1, 1, 1, 1) * free}
 
     monkeypatch.setattr(TinyFamily, "denoise", one_product)
     monkeypatch.setattr(compiled, "_make", compiled._make.__wrapped__)  # none of a test before or after this one
     made = compiled.make_programs(small_config(tmp_path, **SMALLEST | changes), make_mesh(devices=jax.devices()[:1]))
-    count = made.collection.tasks * made.collection.group
+    count = made.rollout_settings.tasks * made.rollout_settings.group
     assert made.forwards(phase) == count * by_hand
 
-    negative = Negative(jnp.ones((4, 64)), jnp.ones(4, bool)) if made.guidance.used else None
+    negative = tokens(jnp.ones((4, 64))) if made.guidance.used else None
     collector = Collector(made, judge=None, cache=None, rubric=None, negative=negative)
     monkeypatch.setattr(type(made.objective), "phase", lambda self, step: phase)
-    scene = jnp.zeros((count, 1, *made.family.latent_shape[1:]))
-    condition = Condition(jnp.ones((count, 4, 64)), jnp.ones((count, 4), bool), scene)
+    scene = jnp.zeros((count, 1, *shape_of(made.family)[1:]))
+    condition = told(jnp.ones((count, 4, 64)), jnp.ones((count, 4), bool), scene)
     monkeypatch.setattr(collector, "_conditions", lambda tasks, phase: (condition, condition))
 
     def step(state, base, key):

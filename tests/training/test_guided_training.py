@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from small import SMALL, VARIANTS, make_inputs, redraw, small_config
+from streams import counts_of, one_stream, shape_of, tokens, told, velocity_of, video
 
 from world_distill import build
 from world_distill.core import flow, losses, sampling
@@ -22,7 +23,7 @@ from world_distill.programs.plan import collectives
 from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.storage.checkpoints import Checkpointer
-from world_distill.structs import Condition, Negative, TrainBatch
+from world_distill.structs import TrainBatch
 from world_distill.training import objective as steps
 from world_distill.training import run_folder
 from world_distill.training.collect import Collector
@@ -58,15 +59,12 @@ def parts(config):
     mesh = build.start_devices(config)
     programs = make_programs(config, mesh)
     reader = RecordReader(config.data, "train")
-    tasks = task_batches(reader, tasks_per_step=4, seed=0, text_length=config.text_length).take()
-    conditions = [
-        Condition(jnp.asarray(tasks[f"{name}_text"]), jnp.asarray(tasks[f"{name}_mask"]), jnp.asarray(tasks["scene"]))
-        for name in ("task", "solution")
-    ]
-    group = programs.collection.group
+    tasks = task_batches(reader, tasks_per_step=4, seed=0, lengths={"text": config.text_length}).take()
+    conditions = [jax.tree.map(jnp.asarray, tasks.condition(role)) for role in ("task", "solution")]
+    group = programs.rollout_settings.group
     conditions = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), conditions)
     base = base_model.load_base(programs.family, config, mesh)
-    negative = load_negative(reader, programs.guidance, config.text_length, mesh)
+    negative = load_negative(reader, programs.guidance, {"text": config.text_length}, mesh)
     return programs, base, redraw(programs.state.lora, 2), conditions, negative
 
 
@@ -79,8 +77,8 @@ def by_hand(family, scale, length):
     @jax.jit
     def velocity(base, lora, x, t, condition):
         real = np.arange(length) < len(states)
-        other = Condition(*(jnp.asarray(np.stack([y] * len(x))) for y in (text, real)), condition.scene)
-        told, untold = (family.denoise(base, lora, x, t, c) for c in (condition, other))
+        other = condition.replace(text=tokens(*(jnp.asarray(np.stack([y] * len(x))) for y in (text, real))))
+        told, untold = (velocity_of(family)(base, lora, x, t, c) for c in (condition, other))
         return (1 - scale) * untold + scale * told
 
     return velocity
@@ -88,8 +86,9 @@ def by_hand(family, scale, length):
 
 def steps_of(family, rollout):
     """Visited states, the final latents, and the velocities, each [b f h w c] a step."""
-    frames = lambda x: x.reshape(-1, *family.latent_shape)  # noqa: E731
-    return [*map(frames, rollout.states), rollout.latents], list(map(frames, rollout.velocities))
+    frames = lambda x: x.reshape(-1, *shape_of(family))  # noqa: E731
+    states, velocities = (list(map(frames, x["video"])) for x in (rollout.states, rollout.velocities))
+    return [*states, rollout.latents["video"]], velocities
 
 
 def close(a, b):
@@ -112,14 +111,14 @@ def test_rollouts_and_the_demonstrators_velocities_are_the_formula(inputs):
     (task, solution), rollout = conditions, programs.roll[True](*given)
     states, velocities = steps_of(family, rollout)
     check_steps(family, grid, states, velocities, by_hand(family, ROLLED, length), base, lora, task)
-    shown, reward = programs.show(base, rollout, solution, negative)
+    shown, reward = programs.demonstrate(base, rollout, solution, negative)
     velocity = by_hand(family, SHOWN, length)
     at = list(zip(states[:-1], grid[:-1], strict=True))
     expected = [velocity(base, None, x, jnp.full(len(x), t, jnp.float32), solution) for x, t in at]
-    for found, wanted in zip(shown, expected, strict=True):
+    for found, wanted in zip(shown["video"], expected, strict=True):
         close(found.reshape(wanted.shape), wanted)
     # Eq. 9 is between the velocity that made the clip and the Demonstrator's guided one.
-    gaps = [losses.velocity_gap(v, w, family.free_frames) for v, w in zip(velocities, expected, strict=True)]
+    gaps = [losses.velocity_gap(v, w, counts_of(family)) for v, w in zip(velocities, expected, strict=True)]
     close(reward, -sum(gap * (a - b) for gap, a, b in zip(gaps, grid[:-1], grid[1:], strict=True)))
     assert max(np.abs(v - w).max() for v, w in zip(velocities, expected, strict=True)) > 0.1
 
@@ -139,19 +138,19 @@ def test_clips_at_evaluation_are_guided_by_role(run):
     programs, base, lora, _, _ = parts(config)
     family, reader = programs.family, RecordReader(config.data, "test")
     evaluator = run_folder.make_evaluator(config, family, programs.mesh, None)
-    batch = train.task_batches(reader, tasks_per_step=4, seed=0, text_length=config.text_length).take()
+    batch = train.task_batches(reader, tasks_per_step=4, seed=0, lengths={"text": config.text_length}).take()
     grid, _ = build.sampler_grid(config)
     rows = np.arange(4)
     keys = sampling.sample_keys(jax.random.key(config.seed), rows)
     for text, weights, scale in (("task", lora, ROLLED), ("solution", None, SHOWN)):
         negative = evaluator.negative(reader, text)
         clips = evaluator.clips(batch, base, weights, text=text, rows=rows, negative=negative)
-        condition = Condition(*(jnp.asarray(batch[name]) for name in (f"{text}_text", f"{text}_mask", "scene")))
+        condition = jax.tree.map(jnp.asarray, batch.condition(text))
         latents = sampling.rollout(
-            by_hand(family, scale, config.text_length), base, weights, condition, keys, times=grid,
-            latent_shape=family.latent_shape, frame_mask=family.free_frames, keep_states=False,
+            one_stream(by_hand(family, scale, config.text_length)), base, weights, condition, keys, times=grid,
+            streams=family.latents, keep_states=False,
         ).latents  # fmt: skip
-        assert np.abs(clips.astype(int) - np.asarray(family.decode(base, latents))).max() <= 1
+        assert np.abs(clips.astype(int) - np.asarray(family.codec.decode(base, latents))).max() <= 1
     plain = run_folder.make_evaluator(small_config(config_folder(config), **VARIANTS["distill"], **{"model.depth": 1}),
                                 family, programs.mesh, None)  # fmt: skip
     assert plain.negative(reader, "solution") is None
@@ -188,7 +187,9 @@ def test_two_devices_train_like_one_and_send_no_rows(run, inputs, tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), one.lora, two.lora)
     assert any(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(one.lora))
     programs, base, _, _, negative = parts(config)
-    tasks = task_batches(RecordReader(config.data, "train"), tasks_per_step=4, seed=0, text_length=config.text_length)
+    tasks = task_batches(
+        RecordReader(config.data, "train"), tasks_per_step=4, seed=0, lengths={"text": config.text_length}
+    )
     collector = Collector(programs, judge=None, cache=None, rubric=None, negative=negative)
     state = programs.init(base, 0)
     pending = collector.begin(state.lora, base, collector.draw(tasks, 0), jax.random.key(0), 0)
@@ -241,15 +242,14 @@ def test_settings_that_do_not_go_together_are_refused(inputs, tmp_path, changes,
 class Network:
     """As much of `interfaces.ModelFamily` as a training step sees; the text counts where its mask says so."""
 
-    latent_shape = (2, 2, 2, 3)
-    free_frames = np.array([0.0, 1.0], np.float32)
+    latents = video((2, 2, 2, 3), [0, 1])
 
     def denoise(self, base, lora, x_t, t, condition):
-        mask = condition.text_mask[..., None]
-        hint = (condition.text * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
+        mask = condition.text["text"].mask[..., None]
+        hint = (condition.text["text"].states * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
         out = base if lora is None else base + lora
-        h = jnp.tanh(x_t + t[:, None, None, None, None] + hint[:, None, None, None])
-        return (h @ out) * self.free_frames[:, None, None, None]
+        h = jnp.tanh(x_t["video"] + t[:, None, None, None, None] + hint[:, None, None, None])
+        return {"video": (h @ out) * self.latents["video"].moves[:, None, None, None]}
 
 
 def test_the_renoised_anchor_is_the_gradient_to_the_guided_demonstrator(monkeypatch):
@@ -257,10 +257,18 @@ def test_the_renoised_anchor_is_the_gradient_to_the_guided_demonstrator(monkeypa
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     scene, mask = draw(rows, 1, 2, 2, 3), jnp.asarray(rng.random((rows, 5)) < 0.5).at[:, 0].set(True)
-    task, solution = (Condition(draw(rows, 5, 3), mask, scene) for _ in range(2))
-    negative = Negative(draw(5, 3), jnp.asarray([True, True, False, False, False]))
+    task, solution = (told(draw(rows, 5, 3), mask, scene) for _ in range(2))
+    negative = tokens(draw(5, 3), jnp.asarray([True, True, False, False, False]))
     batch = TrainBatch(
-        task, solution, draw(rows, 2, 2, 2, 3), None, None, None, jnp.zeros(rows), jnp.ones(rows, bool), negative
+        task,
+        solution,
+        {"video": draw(rows, 2, 2, 2, 3)},
+        None,
+        None,
+        None,
+        jnp.zeros(rows),
+        jnp.ones(rows, bool),
+        negative,
     )
     base, lora = draw(3, 3), 0.3 * draw(3, 3)
     settings = {"objective.rl": "none", "objective.anchor_states": "renoised", "objective.beta_d": ((0, 1.0),),
@@ -270,7 +278,7 @@ def test_the_renoised_anchor_is_the_gradient_to_the_guided_demonstrator(monkeypa
     real = flow.interpolate
 
     def spy(clean, eps, t):
-        jax.debug.callback(lambda x, y: seen.append((x, y)), real(clean, eps, t), t)
+        jax.debug.callback(lambda x, y: seen.append((x["video"], y)), real(clean, eps, t), t)
         return real(clean, eps, t)
 
     monkeypatch.setattr(flow, "interpolate", spy)
@@ -282,12 +290,12 @@ def test_the_renoised_anchor_is_the_gradient_to_the_guided_demonstrator(monkeypa
     jax.effects_barrier()
     [(x_t, t)] = seen
     x_t = jnp.concatenate([scene, jnp.asarray(x_t)[:, 1:]], axis=1)
-    other = Condition(jnp.stack([negative.text] * rows), jnp.stack([negative.text_mask] * rows), scene)
-    told, untold = (family.denoise(base, None, x_t, t, c) for c in (solution, other))
+    other = solution.replace(text=jax.tree.map(lambda x: jnp.stack([x] * rows), negative))
+    shown, untold = (velocity_of(family)(base, None, x_t, t, c) for c in (solution, other))
 
     def loss(lora):
-        v = family.denoise(base, lora, x_t, t, task)
-        return jnp.mean((v - (untold + scale * (told - untold)))[:, 1:] ** 2)
+        v = velocity_of(family)(base, lora, x_t, t, task)
+        return jnp.mean((v - (untold + scale * (shown - untold)))[:, 1:] ** 2)
 
     value, gradient = jax.value_and_grad(loss)(lora)
     np.testing.assert_allclose(after.lora, lora - gradient, atol=1e-5)

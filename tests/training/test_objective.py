@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from streams import shape_of, velocity_of
 
 from tests.training.toy import (
     GRID,
@@ -53,13 +54,16 @@ def test_anchor_alone_is_the_gradient_of_equation_11(family, base, lora, batch):
     objective = make_objective(rl="none", beta_d=2.0, updates=1, draws=STEPS)
     state, metrics = run(family, base, lora, batch, objective)
 
+    def at(states, i):
+        return {name: x[i] for name, x in states.items()}
+
     def frames(x):
-        return x.reshape(ROWS, *family.latent_shape)
+        return x["video"].reshape(ROWS, *shape_of(family))
 
     def direct(lora):
         gaps = [
-            jnp.mean((family.denoise(base, lora, frames(batch.states[i]), jnp.full(ROWS, GRID[i]), batch.task)
-                      - frames(batch.demonstrator[i]))[:, 1:] ** 2)
+            jnp.mean((velocity_of(family)(base, lora, frames(at(batch.states, i)), jnp.full(ROWS, GRID[i]), batch.task)
+                      - frames(at(batch.demonstrator, i)))[:, 1:] ** 2)
             for i in range(STEPS)
         ]  # fmt: skip
         return sum(gaps) / STEPS
@@ -180,10 +184,10 @@ def test_awm_raises_the_likelihood_of_what_was_good(family, base, lora, batch):
         total = 0.0
         for i, t in enumerate(GRID[1:-1]):
             keys = sampling.sample_keys(jax.random.key(100 + i), jnp.arange(ROWS))
-            eps = sampling.initial_noise(keys, batch.task.scene, family.latent_shape, family.free_frames)
+            eps = sampling.initial_noise(keys, batch.task.scene, family.latents)
             x_t = flow.interpolate(batch.latents, eps, jnp.full(ROWS, t))
             v = family.denoise(base, weights, x_t, jnp.full(ROWS, t), batch.task)
-            total += losses.velocity_gap(v, flow.velocity(batch.latents, eps), family.free_frames)
+            total += losses.velocity_gap(v, flow.velocity(batch.latents, eps), sampling.counted(family.latents))
         return total
 
     gain = np.asarray(errors(lora) - errors(state.lora))
@@ -246,12 +250,12 @@ def test_nft_pulls_to_what_was_good(family, base, lora, batch):
     state, metrics = run(family, base, lora, batch, objective)
     assert float(metrics["train/policy_gap"]) == pytest.approx(0.0, abs=1e-12)
     t, x_t, target = renoised(family, batch, objective, lora)
-    v_old = family.denoise(base, lora, x_t, t, batch.task)
+    v_old = velocity_of(family)(base, lora, x_t, t, batch.task)
     error = (v_old - target)[:, 1:]
     scale = t * jnp.abs(error).mean((1, 2, 3, 4))
 
     def direct(weights):
-        v = family.denoise(base, weights, x_t, t, batch.task)[:, 1:]
+        v = velocity_of(family)(base, weights, x_t, t, batch.task)[:, 1:]
         inner = 2 * (jax.lax.stop_gradient(error) * v).mean((1, 2, 3, 4))
         return (5 * batch.advantages * t**2 * inner / scale).mean()
 

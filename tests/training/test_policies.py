@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from small import small_config
+from streams import velocity_of
 
 from tests.training.toy import GRID, ROWS, change, make_objective, make_state, make_step, renoised, run
 from world_distill.devices.sharding import make_mesh
@@ -48,7 +49,7 @@ def test_awm_by_hand(family, base, lora, batch):
     t, x_t, target = renoised(family, batch, objective, lora)
 
     def direct(weights):
-        error = (family.denoise(base, weights, x_t, t, batch.task) - target)[:, 1:]
+        error = (velocity_of(family)(base, weights, x_t, t, batch.task) - target)[:, 1:]
         return (batch.advantages * t * (error**2).mean((1, 2, 3, 4))).mean()
 
     by_hand = jax.tree.map(jnp.negative, jax.jit(jax.grad(direct))(lora))

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from streams import shape_of, told, video
 
 from world_distill.core import flow, sampling
 from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
-from world_distill.structs import Condition, TrainBatch, TrainState
+from world_distill.structs import TrainBatch, TrainState
 from world_distill.training import objective as steps
 
 ROWS, STEPS = 6, 4
@@ -22,17 +23,17 @@ DIFFUSION = sampling.flow_grpo_diffusion(GRID, 0.7)
 class Network:
     """As much of `interfaces.ModelFamily` as a training step sees."""
 
-    latent_shape = (3, 4, 4, 2)
-    free_frames = np.array([0.0, 1.0, 1.0], np.float32)
+    latents = video((3, 4, 4, 2), [0, 1, 1])
     shapes = {"pixel": (2, 16), "clip": (16, 16), "text": (8, 16), "time": (16,), "out": (16, 2)}
 
     def denoise(self, base, lora, x_t, t, condition):
-        x = jnp.concatenate([condition.scene, x_t[:, 1:]], axis=1)
-        time = (t[:, None] * self.free_frames)[:, :, None, None, None] * base["time"]
-        h = jnp.tanh(x @ base["pixel"] + time + (condition.text.mean(1) @ base["text"])[:, None, None, None])
+        free, text = self.latents["video"].moves, condition.text["text"].states
+        x = jnp.concatenate([condition.scene["video"], x_t["video"][:, 1:]], axis=1)
+        time = (t[:, None] * free)[:, :, None, None, None] * base["time"]
+        h = jnp.tanh(x @ base["pixel"] + time + (text.mean(1) @ base["text"])[:, None, None, None])
         h = h + jnp.tanh(h.mean((1, 2, 3)) @ base["clip"])[:, None, None, None]
         out = base["out"] if lora is None else base["out"] + lora["out"]["a"] @ lora["out"]["b"]
-        return h @ out * self.free_frames[:, None, None, None]
+        return {"video": h @ out * free[:, None, None, None]}
 
 
 def make_objective(**changes) -> Objective:
@@ -42,22 +43,26 @@ def make_objective(**changes) -> Objective:
     )
 
 
-def flat(x):
-    return x.reshape(*x.shape[:3], -1)
+def appended(states, last):
+    return jnp.concatenate([states, last[None]])
+
+
+def flat(latents):
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), latents)
 
 
 def make_batch(family, base, lora, diffusion=None) -> TrainBatch:
     @jax.jit
     def make(base, lora, key):
-        f, h, w, c = family.latent_shape
+        f, h, w, c = shape_of(family)
         scene = jax.random.normal(key, (ROWS, 1, h, w, c))
         mask = jnp.ones((ROWS, 3), bool)
         task, solution = (
-            Condition(jax.random.normal(jax.random.fold_in(key, i), (ROWS, 3, 8)), mask, scene) for i in (1, 2)
+            told(jax.random.normal(jax.random.fold_in(key, i), (ROWS, 3, 8)), mask, scene) for i in (1, 2)
         )
         rollout = sampling.rollout(
             family.denoise, base, lora, task, sampling.sample_keys(key, jnp.arange(ROWS)), times=GRID,
-            latent_shape=family.latent_shape, frame_mask=family.free_frames, diffusion=diffusion, keep_states=True,
+            streams=family.latents, diffusion=diffusion, keep_states=True,
         )  # fmt: skip
         shown = jax.lax.map(
             lambda job: family.denoise(base, None, job[0], jnp.full(ROWS, job[1]), solution),
@@ -65,7 +70,7 @@ def make_batch(family, base, lora, diffusion=None) -> TrainBatch:
         )
         return TrainBatch(
             task=task, solution=solution, latents=rollout.latents,
-            states=flat(jnp.concatenate([rollout.states, rollout.latents[None]])), demonstrator=flat(shown),
+            states=flat(jax.tree.map(appended, rollout.states, rollout.latents)), demonstrator=flat(shown),
             log_probs=rollout.log_probs, advantages=jnp.array([1.0, -1.0, 0.5, -0.5, 0.2, -0.2]),
             valid=jnp.ones(ROWS, bool),
         )  # fmt: skip
@@ -96,10 +101,10 @@ PIECES = {"tied": 1, "minibatches": 2, "micro_batch": 1}
 
 
 def renoised(family, batch, objective, lora):
-    """(times, noisy clips, their velocities' target) of a first update with one draw."""
+    """(times, noisy clips, their velocities' target), of the stream "video", of a first update with one draw."""
     key = jax.random.split(jax.random.fold_in(make_state(optax.sgd(1.0), lora).key, 0), 1)[0]
     draw = steps.draw_rows(key, objective, batch, GRID, None)
     t = jnp.asarray(GRID)[draw.renoised[0]]
-    eps = sampling.initial_noise(draw.keys[0], batch.task.scene, family.latent_shape, family.free_frames)
-    x_t = sampling.pin_frames(flow.interpolate(batch.latents, eps, t), batch.task.scene, family.free_frames)
-    return t, x_t, flow.velocity(batch.latents, eps)
+    eps = sampling.initial_noise(draw.keys[0], batch.task.scene, family.latents)
+    x_t = sampling.pin(flow.interpolate(batch.latents, eps, t), batch.task.scene, family.latents)
+    return t, x_t["video"], flow.velocity(batch.latents, eps)["video"]

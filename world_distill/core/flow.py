@@ -11,19 +11,26 @@ Sampling goes *down* in t, so a sampler's step `t_next - t` is negative. WMSD (a
 writes time the other way round: its time is 1 - t and its velocity is -v. Squared differences of
 velocities are the same in both.
 
+Latents are one array [b n ...], or a mapping of streams to such arrays (`{"video": [b f h w c], "audio": [b l c]}`); n
+are a stream's places: latent frames, or moments of a sound track. Functions of latents work on each stream alike.
+
 Everything here returns float32, whatever comes in: targets rounded to bfloat16 would carry an error
 as large as the gap between two close policies.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree, Shaped
 
-# 1 where a latent frame is generated, 0 where it is pinned to the scene.
-FrameMask = Float[ArrayLike, " f"]
+Latents = PyTree[Float[ArrayLike, "b ..."]]
+# Of each stream [n]: True, or 1, at the places that are meant. A tree like the latents.
+Places = PyTree[Shaped[ArrayLike, " _"]]
 
 
 def broadcast_time(t: Float[ArrayLike, ""] | Float[ArrayLike, " b"], ndim: int) -> Float[Array, "..."]:
@@ -31,33 +38,34 @@ def broadcast_time(t: Float[ArrayLike, ""] | Float[ArrayLike, " b"], ndim: int) 
     return jnp.reshape(jnp.asarray(t, jnp.float32), (-1,) + (1,) * (ndim - 1))
 
 
-def interpolate(
-    x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Float[ArrayLike, " b"]
-) -> Float[Array, "b ..."]:
+def map_float32(function: Callable[..., Array], *latents: Any) -> Any:
+    """`function` of each stream of latents, or of masks, in float32."""
+    return jax.tree.map(lambda *x: function(*(jnp.asarray(array, jnp.float32) for array in x)), *latents)
+
+
+def interpolate(x0: Latents, eps: Latents, t: Float[ArrayLike, " b"]) -> Latents:
     """Noisy latents x_t, equation (1)."""
-    t = broadcast_time(t, x0.ndim)
-    return (1 - t) * jnp.asarray(x0, jnp.float32) + t * jnp.asarray(eps, jnp.float32)
+
+    def one(x0, eps):
+        time = broadcast_time(t, x0.ndim)
+        return (1 - time) * x0 + time * eps
+
+    return map_float32(one, x0, eps)
 
 
-def velocity(x0: Float[Array, "b ..."], eps: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+def velocity(x0: Latents, eps: Latents) -> Latents:
     """The velocity of the straight line from data to noise, equation (2)."""
-    return jnp.asarray(eps, jnp.float32) - jnp.asarray(x0, jnp.float32)
+    return map_float32(lambda x0, eps: eps - x0, x0, eps)
 
 
-def clean_from_velocity(
-    x_t: Float[Array, "b ..."], v: Float[Array, "b ..."], t: Float[ArrayLike, " b"]
-) -> Float[Array, "b ..."]:
+def clean_from_velocity(x_t: Latents, v: Latents, t: Float[ArrayLike, " b"]) -> Latents:
     """The clean latents that a velocity points at, equation (3)."""
-    t = broadcast_time(t, x_t.ndim)
-    return jnp.asarray(x_t, jnp.float32) - t * jnp.asarray(v, jnp.float32)
+    return map_float32(lambda x_t, v: x_t - broadcast_time(t, x_t.ndim) * v, x_t, v)
 
 
-def noise_from_velocity(
-    x_t: Float[Array, "b ..."], v: Float[Array, "b ..."], t: Float[ArrayLike, " b"]
-) -> Float[Array, "b ..."]:
+def noise_from_velocity(x_t: Latents, v: Latents, t: Float[ArrayLike, " b"]) -> Latents:
     """The noise that a velocity comes from, equation (4)."""
-    t = broadcast_time(t, x_t.ndim)
-    return jnp.asarray(x_t, jnp.float32) + (1 - t) * jnp.asarray(v, jnp.float32)
+    return map_float32(lambda x_t, v: x_t + (1 - broadcast_time(t, x_t.ndim)) * v, x_t, v)
 
 
 def shift_times(t: Float[ArrayLike, "..."], shift: float) -> Float[ArrayLike, "..."]:
@@ -103,18 +111,40 @@ def sampling_times(
     return times
 
 
-def masked_mean(x: Float[Array, "b f h w c"], frame_mask: FrameMask | None) -> Float[Array, " b"]:
-    """Mean over all entries of the free frames, float32 [b].
+def masked_mean(x: Latents, counts: Places | None) -> Float[Array, " b"]:
+    """Mean over all entries at the places that count, float32 [b].
 
-    Pinned frames do not enter, even if they are not finite.
+    Entries of all streams weigh the same, so a large stream weighs more than a small one. Other places do not enter,
+    even if they are not finite.
 
     Args:
         x: values to average.
-        frame_mask: [f], 1 on free frames and 0 on pinned ones; None when every frame is free. At
-            least one is free.
+        counts: of each stream [n], positive at the places that count; None: all do. Not traced.
+
+    Raises:
+        ValueError: no place counts, or `counts` has other streams than `x`.
     """
-    per_frame = jnp.mean(jnp.asarray(x, jnp.float32), axis=(2, 3, 4))
-    if frame_mask is None:
-        return jnp.mean(per_frame, axis=1)
-    free = (jnp.asarray(frame_mask) > 0)[None, :]
-    return jnp.sum(jnp.where(free, per_frame, 0.0), axis=1) / jnp.sum(free, dtype=jnp.float32)
+    streams, structure = jax.tree.flatten(x)
+    if counts is None:
+        masks = [np.ones(stream.shape[1], bool) for stream in streams]
+    elif jax.tree.structure(counts) == structure:
+        masks = [np.asarray(mask) > 0 for mask in jax.tree.leaves(counts)]
+    else:
+        raise ValueError(f"places {jax.tree.structure(counts)} of latents {structure}: the streams are not the same")
+    means, sizes = [], []
+    for stream, mask in zip(streams, masks, strict=True):
+        if mask.any():
+            means.append(_mean(jnp.asarray(stream, jnp.float32), mask))
+            sizes.append(int(mask.sum()) * math.prod(stream.shape[2:]))
+    if not means:
+        raise ValueError("no place of any stream counts: there is nothing to average")
+    if len(means) == 1:
+        return means[0]
+    return jnp.asarray(sum(mean * (size / sum(sizes)) for mean, size in zip(means, sizes, strict=True)))
+
+
+def _mean(x: Float[Array, "b n ..."], mask: Shaped[np.ndarray, " n"]) -> Float[Array, " b"]:
+    by_place = jnp.mean(x, axis=tuple(range(2, x.ndim)))
+    if mask.all():
+        return jnp.mean(by_place, axis=1)
+    return jnp.sum(jnp.where(jnp.asarray(mask)[None], by_place, 0.0), axis=1) / jnp.float32(mask.sum())

@@ -25,16 +25,16 @@ DiffusionNFT (arXiv 2509.16117), on the same re-noised clips, with r = (1 + A) /
 Flow-GRPO (arXiv 2505.05470): AWM's surrogate at T = 1 with log-probabilities of SDE steps, and the exact
 KL of two Gaussians with one std s: mean over dims (mu - mu_ref)^2 / (2 s^2).
 
-The paper's squared norms are means over the dims of free frames here, as in the released code of
-AWM and Flow-GRPO: weights then do not depend on the size of a clip.
+The paper's squared norms are means over the dims of all places that count (`LatentSpec.counts`) here, as in the
+released code of AWM and Flow-GRPO: weights then do not depend on the size of a clip.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-from world_distill.core.flow import FrameMask, masked_mean
+from world_distill.core.flow import Latents, Places, broadcast_time, map_float32, masked_mean
 
 _HUBER_DELTA = 1e-10  # d above: AWM's value
 # exp(20) is far beyond any clip range; without a bound an overflowing ratio would turn the gradient
@@ -44,22 +44,19 @@ ADVANTAGE_CLIP = 5.0  # bound of the advantages before they are scaled to [-1, 1
 _NFT_LEAST = 1e-5  # lower bound of DiffusionNFT's adaptive weight: the released code's value
 
 
-def velocity_gap(
-    v: Float[Array, "b f h w c"], v_ref: Float[Array, "b f h w c"], frame_mask: FrameMask | None
-) -> Float[Array, " b"]:
-    """Mean squared velocity difference on free frames (WMSD Eq. 3, 5, 11).
+def velocity_gap(v: Latents, v_ref: Latents, counts: Places | None) -> Float[Array, " b"]:
+    """Mean squared velocity difference at the places that count (WMSD Eq. 3, 5, 11).
 
     No gradient goes into `v_ref`.
     """
-    v_ref = jax.lax.stop_gradient(jnp.asarray(v_ref, jnp.float32))
-    return masked_mean((jnp.asarray(v, jnp.float32) - v_ref) ** 2, frame_mask)
+    return masked_mean(map_float32(lambda v, r: (v - jax.lax.stop_gradient(r)) ** 2, v, v_ref), counts)
 
 
 def distillation_reward(
-    v_e: Float[Array, "k b f h w c"],
-    v_d: Float[Array, "k b f h w c"],
+    v_e: PyTree[Float[Array, "k b ..."]],
+    v_d: PyTree[Float[Array, "k b ..."]],
     times: Float[ArrayLike, " n"],
-    frame_mask: FrameMask | None,
+    counts: Places | None,
     min_time: float = 0.0,
 ) -> Float[Array, " b"]:
     """Minus the velocity gap integrated along a rollout (WMSD Eq. 9), without gradient.
@@ -71,20 +68,18 @@ def distillation_reward(
         v_e: the Executor's velocities at the visited states, noisiest first.
         v_d: the Demonstrator's velocities there.
         times: the sampler's grid [k + 1].
-        frame_mask: [f], 0 on pinned frames; None when nothing is pinned.
+        counts: of each stream [n], the places that count; None: all do.
         min_time: lower end of the integral; 0 is the paper's.
     """
     times = jnp.maximum(jnp.asarray(times, jnp.float32), min_time)
-    gaps = jax.vmap(velocity_gap, in_axes=(0, 0, None))(v_e, v_d, frame_mask)
+    gaps = jax.vmap(lambda e, d: velocity_gap(e, d, counts))(v_e, v_d)
     return jax.lax.stop_gradient(-jnp.sum((times[:-1] - times[1:])[:, None] * gaps, axis=0))
 
 
-def decoupled_gap(
-    v: Float[Array, "b f h w c"], v_ref: Float[Array, "b f h w c"], frame_mask: FrameMask | None
-) -> Float[Array, " b"]:
+def decoupled_gap(v: Latents, v_ref: Latents, counts: Places | None) -> Float[Array, " b"]:
     """`velocity_gap` in value, with the gradients of length and direction taken apart.
 
-        (|v| - |r|)^2 + 2 sg[|v|] |r| (1 - cos(v, r)),    |.| = root mean square over free frames
+        (|v| - |r|)^2 + 2 sg[|v|] |r| (1 - cos(v, r)),    |.| = root mean square where it counts
 
     Squared error is lowered by shrinking v wherever the direction of r cannot be foreseen, which
     shows as washed-out video. Here direction only turns v, and length is matched by itself (after
@@ -92,19 +87,19 @@ def decoupled_gap(
     which does not cancel when v is near r. At v = 0, where no direction exists, value and gradient
     are those of `velocity_gap`.
     """
-    v = jnp.asarray(v, jnp.float32)
-    r = jax.lax.stop_gradient(jnp.asarray(v_ref, jnp.float32))
+    r = jax.lax.stop_gradient(v_ref)
 
     def unit(x):
-        square = masked_mean(x**2, frame_mask)
+        square = masked_mean(map_float32(jnp.square, x), counts)
         length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-        return length, x / jnp.where(square > 0, length, 1.0)[:, None, None, None, None]
+        divisor = jnp.where(square > 0, length, 1.0)
+        return length, map_float32(lambda x: x / broadcast_time(divisor, x.ndim), x)
 
     v_length, v_unit = unit(v)
     r_length, r_unit = unit(r)
-    turn = jax.lax.stop_gradient(v_length) * r_length * velocity_gap(v_unit, r_unit, frame_mask)
+    turn = jax.lax.stop_gradient(v_length) * r_length * velocity_gap(v_unit, r_unit, counts)
     split = (v_length - r_length) ** 2 + jnp.where(r_length > 0, turn, 0.0)
-    return jnp.where(v_length > 0, split, velocity_gap(v, r, frame_mask))
+    return jnp.where(v_length > 0, split, velocity_gap(v, r, counts))
 
 
 def awm_log_likelihood(
@@ -175,13 +170,13 @@ def awm_surrogate(
 
 
 def nft_loss(
-    v: Float[Array, "b f h w c"],
-    v_old: Float[Array, "b f h w c"],
-    target: Float[Array, "b f h w c"],
+    v: Latents,
+    v_old: Latents,
+    target: Latents,
     t: Float[ArrayLike, " b"],
     advantages: Float[Array, " b"],
     beta: float,
-    frame_mask: FrameMask | None,
+    counts: Places | None,
 ) -> Float[Array, " b"]:
     """DiffusionNFT's loss on re-noised clips (arXiv 2509.16117); formula above.
 
@@ -195,18 +190,20 @@ def nft_loss(
         t: the times, in (0, 1].
         advantages: A, in [-1, 1].
         beta: how far v+ and v- lie from v_old, in units of v - v_old; positive.
-        frame_mask: [f], 0 on pinned frames; None when nothing is pinned.
+        counts: of each stream [n], the places that count; None: all do.
     """
-    v, target, t = jnp.asarray(v, jnp.float32), jnp.asarray(target, jnp.float32), jnp.asarray(t, jnp.float32)
-    v_old = jax.lax.stop_gradient(jnp.asarray(v_old, jnp.float32))
+    t = jnp.asarray(t, jnp.float32)
+    v_old = jax.lax.stop_gradient(v_old)
 
     def distance(velocity):
         # The released code compares clean latents, whose difference is t times that of the velocities.
-        scale = jax.lax.stop_gradient(t * masked_mean(jnp.abs(velocity - target), frame_mask))
-        return t**2 * velocity_gap(velocity, target, frame_mask) / jnp.maximum(scale, _NFT_LEAST)
+        error = map_float32(lambda v, target: jnp.abs(v - target), velocity, target)
+        scale = jax.lax.stop_gradient(t * masked_mean(error, counts))
+        return t**2 * velocity_gap(velocity, target, counts) / jnp.maximum(scale, _NFT_LEAST)
 
     share = (1 + jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))) / 2
-    towards, away = distance(v_old + beta * (v - v_old)), distance(v_old - beta * (v - v_old))
+    towards = distance(map_float32(lambda v, old: old + beta * (v - old), v, v_old))
+    away = distance(map_float32(lambda v, old: old - beta * (v - old), v, v_old))
     return ADVANTAGE_CLIP / beta * (share * towards + (1 - share) * away)
 
 
@@ -226,16 +223,16 @@ def flow_grpo_surrogate(
 
 
 def flow_grpo_kl(
-    mean: Float[Array, "b f h w c"],
-    mean_ref: Float[Array, "b f h w c"],
+    mean: Latents,
+    mean_ref: Latents,
     std: Float[ArrayLike, ""] | Float[ArrayLike, " b"],
-    frame_mask: FrameMask | None,
+    counts: Places | None,
 ) -> Float[Array, " b"]:
-    """Exact KL(policy | reference) of one SDE step, mean over the dims of free frames.
+    """Exact KL(policy | reference) of one SDE step, mean over the dims that count.
 
     `std` is the full standard deviation g sqrt(-dt) of the step, not g; where it is 0, so is the
     result. No gradient goes into `mean_ref`.
     """
     std = jnp.asarray(std, jnp.float32)
     safe = jnp.where(std > 0, std, 1.0)
-    return jnp.where(std > 0, velocity_gap(mean, mean_ref, frame_mask) / (2 * safe**2), 0.0)
+    return jnp.where(std > 0, velocity_gap(mean, mean_ref, counts) / (2 * safe**2), 0.0)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from world_distill.core.flow import FrameMask, masked_mean
+from world_distill.core.flow import Latents, Places, map_float32, masked_mean
 
 
 def _ratio(top: Array, bottom: Array) -> Array:
@@ -29,24 +29,41 @@ def _ratio(top: Array, bottom: Array) -> Array:
     return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), 0.0)
 
 
-def velocity_diagnostics(
-    v: Float[Array, "b f h w c"], v_ref: Float[Array, "b f h w c"], frame_mask: FrameMask | None
-) -> dict[str, Float[Array, " b"]]:
-    """Cosine, norm ratio and dc share over free frames, [b] each.
+def velocity_diagnostics(v: Latents, v_ref: Latents, counts: Places | None) -> dict[str, Float[Array, " b"]]:
+    """Cosine, norm ratio and dc share at the places that count, [b] each.
 
-    The formulas stand above; where a denominator is 0, so is the value.
+    The formulas stand above; where a denominator is 0, so is the value. With several streams, the dc share is that of
+    each stream's channels, weighted as in `masked_mean`.
     """
-    v, v_ref = jnp.asarray(v, jnp.float32), jnp.asarray(v_ref, jnp.float32)
-    length = jnp.sqrt(masked_mean(v**2, frame_mask))
-    length_ref = jnp.sqrt(masked_mean(v_ref**2, frame_mask))
-    error = v - v_ref
-    # masked_mean averages channels as well, so each channel goes through it alone: [b c].
-    offset = jax.vmap(lambda e: masked_mean(e[..., None], frame_mask), -1, -1)(error)
+    square = lambda x: masked_mean(map_float32(jnp.square, x), counts)  # noqa: E731
+    length, length_ref = jnp.sqrt(square(v)), jnp.sqrt(square(v_ref))
+    error = map_float32(jnp.subtract, v, v_ref)
+    product = masked_mean(map_float32(jnp.multiply, v, v_ref), counts)
     return {
-        "cosine": _ratio(masked_mean(v * v_ref, frame_mask), length * length_ref),
+        "cosine": _ratio(product, length * length_ref),
         "norm_ratio": _ratio(length, length_ref),
-        "dc": _ratio(jnp.mean(offset**2, axis=-1), masked_mean(error**2, frame_mask)),
+        "dc": _ratio(_offset(error, counts), square(error)),
     }
+
+
+def _offset(error: Latents, counts: Places | None) -> Float[Array, " b"]:
+    """Mean square of each channel's mean error."""
+    streams, structure = jax.tree.flatten(error)
+    masks = [None] * len(streams) if counts is None else jax.tree.leaves(counts)
+    offsets = []
+    for stream, mask in zip(streams, masks, strict=True):
+        if mask is None or np.any(np.asarray(mask) > 0):
+            # masked_mean averages channels as well, so each channel goes through it alone: [b c].
+            offset = jax.vmap(lambda e, mask=mask: masked_mean(e[..., None], mask), -1, -1)(stream)
+            offsets.append(jnp.mean(offset**2, axis=-1))
+        else:
+            offsets.append(jnp.zeros(stream.shape[0]))
+    if len(offsets) == 1:
+        return offsets[0]
+    spread = [
+        jnp.broadcast_to(o.reshape(-1, *[1] * (x.ndim - 1)), x.shape) for o, x in zip(offsets, streams, strict=True)
+    ]
+    return masked_mean(jax.tree.unflatten(structure, spread), counts)
 
 
 def binned_by_time(

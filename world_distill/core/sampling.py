@@ -13,12 +13,15 @@ the score to the ODE drift and the marginals of the ODE stay. g = 0 is the Euler
 
 Flow-GRPO takes g = eta sqrt(t / (1 - t)), with 1 - t read at the second grid point where t = 1.
 
+In a rollout, pinned places of a stream (`LatentSpec.moves`) hold the scene's latents at every step. Places that move
+and do not count (`LatentSpec.counts`) get no noise: they take the Euler step.
+
 States and log-probabilities are float32: with states rounded to bfloat16 the importance ratio of an
 unchanged policy is already off 1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,21 +30,23 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from world_distill.core.flow import FrameMask, broadcast_time, masked_mean
-from world_distill.structs import Condition, PyTree, Rollout
+from world_distill.core.flow import Latents, Places, broadcast_time, map_float32, masked_mean
+from world_distill.structs import Condition, LatentSpec, PyTree, Rollout
 
 # One number for the whole batch, or one an example.
 Scalars = Float[ArrayLike, ""] | Float[ArrayLike, " b"]
+Streams = Mapping[str, LatentSpec]
 
 
 def sde_step(
-    x: Float[Array, "b f h w c"],
-    v: Float[Array, "b f h w c"],
+    x: Latents,
+    v: Latents,
     t: Scalars,
     t_next: Scalars,
     g: Scalars,
-    noise: Float[Array, "b f h w c"] | None,
-) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"], Float[Array, " b"]]:
+    noise: Latents | None,
+    counts: Places | None = None,
+) -> tuple[Latents, Latents, Float[Array, " b"]]:
     """One sampler step from `t` to `t_next`, equations (1) to (3), in float32.
 
     Args:
@@ -52,34 +57,46 @@ def sde_step(
         g: diffusion coefficient; 0 is an Euler step.
         noise: standard normal z; None stops at the mean, which is what recomputing a
             log-probability needs.
+        counts: of each stream [n], where g applies; other places take the Euler step. None: everywhere.
 
     Returns:
         (x_next, mean, std [b]).
     """
-    x, v = jnp.asarray(x, jnp.float32), jnp.asarray(v, jnp.float32)
-    t, t_next, g = (broadcast_time(value, x.ndim) for value in (t, t_next, g))
-    dt = t_next - t
-    mean = x + (v + g**2 / (2 * t) * (x + (1 - t) * v)) * dt
-    std = g * jnp.sqrt(-dt)
-    x_next = mean if noise is None else mean + std * jnp.asarray(noise, jnp.float32)
-    return x_next, mean, jnp.broadcast_to(std.reshape(-1), x.shape[:1])
+    rows = jax.tree.leaves(x)[0].shape[0]
+
+    def mean_of(x, v, *mask):
+        time, after, drift = (broadcast_time(value, x.ndim) for value in (t, t_next, g))
+        if mask:
+            drift = drift * _by_place(mask[0], x.ndim)
+        return x + (v + drift**2 / (2 * time) * (x + (1 - time) * v)) * (after - time)
+
+    def add(mean, noise, *mask):
+        spread = broadcast_time(std, mean.ndim)
+        return mean + (spread * _by_place(mask[0], mean.ndim) if mask else spread) * noise
+
+    masks = () if counts is None else (counts,)
+    t_row, next_row, g_row = (jnp.asarray(value, jnp.float32).reshape(-1) for value in (t, t_next, g))
+    std = g_row * jnp.sqrt(-(next_row - t_row))
+    mean = map_float32(mean_of, x, v, *masks)
+    x_next = mean if noise is None else map_float32(add, mean, noise, *masks)
+    return x_next, mean, jnp.broadcast_to(std, (rows,))
 
 
-def gaussian_log_prob(
-    x_next: Float[Array, "b f h w c"],
-    mean: Float[Array, "b f h w c"],
-    std: Scalars,
-    frame_mask: FrameMask | None,
-) -> Float[Array, " b"]:
-    """Log-probability of a step, equation (4): mean over the dims of free frames, float32 [b].
+def _by_place(mask: Any, ndim: int) -> Any:
+    """A mask [n] as [1 n 1 ...] with `ndim` axes."""
+    return mask.reshape(1, -1, *[1] * (ndim - 2))
+
+
+def gaussian_log_prob(x_next: Latents, mean: Latents, std: Scalars, counts: Places | None) -> Float[Array, " b"]:
+    """Log-probability of a step, equation (4): mean over the dims at the places that count, float32 [b].
 
     0 where `std` is 0. `x_next` is the action that was taken, so no gradient goes into it.
     """
-    x_next = jax.lax.stop_gradient(jnp.asarray(x_next, jnp.float32))
-    std = jnp.broadcast_to(jnp.asarray(std, jnp.float32), x_next.shape[:1])
+    x_next = jax.lax.stop_gradient(x_next)
+    std = jnp.broadcast_to(jnp.asarray(std, jnp.float32), jax.tree.leaves(x_next)[0].shape[:1])
     safe = jnp.where(std > 0, std, 1.0)  # the branch not taken stays finite, its gradient too
-    z = (x_next - mean) / broadcast_time(safe, x_next.ndim)
-    log_prob = -masked_mean(z**2, frame_mask) / 2 - jnp.log(safe) - math.log(2 * math.pi) / 2
+    square = map_float32(lambda x, mean: ((x - mean) / broadcast_time(safe, x.ndim)) ** 2, x_next, mean)
+    log_prob = -masked_mean(square, counts) / 2 - jnp.log(safe) - math.log(2 * math.pi) / 2
     return jnp.where(std > 0, log_prob, 0.0)
 
 
@@ -125,56 +142,66 @@ def sample_keys(key: Key[Array, ""], sample_ids: Int[ArrayLike, " b"]) -> Key[Ar
     return jax.vmap(lambda sample_id: jax.random.fold_in(key, sample_id))(jnp.asarray(sample_ids))
 
 
-def _step_noise(
-    keys: Key[Array, " b"], index: Int[ArrayLike, ""], shape: tuple[int, int, int, int]
-) -> Float[Array, "b f h w c"]:
-    """Standard normal noise: index 0 is where a rollout starts, index i + 1 belongs to step i."""
+def draw_noise(keys: Key[Array, " b"], index: Int[ArrayLike, ""], streams: Streams) -> dict[str, Array]:
+    """Standard normal noise [b n ...]: index 0 is where a rollout starts, index i + 1 belongs to step i.
 
-    def draw(key):
+    The noise of a stream depends on its place among the streams, not on the others.
+    """
+
+    def draw(key, number: int, shape: tuple[int, ...]):
+        key = jax.random.fold_in(key, index)
+        # A family's first stream draws from the key itself, so that one stream's noise is as it was without others.
+        key = jax.random.fold_in(key, number) if number else key
         # Drawn flat: the same numbers, but XLA's CPU compiler takes a fourth of the time.
-        flat = jax.random.normal(jax.random.fold_in(key, index), (math.prod(shape),), jnp.float32)
-        return flat.reshape(shape)
+        return jax.random.normal(key, (math.prod(shape),), jnp.float32).reshape(shape)
 
-    return jax.vmap(draw)(keys)
-
-
-def pin_frames(
-    x: Float[Array, "b f h w c"], scene: Float[Array, "b 1 h w c"], frame_mask: FrameMask | None
-) -> Float[Array, "b f h w c"]:
-    """`x` with its pinned frames (mask 0) replaced by the scene latents. None pins nothing."""
-    if frame_mask is None:
-        return x
-    free = (jnp.asarray(frame_mask) > 0)[None, :, None, None, None]
-    return jnp.where(free, x, jnp.asarray(scene, x.dtype))
+    return {
+        name: jax.vmap(lambda key, number=number, spec=spec: draw(key, number, spec.shape))(keys)
+        for number, (name, spec) in enumerate(streams.items())
+    }
 
 
-def initial_noise(
-    keys: Key[Array, " b"],
-    scene: Float[Array, "b 1 h w c"],
-    latent_shape: tuple[int, int, int, int],
-    frame_mask: FrameMask | None,
-) -> Float[Array, "b f h w c"]:
-    """What a rollout with these keys starts from: noise, and the scene in the pinned frames."""
-    return pin_frames(_step_noise(keys, 0, latent_shape), scene, frame_mask)
+def pin(x: Mapping[str, Array], scene: Mapping[str, ArrayLike], streams: Streams) -> dict[str, Array]:
+    """`x` [b n ...] with its pinned places replaced by the scene's latents, which broadcast along n."""
+    return {
+        name: jnp.where(_by_place(spec.moves, x[name].ndim), x[name], jnp.asarray(scene[name], x[name].dtype))
+        if spec.pinned
+        else x[name]
+        for name, spec in streams.items()
+    }
+
+
+def still(v: Mapping[str, Array], streams: Streams) -> dict[str, Array]:
+    """Velocities [b n ...] with 0 at pinned places."""
+    return pin(v, dict.fromkeys(streams, 0.0), streams)
+
+
+def counted(streams: Streams) -> dict[str, np.ndarray]:
+    """Of each stream [n], the places that count."""
+    return {name: spec.counts for name, spec in streams.items()}
+
+
+def initial_noise(keys: Key[Array, " b"], scene: Mapping[str, ArrayLike], streams: Streams) -> dict[str, Array]:
+    """What a rollout with these keys starts from: noise, and the scene at the pinned places."""
+    return pin(draw_noise(keys, 0, streams), scene, streams)
 
 
 def rollout(
-    denoise: Callable[..., Array],
+    denoise: Callable[..., PyTree],
     base: PyTree,
     lora: PyTree | None,
     condition: Condition,
     keys: Key[Array, " b"],
     *,
     times: Float[ArrayLike, " n"],
-    latent_shape: tuple[int, int, int, int],
-    frame_mask: FrameMask | None,
+    streams: Streams,
     diffusion: Float[ArrayLike, " k"] | None = None,
     keep_states: bool,
 ) -> Rollout:
     """Sample one clip per key. Traceable; the steps are one `lax.scan`.
 
-    Pinned frames hold the scene latents at every step: they get no noise, do not move, and stay out
-    of `log_probs`; `velocities` are 0 there.
+    Pinned places hold the scene's latents at every step: they get no noise, do not move, and stay out of `log_probs`;
+    `velocities` are 0 there.
 
     Args:
         denoise: (base, lora, x_t, t [b], condition) -> velocity, see `interfaces.Denoise`.
@@ -183,8 +210,7 @@ def rollout(
         condition: scene and text of every row.
         keys: one typed PRNG key a sample, from `sample_keys`.
         times: the sampler's grid [k + 1], noisiest first, see `flow.sampling_times`.
-        latent_shape: (f, h, w, c) of one clip.
-        frame_mask: [f], 0 on pinned frames; None when nothing is pinned.
+        streams: the model's latents, `interfaces.ModelFamily.latents`.
         diffusion: g of every step [k]; None samples the ODE and draws no step noise.
         keep_states: also return the visited states, velocities and log-probabilities.
 
@@ -192,25 +218,28 @@ def rollout(
         ValueError: if `diffusion` does not have one entry a step.
     """
     times = jnp.asarray(times, jnp.float32)
-    k = times.shape[0] - 1
+    k, rows = times.shape[0] - 1, keys.shape[0]
     stochastic = diffusion is not None
     g = jnp.asarray(diffusion, jnp.float32) if stochastic else jnp.zeros(k, jnp.float32)
     if g.shape != (k,):
         raise ValueError(f"diffusion has shape {g.shape}, but the grid has {k} steps")
-    still = jnp.zeros_like(condition.scene, jnp.float32)
+    counts = counted(streams)
+    # Pinned places need no mask in the step: they are set afterwards.
+    quiet = any((spec.moves & ~spec.counts).any() for spec in streams.values())
+    noisy = counts if stochastic and quiet else None
 
-    def step(x, inputs) -> tuple[Array, Any]:
+    def step(x, inputs) -> tuple[dict[str, Array], Any]:
         t, t_next, g, index = inputs
-        v = denoise(base, lora, x, jnp.broadcast_to(t, x.shape[:1]), condition)
-        v = pin_frames(jnp.asarray(v, jnp.float32), still, frame_mask)
-        noise = _step_noise(keys, index + 1, latent_shape) if stochastic else None
-        x_next, mean, std = sde_step(x, v, t, t_next, g, noise)
-        x_next = pin_frames(x_next, condition.scene, frame_mask)
+        v = denoise(base, lora, x, jnp.broadcast_to(t, (rows,)), condition)
+        v = still(map_float32(lambda v: v, v), streams)
+        noise = draw_noise(keys, index + 1, streams) if stochastic else None
+        x_next, mean, std = sde_step(x, v, t, t_next, g, noise, noisy)
+        x_next = pin(x_next, condition.scene, streams)
         if not keep_states:
             return x_next, None
-        return x_next, (x, v, gaussian_log_prob(x_next, mean, std, frame_mask))
+        return x_next, (x, v, gaussian_log_prob(x_next, mean, std, counts))
 
-    start = initial_noise(keys, condition.scene, latent_shape, frame_mask)
+    start = initial_noise(keys, condition.scene, streams)
     latents, kept = jax.lax.scan(step, start, (times[:-1], times[1:], g, jnp.arange(k)))
     if not keep_states:
         return Rollout(latents=latents)

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from world_distill.core.flow import FrameMask, clean_from_velocity, shift_times
-from world_distill.core.sampling import initial_noise, pin_frames
+from world_distill.core.flow import clean_from_velocity, shift_times
+from world_distill.core.sampling import Streams, initial_noise, pin
 from world_distill.structs import Condition, PyTree, Rollout
 
 TRAINING_TIMESTEPS = 1000
@@ -94,19 +94,18 @@ def _factors(t: Float[np.ndarray, " n"]) -> tuple[Float[np.ndarray, "k 4"], Floa
 
 
 def unipc_rollout(
-    denoise: Callable[..., Array],
+    denoise: Callable[..., PyTree],
     base: PyTree,
     lora: PyTree | None,
     condition: Condition,
     keys: Key[Array, " b"],
     *,
     schedule: UniPCSchedule,
-    latent_shape: tuple[int, int, int, int],
-    frame_mask: FrameMask | None,
+    streams: Streams,
 ) -> Rollout:
     """Sample one clip per key with UniPC, from the noise that `sampling.rollout` starts from. Traceable.
 
-    Pinned frames hold the scene latents whenever the network looks, and at the end. States are float32.
+    Pinned places hold the scene's latents whenever the network looks, and at the end. States are float32.
 
     Args:
         denoise: (base, lora, x_t, t [b], condition) -> velocity, see `interfaces.Denoise`; with guidance, what
@@ -116,22 +115,27 @@ def unipc_rollout(
         condition: scene and text of every row.
         keys: one typed PRNG key a sample, from `sampling.sample_keys`.
         schedule: from `unipc_schedule`.
-        latent_shape: (f, h, w, c) of one clip.
-        frame_mask: [f], 0 on pinned frames; None when nothing is pinned.
+        streams: the model's latents, `interfaces.ModelFamily.latents`.
     """
+    rows = keys.shape[0]
 
     def step(carry, inputs):
         x, last_x, last_clean, older_clean = carry
-        t, told = (jnp.broadcast_to(value, x.shape[:1]) for value in inputs[:2])
+        t, told = (jnp.broadcast_to(value, (rows,)) for value in inputs[:2])
         correct, predict = inputs[2:]
         v = denoise(base, lora, x, told, condition)
         clean = clean_from_velocity(x, v, t)
-        x = correct[0] * last_x + correct[1] * clean + correct[2] * last_clean + correct[3] * older_clean
-        x_next = predict[0] * x + predict[1] * clean + predict[2] * last_clean
-        return (pin_frames(x_next, condition.scene, frame_mask), x, clean, last_clean), None
+        x = jax.tree.map(
+            lambda *terms: sum(factor * term for factor, term in zip(correct, terms, strict=True)),
+            last_x, clean, last_clean, older_clean,
+        )  # fmt: skip
+        x_next = jax.tree.map(
+            lambda *terms: sum(factor * term for factor, term in zip(predict, terms, strict=True)), x, clean, last_clean
+        )
+        return (pin(x_next, condition.scene, streams), x, clean, last_clean), None
 
-    start = initial_noise(keys, condition.scene, latent_shape, frame_mask)
-    nothing = jnp.zeros_like(start)
-    rows = (schedule.times[:-1], schedule.times_told, schedule.corrector, schedule.predictor)
-    (latents, *_), _ = jax.lax.scan(step, (start, start, nothing, nothing), jax.tree.map(jnp.asarray, rows))
+    start = initial_noise(keys, condition.scene, streams)
+    nothing = jax.tree.map(jnp.zeros_like, start)
+    tables = (schedule.times[:-1], schedule.times_told, schedule.corrector, schedule.predictor)
+    (latents, *_), _ = jax.lax.scan(step, (start, start, nothing, nothing), jax.tree.map(jnp.asarray, tables))
     return Rollout(latents=latents)

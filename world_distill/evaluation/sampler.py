@@ -37,7 +37,7 @@ def make_sampler(
       schedule: the sampler's times, or UniPC.
       scale: of guidance away from `negative`; 1: none.
     """
-    options = {"latent_shape": family.latent_shape, "frame_mask": family.free_frames}
+    streams = family.latents
     ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
 
     @jax.jit
@@ -45,11 +45,13 @@ def make_sampler(
         denoise, keys = with_guidance(family.denoise, scale, negative), sampling.sample_keys(key, rows)
         if isinstance(schedule, UniPC):
             solver = unipc.unipc_schedule(schedule.steps, schedule.shift)
-            rollout = unipc.unipc_rollout(denoise, base, lora, condition, keys, schedule=solver, **options)
+            rollout = unipc.unipc_rollout(denoise, base, lora, condition, keys, schedule=solver, streams=streams)
         else:
             grid = np.asarray(schedule)
-            rollout = sampling.rollout(denoise, base, lora, condition, keys, times=grid, keep_states=False, **options)
-        clips = family.decode(base, rollout.latents)
+            rollout = sampling.rollout(
+                denoise, base, lora, condition, keys, times=grid, streams=streams, keep_states=False
+            )
+        clips = family.codec.decode(base, rollout.latents)
         if rows.shape[0] % ways:
             return clips
         return jax.lax.with_sharding_constraint(clips, batch_sharding(mesh))

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from world_distill.core import metrics
-from world_distill.data.records.batches import Batch, fixed_batches, with_solutions
+from world_distill.data.records.batches import Role, TaskBatch, fixed_batches
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
 from world_distill.devices import hosts
@@ -26,7 +26,7 @@ from world_distill.devices.sharding import batch_sharding
 from world_distill.evaluation.sampler import make_sampler
 from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.settings.guidance import Guidance
-from world_distill.structs import Condition, Negative, PyTree
+from world_distill.structs import PyTree, Texts
 
 QUESTIONS = ("task", "agent", "consistency")
 
@@ -53,13 +53,13 @@ class Evaluator:
         *,
         grid: np.ndarray,
         batch: int,
-        text_length: int,
+        lengths: Mapping[str, int],
         seed: int,
         guidance: Guidance = Guidance(),  # noqa: B008  (frozen)
     ):
         self._family, self._mesh, self._grid = family, mesh, tuple(np.asarray(grid).tolist())
         self._guidance, self._negatives = guidance, {}
-        self._benchmark, self._batch, self._text_length = benchmark, batch, text_length
+        self._benchmark, self._batch, self._lengths = benchmark, batch, lengths
         self._rows = batch_sharding(mesh)
         self._key = jax.random.key(seed)
 
@@ -69,7 +69,7 @@ class Evaluator:
         base: PyTree,
         lora: PyTree | None,
         *,
-        text: str,
+        text: Role,
         limit: int = 0,
         keep: Callable[[str, np.ndarray], None] | None = None,
         watch: Callable[[np.ndarray, np.ndarray, Mapping[str, Sequence[str]]], None] | None = None,
@@ -89,36 +89,34 @@ class Evaluator:
         verdicts: list[Verdict] = []
         total = min(limit or len(reader), len(reader))
         negative = self.negative(reader, text)
-        for number, batch in enumerate(fixed_batches(reader, self._batch, text_length=self._text_length)):
+        for number, batch in enumerate(fixed_batches(reader, self._batch, lengths=self._lengths)):
             if number * self._batch >= total:
                 break
             rows = np.arange(self._batch) + number * self._batch
             sampled = self._clips(batch, base, lora, text, rows, negative)
-            count = min(int(batch["weight"].sum()), total - number * self._batch)
+            count = min(int(batch.weight.sum()), total - number * self._batch)
             own, clips = hosts.own_rows(sampled)
             own, clips = own[own < count], clips[own < count]
             if watch is not None:
-                watch(clips, own, {name: batch[name][:count] for name in ("ids", "task", "agent")})
+                watch(clips, own, {name: getattr(batch, name)[:count] for name in ("ids", "task", "agent")})
             scores = hosts.join_rows(own, self._check(clips, own, batch), count)
             for i in range(count):
                 answers: dict[str, float] = dict(zip(QUESTIONS, scores[i].tolist(), strict=True))
-                verdicts.append(
-                    Verdict(batch["ids"][i], batch["task"][i], batch["agent"][i], batch["kind"][i], answers)
-                )
+                verdicts.append(Verdict(batch.ids[i], batch.task[i], batch.agent[i], batch.kind[i], answers))
             if keep is not None:
-                for name, clip in zip(batch["ids"][:count], hosts.whole(sampled)[:count], strict=True):
+                for name, clip in zip(batch.ids[:count], hosts.whole(sampled)[:count], strict=True):
                     keep(name, clip)
         return verdicts
 
     def clips(
         self,
-        batch: Batch,
+        batch: TaskBatch,
         base: PyTree,
         lora: PyTree | None,
         *,
-        text: str,
+        text: Role,
         rows: Int[np.ndarray, " b"],
-        negative: Negative | None = None,
+        negative: Texts | None = None,
     ) -> np.ndarray:
         """Clips [b F H W 3] uint8 for a batch of tasks, each from the noise of (seed, its number in `rows`).
 
@@ -128,7 +126,7 @@ class Evaluator:
         """
         return hosts.whole(self._clips(batch, base, lora, text, rows, negative))
 
-    def negative(self, reader: RecordReader, text: str) -> Negative | None:
+    def negative(self, reader: RecordReader, text: str) -> Texts | None:
         """The negative text of records, if clips of what is told `text` are made with guidance.
 
         Raises RecordError where the records have none, or another one than the config.
@@ -136,31 +134,30 @@ class Evaluator:
         if self._guidance.scale(text) == 1:
             return None
         if reader.index_path not in self._negatives:
-            found = load_negative(reader, self._guidance, self._text_length, self._mesh)
+            found = load_negative(reader, self._guidance, self._lengths, self._mesh)
             self._negatives[reader.index_path] = found
         return self._negatives[reader.index_path]
 
-    def _check(self, clips: np.ndarray, own: np.ndarray, batch: Batch) -> np.ndarray:
+    def _check(self, clips: np.ndarray, own: np.ndarray, batch: TaskBatch) -> np.ndarray:
         """What the benchmark says [n, questions] about clips, whose numbers in the batch are `own`."""
         if not len(own):
             return np.zeros((0, len(QUESTIONS)))
         assert self._benchmark is not None  # `run` is of no use without one
-        scores = self._benchmark.check(clips, [batch["task"][i] for i in own], [batch["image_png"][i] for i in own])
+        scores = self._benchmark.check(clips, [batch.task[i] for i in own], [batch.image_png[i] for i in own])
         return np.stack([np.asarray(scores[question], np.float64) for question in QUESTIONS], axis=1)
 
     def _clips(
         self,
-        batch: Batch,
+        batch: TaskBatch,
         base: PyTree,
         lora: PyTree | None,
-        text: str,
+        text: Role,
         rows: np.ndarray,
-        negative: Negative | None,
+        negative: Texts | None,
     ) -> jax.Array:
         if text == "solution":
-            with_solutions(batch)
-        put = lambda x: hosts.place(x, self._rows)  # noqa: E731
-        condition = Condition(put(batch[f"{text}_text"]), put(batch[f"{text}_mask"]), put(batch["scene"]))
+            batch.check_solutions()
+        condition = jax.tree.map(lambda x: hosts.place(x, self._rows), batch.condition(text))
         sample = make_sampler(self._family, self._mesh, self._grid, self._guidance.scale(text))
         return sample(base, lora, condition, negative, self._key, jnp.asarray(rows))
 

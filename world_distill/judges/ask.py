@@ -12,6 +12,16 @@ from world_distill.judges.rubric import Rubric
 from world_distill.structs import Judgment
 
 
+def check_judge(judge: Judge | None) -> list[str]:
+    """What a judge's own test (`check`) says, in a line each; nothing of a judge that has none.
+
+    Raises:
+      UserError: it cannot judge. The error is a ConnectionError, too, if the judge cannot be reached.
+    """
+    check = getattr(judge, "check", None)
+    return [] if check is None else check()
+
+
 def judge_clips(
     judge: Judge,
     cache: JudgmentCache | None,

@@ -1,4 +1,7 @@
-"""Video models. A family is a folder with `build(**sizes)`, which returns an `interfaces.ModelFamily`."""
+"""Video models. A family is a folder with `build(**sizes)`, which returns an `interfaces.ModelFamily`.
+
+A family of another package is named by the address of its function, `package.module:function`.
+"""
 
 import importlib
 import importlib.util
@@ -14,9 +17,19 @@ def build(family: str, **sizes):
     Raises:
       ValueError: there is no such family.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown model family {family!r}; there are: {', '.join(FAMILIES)}")
-    return importlib.import_module(f"world_distill.models.{family}").build(**sizes)
+    if family in FAMILIES:
+        return importlib.import_module(f"world_distill.models.{family}").build(**sizes)
+    module, separator, name = family.partition(":")
+    if not separator:
+        raise ValueError(
+            f"unknown model family {family!r}; there are: {', '.join(FAMILIES)}, and package.module:function names that"
+            " of another package"
+        )
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model family {family!r} cannot be imported: {error}") from error
+    return make(**sizes)
 
 
 def parity_of(family: str, sizes: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

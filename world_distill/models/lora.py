@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from world_distill.structs import PyTree
 
@@ -47,19 +48,14 @@ def init_lora(key: jax.Array, base: PyTree, *, rank: int, targets: str) -> PyTre
     found = {path: kernel for path, kernel in sorted(kernels(base).items()) if re.fullmatch(targets, path)}
     if not found:
         raise ValueError(f"LoRA targets {targets!r} match no layer; layers are: {', '.join(sorted(kernels(base)))}")
-    lora: PyTree = {}
+    lora = {}
     for index, (path, kernel) in enumerate(found.items()):
         *stack, inputs, outputs = kernel.shape
         if not 0 < rank <= min(inputs, outputs):
             raise ValueError(f"LoRA rank {rank} does not fit layer {path} of shape {tuple(kernel.shape)}")
         noise = jax.random.normal(jax.random.fold_in(key, index), (*stack, inputs, rank), jnp.float32)
-        factors = {"a": noise / jnp.sqrt(inputs), "b": jnp.zeros((*stack, rank, outputs), jnp.float32)}
-        node = lora
-        *parents, last = path.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = factors
-    return lora
+        lora[path] = {"a": noise / jnp.sqrt(inputs), "b": jnp.zeros((*stack, rank, outputs), jnp.float32)}
+    return unflatten_dict(lora, sep=".")
 
 
 def lora_axes(lora: PyTree, base_axes: PyTree) -> PyTree:
@@ -107,3 +103,39 @@ def merge(base: PyTree, lora: PyTree | None, scale: float) -> PyTree:
         change = scale * (lora["a"].astype(jnp.float32) @ lora["b"].astype(jnp.float32))
         return base | {"kernel": (base["kernel"] + change).astype(base["kernel"].dtype)}
     return base | {name: merge(base[name], part, scale) for name, part in lora.items()}
+
+
+class Adapted:
+    """The members of `interfaces.ModelFamily` about LoRA, for a family whose layers are linear.
+
+    Attributes:
+      adapted: part of the base (an outermost key) that the Executor changes; None: all of it.
+      lora_targets: pattern of the dotted paths, within that part, of the layers that LoRA adapts.
+    """
+
+    adapted: str | None
+    lora_targets: str
+
+    def init_base(self, key: jax.Array) -> PyTree:
+        raise NotImplementedError
+
+    def base_axes(self) -> PyTree:
+        raise NotImplementedError
+
+    def adapted_part(self, base: PyTree) -> PyTree:
+        """What the Executor changes, of a tree like the base."""
+        return base if self.adapted is None else base[self.adapted]
+
+    def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:
+        """An Executor that equals the Demonstrator: LoRA of `rank`, or full differences if `rank` is None."""
+        if rank is None:
+            return init_full(self.adapted_part(base))
+        return init_lora(key, self.adapted_part(base), rank=rank, targets=self.lora_targets)
+
+    def lora_axes(self, lora: PyTree) -> PyTree:
+        """Logical axis names of `init_lora`'s tree."""
+        return lora_axes(lora, self.adapted_part(self.base_axes()))
+
+    def kernel_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every kernel that LoRA may adapt, by dotted path."""
+        return kernel_shapes(self.adapted_part(jax.eval_shape(self.init_base, jax.random.key(0))))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from world_distill.structs import PyTree
 
@@ -101,19 +102,11 @@ def check_names(entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]]) 
 
 def our_shapes(entries: Iterable[Entry]) -> PyTree:
     """Our tree with the shape of each array, a tuple."""
-    tree: PyTree = {}
+    shapes = {}
     for entry in entries:
         shape = entry.ours(np.broadcast_to(np.float32(0), entry.shape)).shape  # takes no memory
-        put(tree, entry.path, (entry.blocks, *shape) if entry.blocks else shape)
-    return tree
-
-
-def put(tree: PyTree, path: str, value: object) -> None:
-    """Sets tree[a][b][c] for the path "a.b.c", making dicts on the way."""
-    *parents, last = path.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[last] = value
+        shapes[entry.path] = (entry.blocks, *shape) if entry.blocks else shape
+    return unflatten_dict(shapes, sep=".")
 
 
 def assemble(entries: Iterable[Entry], tensors: Mapping[str, np.ndarray]) -> PyTree:
@@ -125,7 +118,4 @@ def assemble(entries: Iterable[Entry], tensors: Mapping[str, np.ndarray]) -> PyT
     entries = list(entries)
     if lines := check_names(entries, {name: tensor.shape for name, tensor in tensors.items()}):
         raise ValueError("the weights do not fit:\n  " + "\n  ".join(lines))
-    tree: PyTree = {}
-    for entry in entries:
-        put(tree, entry.path, entry.gather(tensors.__getitem__))
-    return tree
+    return unflatten_dict({entry.path: entry.gather(tensors.__getitem__) for entry in entries}, sep=".")

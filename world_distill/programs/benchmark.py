@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from world_distill import build
-from world_distill.data.records.batches import pad_texts, task_batches
+from world_distill.data.records.batches import task_batches
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
 from world_distill.devices.sharding import batch_sharding
@@ -38,19 +38,17 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     """Seconds and samples a second of every part; see the module's text."""
     mesh = build.start_devices(config)
     programs = make_programs(config, mesh)
-    family, objective, collection = programs.family, programs.objective, programs.collection
+    family, objective, collection = programs.family, programs.objective, programs.rollout_settings
     data = run_folder.data_folder(config, folder)
     prepare.make_records(config, data)
     base = base_model.load_base(family, config, mesh)
     state = programs.init(base, config.seed)
     judge = build.make(config, "judge")
     reader, rubric = RecordReader(data, "train"), load_rubric(config.judge.rubric or None)
-    negative = load_negative(reader, programs.guidance, config.text_length, mesh)
+    lengths = build.text_lengths(family, config)
+    negative = load_negative(reader, programs.guidance, lengths, mesh)
     collector = Collector(programs, judge=judge, cache=None, rubric=rubric, negative=negative)
-    batches = task_batches(
-        reader, tasks_per_step=collection.tasks, seed=config.seed,
-        text_length=config.text_length,
-    )  # fmt: skip
+    batches = task_batches(reader, tasks_per_step=collection.tasks, seed=config.seed, lengths=lengths)
     last = config.steps - 1  # of a schedule: with all losses in force
     phase = objective.phase(last)
     tasks = draw_tasks(collection, mesh, batches, phase.rl)
@@ -70,8 +68,8 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         "judge": parts.judge,
         "update": lambda: update(batch),
     }
-    if (show := parts.show) is not None:
-        jobs["demonstrator"] = lambda: jax.block_until_ready(show())
+    if (demonstrate := parts.demonstrate) is not None:
+        jobs["demonstrator"] = lambda: jax.block_until_ready(demonstrate())
 
     def whole():
         made, _ = collector(state, base, draw_tasks(collection, mesh, batches, phase.rl), key, last)
@@ -107,8 +105,7 @@ def _pretraining(config, family: ModelFamily, mesh: jax.sharding.Mesh) -> Callab
     """One update of the base model, on the same clips every time."""
     state, step = pretrain.make_training(config, family, mesh)
     clips, captions = build.make(config, "clips").batch(config.seed, 0, config.pretrain.batch)
-    batch = (clips, *pad_texts(family.encode_text(captions), config.text_length))
-    batch = [jax.device_put(x, batch_sharding(mesh)) for x in batch]
+    batch = jax.device_put((clips, pretrain.encode_captions(config, family, captions)), batch_sharding(mesh))
     key = jax.random.key(config.seed)
 
     def job():

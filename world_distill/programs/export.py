@@ -8,7 +8,7 @@ import jax
 from world_distill import build
 from world_distill.errors import UserError
 from world_distill.training import run_folder
-from world_distill.weights.export import check_target, count_tensors, published_family, write_merged
+from world_distill.weights.export import check_target, count_tensors, published_layout, write_merged
 from world_distill.weights.lora_files import write_lora
 from world_distill.weights.lora_layouts import Layout
 
@@ -21,7 +21,8 @@ def export_lora(workdir: pathlib.Path, out: pathlib.Path, *, layout: Layout, dty
     """
     config = run_folder.read_config(workdir)
     mesh = build.start_devices(config)
-    family = published_family(build.make_family(config))
+    family = build.make_family(config)
+    names = published_layout(family).lora_names
     lora, step = run_folder.load_executor(config, mesh, workdir)
     if lora is None:
         raise UserError(f"{workdir} has no checkpoint yet: there is no Executor to export")
@@ -29,7 +30,7 @@ def export_lora(workdir: pathlib.Path, out: pathlib.Path, *, layout: Layout, dty
         raise UserError(f"{workdir} trained all weights (executor.rank = 0), which is no LoRA; use --format merged")
     metadata = {"project": "world-distill", "step": str(step), "seed": str(config.seed)}
     host = jax.device_get(lora)
-    write_lora(out, host, family.lora_names, scale=family.lora_scale, layout=layout, dtype=dtype, metadata=metadata)
+    write_lora(out, host, names, scale=family.lora_scale, layout=layout, dtype=dtype, metadata=metadata)
     return {"step": step, "tensors": count_tensors(host), "bytes": out.stat().st_size, "layout": layout}
 
 
@@ -43,7 +44,8 @@ def export_merged(
     """
     check_target(out, source)
     opened = run_folder.open_run(workdir)
-    family = published_family(build.make_family(opened.config))
+    family = build.make_family(opened.config)
+    published_layout(family)
     if opened.executor is None:
         raise UserError(f"{workdir} has no checkpoint yet: there is no Executor to export")
     written = write_merged(out, family, opened.base, opened.executor, dtype=dtype, source=source)

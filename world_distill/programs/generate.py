@@ -22,16 +22,17 @@ import world_distill
 from world_distill import build
 from world_distill.core import flow
 from world_distill.data.images.decode import read_image
-from world_distill.data.records.batches import pad_texts
+from world_distill.data.records.batches import Arrays, pad, scene_problem, stack_scenes
 from world_distill.data.records.encode import fit_image
+from world_distill.data.records.negative import pad_negative
 from world_distill.data.records.reader import EncodedRecord, RecordReader
 from world_distill.devices.sharding import batch_sharding
 from world_distill.errors import UserError
 from world_distill.evaluation import sampler
-from world_distill.interfaces import ModelFamily
+from world_distill.interfaces import Encoders, ModelFamily
 from world_distill.settings.loading import load_config, override
 from world_distill.storage import atomic, video_files
-from world_distill.structs import Condition, Negative, PyTree
+from world_distill.structs import Condition, PyTree, Texts
 from world_distill.training import run_folder
 from world_distill.weights import base_model
 from world_distill.weights.lora_files import load_lora
@@ -103,7 +104,7 @@ class Job:
     prompt: str
     number: int  # of the clip among those of its image and text
     source: dict[str, Any]  # what the JSON says about where scene and text come from
-    load: Callable[[], tuple[np.ndarray, np.ndarray]]  # scene's latent [1 h w c] and text's states [l d]
+    load: Callable[[], tuple[Arrays, Arrays]]  # the scene's arrays and the text's states [l d], by name
 
 
 def generate(request: Request, config) -> tuple[int, int]:
@@ -123,14 +124,15 @@ def generate(request: Request, config) -> tuple[int, int]:
     waiting = [job for job in jobs if not _is_done(request.out, job, settings)]
     if not waiting:
         return 0, len(jobs)
-    sample = _sampler(family, mesh, settings, _negative(request, family, config.text_length))
+    lengths = build.text_lengths(family, config)
+    sample = _sampler(family, mesh, settings, lengths, _negative(request, family, lengths))
     with tqdm(total=len(waiting), unit="clip", disable=None) as progress:
         for role in dict.fromkeys(job.role for job in waiting):
             of_role = [job for job in waiting if job.role == role]
             for start in range(0, len(of_role), rows):
                 batch = of_role[start : start + rows]
                 filled = batch + batch[-1:] * (rows - len(batch))
-                clips = sample(base(), lora if role == "executor" else None, filled, config.text_length, request.seed)
+                clips = sample(base(), lora if role == "executor" else None, filled, request.seed)
                 for job, clip in zip(batch, clips, strict=False):
                     _write(request.out, job, clip, settings, family.fps)
                     progress.update(1)
@@ -204,16 +206,13 @@ def _from_records(request: Request, family: ModelFamily) -> Iterator[tuple]:
     kinds = ("task", "solution") if request.text == "both" else (request.text,)
     for i in range(min(request.limit or len(reader), len(reader))):
         record = reader[i]
-        if record.scene.shape[1:] != family.latent_shape[1:]:
-            raise UserError(
-                f"{reader.index_path}: scenes are {record.scene.shape[1:]} latents, and this model and size have"
-                f" {family.latent_shape[1:]}: encode the records for it, or take the size that they were encoded for"
-            )
+        if problem := scene_problem(record.scene, family.encoders.scenes):
+            raise UserError(f"{reader.index_path}: {problem}")
         source = {"records": str(request.records), "name": request.name, "id": record.id}
         for kind in kinds:
 
             def load(i=i, kind=kind):
-                return reader[i].scene, getattr(reader[i], f"{kind}_text")
+                return reader[i].scene, getattr(reader[i], f"{kind}_states")
 
             yield record.id, kind, getattr(record, kind), source, load
 
@@ -221,23 +220,28 @@ def _from_records(request: Request, family: ModelFamily) -> Iterator[tuple]:
 def _from_images(request: Request, family: ModelFamily, base: Callable[[], PyTree]) -> Iterator[tuple]:
     prompts = [(kind, given) for kind, given in (("task", request.tasks), ("solution", request.solutions)) if given]
     unique = list(dict.fromkeys(text for _, given in prompts for text in given))
-    states = functools.cache(lambda: dict(zip(unique, family.encode_text(unique), strict=True)))
+    encoders = family.encoders
+    states = functools.cache(lambda: {text: _states(encoders, text) for text in unique})
     for i, path in enumerate(request.images):
         image = read_image(path)
-        fitted = image if family.image_size is None else fit_image(image, family.image_size)
-        scene = functools.cache(lambda fitted=fitted: family.encode_scene(base(), fitted[None])[0])
+        fitted = image if encoders.image_size is None else fit_image(image, encoders.image_size)
+        scene = functools.cache(
+            lambda fitted=fitted: {name: x[0] for name, x in encoders.scene(base(), fitted[None]).items()}
+        )
         source = {"image": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for kind, given in prompts:
             text = given[i % len(given)]
             yield path.stem, kind, text, source, lambda scene=scene, text=text: (scene(), states()[text])
 
 
-def _negative(request: Request, family: ModelFamily, length: int) -> Negative | None:
+def _states(encoders: Encoders, text: str) -> Arrays:
+    """States [l d] of one text, by name."""
+    return {name: arrays[0] for name, arrays in encoders.text([text]).items()}
+
+
+def _negative(request: Request, family: ModelFamily, lengths: Mapping[str, int]) -> Texts | None:
     """The negative text's states, if guidance is on."""
-    if request.guidance == 1:
-        return None
-    states, mask = pad_texts(family.encode_text([request.negative]), length)
-    return Negative(states[0], mask[0])
+    return None if request.guidance == 1 else pad_negative(_states(family.encoders, request.negative), lengths)
 
 
 def _load_executor(
@@ -261,9 +265,13 @@ def _load_executor(
 
 
 def _sampler(
-    family: ModelFamily, mesh: jax.sharding.Mesh, settings: dict[str, Any], negative: Negative | None
+    family: ModelFamily,
+    mesh: jax.sharding.Mesh,
+    settings: dict[str, Any],
+    lengths: Mapping[str, int],
+    negative: Texts | None,
 ) -> Callable[..., np.ndarray]:
-    """(base, lora, jobs, text_length, seed) -> clips [b F H W 3] uint8, compiled once for each role."""
+    """(base, lora, jobs, seed) -> clips [b F H W 3] uint8, compiled once for each role."""
     steps, shift, times = (settings[name] for name in ("steps", "shift", "sigmas"))
     if settings["sampler"] == "unipc":
         schedule: sampler.Times | sampler.UniPC = sampler.UniPC(steps, shift)
@@ -272,13 +280,10 @@ def _sampler(
     sample = sampler.make_sampler(family, mesh, schedule, settings["guidance"])
     rows = batch_sharding(mesh)
 
-    def clips(base, lora, jobs: Sequence[Job], text_length: int, seed: int) -> np.ndarray:
+    def clips(base, lora, jobs: Sequence[Job], seed: int) -> np.ndarray:
         scenes, texts = zip(*(job.load() for job in jobs), strict=True)
-        text, mask = pad_texts(texts, text_length)
-        scene = np.stack(scenes).astype(np.float32)
         fits = len(jobs) % math.prod(mesh.shape[axis] for axis in ("data", "fsdp")) == 0
-        put = (lambda x: jax.device_put(x, rows)) if fits else jax.device_put
-        condition = Condition(put(text), put(mask), put(scene))
+        condition = jax.device_put(Condition(pad(texts, lengths), stack_scenes(scenes)), rows if fits else None)
         numbers = np.array([job.number for job in jobs], np.int32)
         return np.asarray(sample(base, lora, condition, negative, jax.random.key(seed), numbers))
 

@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 from world_distill import build
 from world_distill.core import flow
 from world_distill.data.images.decode import read_image
-from world_distill.data.records.batches import pad_texts
+from world_distill.data.records.batches import Arrays, TaskBatch, pad, stack_scenes
 from world_distill.data.records.encode import fit_image
+from world_distill.data.records.negative import pad_negative
 from world_distill.errors import UserError
 from world_distill.evaluation.sampler import make_sampler
 from world_distill.interfaces import Judge, ModelFamily
@@ -36,7 +37,7 @@ from world_distill.settings.loading import load_config
 from world_distill.settings.objective import Objective
 from world_distill.settings.optimizer import OptimizerSettings
 from world_distill.settings.rollout import RolloutSettings
-from world_distill.structs import Condition, Judgment, Negative, PyTree, TrainState
+from world_distill.structs import Condition, Judgment, PyTree, Texts, TrainState
 from world_distill.training.collect import Collector
 from world_distill.training.compiled import make_programs
 from world_distill.weights.base_model import load_base
@@ -52,8 +53,8 @@ class Told:
     role: Literal["task", "solution"]
     text: str
     agent: str  # who is to act, from the task's `[agent]:`; "" where the text names none
-    scene: np.ndarray  # [1 h w c] clean latent of the first frame
-    states: np.ndarray  # [l d] text-encoder states, true length
+    scene: Arrays  # of one image, by name
+    states: Arrays  # text-encoder states [l d] by name, true length
 
 
 class Clips(NamedTuple):
@@ -93,22 +94,28 @@ class Model:
         role: Literal["task", "solution"] = "task" if solution is None else "solution"
         text = task if solution is None else solution
         assert text is not None  # as just checked
+        encoders = self.family.encoders
         pixels = image if isinstance(image, np.ndarray) else read_image(pathlib.Path(image))
-        if self.family.image_size is not None:
-            pixels = fit_image(pixels, self.family.image_size)
-        states = self.family.encode_text([text])[0]
-        if len(states) > self.config.text_length:
-            raise ValueError(
-                f"the {role} has {len(states)} tokens, and config.text_length is {self.config.text_length}"
-            )
+        if encoders.image_size is not None:
+            pixels = fit_image(pixels, encoders.image_size)
+        states = {name: arrays[0] for name, arrays in encoders.text([text]).items()}
+        for key, length in self.text_lengths.items():
+            if len(states[key]) > length:
+                raise ValueError(f"the {role} has {len(states[key])} tokens, and config.text_length is {length}")
         named = _AGENT.match(text)
         name = agent if agent is not None else named[1].strip() if named else ""
-        return Told(role, text, name, self.family.encode_scene(self.base, pixels[None])[0], states)
+        scene = {key: array[0] for key, array in encoders.scene(self.base, pixels[None]).items()}
+        return Told(role, text, name, scene, states)
 
-    def negative(self, text: str) -> Negative:
+    def negative(self, text: str) -> Texts:
         """The states of a text that guidance leads away from."""
-        states, mask = pad_texts(self.family.encode_text([text]), self.config.text_length)
-        return Negative(states[0], mask[0])
+        states = {name: arrays[0] for name, arrays in self.family.encoders.text([text]).items()}
+        return pad_negative(states, self.text_lengths)
+
+    @property
+    def text_lengths(self) -> dict[str, int]:
+        """Tokens that texts are padded to, by the name of their states."""
+        return build.text_lengths(self.family, self.config)
 
 
 def load(config: str | ConfigDict, *, base: str = "", overrides: Mapping[str, Any] | None = None) -> Model:
@@ -166,7 +173,7 @@ def rollout(
     times = flow.sampling_times(steps or given.steps, given.shift if shift is None else shift, explicit or None)
     sample = make_sampler(model.family, model.mesh, tuple(times.tolist()), guidance)
     away = model.negative(negative) if guidance > 1 else None
-    condition = _condition(rows, model.config.text_length)
+    condition = _condition(rows, model.text_lengths)
     clips = sample(model.base, executor, condition, away, jax.random.key(seed), np.arange(len(rows), dtype=np.int32))
     return Clips(np.asarray(clips), model.family.fps)
 
@@ -238,7 +245,7 @@ class Trainer:
             config.rollout.spread = False
         self.model = model
         self.programs = make_programs(config, model.mesh)
-        settings, rl = self.programs.collection, self.programs.objective.rl
+        settings, rl = self.programs.rollout_settings, self.programs.objective.rl
         if rl != "none" and settings.questions and judge is None:
             raise ValueError(f"objective.rl = {rl} with rewards {', '.join(settings.questions)} needs a judge")
         scales = Guidance.of(config)
@@ -264,11 +271,12 @@ class Trainer:
             raise ValueError(
                 "a step takes (task, solution) pairs, of model.tell(task=...) and model.tell(solution=...)"
             )
-        rows, parts = len(pairs) * self.programs.collection.group, self.programs.objective.minibatches
+        group, parts = self.programs.rollout_settings.group, self.programs.objective.minibatches
+        rows = len(pairs) * group
         if not rows or rows % parts:
             raise ValueError(
-                f"{len(pairs)} pairs with {self.programs.collection.group} rollouts each are {rows} rows, which do not"
-                f" divide by objective.minibatches = {parts}"
+                f"{len(pairs)} pairs with {group} rollouts each are {rows} rows, which do not divide by"
+                f" objective.minibatches = {parts}"
             )
         number = int(state.step)
         key = jax.random.fold_in(state.key, 3)
@@ -277,21 +285,27 @@ class Trainer:
         state, metrics = update(state, self.model.base, batch)
         return state, {name: float(value) for name, value in {**info, **jax.device_get(metrics)}.items()}
 
-    def _tasks(self, pairs: Sequence[tuple[Told, Told]]) -> dict[str, Any]:
+    def _tasks(self, pairs: Sequence[tuple[Told, Told]]) -> TaskBatch:
         tasks, solutions = zip(*pairs, strict=True)
-        batch = {
-            "ids": [f"{i}" for i in range(len(pairs))],
-            "task": [told.text for told in tasks],
-            "agent": [told.agent for told in tasks],
-            "scene": np.stack([told.scene for told in tasks]).astype(np.float32),
-            "numbers": np.arange(len(pairs)),
-            "count": len(pairs),
-        }
-        for name, told in (("task", tasks), ("solution", solutions)):
-            batch[f"{name}_text"], batch[f"{name}_mask"] = pad_texts(
-                [row.states for row in told], self.model.config.text_length
-            )
-        return batch
+        count, lengths = len(pairs), self.model.text_lengths
+        ids = [f"{i}" for i in range(count)]
+        return TaskBatch(
+            ids=ids,
+            image_ids=ids,
+            task=[told.text for told in tasks],
+            solution=[told.text for told in solutions],
+            agent=[told.agent for told in tasks],
+            kind=[""] * count,
+            image_png=[b""] * count,
+            scene=stack_scenes([told.scene for told in tasks]),
+            texts={
+                role: pad([row.states for row in told], lengths)
+                for role, told in (("task", tasks), ("solution", solutions))
+            },
+            numbers=np.arange(count),
+            count=count,
+            weight=np.ones(count, np.float32),
+        )
 
 
 def save_lora(
@@ -303,15 +317,14 @@ def save_lora(
       UserError: a family without published weights.
       ValueError: full weights, which are no LoRA.
     """
-    if model.family.lora_names is None:
+    if model.family.published is None:
         raise UserError(f"model family {model.family.name} has no published layout to export to")
     host = jax.device_get(executor)
-    write_lora(path, host, model.family.lora_names, scale=model.family.lora_scale, layout=layout)
+    write_lora(path, host, model.family.published.lora_names, scale=model.family.lora_scale, layout=layout)
 
 
-def _condition(rows: Sequence[Told], text_length: int) -> Condition:
+def _condition(rows: Sequence[Told], lengths: Mapping[str, int]) -> Condition:
     if len({row.role for row in rows}) != 1:
         raise ValueError("clips of one call are all told tasks, or all told solutions, and at least one")
-    scenes = np.stack([row.scene for row in rows]).astype(np.float32)
-    on_host: Any = (*pad_texts([row.states for row in rows], text_length), scenes)  # the programs place them
-    return Condition(*on_host)
+    scenes: Any = stack_scenes([row.scene for row in rows])  # the programs place it
+    return Condition(pad([row.states for row in rows], lengths), scenes)

@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from world_distill.data.records.negative import abstract_negative
+from world_distill import build
 from world_distill.devices import chips, flops
 from world_distill.devices.sharding import batch_sharding, make_mesh, replicated, rows_or_whole
 from world_distill.errors import UserError
 from world_distill.settings import objective
 from world_distill.settings.loading import override
 from world_distill.settings.rollout import RolloutSettings
-from world_distill.structs import Condition, PyTree, TrainBatch
+from world_distill.structs import Condition, PyTree, Texts, Tokens, TrainBatch
 from world_distill.training.compiled import Programs, make_programs
 from world_distill.weights import base_model
 
@@ -100,7 +100,7 @@ def make_plan(config, devices: list[Any], only: tuple[str, ...] = (), *, say=lam
 def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase]:
     mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
     programs = make_programs(config, mesh)
-    family, settings, state = programs.family, programs.collection, programs.state
+    family, settings, state = programs.family, programs.rollout_settings, programs.state
     base = base_model.abstract_base(family, mesh)
     # A step in which every loss has a weight.
     active = programs.objective.rl != "none"
@@ -110,8 +110,7 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
     # Each phase takes what the one before gives, laid out as the compiler chose.
     key = jax.eval_shape(lambda: jax.random.key(0))
     task, solution = (_condition(config, family, mesh, settings.tasks * settings.group) for _ in range(2))
-    width = config.model.text_width
-    negative = abstract_negative(programs.guidance, config.text_length, width, jnp.bfloat16, mesh)
+    negative = _texts(config, family, (), replicated(mesh)) if programs.guidance.used else None
     at = (_abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
     given = (state.lora, base, task, solution, *at, negative)
     held = (base, state)
@@ -121,41 +120,45 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
     if rollout is not None:
         held += (rollout, task, solution)
         shown = None
-        if programs.shows(in_force):
-            phase, result = _compile("demonstrator", programs.show, (base, rollout, solution, negative), held)
+        if programs.demonstrates(in_force):
+            phase, result = _compile("demonstrator", programs.demonstrate, (base, rollout, solution, negative), held)
             shown = None if result is None else result[0]
             if wanted("demonstrator"):
                 yield phase
-        if wanted("update") and (shown is not None or not programs.shows(in_force)):
+        if wanted("update") and (shown is not None or not programs.demonstrates(in_force)):
             read = shown if programs.objective.uses_visited else None
             given = state, base, _batch(programs, rollout, task, solution, read, active, negative)
             yield _compile("update", programs.update[in_force], given, (base, state))[0]  # the rollout is gone by then
         if wanted("decode"):
             judged = active and bool(settings.questions)
             yield _compile("decode", programs.decode, (base, rollout.latents), held, calls=int(judged))[0]
-    if wanted("encode") and family.image_size:
-        images = jax.ShapeDtypeStruct((config.encode_batch, *family.image_size, 3), np.uint8, sharding=replicated(mesh))
-        encode = jax.jit(family.encode_traceable)  # pyright: ignore[reportAttributeAccessIssue]  # see `image_size`
-        yield _compile("encode", encode, (base, images), base, calls=0)[0]
+    size = family.encoders.image_size
+    if wanted("encode") and size:
+        images = _shape((config.encode_batch, 1, *size, 3), np.uint8, replicated(mesh))
+        yield _compile("encode", jax.jit(family.codec.encode), (base, images), base, calls=0)[0]
 
 
 def _condition(config, family, mesh, rows: int) -> Condition:
-    length, width = config.text_length, config.model.text_width
     sharding = rows_or_whole(mesh, rows)
-    return Condition(
-        text=_shape((rows, length, width), jnp.bfloat16, sharding),
-        text_mask=_shape((rows, length), jnp.bool_, sharding),
-        scene=_shape((rows, 1, *family.latent_shape[1:]), jnp.float32, sharding),
-    )
+    scene = {name: _shape((rows, *x.shape), x.dtype, sharding) for name, x in family.encoders.scenes.items()}
+    return Condition(_texts(config, family, (rows,), sharding), scene)
+
+
+def _texts(config, family, rows: tuple[int, ...], sharding: jax.sharding.Sharding) -> Texts:
+    texts = {}
+    for name, length in build.text_lengths(family, config).items():
+        spec = family.encoders.texts[name]
+        texts[name] = Tokens(
+            _shape((*rows, length, spec.width), spec.dtype, sharding), _shape((*rows, length), jnp.bool_, sharding)
+        )
+    return texts
 
 
 def _batch(programs: Programs, rollout, task, solution, shown, active: bool, negative) -> TrainBatch:
     rows = batch_sharding(programs.mesh)
-    count = rollout.latents.shape[0]
-    states: Any = None
-    if rollout.states is not None:
-        shape = (rollout.states.shape[0] + 1, *rollout.states.shape[1:])
-        states = jax.ShapeDtypeStruct(shape, rollout.states.dtype, sharding=rollout.states.sharding)
+    count = jax.tree.leaves(rollout.latents)[0].shape[0]
+    # With the final latents behind the visited states; None where there are none.
+    states = jax.tree.map(lambda x: _shape((x.shape[0] + 1, *x.shape[1:]), x.dtype, x.sharding), rollout.states)
     return TrainBatch(
         task=task, solution=solution, latents=rollout.latents, states=states, demonstrator=shown,
         log_probs=rollout.log_probs if programs.keeps_log_probs and active else None,

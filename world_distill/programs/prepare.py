@@ -16,6 +16,7 @@ from world_distill.data.images.filters import Filters
 from world_distill.data.records.encode import encode_records
 from world_distill.data.records.negative import keep_negative
 from world_distill.data.records.reader import RecordError, RecordReader
+from world_distill.data.records.types import SCENE
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import section
 from world_distill.structs import PyTree
@@ -60,17 +61,23 @@ class Encoder:
 
     def encode(self, reader: RecordReader, folder: pathlib.Path, *, name: str, **options) -> dict[str, int]:
         """`encode_records` with these encoders; its other `options` and its counts."""
-        family, size = self._family, self._family.image_size
+        encoders = self._family.encoders
         metadata = {
-            "family": family.name,
-            "weights": pathlib.Path(base_model.base_path(family, self._config.base) or "").name,
+            "family": self._family.name,
+            "weights": pathlib.Path(base_model.base_path(self._family, self._config.base) or "").name,
             "text_encoder": self._text_encoder,
-            "image_size": "x".join(map(str, size)) if size else "as annotated",  # height x width
-            "scene": "x".join(map(str, family.latent_shape[1:])),  # h w c of its latent
+            # height x width
+            "image_size": "x".join(map(str, encoders.image_size)) if encoders.image_size else "as annotated",
         }
+        for key, array in encoders.scenes.items():
+            # The name and the value that records of version 1 have: h w c of the one latent frame.
+            legacy = key == SCENE and array.shape[0] == 1
+            metadata["scene" if legacy else f"scene.{key}"] = "x".join(
+                map(str, array.shape[1:] if legacy else array.shape)
+            )
         return encode_records(
-            reader, folder, name=name, encode_scene=lambda images: family.encode_scene(self._codec, images),
-            encode_text=family.encode_text, size=size, metadata=metadata, **options,
+            reader, folder, name=name, encode_scene=lambda images: encoders.scene(self._codec, images),
+            encode_text=encoders.text, size=encoders.image_size, metadata=metadata, **options,
         )  # fmt: skip
 
     def keep_negative(self, folder: pathlib.Path, name: str) -> bool:
@@ -78,12 +85,12 @@ class Encoder:
 
         To be called before `encode`, so that a set that is complete has it.
         """
-        text, encode = self.guidance.negative, self._family.encode_text
+        text, encode = self.guidance.negative, self._family.encoders.text
         return keep_negative(folder, name, text, text_encoder=self._text_encoder, encode_text=encode)
 
     @property
     def _text_encoder(self) -> str:
-        return pathlib.Path(self._family.text_encoder).name
+        return pathlib.Path(self._family.encoders.name).name
 
 
 def is_complete(folder: pathlib.Path, name: str) -> bool:

@@ -32,7 +32,7 @@ from world_distill.interfaces import ModelFamily
 from world_distill.storage.checkpoints import Checkpointer, make_metadata
 from world_distill.storage.metric_log import MetricLog
 from world_distill.storage.weight_files import load_weights, save_weights
-from world_distill.structs import Condition, PyTree
+from world_distill.structs import Condition, PyTree, Texts
 from world_distill.training import optimizers
 from world_distill.weights import base_model
 
@@ -48,24 +48,25 @@ class PretrainState:
 
 
 def make_step(family: ModelFamily, optimizer: optax.GradientTransformation, settings):
-    """(state, clips [b F H W 3] uint8, text [b l d], mask [b l], key) -> (state, metrics)."""
+    """(state, clips [b F H W 3] uint8, texts, key) -> (state, metrics)."""
 
-    def step(state: PretrainState, clips, text, mask, key):
+    def step(state: PretrainState, clips, texts: Texts, key):
         count = clips.shape[0]
         time_key, noise_key = jax.random.split(jax.random.fold_in(key, state.step))
-        clean = family.encode_clips(clips)  # pyright: ignore[reportAttributeAccessIssue]  # the one that is pretrained
-        condition = Condition(text, mask, clean[:, :1])
+        clean = family.codec.encode(state.weights, clips)
+        scene = {name: clean[name][:, : shape.shape[0]] for name, shape in family.encoders.scenes.items()}
+        condition = Condition(texts, scene)
         u = (jnp.arange(count) + jax.random.uniform(time_key, (count,))) / count
         # A share of the batch is not shifted: the last sampling steps need the small times too.
         plain = jnp.arange(count) % settings.plain_every == 0
         t = jnp.where(plain, u, flow.shift_times(u, settings.shift))
         keys = sampling.sample_keys(noise_key, jnp.arange(count))
-        eps = sampling.initial_noise(keys, clean[:, :1], family.latent_shape, None)
-        x_t = sampling.pin_frames(flow.interpolate(clean, eps, t), clean[:, :1], family.free_frames)
+        eps = sampling.draw_noise(keys, 0, family.latents)
+        x_t = sampling.pin(flow.interpolate(clean, eps, t), scene, family.latents)
 
         def loss(weights):
             v = family.denoise(weights, None, x_t, t, condition)
-            rows = losses.velocity_gap(v, flow.velocity(clean, eps), family.free_frames)
+            rows = losses.velocity_gap(v, flow.velocity(clean, eps), sampling.counted(family.latents))
             return (rows * t**settings.loss_power).mean(), (rows * jnp.square(t)).mean()
 
         (value, clean_error), gradients = jax.value_and_grad(loss, has_aux=True)(state.weights)
@@ -104,11 +105,18 @@ def drop_captions(captions: Sequence[str], share: float, seed: int, step: int) -
     return ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
 
 
-def load_batch(config, family: ModelFamily, source, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clips [b F H W 3] uint8 of update `step` from the factory's `source`, texts [b l d] and their mask [b l]."""
+def load_batch(config, family: ModelFamily, source, step: int) -> tuple[np.ndarray, Texts]:
+    """Clips [b F H W 3] uint8 of update `step` from the factory's `source`, and their captions."""
     clips, captions = source.batch(config.seed, step, config.pretrain.batch)
     captions = drop_captions(captions, config.pretrain.drop_text, config.seed, step)
-    return clips, *pad_texts(family.encode_text(captions), config.text_length)
+    return clips, encode_captions(config, family, captions)
+
+
+def encode_captions(config, family: ModelFamily, captions: Sequence[str]) -> Texts:
+    """Padded states of captions, on the host."""
+    lengths = build.text_lengths(family, config)
+    states = family.encoders.text(captions)
+    return {name: pad_texts(states[name], length) for name, length in lengths.items()}
 
 
 def make_training(config, family: ModelFamily, mesh: jax.sharding.Mesh):
@@ -140,7 +148,7 @@ def _programs(family: ModelFamily, settings: FrozenConfigDict, mesh: jax.shardin
     # A base of this kind is small: every device holds all of it, the batch is split.
     step = jax.jit(
         make_step(family, optimizer, settings),
-        in_shardings=(everywhere, rows, rows, rows, everywhere), out_shardings=everywhere, donate_argnums=0,
+        in_shardings=(everywhere, rows, rows, everywhere), out_shardings=everywhere, donate_argnums=0,
     )  # fmt: skip
     return jax.jit(init, out_shardings=everywhere), step
 

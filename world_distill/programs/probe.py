@@ -9,17 +9,17 @@ import jax
 import numpy as np
 
 from world_distill import build, console
-from world_distill.data.records.batches import fixed_batches
+from world_distill.data.records.batches import Role, TaskBatch, fixed_batches, scene_problem
 from world_distill.data.records.negative import read_negative, write_negative
 from world_distill.data.records.reader import RecordReader, write_records
 from world_distill.errors import UserError
 from world_distill.evaluation.probe_figures import ROLES, Probed
 from world_distill.evaluation.scoring import Evaluator
 from world_distill.interfaces import Judge, ModelFamily
-from world_distill.judges.ask import judge_clips
+from world_distill.judges.ask import check_judge, judge_clips
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import Rubric, load_rubric
-from world_distill.structs import Negative, PyTree
+from world_distill.structs import PyTree, Texts
 from world_distill.training import run_folder
 from world_distill.training.collect import TooFewJudgments
 from world_distill.weights import base_model
@@ -51,21 +51,21 @@ def probe(
     """
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)
-    if (shape := reader[0].scene.shape[1:]) != family.latent_shape[1:]:
-        raise UserError(f"{reader.index_path}: scenes are {shape} latents, config.model has {family.latent_shape[1:]}")
+    if problem := scene_problem(reader[0].scene, family.encoders.scenes):
+        raise UserError(f"{reader.index_path}: {problem}")
     judge, rubric = build.make(config, "judge"), load_rubric(config.judge.rubric or None)
-    for line in judge.check() if hasattr(judge, "check") else ():
+    for line in check_judge(judge):
         console.say(f"judge: {line}")
     base, lora = base_model.load_base(family, config, mesh), _executor(config, family, mesh)
     evaluator = run_folder.make_evaluator(config, family, mesh, None)
     chosen = sample_of(len(reader), limit, config.seed)
-    batches = fixed_batches(reader, config.evaluate_batch, text_length=config.text_length, indices=chosen)
+    batches = fixed_batches(reader, config.evaluate_batch, lengths=build.text_lengths(family, config), indices=chosen)
     parts: dict[str, list] = {role: [] for role in ROLES}
     ids, tasks, kinds = [], [], []
     with run_folder.open_cache(config, workdir) as cache:
         for batch in batches:
-            count = int(batch["weight"].sum())
-            for role, text, weights in ((ROLES[0], "solution", None), (ROLES[1], "task", lora)):
+            count = int(batch.weight.sum())
+            for role, text, weights in _told(lora):
                 negative = evaluator.negative(reader, text)
                 made = [
                     _clips(evaluator, batch, base, weights, text, number, negative)[:count] for number in range(clips)
@@ -74,12 +74,19 @@ def probe(
                 if progress is not None:
                     done = 2 * len(ids) + (1 + ROLES.index(role)) * count
                     progress(done * clips, 2 * len(chosen) * clips)
-            ids, tasks, kinds = (a + batch[n][:count] for a, n in ((ids, "ids"), (tasks, "task"), (kinds, "kind")))
+            ids, tasks, kinds = (
+                found + values[:count] for found, values in ((ids, batch.ids), (tasks, batch.task), (kinds, batch.kind))
+            )
         asked = {"hits": cache.hits, "misses": cache.misses}
     scores = {role: {q: np.concatenate([p[q] for p in parts[role]]) for q in rubric.names} for role in ROLES}
     probed = Probed(ids, tasks, kinds, scores, float(config.rollout.clip))
     _check_judged(probed, config.rollout.max_invalid)
     return probed, {"judge": judge.name, "rubric": rubric.version, **asked}
+
+
+def _told(lora: PyTree) -> tuple[tuple[str, Role, PyTree | None], ...]:
+    """(name, what it is told, weights) of both policies."""
+    return (ROLES[0], "solution", None), (ROLES[1], "task", lora)
 
 
 def sample_of(total: int, limit: int, seed: int) -> list[int]:
@@ -117,23 +124,23 @@ def noise_numbers(ids: Sequence[str], number: int) -> np.ndarray:
 
 def _clips(
     evaluator: Evaluator,
-    batch: dict[str, Any],
+    batch: TaskBatch,
     base: PyTree,
     lora: PyTree | None,
-    text: str,
+    text: Role,
     number: int,
-    negative: Negative | None,
+    negative: Texts | None,
 ) -> np.ndarray:
-    rows = noise_numbers(batch["ids"], number)
+    rows = noise_numbers(batch.ids, number)
     return evaluator.clips(batch, base, lora, text=text, rows=rows, negative=negative)
 
 
 def _judge(
-    judge: Judge, cache: JudgmentCache, made: Sequence[np.ndarray], batch: dict[str, Any], rubric: Rubric
+    judge: Judge, cache: JudgmentCache, made: Sequence[np.ndarray], batch: TaskBatch, rubric: Rubric
 ) -> dict[str, np.ndarray]:
     """Log-odds [b k] of every question about k arrays of clips [b F H W 3], which are asked about together."""
     count, times = len(made[0]), len(made)
-    tasks, agents, ids = (batch[name][:count] * times for name in ("task", "agent", "ids"))
+    tasks, agents, ids = (values[:count] * times for values in (batch.task, batch.agent, batch.ids))
     judgment = judge_clips(judge, cache, np.concatenate(made), tasks, agents, rubric, rubric.names, records=ids)
     return {name: values.reshape(times, count).T for name, values in judgment.scores.items()}
 

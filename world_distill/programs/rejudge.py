@@ -12,7 +12,7 @@ from world_distill import console
 from world_distill.errors import UserError
 from world_distill.evaluation.agreement import agreement, agreement_text
 from world_distill.interfaces import Judge
-from world_distill.judges.ask import judge_clips
+from world_distill.judges.ask import check_judge, judge_clips
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.memory.entries import Entry
 from world_distill.judges.memory.kept_clips import KeptClips
@@ -44,7 +44,7 @@ def rejudge(cache: JudgmentCache, clips: KeptClips, judge: Judge, rubric: Rubric
     questions = [name for name in rubric.names if name in asked]
     if not questions:
         raise UserError(f"the rubric has none of the questions {', '.join(sorted(map(str, asked)))}")
-    for line in getattr(judge, "check", tuple)():
+    for line in check_judge(judge):
         console.say(f"judge: {line}")
     pairs: dict[tuple[str, str], list[tuple[Entry, Entry]]] = defaultdict(list)
     invalid, groups = 0, list(first)

@@ -31,6 +31,7 @@ from world_distill.errors import UserError
 from world_distill.evaluation.held_out import audit, make_held_out
 from world_distill.evaluation.scoring import QUESTIONS, summarise
 from world_distill.interfaces import Judge
+from world_distill.judges.ask import check_judge
 from world_distill.judges.rubric import load_rubric
 from world_distill.settings.loading import to_json
 from world_distill.storage.checkpoints import Checkpointer, make_metadata
@@ -69,7 +70,7 @@ def train(
     # Devices, model, data -------------------------------------------------------------------------------------------
     mesh = build.start_devices(config)
     programs = make_programs(config, mesh)
-    family, objective, collection = programs.family, programs.objective, programs.collection
+    family, objective, collection = programs.family, programs.objective, programs.rollout_settings
     folder = run_folder.data_folder(config, workdir)
     reader = RecordReader(folder, config.train_set)
     hosts.agree("config", to_json(config))
@@ -77,9 +78,10 @@ def train(
     run_folder.check_folder(config, workdir)
     judge = build.make(config, "judge") if collection.questions and objective.rl != "none" else None
     _test(judge)
-    negative = load_negative(reader, programs.guidance, config.text_length, mesh)
+    lengths = build.text_lengths(programs.family, config)
+    negative = load_negative(reader, programs.guidance, lengths, mesh)
     base = base_model.load_base(family, config, mesh)
-    tasks = task_batches(reader, tasks_per_step=collection.tasks, seed=config.seed, text_length=config.text_length)
+    tasks = task_batches(reader, tasks_per_step=collection.tasks, seed=config.seed, lengths=lengths)
 
     # State: the newest checkpoint, or a fresh Executor --------------------------------------------------------------
     metadata = make_metadata(run_folder.fixed_settings(config))
@@ -214,11 +216,8 @@ def train(
 
 def _test(judge: Judge | None) -> None:
     """Tests a judge that can be, before anything slow is begun; one that cannot be reached may still come up."""
-    check = getattr(judge, "check", None)
-    if check is None:
-        return
     try:
-        for line in check():
+        for line in check_judge(judge):
             console.say(f"judge: {line}")
     except ConnectionError as error:
         logging.warning("%s; going on: what is cached needs no judge, and for the rest it will be waited for", error)

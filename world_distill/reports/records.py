@@ -112,8 +112,9 @@ def _card(records: Sequence[Record]) -> str:
 def _about(record: Record) -> str:
     parts = [record.kind]
     if not isinstance(record, AnnotatedRecord):
-        latent = "x".join(map(str, record.scene.shape))
-        parts.append(f"latent {latent}, {len(record.task_text)} and {len(record.solution_text)} tokens")
+        parts += [f"scene {name} {'x'.join(map(str, array.shape))}" for name, array in record.scene.items()]
+        for name, states in record.task_states.items():
+            parts.append(f"{name}: {len(states)} and {len(record.solution_states[name])} tokens")
     return ", ".join(filter(None, parts))
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
+from flax.traverse_util import flatten_dict
 
 from world_distill.errors import UserError
 from world_distill.structs import PyTree
@@ -83,8 +84,7 @@ class _Borrowed(np.ndarray):
 
 def by_name(tree: PyTree) -> dict[str, Any]:
     """Leaves by dotted path."""
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in pairs}
+    return flatten_dict(tree, sep=".")
 
 
 def describe(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 
 from world_distill.errors import UserError
 
@@ -53,16 +54,10 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str
 
     Raises WeightFileError if the file is missing, cut off or not in the safetensors format.
     """
-    tree: dict[str, Any] = {}
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            for name in file.keys():
-                *parents, last = name.split(".")
-                node = tree
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = file.get_tensor(name)
-            return tree, file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            return unflatten_dict(arrays, sep="."), file.metadata() or {}
     except (OSError, safetensors.SafetensorError, AttributeError, IndexError, TypeError) as error:
         raise WeightFileError(f"{path}: not a readable weight file ({type(error).__name__}: {error})") from error
 

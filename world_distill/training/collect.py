@@ -1,10 +1,10 @@
 """Collecting a batch of experience: the only place in a training step where host and device meet.
 
-    1. roll     every task `group` times: the Executor's own rollouts (or the Demonstrator's, for off-policy)
-    2. show     the Demonstrator's velocities at the visited states, and Eq. 9's reward from them; left out where
-                updates read few states, and compute the velocities there themselves
-    3. judge    decoded clips on the host, answers from the cache on disk where it has them
-    4. weigh    rewards to group-relative advantages, failed judgments masked
+    1. roll          every task `group` times: the Executor's own rollouts (or the Demonstrator's, for off-policy)
+    2. demonstrate   the Demonstrator's velocities at the visited states, and Eq. 9's reward from them; left out where
+                     updates read few states, and compute the velocities there themselves
+    3. judge         decoded clips on the host, answers from the cache on disk where it has them
+    4. weigh         rewards to group-relative advantages, failed judgments masked
 
 A rollout depends on (seed, step, row) and the weights alone, so a resumed or repeated run makes the same clips, finds
 their judgments in the cache, and goes on bit for bit as before.
@@ -23,7 +23,7 @@ import numpy as np
 
 from world_distill.core import advantages
 from world_distill.core.metrics import within_group_correlations
-from world_distill.data.records.batches import Batch, TaskBatches
+from world_distill.data.records.batches import ROLES, TaskBatch, TaskBatches
 from world_distill.devices import hosts
 from world_distill.devices.sharding import batch_sharding, rows_or_whole
 from world_distill.errors import UserError
@@ -33,7 +33,7 @@ from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import Rubric
 from world_distill.settings.objective import Phase
 from world_distill.settings.rollout import DISTILL, RolloutSettings
-from world_distill.structs import Condition, Judgment, Negative, PyTree, TrainBatch, TrainState
+from world_distill.structs import Condition, Judgment, PyTree, Texts, TrainBatch, TrainState
 from world_distill.training.compiled import Programs
 
 
@@ -46,7 +46,7 @@ class Pending(NamedTuple):
 
     step: int
     phase: Phase  # which losses have a weight
-    tasks: Mapping[str, Any]
+    tasks: TaskBatch
     batch: TrainBatch
     clips: jax.Array | None  # [b F H W 3] uint8, if they are to be judged
     reward: jax.Array | None  # [b] Eq. 9, if it is rewarded
@@ -67,11 +67,11 @@ class Parts(NamedTuple):
 
     roll: Callable[[], Any]
     decode: Callable[[], Any]
-    show: Callable[[], Any] | None
+    demonstrate: Callable[[], Any] | None
     judge: Callable[[], Judgment]
 
 
-def draw_tasks(settings: RolloutSettings, mesh: jax.sharding.Mesh, tasks: TaskBatches, active: bool) -> Batch:
+def draw_tasks(settings: RolloutSettings, mesh: jax.sharding.Mesh, tasks: TaskBatches, active: bool) -> TaskBatch:
     """The tasks that this process needs of a step in which L_RL has a weight (`active`) or has none.
 
     Each draw has `settings.tasks` tasks. A process needs the tasks of the rollouts that its devices hold.
@@ -92,29 +92,29 @@ class Collector:
         judge: Judge | None,
         cache: JudgmentCache | None,
         rubric: Rubric | None,
-        negative: Negative | None = None,
+        negative: Texts | None = None,
     ):
         """`negative` is the text that guidance leads away from (`data.records.negative.load_negative`)."""
         self._negative = negative
-        self.settings, self._judge, self.cache, self.rubric = programs.collection, judge, cache, rubric
+        self.settings, self._judge, self.cache, self.rubric = programs.rollout_settings, judge, cache, rubric
         self._programs, self._objective = programs, programs.objective
         self._rows = batch_sharding(programs.mesh)
         self._questions = self.settings.questions if self._objective.rl != "none" else ()
         # Those of them that `clock` may put on a clock.
-        self._roll, self._decode, self._show = programs.roll, programs.decode, programs.show
+        self._roll, self._decode, self._demonstrate = programs.roll, programs.decode, programs.demonstrate
 
     def __call__(
-        self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int
+        self, state: TrainState, base: PyTree, tasks: TaskBatch, key: jax.Array, step: int
     ) -> tuple[TrainBatch, dict[str, float]]:
         """One batch of on-policy experience for training step `step`, and host-side metrics: all of the below."""
         pending = self.begin(state.lora, base, tasks, key, step)
         return self.weigh(pending, self.judge(pending))
 
-    def draw(self, tasks: TaskBatches, step: int) -> Batch:
+    def draw(self, tasks: TaskBatches, step: int) -> TaskBatch:
         """The tasks of training step `step` that this process needs."""
         return draw_tasks(self.settings, self._programs.mesh, tasks, self._objective.rl_active(step))
 
-    def begin(self, lora: PyTree, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Pending:
+    def begin(self, lora: PyTree, base: PyTree, tasks: TaskBatch, key: jax.Array, step: int) -> Pending:
         """Gives the device the rollouts of training step `step`, and waits for nothing.
 
         Args:
@@ -131,8 +131,8 @@ class Collector:
         # Only clips that will be judged are decoded.
         clips = self._decode(base, rollout.latents) if phase.rl and self._questions else None
         shown = reward = None
-        if self._programs.shows(phase):
-            shown, reward = self._show(base, rollout, solution, self._negative)
+        if self._programs.demonstrates(phase):
+            shown, reward = self._demonstrate(base, rollout, solution, self._negative)
         batch = TrainBatch(
             task=task,
             solution=solution,
@@ -171,7 +171,7 @@ class Collector:
         place = functools.partial(hosts.place, sharding=self._rows)
         return dataclasses.replace(pending.batch, advantages=place(weighed), valid=place(used)), info
 
-    def parts(self, state: TrainState, base: PyTree, tasks: Mapping[str, Any], key: jax.Array, step: int) -> Parts:
+    def parts(self, state: TrainState, base: PyTree, tasks: TaskBatch, key: jax.Array, step: int) -> Parts:
         """The pieces of a call, each to be run alone (benchmarks)."""
         phase = self._objective.phase(step)
         task, solution = self._conditions(tasks, phase)
@@ -179,10 +179,14 @@ class Collector:
         roll = self._roll[phase.rl]
         rollout = roll(*given)
         frames = np.asarray(self._decode(base, rollout.latents))
+
+        def demonstrate():
+            return self._demonstrate(base, rollout, solution, self._negative)
+
         return Parts(
             roll=lambda: roll(*given),
             decode=lambda: self._decode(base, rollout.latents),
-            show=(lambda: self._show(base, rollout, solution, self._negative)) if self._programs.shows(phase) else None,
+            demonstrate=demonstrate if self._programs.demonstrates(phase) else None,
             judge=lambda: self._ask(tasks, frames, np.arange(len(frames))),
         )
 
@@ -190,24 +194,22 @@ class Collector:
         """Puts every program of a step on a clock: `devices.clock.Clock.program`."""
         self._roll = {active: program("rollout", f, lambda out: out.latents) for active, f in self._roll.items()}
         self._decode = program("decode", self._decode, lambda clips: clips)
-        self._show = program("demonstrator", self._show, lambda out: out[0])
+        self._demonstrate = program("demonstrator", self._demonstrate, lambda out: out[0])
 
-    def _conditions(self, tasks: Mapping[str, Any], phase: Phase) -> tuple[Condition, Condition]:
+    def _conditions(self, tasks: TaskBatch, phase: Phase) -> tuple[Condition, Condition]:
         """What every rollout is told, task and solution: on each device those of its own rollouts."""
         group = self.settings.group_in(phase.rl)
-        rows = _places(tasks, np.repeat(np.arange(tasks["count"]), group))
+        rows = _places(tasks, np.repeat(np.arange(tasks.count), group))
         sharding = rows_or_whole(self._programs.mesh, len(rows))
-        put = lambda name: hosts.place_rows(np.asarray(tasks[name]), rows, sharding)  # noqa: E731
-        scene = put("scene")
-        return (
-            Condition(put("task_text"), put("task_mask"), scene),
-            Condition(put("solution_text"), put("solution_mask"), scene),
-        )
+        put = lambda x: hosts.place_rows(np.asarray(x), rows, sharding)  # noqa: E731
+        scene = jax.tree.map(put, tasks.scene)
+        task, solution = (Condition(jax.tree.map(put, tasks.texts[role]), scene) for role in ROLES)
+        return task, solution
 
-    def _ask(self, tasks: Mapping[str, Any], clips: np.ndarray, numbers: np.ndarray) -> Judgment:
+    def _ask(self, tasks: TaskBatch, clips: np.ndarray, numbers: np.ndarray) -> Judgment:
         """The judge's answers about clips; `numbers` are their rows in a batch of `group` clips of each task."""
         of = _places(tasks, numbers // self.settings.group)
-        ids, texts, agents = ([tasks[name][i] for i in of] for name in ("ids", "task", "agent"))
+        ids, texts, agents = ([values[i] for i in of] for values in (tasks.ids, tasks.task, tasks.agent))
         assert self._judge is not None and self.rubric is not None  # there are questions
         return judge_clips(self._judge, self.cache, clips, texts, agents, self.rubric, self._questions, records=ids)
 
@@ -223,7 +225,7 @@ class Collector:
     def _weigh(self, pending: Pending, judged: Judged) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, float]]:
         """((advantages [b] float32, used [b] bool), metrics)."""
         tasks, reward, active = pending.tasks, pending.reward, pending.phase.rl
-        group, count = self.settings.group_in(active), tasks["count"]
+        group, count = self.settings.group_in(active), tasks.count
         rows = count * group
         info: dict[str, float] = dict(judged.info)
         scores: dict[str, np.ndarray] = {}
@@ -266,9 +268,9 @@ class Collector:
         return (weighed, used), info
 
 
-def _places(tasks: Mapping[str, Any], numbers: np.ndarray) -> np.ndarray:
+def _places(tasks: TaskBatch, numbers: np.ndarray) -> np.ndarray:
     """Where the tasks of these numbers stand in the batch of this process; of tasks that it lacks, anywhere."""
-    return np.minimum(np.searchsorted(tasks["numbers"], numbers), len(tasks["numbers"]) - 1)
+    return np.minimum(np.searchsorted(tasks.numbers, numbers), len(tasks.numbers) - 1)
 
 
 def _key(key: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:

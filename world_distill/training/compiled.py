@@ -1,13 +1,13 @@
 """The compiled programs of a training step: pure functions of weights and a batch, made once for settings and a mesh.
 
-    init      the base                                  -> the first state
-    roll      an Executor, the base, conditions, a key  -> a rollout of each row
-    decode    the base, final latents                   -> RGB clips
-    show      the base, rollouts, their solutions       -> the Demonstrator's velocities at all states, Eq. 9's reward
-    motion    final latents                             -> how much each clip moves
-    update    a state, the base, a batch                -> the next state, metrics        (objective.py)
+    init          the base                                  -> the first state
+    roll          an Executor, the base, conditions, a key  -> a rollout of each row
+    decode        the base, final latents                   -> RGB clips
+    demonstrate   the base, rollouts, their solutions       -> the Demonstrator's velocities there, Eq. 9's reward
+    motion        final latents                             -> how much each clip moves
+    update        a state, the base, a batch                -> the next state, metrics        (objective.py)
 
-With guidance, `roll` and `show` also take the states of the negative text.
+With guidance, `roll` and `demonstrate` also take the states of the negative text.
 
 `train` runs them, `benchmark` times each alone, `plan` compiles them for machines that are not there. Runs of one
 process that have the same settings share them, so that the second neither traces nor compiles: seeds of an ablation, a
@@ -37,9 +37,10 @@ from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import section
 from world_distill.settings.objective import Objective, Phase
 from world_distill.settings.rollout import DISTILL, RolloutSettings
-from world_distill.structs import Condition, Negative, PyTree, Rollout, TrainState
+from world_distill.structs import Condition, Latents, PyTree, Rollout, Texts, TrainState
 from world_distill.training import forwards, optimizers
 from world_distill.training.objective import init_state, make_train_step
+from world_distill.training.passes import in_shape
 from world_distill.weights import base_model
 
 PHASES = (Phase(True, True), Phase(True, False), Phase(False, True))
@@ -55,12 +56,12 @@ class Programs:
       state: shapes and shardings of the state.
       roll: by whether L_RL has a weight in the step.
       update: by which losses have a weight in the step.
-      finish: rollouts -> visited states [k+1 b f p], the final latents last; None if no loss reads them.
+      finish: rollouts -> visited states [k+1 b n p], the final latents last; None if no loss reads them.
     """
 
     mesh: jax.sharding.Mesh
     family: ModelFamily
-    collection: RolloutSettings
+    rollout_settings: RolloutSettings
     objective: Objective
     guidance: Guidance
     steps: int  # of the sampler
@@ -68,7 +69,7 @@ class Programs:
     state: TrainState
     roll: Mapping[bool, Any]
     decode: Any
-    show: Any
+    demonstrate: Any
     motion: Any
     finish: Any | None
     update: Mapping[Phase, Any]
@@ -80,15 +81,15 @@ class Programs:
 
     def rewards_distillation(self, phase: Phase) -> bool:
         """See `forwards.rewards_distillation`."""
-        return forwards.rewards_distillation(self.collection, phase)
+        return forwards.rewards_distillation(self.rollout_settings, phase)
 
-    def shows(self, phase: Phase) -> bool:
-        """Whether `show` runs in a step: see `forwards.shows_all`."""
-        return forwards.shows_all(self.objective, self.collection, self.steps, phase)
+    def demonstrates(self, phase: Phase) -> bool:
+        """Whether `demonstrate` runs in a step: see `forwards.demonstrates_all`."""
+        return forwards.demonstrates_all(self.objective, self.rollout_settings, self.steps, phase)
 
     def forwards(self, phase: Phase) -> float:
         """Forward passes of the model that a step costs."""
-        return forwards.per_step(self.objective, self.collection, self.steps, phase, self.guidance.demonstrator)
+        return forwards.per_step(self.objective, self.rollout_settings, self.steps, phase, self.guidance.demonstrator)
 
     @property
     def keeps_log_probs(self) -> bool:
@@ -124,21 +125,25 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         _roll, family, mesh, settings, guidance, grid=grid, keep_states=keep_states, keep_velocities=keep_velocities
     )
 
-    def show(base, rollout, solution, negative=None):
-        demonstrate = with_guidance(family.denoise, guidance.demonstrator, negative)
-        return _show(family, demonstrate, settings, grid, base, rollout, solution)
+    def demonstrate(base, rollout, solution, negative=None):
+        denoise = with_guidance(family.denoise, guidance.demonstrator, negative)
+        return _demonstrate(family, denoise, settings, grid, base, rollout, solution)
 
     def decode(base, latents):
-        clips = family.decode(base, latents)
+        clips = family.codec.decode(base, latents)
         # Each is looked at by one process.
         return jax.lax.with_sharding_constraint(clips, batch_sharding(mesh)) if jax.process_count() > 1 else clips
 
     def motion(latents):
-        """[b] root mean square of the differences between neighbouring latent frames [b f h w c]."""
-        return jnp.sqrt(flow.masked_mean(jnp.square(jnp.diff(latents, axis=1)), None))
+        """[b] root mean square of the differences between the picture's neighbouring latent frames."""
+        picture = latents[next(iter(family.latents))]
+        return jnp.sqrt(flow.masked_mean(jnp.square(jnp.diff(picture, axis=1)), None))
 
     def finish(rollout):
-        return jnp.concatenate([rollout.states, rollout.latents.reshape(1, *rollout.states.shape[1:])])
+        return jax.tree.map(
+            lambda states, last: jnp.concatenate([states, last.reshape(1, *states.shape[1:])]),
+            rollout.states, rollout.latents,
+        )  # fmt: skip
 
     def train_step(phase):
         # While a schedule holds a loss at weight 0, its forward passes are left out.
@@ -152,7 +157,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     return Programs(
         mesh=mesh,
         family=family,
-        collection=settings,
+        rollout_settings=settings,
         objective=objective,
         guidance=guidance,
         steps=len(grid) - 1,
@@ -165,7 +170,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         },
         # A program of its own: it takes as long to compile as a step, and its memory is free again for the next one.
         decode=jax.jit(decode),
-        show=jax.jit(show),
+        demonstrate=jax.jit(demonstrate),
         motion=jax.jit(motion),
         finish=jax.jit(finish) if keep_states else None,
         update={phase: train_step(phase) for phase in PHASES},
@@ -212,7 +217,7 @@ def _roll(
     solution: Condition,
     key: jax.Array,
     first_row: jax.Array,
-    negative: Negative | None = None,
+    negative: Texts | None = None,
     *,
     grid: np.ndarray,
     keep_states: bool,
@@ -224,16 +229,15 @@ def _roll(
     `Rollout.velocities` are those that made the clips: with guidance, the guided ones.
     """
     task, solution = jax.lax.with_sharding_constraint((task, solution), batch_sharding(mesh))
-    rows = first_row + jnp.arange(task.text.shape[0])
+    rows = first_row + jnp.arange(jax.tree.leaves(task)[0].shape[0])
     keys = sampling.sample_keys(key, rows)
     executor = settings.role == "executor"
     denoise = with_guidance(family.denoise, guidance.rollout if executor else guidance.demonstrator, negative)
 
     def some(condition, keys):
         rollout = sampling.rollout(
-            denoise, base, lora if executor else None, condition, keys, times=grid,
-            latent_shape=family.latent_shape, frame_mask=family.free_frames, diffusion=diffusion,
-            keep_states=keep_states,
+            denoise, base, lora if executor else None, condition, keys, times=grid, streams=family.latents,
+            diffusion=diffusion, keep_states=keep_states,
         )  # fmt: skip
         return _flat(_steps_first(rollout if keep_velocities else dataclasses.replace(rollout, velocities=None)))
 
@@ -241,31 +245,32 @@ def _roll(
     return _steps_first(rollout)
 
 
-def _show(
+def _demonstrate(
     family: ModelFamily,
-    demonstrate: Denoise,
+    denoise: Denoise,
     settings: RolloutSettings,
     grid: np.ndarray,
     base: PyTree,
     rollout: Rollout,
     solution: Condition,
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """(the Demonstrator's velocities at the visited states [k b f p], Eq. 9's reward [b] where velocities are kept).
+) -> tuple[Latents | None, jax.Array | None]:
+    """(the Demonstrator's velocities at the visited states [k b n p], Eq. 9's reward [b] where velocities are kept).
 
     The reward compares the velocity that made the clip (`Rollout.velocities`, guided if the rollout was) with the
-    Demonstrator's, which is guided if `demonstrate` is: how far the clip was led from where the Demonstrator leads.
+    Demonstrator's, which is guided if `denoise` is: how far the clip was led from where the Demonstrator leads.
     """
-    frames = lambda x: x.reshape(*x.shape[:-2], *family.latent_shape)  # noqa: E731
 
     def at(state_and_time):
         state, t = state_and_time
 
         def some(x, solution):
-            v = demonstrate(base, None, frames(x), jnp.full(x.shape[:1], t), solution)
-            return v.reshape(x.shape)
+            rows = jax.tree.leaves(x)[0].shape[0]
+            v = denoise(base, None, in_shape(x, family.latents), jnp.full((rows,), t), solution)
+            return jax.tree.map(lambda v, x: v.reshape(x.shape), v, x)
 
         return map_rows(some, settings.micro_batch, state, solution)
 
+    shown: Any
     if settings.role == "demonstrator":
         shown = rollout.velocities
     else:
@@ -273,15 +278,16 @@ def _show(
     if rollout.velocities is None:
         return shown, None
     reward = losses.distillation_reward(
-        frames(rollout.velocities), frames(shown), grid, family.free_frames, settings.distill_min_time
-    )
+        in_shape(rollout.velocities, family.latents), in_shape(shown, family.latents), grid,
+        sampling.counted(family.latents), settings.distill_min_time,
+    )  # fmt: skip
     return shown, reward
 
 
 def _flat(rollout: Rollout) -> Rollout:
-    """Frames as they are kept, [.. f p]: a TPU would fill up c, their last axis, to 128."""
-    as_rows = lambda x: None if x is None else x.reshape(*x.shape[:3], -1)  # noqa: E731
-    return dataclasses.replace(rollout, states=as_rows(rollout.states), velocities=as_rows(rollout.velocities))
+    """Places as they are kept, [.. n p]: a TPU would fill up c, their last axis, to 128."""
+    states, velocities = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), (rollout.states, rollout.velocities))
+    return dataclasses.replace(rollout, states=states, velocities=velocities)
 
 
 def _steps_first(rollout: Rollout) -> Rollout:

@@ -40,7 +40,7 @@ def per_step(objective: Objective, settings: RolloutSettings, steps: int, phase:
     return settings.tasks * settings.group * per_rollout(objective, settings, steps, phase, guidance)
 
 
-def shows_all(objective: Objective, settings: RolloutSettings, steps: int, phase: Phase) -> bool:
+def demonstrates_all(objective: Objective, settings: RolloutSettings, steps: int, phase: Phase) -> bool:
     """Whether the Demonstrator's velocities are made at all states of a rollout, before the updates of a step.
 
     If not, an update computes them at the states that it reads.
@@ -67,6 +67,6 @@ def _shown(objective: Objective, settings: RolloutSettings, steps: int, phase: P
     """Visited states at which the Demonstrator's velocity is computed."""
     if settings.role == "demonstrator":
         return 0.0
-    if shows_all(objective, settings, steps, phase):
+    if demonstrates_all(objective, settings, steps, phase):
         return steps
     return objective.reads if objective.uses_visited else 0.0

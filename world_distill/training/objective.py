@@ -13,7 +13,9 @@ take the whole batch at one time after another, as AWM does; small ones learn fa
 whose times are spread over the grid (`tied`). All randomness comes from fold_in(state.key, state.step).
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from world_distill.core import sampling, schedules, times
 from world_distill.interfaces import ModelFamily
 from world_distill.settings.objective import Objective
 from world_distill.structs import PyTree, TrainBatch, TrainState
-from world_distill.training.passes import Draw, Losses, Pass, Policies, Weights
+from world_distill.training.passes import Draw, Losses, Policies, Weights
 
 
 def init_state(
@@ -47,6 +49,15 @@ def init_state(
     )
 
 
+class Carry(NamedTuple):
+    """What one update hands to the next."""
+
+    lora: PyTree
+    lora_ema: PyTree
+    opt_state: PyTree
+    count: jax.Array  # [] int32, finished updates
+
+
 def make_train_step(
     family: ModelFamily,
     objective: Objective,
@@ -55,65 +66,118 @@ def make_train_step(
     diffusion: np.ndarray | None = None,
     guidance: float = 1.0,
 ) -> Callable[[TrainState, PyTree, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The training step for one sampler grid [k + 1] (and its diffusion coefficients [k], for Flow-GRPO).
+    """`train_step` for one sampler grid [k + 1] (and its diffusion coefficients [k], for Flow-GRPO).
 
     `guidance` is the scale of the Demonstrator, which leads away from `TrainBatch.negative`. Every other velocity in
     the losses is without guidance, that of the base told the task, too.
-
-    Metrics, all float32 scalars: `train/LOSS` of each loss (RL's over judged rows), `train/gradient_norm` of the whole
-    gradient, `train/anchor_gradient_norm` and `train/rl_gradient_norm` of its two parts as they are weighted (not where
-    one pass serves both) and `train/anchor_to_rl`, the first over the second.
 
     Raises:
       ValueError: Flow-GRPO without stochastic steps.
     """
     if objective.rl == "flow_grpo" and (diffusion is None or not np.any(diffusion)):
         raise ValueError("objective.rl = flow_grpo needs stochastic steps: set sampler.eta above 0")
-    passes = Losses(family, objective, grid, diffusion, guidance).passes()
-    beta_d = schedules.piecewise_linear(objective.beta_d)
-    rl_weight = schedules.piecewise_linear(objective.rl_weight)
+    return functools.partial(train_step, Losses(family, objective, grid, diffusion, guidance), optimizer)
 
-    def update(carry, job, base, batch: TrainBatch, policies: Policies, weights: Weights):
-        lora, lora_ema, opt_state, count = carry
-        key, index = job
-        batch = _minibatch(batch, objective.minibatches, index)
-        grads, losses = _gradients(passes, objective, lora, base, batch, policies, weights, _draws(key, batch))
-        total = _sum(grads)
-        changes, opt_state = optimizer.update(total, opt_state, lora)
-        lora = optax.apply_updates(lora, changes)
-        decay = jnp.minimum(objective.ema_decay, (1.0 + count) / (10.0 + count))
-        lora_ema = schedules.ema_update(lora_ema, lora, decay)
-        return (lora, lora_ema, opt_state, count + 1), _measures(objective, losses, grads, total, changes)
 
-    def _draws(key, batch: TrainBatch) -> Draw:
-        return draw_rows(key, objective, batch, grid, diffusion)
+def train_step(
+    losses: Losses, optimizer: optax.GradientTransformation, state: TrainState, base: PyTree, batch: TrainBatch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step: (the next state, metrics).
 
-    def train_step(state: TrainState, base: PyTree, batch: TrainBatch):
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), objective.updates)
-        weights = Weights(beta_d=beta_d(state.step), rl=rl_weight(state.step))
-        ahead = state.lora_rolled is not None
-        policies = Policies(start=state.lora_rolled if ahead else state.lora, old=state.lora_old)
-        carry = (state.lora, state.lora_ema, state.opt_state, state.step * objective.updates)
-        jobs = (keys, jnp.arange(objective.updates))
-        carry, seen = jax.lax.scan(lambda c, job: update(c, job, base, batch, policies, weights), carry, jobs)
-        lora, lora_ema, opt_state, _ = carry
-        step = state.step + 1
-        old_decay = schedules.ema_decay_linear(step, objective.old_slope, objective.old_maximum)
-        seen = {f"train/{name}": value.mean() for name, value in seen.items()}
-        seen |= {"train/beta_d": weights.beta_d, "train/rl_weight": weights.rl}
-        seen["train/lora_norm"] = optax.tree.norm(lora)
-        new = TrainState(
-            step=step,
-            lora=lora,
-            lora_ema=lora_ema,
-            lora_old=schedules.ema_update(policies.old, lora, old_decay),
-            opt_state=opt_state,
-            key=state.key,
-            lora_rolled=state.lora if ahead else None,
-        )
-        return new, seen
+    Metrics, all float32 scalars: `train/LOSS` of each loss (RL's over judged rows), `train/gradient_norm` of the whole
+    gradient, `train/anchor_gradient_norm` and `train/rl_gradient_norm` of its two parts as they are weighted (not where
+    one pass serves both) and `train/anchor_to_rl`, the first over the second.
+    """
+    objective = losses.objective
+    weights = Weights(
+        beta_d=schedules.piecewise_linear(objective.beta_d)(state.step),
+        rl=schedules.piecewise_linear(objective.rl_weight)(state.step),
+    )
+    ahead = state.lora_rolled is not None
+    policies = Policies(start=state.lora_rolled if ahead else state.lora, old=state.lora_old)
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), objective.updates)
+    first = Carry(state.lora, state.lora_ema, state.opt_state, state.step * objective.updates)
+    last, seen = jax.lax.scan(
+        lambda carry, job: update(losses, optimizer, carry, *job, base, batch, policies, weights),
+        first,
+        (keys, jnp.arange(objective.updates)),
+    )
+    step = state.step + 1
+    old_decay = schedules.ema_decay_linear(step, objective.old_slope, objective.old_maximum)
+    metrics = {f"train/{name}": value.mean() for name, value in seen.items()}
+    metrics |= {"train/beta_d": weights.beta_d, "train/rl_weight": weights.rl}
+    metrics["train/lora_norm"] = optax.tree.norm(last.lora)
+    new = TrainState(
+        step=step,
+        lora=last.lora,
+        lora_ema=last.lora_ema,
+        lora_old=schedules.ema_update(policies.old, last.lora, old_decay),
+        opt_state=last.opt_state,
+        key=state.key,
+        lora_rolled=state.lora if ahead else None,
+    )
+    return new, metrics
 
-    return train_step
+
+def update(
+    losses: Losses,
+    optimizer: optax.GradientTransformation,
+    carry: Carry,
+    key: jax.Array,
+    index: jax.Array,
+    base: PyTree,
+    batch: TrainBatch,
+    policies: Policies,
+    weights: Weights,
+) -> tuple[Carry, dict[str, jax.Array]]:
+    """One optimiser update, the step's `index`-th, on its part of the rows: (what the next one needs, metrics)."""
+    objective = losses.objective
+    batch = _minibatch(batch, objective.minibatches, index)
+    draws = draw_rows(key, objective, batch, losses.grid, losses.diffusion)
+    grads, found = gradients(losses, carry.lora, base, batch, policies, weights, draws)
+    total = _sum(grads)
+    changes, opt_state = optimizer.update(total, carry.opt_state, carry.lora)
+    lora = optax.apply_updates(carry.lora, changes)
+    decay = jnp.minimum(objective.ema_decay, (1.0 + carry.count) / (10.0 + carry.count))
+    lora_ema = schedules.ema_update(carry.lora_ema, lora, decay)
+    return Carry(lora, lora_ema, opt_state, carry.count + 1), _measures(objective, found, grads, total, changes)
+
+
+def gradients(
+    losses: Losses,
+    lora: PyTree,
+    base: PyTree,
+    batch: TrainBatch,
+    policies: Policies,
+    weights: Weights,
+    draws: Draw,
+) -> tuple[dict[str, PyTree], dict[str, jax.Array]]:
+    """Gradients of the mean loss over rows and draws, by name of the pass; every row's losses by name."""
+    objective, passes, rows = losses.objective, losses.passes(), batch.rows
+    micro = objective.micro_batch or rows
+    if rows % micro:
+        raise ValueError(f"objective.micro_batch = {micro} does not divide the {rows} rollouts of an update")
+    pieces = rows // micro
+
+    def accumulate(accumulated, job):
+        number, part = job
+        # Rows of every device: neighbours lie on one, and would have to be sent to all the others.
+        take = lambda x, axis: _deal(x, axis, pieces, part)  # noqa: E731
+        piece, draw = batch, jax.tree.map(lambda x: x[number], draws)
+        if pieces > 1:
+            piece, draw = _rows(batch, take), jax.tree.map(lambda x: take(x, 0), draw)
+        grads, found = {}, {}
+        for name, loss_fn in passes:
+            # One after the other, so that only one pass's activations are in memory.
+            executor, grads = jax.lax.optimization_barrier((lora, grads)) if grads else (lora, grads)
+            grads[name], of_pass = jax.grad(loss_fn, has_aux=True)(executor, base, policies, piece, draw, weights)
+            found |= of_pass
+        return jax.tree.map(jnp.add, accumulated, grads), found
+
+    zeros = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), lora) for name, _ in passes}
+    jobs = (jnp.repeat(jnp.arange(objective.draws), pieces), jnp.tile(jnp.arange(pieces), objective.draws))
+    grads, found = jax.lax.scan(accumulate, zeros, jobs)
+    return jax.tree.map(lambda g: g / (rows * objective.draws), grads), found
 
 
 def draw_rows(
@@ -124,7 +188,7 @@ def draw_rows(
     Raises:
       ValueError: `tied` does not divide the rows.
     """
-    rows, draws = batch.latents.shape[0], objective.draws
+    rows, draws = batch.rows, objective.draws
     tied = objective.tied or rows
     if rows % tied:
         raise ValueError(f"objective.tied = {tied} does not divide the {rows} rollouts of an update")
@@ -156,48 +220,10 @@ def draw_rows(
 
 def _minibatch(batch: TrainBatch, parts: int, index: jax.Array) -> TrainBatch:
     """Every parts-th row, and so rollouts of every group (and, on many devices, of every device)."""
-    rows = batch.latents.shape[0]
+    rows = batch.rows
     if rows % parts:
         raise ValueError(f"objective.minibatches = {parts} does not divide the {rows} rollouts of a step")
     return batch if parts == 1 else _rows(batch, lambda x, axis: _deal(x, axis, parts, index % parts))
-
-
-def _gradients(
-    passes: list[Pass],
-    objective: Objective,
-    lora: PyTree,
-    base: PyTree,
-    batch: TrainBatch,
-    policies: Policies,
-    weights: Weights,
-    draws: Draw,
-) -> tuple[dict[str, PyTree], dict[str, jax.Array]]:
-    """Gradients of the mean loss over rows and draws, by name of the pass; every row's losses by name."""
-    rows = batch.latents.shape[0]
-    micro = objective.micro_batch or rows
-    if rows % micro:
-        raise ValueError(f"objective.micro_batch = {micro} does not divide the {rows} rollouts of an update")
-    pieces = rows // micro
-
-    def one(accumulated, job):
-        number, part = job
-        # Rows of every device: neighbours lie on one, and would have to be sent to all the others.
-        take = lambda x, axis: _deal(x, axis, pieces, part)  # noqa: E731
-        piece, draw = batch, jax.tree.map(lambda x: x[number], draws)
-        if pieces > 1:
-            piece, draw = _rows(batch, take), jax.tree.map(lambda x: take(x, 0), draw)
-        grads, losses = {}, {}
-        for name, function in passes:
-            # One after the other, so that only one pass's activations are in memory.
-            executor, grads = jax.lax.optimization_barrier((lora, grads)) if grads else (lora, grads)
-            grads[name], found = jax.grad(function, has_aux=True)(executor, base, policies, piece, draw, weights)
-            losses |= found
-        return jax.tree.map(jnp.add, accumulated, grads), losses
-
-    zeros = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), lora) for name, _ in passes}
-    jobs = (jnp.repeat(jnp.arange(objective.draws), pieces), jnp.tile(jnp.arange(pieces), objective.draws))
-    grads, losses = jax.lax.scan(one, zeros, jobs)
-    return jax.tree.map(lambda g: g / (rows * objective.draws), grads), losses
 
 
 def _sum(grads: dict[str, PyTree]) -> PyTree:
@@ -234,8 +260,8 @@ def _rows(batch: TrainBatch, take: Callable) -> TrainBatch:
     def first(tree):
         return jax.tree.map(lambda x: take(x, 0), tree)
 
-    def second(x):
-        return None if x is None else take(x, 1)
+    def second(tree):
+        return jax.tree.map(lambda x: take(x, 1), tree)
 
     return TrainBatch(
         task=first(batch.task),

@@ -10,7 +10,7 @@ others need no judgment and are means over all rows.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from world_distill.core import flow, losses, metrics, sampling
 from world_distill.core.guidance import with_guidance
 from world_distill.interfaces import ModelFamily
 from world_distill.settings.objective import Objective
-from world_distill.structs import PyTree, TrainBatch
+from world_distill.structs import Latents, LatentSpec, PyTree, TrainBatch
 
 
 class Draw(NamedTuple):
@@ -52,7 +52,7 @@ class Pass(NamedTuple):
     """(lora, base, policies, rows, draw, weights) -> (weighted sum, losses [r] by name)."""
 
     name: str  # whose gradient it gives: "anchor", "rl", or "both" where one forward pass serves both
-    function: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,22 +92,22 @@ class Losses:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The anchor on the rollout's own states."""
         assert rows.states is not None
-        x, t = self._frames(rows.states, draw.visited), self._times(draw.visited)
+        x, t = self._latents(rows.states, draw.visited), self._times(draw.visited)
         v = self.family.denoise(base, lora, x, t, rows.task)
         if rows.demonstrator is None:
             v_d = self._demonstrator(base, x, t, rows)
         else:
-            v_d = self._frames(rows.demonstrator, draw.visited)
+            v_d = self._latents(rows.demonstrator, draw.visited)
         return self._total(self._anchor(v, v_d), weights, draw)
 
     def on_renoised(
         self, lora: PyTree, base: PyTree, policies: Policies, rows: TrainBatch, draw: Draw, weights: Weights
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """AWM or DiffusionNFT, and all anchors that look at re-noised clips."""
-        objective, mask = self.objective, self.family.free_frames
+        objective, streams, mask = self.objective, self.family.latents, self._counts
         t = self._times(draw.renoised)
-        eps = sampling.initial_noise(draw.keys, rows.task.scene, self.family.latent_shape, mask)
-        x_t = sampling.pin_frames(flow.interpolate(rows.latents, eps, t), rows.task.scene, mask)
+        eps = sampling.initial_noise(draw.keys, rows.task.scene, streams)
+        x_t = sampling.pin(flow.interpolate(rows.latents, eps, t), rows.task.scene, streams)
         target = flow.velocity(rows.latents, eps)
 
         def executor(weights_):
@@ -134,10 +134,10 @@ class Losses:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Flow-GRPO on the rollout's own stochastic steps, with its exact KL to the base told the task."""
         assert rows.states is not None and rows.log_probs is not None and rows.advantages is not None
-        objective, at, mask = self.objective, draw.steps, self.family.free_frames
+        objective, at, mask = self.objective, draw.steps, self._counts
         t, t_next = self._times(at), self._times(at + 1)
         g = jnp.asarray(self.diffusion, jnp.float32)[at]
-        x, x_next = self._frames(rows.states, at), self._frames(rows.states, at + 1)
+        x, x_next = self._latents(rows.states, at), self._latents(rows.states, at + 1)
         _, mean, std = sampling.sde_step(x, self.family.denoise(base, lora, x, t, rows.task), t, t_next, g, None)
         log_prob = sampling.gaussian_log_prob(x_next, mean, std, mask)
         out = {}
@@ -150,8 +150,8 @@ class Losses:
             out["kl"] = losses.flow_grpo_kl(mean, mean_base, std, mask)
         return self._total(out, weights, draw)
 
-    def _awm(self, v, target, t, advantages, v_old: Callable[[], jax.Array]) -> dict[str, jax.Array]:
-        objective, mask = self.objective, self.family.free_frames
+    def _awm(self, v, target, t, advantages, v_old: Callable[[], Latents]) -> dict[str, jax.Array]:
+        objective, mask = self.objective, self._counts
 
         def likelihood(velocity):
             m = losses.velocity_gap(velocity, target, mask)
@@ -167,13 +167,13 @@ class Losses:
         named = self.objective.awm_old if self.objective.rl == "awm" else self.objective.nft_old
         return policies.old if named == "ema" else policies.start
 
-    def _demonstrator(self, base: PyTree, x_t: jax.Array, t: jax.Array, rows: TrainBatch) -> jax.Array:
-        """The Demonstrator's velocity [r f h w c], without gradient."""
+    def _demonstrator(self, base: PyTree, x_t: Latents, t: jax.Array, rows: TrainBatch) -> Latents:
+        """The Demonstrator's velocity [r n ...], without gradient."""
         demonstrate = with_guidance(self.family.denoise, self.guidance, rows.negative)
         return jax.lax.stop_gradient(demonstrate(base, None, x_t, t, rows.solution))
 
-    def _anchor(self, v: jax.Array, v_d: jax.Array) -> dict[str, jax.Array]:
-        mask = self.family.free_frames
+    def _anchor(self, v: Latents, v_d: Latents) -> dict[str, jax.Array]:
+        mask = self._counts
         gap = losses.velocity_gap if self.objective.anchor_loss == "mse" else losses.decoupled_gap
         diagnostics = metrics.velocity_diagnostics(v, v_d, mask)
         return {"anchor": gap(v, v_d, mask)} | {f"velocity_{name}": value for name, value in diagnostics.items()}
@@ -191,9 +191,18 @@ class Losses:
     def _times(self, at: jax.Array) -> jax.Array:
         return jnp.asarray(self.grid, jnp.float32)[at]
 
-    def _frames(self, values: jax.Array, at: jax.Array) -> jax.Array:
-        """Latents [r f h w c] of values [k r f p], each row's at its own index."""
-        return each(values, at).reshape(-1, *self.family.latent_shape)
+    @property
+    def _counts(self) -> dict[str, np.ndarray]:
+        return sampling.counted(self.family.latents)
+
+    def _latents(self, values: Latents, at: jax.Array) -> Latents:
+        """Latents [r n ...] of values [k r n p], each row's at its own index."""
+        return in_shape({name: each(x, at) for name, x in values.items()}, self.family.latents)
+
+
+def in_shape(values: Latents, streams: Mapping[str, LatentSpec]) -> dict[str, jax.Array]:
+    """Latents [... n ...] of the flat form in which they are kept, [... n p]."""
+    return {name: values[name].reshape(*values[name].shape[:-2], *spec.shape) for name, spec in streams.items()}
 
 
 def each(values: jax.Array, indices: jax.Array) -> jax.Array:

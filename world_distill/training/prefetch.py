@@ -73,4 +73,4 @@ class Experience:
     def _roll(self, lora: PyTree, step: int) -> tuple[list[str], Pending]:
         self._states[step] = self._tasks.get_state()
         tasks = self._collector.draw(self._tasks, step)
-        return tasks["ids"], self._collector.begin(lora, self._base, tasks, self._key, step)
+        return tasks.ids, self._collector.begin(lora, self._base, tasks, self._key, step)

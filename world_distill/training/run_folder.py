@@ -65,7 +65,7 @@ def make_evaluator(config, family: ModelFamily, mesh: jax.sharding.Mesh, benchma
     # Evaluation always samples the ODE: a stochastic sampler serves training only.
     grid, _ = build.sampler_grid(config)
     return Evaluator(
-        family, mesh, benchmark, grid=grid, batch=config.evaluate_batch, text_length=config.text_length,
+        family, mesh, benchmark, grid=grid, batch=config.evaluate_batch, lengths=build.text_lengths(family, config),
         seed=config.seed, guidance=Guidance.of(config),
     )  # fmt: skip
 
@@ -122,9 +122,9 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
       UserError: a family or an Executor without LoRA, or other layers or another rank than the config's.
       TensorFileError: no LoRA file, or one of another model.
     """
-    if family.lora_names is None or not config.executor.rank:
+    if family.published is None or not config.executor.rank:
         raise UserError(f"config.executor.start = {path!r}: only LoRA of a published family can be read from a file")
-    found = read_lora(path, family.lora_names, family.kernel_shapes(), scale=family.lora_scale)
+    found = read_lora(path, family.published.lora_names, family.kernel_shapes(), scale=family.lora_scale)
     have, want = ({n: x.shape for n, x in array_store.by_name(tree).items()} for tree in (found, state.lora))
     if lines := base_model.differences(have, want):
         raise UserError(

@@ -95,9 +95,10 @@ def _check_weights(path: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...
 
 def load_codec(family: ModelFamily, config: ConfigDict) -> PyTree:
     """The parts of the base that decode clips and encode scenes; nothing is read where the codec has no weights."""
-    if not family.codec_parts:
+    parts = tuple(dict.fromkeys((*family.codec.parts, *family.encoders.parts)))
+    if not parts:
         return {}
-    return load_base(family, config, start_devices(config), parts=family.codec_parts)
+    return load_base(family, config, start_devices(config), parts=parts)
 
 
 def differences(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -11,17 +11,18 @@ import json
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from world_distill.errors import UserError
-from world_distill.interfaces import ModelFamily, PublishedFamily
+from world_distill.interfaces import ModelFamily, PublishedLayout
 from world_distill.models.tensor_map import Entry
 from world_distill.structs import PyTree
 
@@ -32,7 +33,7 @@ NAME = "diffusion_pytorch_model"
 
 def write_merged(
     out: pathlib.Path,
-    family: PublishedFamily,
+    family: ModelFamily,
     base: PyTree,
     executor: PyTree,
     *,
@@ -44,23 +45,25 @@ def write_merged(
     The folder appears when it is whole. With `source`, the other parts of that pipeline are copied beside.
 
     Raises:
-      UserError: OUT exists, or SOURCE is no published pipeline.
+      UserError: OUT exists, SOURCE is no published pipeline, or nobody publishes models of this family.
     """
+    layout = published_layout(family)
     check_target(out, source)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     summary = {"tensors": 0, "bytes": 0}
     try:
-        for part, config in family.published_configs(base).items():
+        configs = layout.configs(base)
+        for part, config in configs.items():
             folder = temporary / part
             folder.mkdir(parents=True)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            lora = executor if part == "transformer" else None
-            entries = family.entries()[part]
+            lora = executor if part == family.adapted else None
+            entries = layout.entries()[part]
             tensors = _tensors(entries, base[part], lora, family.lora_scale, jnp.dtype(dtype), part)
             for key, value in _write_shards(folder, tensors, entries, jnp.dtype(dtype).itemsize).items():
                 summary[key] += value
         for path in sorted(source.iterdir()) if source else ():
-            if path.name not in ("transformer", "vae"):
+            if path.name not in configs:
                 (shutil.copytree if path.is_dir() else shutil.copy)(path, temporary / path.name)
         temporary.rename(out)
     finally:
@@ -76,11 +79,11 @@ def check_target(out: pathlib.Path, source: pathlib.Path | None) -> None:
         raise UserError(f"--source {source}: no model_index.json there; name the folder of the whole pipeline")
 
 
-def published_family(family: ModelFamily) -> PublishedFamily:
-    """The family, if others have weights of it. Raises UserError."""
-    if family.lora_names is None:
+def published_layout(family: ModelFamily) -> PublishedLayout:
+    """The layout in which others have weights of the family. Raises UserError where nobody has."""
+    if family.published is None:
         raise UserError(f"model family {family.name} has no published layout to export to")
-    return cast(PublishedFamily, family)  # which has the rest, too
+    return family.published
 
 
 def count_tensors(lora: PyTree) -> int:
@@ -92,33 +95,22 @@ def _tensors(
     entries: list[Entry], base: PyTree, lora: PyTree | None, scale: float, dtype: np.dtype, part: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of one part under its published name, the Executor added."""
+    weights, executor = flatten_dict(base, sep="."), flatten_dict(lora or {}, sep=".")
     for entry in tqdm(entries, desc=part, unit="array", disable=None):
-        *parents, last = entry.path.split(".")
-        array = jax.device_get(_at(base, [*parents, last])).astype(np.float32)
-        array = array + _change(lora, parents, last, scale)
+        array = jax.device_get(weights[entry.path]).astype(np.float32) + _change(executor, entry.path, scale)
         for name, tensor in entry.scatter(array).items():
             yield name, tensor.astype(dtype)
 
 
-def _change(lora: PyTree | None, parents: list[str], last: str, scale: float) -> np.ndarray | float:
-    """What an Executor adds to one array."""
-    if lora is None:
+def _change(executor: Mapping[str, Any], path: str, scale: float) -> np.ndarray | float:
+    """What an Executor, by dotted paths, adds to the array at `path`."""
+    if (full := executor.get(f"full.{path}")) is not None:
+        return jax.device_get(full)
+    layer, _, last = path.rpartition(".")
+    if last != "kernel" or f"{layer}.a" not in executor:
         return 0.0
-    if "full" in lora:
-        return jax.device_get(_at(lora["full"], [*parents, last]))
-    layer = _at(lora, parents)
-    if last != "kernel" or layer is None or not isinstance(layer.get("a"), jax.Array):
-        return 0.0
-    a, b = jax.device_get((layer["a"], layer["b"]))
+    a, b = jax.device_get((executor[f"{layer}.a"], executor[f"{layer}.b"]))
     return scale * (a @ b)
-
-
-def _at(tree: PyTree, path: list[str]) -> Any:
-    for name in path:
-        if tree is None:
-            return None
-        tree = tree.get(name)
-    return tree
 
 
 def _write_shards(

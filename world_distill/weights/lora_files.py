@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from flax.traverse_util import unflatten_dict
 
 from world_distill.devices.sharding import tree_shardings
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
-from world_distill.models.tensor_map import put
 from world_distill.storage.safetensors_folder import TensorFileError, open_tensors
 from world_distill.storage.weight_files import save_weights
 from world_distill.structs import PyTree
@@ -56,10 +56,8 @@ def write_lora(
     header = {"format": "pt", **(metadata or {})}
     if layout == "diffusers":
         header[METADATA_KEY] = adapter_metadata(tensors)
-    tree: PyTree = {}
-    for name, tensor in tensors.items():
-        put(tree, name, tensor.astype(jnp.dtype(dtype)))
-    save_weights(path, tree, header)
+    cast = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
+    save_weights(path, unflatten_dict(cast, sep="."), header)
 
 
 def read_lora(
@@ -99,7 +97,7 @@ def load_lora(path: str | os.PathLike, family: ModelFamily, mesh: jax.sharding.M
       UserError: a family that is not published has no LoRA files.
       TensorFileError: as `read_lora`.
     """
-    if family.lora_names is None:
+    if family.published is None:
         raise UserError(f"{path}: model family {family.name} has no LoRA files; name the folder of a run")
-    lora = read_lora(path, family.lora_names, family.kernel_shapes(), scale=family.lora_scale)
+    lora = read_lora(path, family.published.lora_names, family.kernel_shapes(), scale=family.lora_scale)
     return jax.device_put(lora, tree_shardings(mesh, family.lora_axes(lora), lora))

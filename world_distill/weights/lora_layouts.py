@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from world_distill.models.tensor_map import put
 from world_distill.structs import PyTree
 
 Layout = Literal["diffusers", "comfy"]
@@ -130,7 +130,7 @@ def lora_tree(
         raise ValueError(f"it was made for a model of other sizes: {_some(misfits, '; ')}")
 
     rank = max(a.shape[1] for a, _ in changes.values())
-    tree: PyTree = {}
+    factors = {}
     for path in sorted({layer.path for layer in changes}):
         *stack, i, o = shapes[path]
         a, b = np.zeros((*stack, i, rank), np.float32), np.zeros((*stack, rank, o), np.float32)
@@ -138,8 +138,8 @@ def lora_tree(
             if layer.path == path:
                 at = (layer.block,) if stack else ()
                 a[*at, :, : len(up)], b[*at, : len(up)] = down, up
-        put(tree, path, {"a": a, "b": b})
-    return tree
+        factors[path] = {"a": a, "b": b}
+    return unflatten_dict(factors, sep=".")
 
 
 def _layers(names: Mapping[str, tuple[str, str]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Layer]:

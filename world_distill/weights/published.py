@@ -3,20 +3,31 @@
 import json
 import pathlib
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from world_distill.errors import UserError
 from world_distill.models.tensor_map import Published
 from world_distill.models.wan import params as wan
 
-# Class of the transformer in diffusers -> family, and what reads its folder.
-_READERS = {"WanTransformer3DModel": ("wan", wan.describe)}
+
+class _Reader(NamedTuple):
+    """What is read of one family's published folder."""
+
+    family: str
+    parts: tuple[str, ...]  # folders
+    describe: Callable[..., Published]  # takes the config.json of each part, by its name
+
+
+# By the class of the transformer in diffusers.
+_READERS = {"WanTransformer3DModel": _Reader("wan", ("transformer", "vae"), wan.describe)}
+_PARTS = tuple(dict.fromkeys(part for reader in _READERS.values() for part in reader.parts))
 
 # Of a model on the Hugging Face hub, no more than what is converted; its text encoder is the larger part.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = (
     "model_index.json",
-    *(f"{part}/*.{kind}" for part in ("transformer", "vae") for kind in ("safetensors", "json")),
+    *(f"{part}/*.{kind}" for part in _PARTS for kind in ("safetensors", "json")),
 )
 
 
@@ -47,22 +58,22 @@ def describe(folder: pathlib.Path) -> tuple[str, Published]:
     Raises:
       UserError: no diffusers folder, or of no family that is known, or with parts that are not built here.
     """
-    configs = {part: _read_config(folder / part / "config.json") for part in ("transformer", "vae")}
-    kind = configs["transformer"].get("_class_name")
+    kind = _read_config(folder / "transformer" / "config.json").get("_class_name")
     if kind not in _READERS:
         known = ", ".join(sorted(_READERS))
         raise UserError(f"{folder}/transformer is a {kind}; what can be converted: {known}")
     index = folder / "model_index.json"
     if index.exists() and any(_read_config(index).get("transformer_2") or ()):
         raise UserError(f"{folder} has two transformers, one for the noisier half; such a model is not built here")
-    family, read = _READERS[kind]
+    reader = _READERS[kind]
+    configs = {part: _read_config(folder / part / "config.json") for part in reader.parts}
     try:
-        model = read(configs["transformer"], configs["vae"])
+        model = reader.describe(**configs)
     except KeyError as error:
         raise UserError(f"{folder}: a config.json of it lacks {error}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder}: {error}") from error
-    return family, model
+    return reader.family, model
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:

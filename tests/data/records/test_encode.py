@@ -1,14 +1,18 @@
 """Encoding: every record gets the latent of its own image and the states of its own texts, each computed once."""
 
 import dataclasses
+import json
 
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import serialization
 
 from world_distill.data.images.png import decode_png, encode_png
+from world_distill.data.records import types
 from world_distill.data.records.encode import encode_records, fit_image
 from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordError, RecordReader, write_records
+from world_distill.data.records.resumable import ResumableSet
 
 COUNT = 14
 
@@ -37,11 +41,13 @@ class Encoder:
 
     def scene(self, images):
         self.batches.append(images.shape)
-        return images[:, None, ::2, ::2].astype(ml_dtypes.bfloat16)
+        glance = images.mean((1, 2)).astype(np.float32)
+        return {"video": images[:, None, ::2, ::2].astype(ml_dtypes.bfloat16), "glance": glance}
 
     def text(self, texts):
         self.texts.append(len(texts))
-        return [np.array([[ord(c), len(t)] for c in t], np.float16) for t in texts]
+        states = [np.array([[ord(c), len(t)] for c in t], np.float16) for t in texts]
+        return {"text": states, "glyphs": [np.repeat(x, 2, axis=0)[:, ::-1] for x in states]}
 
 
 def run(reader, folder, encoder=None, **changes):
@@ -81,9 +87,9 @@ def test_a_task_without_a_solution_is_encoded_without_one(tmp_path):
     records = [annotated(0, 0), dataclasses.replace(annotated(1, 0), solution=""), annotated(2, 0)]
     write_records(tmp_path, "bare", records, 1)
     encoded = list(run(RecordReader(tmp_path, "bare"), tmp_path))
-    assert [r.solution_text.shape[0] for r in encoded] == [len(r.solution) for r in records]
+    assert [r.solution_states["text"].shape[0] for r in encoded] == [len(r.solution) for r in records]
     for raw, new in zip(records, encoded, strict=True):
-        assert "".join(chr(int(c)) for c in new.task_text[:, 0]) == raw.task
+        assert "".join(chr(int(c)) for c in new.task_states["text"][:, 0]) == raw.task
 
 
 def test_each_record_gets_its_own(reader, tmp_path):
@@ -95,15 +101,17 @@ def test_each_record_gets_its_own(reader, tmp_path):
             raw.id, raw.image_id, raw.task, raw.solution, raw.agent, raw.kind, raw.image_png,
         )  # fmt: skip
         image = decode_png(raw.image_png)
-        assert new.scene.dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(new.scene, image[None, ::2, ::2].astype(ml_dtypes.bfloat16))
-        for text, states in ((raw.task, new.task_text), (raw.solution, new.solution_text)):
-            assert states.dtype == np.float16
-            assert "".join(chr(int(c)) for c in states[:, 0]) == text
-    # Each shard holds a task of every image, the first and the second two of the fifth run: 5 images, 5 and 4.
-    assert encoder.batches == [(2, 8, 12, 3)] * (3 + 3 + 2)  # one shape, so one compilation
+        assert new.scene["video"].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(new.scene["glance"], image.mean((0, 1)).astype(np.float32))
+        np.testing.assert_array_equal(new.scene["video"], image[None, ::2, ::2].astype(ml_dtypes.bfloat16))
+        for text, states in ((raw.task, new.task_states), (raw.solution, new.solution_states)):
+            assert states["text"].dtype == np.float16
+            assert "".join(chr(int(c)) for c in states["text"][:, 0]) == text
+            assert "".join(chr(int(c)) for c in states["glyphs"][::2, 1]) == text
+    # Shards of whole images: two runs of three records each, then one, then one and the two of the fifth run.
+    assert encoder.batches == [(2, 8, 12, 3)] * 3  # one shape, so one compilation
     assert sum(encoder.texts) == 2 * COUNT and max(encoder.texts) == 2
-    assert seen == [(n, COUNT) for n in (0, 2, 4, 5, 7, 9, 10, 12, 14)]
+    assert seen == [(n, COUNT) for n in (0, 6, 9, 14)]
 
 
 def test_an_image_is_encoded_once_for_its_neighbouring_tasks(reader, tmp_path):
@@ -135,10 +143,10 @@ def test_mistakes_are_named(reader, tmp_path):
     with pytest.raises(RecordError, match="would replace the annotated one"):
         run(reader, tmp_path, name="raw")
     assert len(reader) == len(RecordReader(tmp_path, "raw")) == COUNT
-    with pytest.raises(RecordError, match=r"encode_scene returned shape \(2, 4, 6, 3\) for 2 images"):
-        run(reader, tmp_path, name="x", encode_scene=lambda images: encoder.scene(images)[:, 0])
-    with pytest.raises(RecordError, match="encode_text returned shapes"):
-        run(reader, tmp_path, name="x", encode_text=lambda texts: encoder.text(texts)[1:])
+    with pytest.raises(RecordError, match=r"encode_scene returned 'video' of shape \(1, 1, 4, 6, 3\) for 2 images"):
+        run(reader, tmp_path, name="x", encode_scene=lambda images: encoder.scene(images[1:]))
+    with pytest.raises(RecordError, match="encode_text returned 'text' of shapes"):
+        run(reader, tmp_path, name="x", encode_text=lambda texts: encoder.text(texts[1:]))
     odd = AnnotatedRecord("o", "odd", encode_png(picture(0, (8, 8))), "t", "s", "a", "k", {})
     write_records(tmp_path, "mixed", [annotated(0, 0), odd])
     with pytest.raises(RecordError, match="images of different sizes .* give `size`"):
@@ -158,13 +166,13 @@ def whole(reader, tmp_path):
 
 def test_a_killed_job_goes_on_at_the_first_unfinished_shard(reader, whole, tmp_path):
     with pytest.raises(Killed):
-        count(reader, tmp_path, Mortal(2 * 5 + 4), shards=3)  # in the second shard
+        count(reader, tmp_path, Mortal(2 * 6 + 4), shards=3)  # in the second shard
     with pytest.raises(RecordError, match="shards are there, so its writing was cut off"):
         RecordReader(tmp_path, "set")
     encoder, seen = Encoder(), []
     counts = count(reader, tmp_path, encoder, shards=3, progress=lambda *a: seen.append(a))
-    assert counts == {"records": 14, "encoded": 9, "shards": 3, "shards_kept": 1, "shards_missing": 0}
-    assert sum(encoder.texts) == 2 * 9 and seen[0] == (5, 14) and seen[-1] == (14, 14)
+    assert counts == {"records": 14, "encoded": 8, "shards": 3, "shards_kept": 1, "shards_missing": 0}
+    assert sum(encoder.texts) == 2 * 8 and seen[0] == (6, 14) and seen[-1] == (14, 14)
     assert contents(tmp_path) == whole
 
 
@@ -173,9 +181,9 @@ def test_each_shard_by_a_call_of_its_own_in_any_order(reader, whole, tmp_path):
         with pytest.raises(RecordError, match="no readable index"):
             RecordReader(tmp_path, "set")
         counts = count(reader, tmp_path, shards=3, only=shard)
-        assert (counts["encoded"], counts["shards_missing"]) == ([5, 5, 4][shard], left)
+        assert (counts["encoded"], counts["shards_missing"]) == ([6, 3, 5][shard], left)
     assert contents(tmp_path) == whole
-    assert RecordReader(tmp_path, "set").longest_text == RecordReader(tmp_path / "whole", "set").longest_text
+    assert RecordReader(tmp_path, "set").longest_texts == RecordReader(tmp_path / "whole", "set").longest_texts
 
 
 def test_what_is_complete_is_left_alone(reader, tmp_path):
@@ -221,3 +229,93 @@ def test_shards_have_to_be_among_those_there_are(reader, tmp_path):
 def test_more_shards_than_records(reader, tmp_path):
     assert len(run(reader, tmp_path, shards=COUNT + 2)) == COUNT
     assert count(reader, tmp_path, shards=COUNT + 2)["encoded"] == 0
+
+
+# ---- Scenes that records share
+
+
+def test_the_tasks_of_an_image_share_its_scene_on_disk(reader, tmp_path):
+    run(reader, tmp_path, shards=2, name="together")
+    encoded = RecordReader(tmp_path, "together")
+    stored = [types.read_encoded(shard[row])[1] for shard in encoded._shards for row in range(len(shard))]
+    # Runs of one image: rows 0-2 and 3-5, and, after the cut behind a whole image, 6-8 of the first shard.
+    assert stored == [None, 0, 0, None, 3, 3, None, 6, 6] + [None, 0, 0, None, 3]
+    for raw, new in zip(reader, encoded, strict=True):
+        assert new.image_png == raw.image_png and set(new.scene) == {"video", "glance"}
+        np.testing.assert_array_equal(new.scene["video"], decode_png(raw.image_png)[None, ::2, ::2])
+    apart = [dataclasses.replace(r, id=f"{i}", image_id=f"{i}") for i, r in enumerate(encoded)]
+    write_records(tmp_path, "apart", apart, 2)
+    sizes = [
+        sum(len(shard[row]) for shard in RecordReader(tmp_path, name)._shards for row in range(len(shard)))
+        for name in ("together", "apart")
+    ]
+    assert sizes[0] < 0.75 * sizes[1]
+
+
+@pytest.mark.parametrize("change", ["scene", "image_png", "image_id"])
+def test_a_scene_is_shared_only_if_it_is_the_same(reader, tmp_path, change):
+    first, second, *_ = run(reader, tmp_path)
+    other = {
+        "scene": first.scene | {"glance": first.scene["glance"] + 1}, "image_png": first.image_png + b"!",
+        "image_id": "other",
+    }[change]  # fmt: skip
+    write_records(tmp_path, "two", [first, dataclasses.replace(second, **{change: other})])
+    found = RecordReader(tmp_path, "two")
+    assert types.read_encoded(found._shards[0][1])[1] is None
+    np.testing.assert_equal(getattr(found[1], change), other)
+
+
+def test_a_wrong_row_of_a_scene_is_damage(reader, tmp_path):
+    first, second, third, other, *_ = run(reader, tmp_path)
+    for rows, record, message in (
+        ([first.to_bytes(), second.to_bytes(1)], 1, "row 1: its scene is said to be in row 1"),
+        ([first.to_bytes(), second.to_bytes(0), third.to_bytes(1)], 2, "row 1 does not hold the scene"),
+        ([first.to_bytes(), other.to_bytes(0)], 1, f"does not hold the scene of image '{other.image_id}'"),
+    ):
+        write_records(tmp_path, "set", [first])
+        found = RecordReader(tmp_path, "set")
+        found._shards, found._count, found._ends = [rows], len(rows), [len(rows)]
+        with pytest.raises(RecordError, match=message):
+            found[record]
+
+
+# ---- What earlier versions wrote
+
+
+def old_bytes(record):
+    """The record as version 1 wrote it."""
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    fields["scene"] = fields["scene"]["video"]
+    for role in ("task", "solution"):
+        fields[f"{role}_text"] = fields.pop(f"{role}_states")["text"]
+    return b"WDREC\x01" + serialization.msgpack_serialize({"type": "EncodedRecord", "fields": fields})
+
+
+def test_a_complete_set_of_an_earlier_version_is_kept(reader, tmp_path, monkeypatch):
+    """Its records are dealt out to the shards in turn, each with its scene, and runs know their fingerprint."""
+    new = list(run(reader, tmp_path / "new"))
+    old = ResumableSet(
+        tmp_path,
+        "set",
+        2,
+        request={"annotated": reader.fingerprint, "records": COUNT, "size": None},
+        metadata={"a": "b"},
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(EncodedRecord, "to_bytes", lambda record, row: old_bytes(record))
+        for shard in range(2):
+            old.write(shard, new[shard::2])
+        old.join()
+    index = json.loads((tmp_path / "set.json").read_text())
+    longest = index["longest_text"]["text"]
+    (tmp_path / "set.json").write_text(json.dumps(index | {"version": 1, "longest_text": longest}))
+    before = RecordReader(tmp_path, "set")
+    assert before.longest_texts == {"text": longest} and [r.id for r in before] == [r.id for r in reader]
+    for ours, theirs in zip(new, before, strict=True):
+        np.testing.assert_array_equal(ours.scene["video"], theirs.scene["video"])
+        np.testing.assert_array_equal(ours.solution_states["text"], theirs.solution_states["text"])
+    encoder = Encoder()
+    counts = count(reader, tmp_path, encoder, shards=2, metadata={"a": "b"})
+    assert counts == {"records": 14, "encoded": 0, "shards": 2, "shards_kept": 2, "shards_missing": 0}
+    assert not encoder.texts and RecordReader(tmp_path, "set").fingerprint == before.fingerprint
+    assert count(reader, tmp_path, encoder, shards=2, metadata={"a": "c"})["encoded"] == 14

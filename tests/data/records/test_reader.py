@@ -35,9 +35,9 @@ def encoded(i=0, length=3, dtype=np.float32, **changes):
     rng = np.random.default_rng(i)
     fields = dict(
         id=f"r{i}", image_id="i", task="t", solution="s", agent="a", kind="k", image_png=b"",
-        scene=rng.normal(size=(1, 2, 3, 4)).astype(dtype),
-        task_text=rng.normal(size=(length, 5)).astype(dtype),
-        solution_text=rng.normal(size=(length + 2, 5)).astype(dtype),
+        scene={"video": rng.normal(size=(1, 2, 3, 4)).astype(dtype)},
+        task_states={"text": rng.normal(size=(length, 5)).astype(dtype)},
+        solution_states={"text": rng.normal(size=(length + 2, 5)).astype(dtype)},
     )  # fmt: skip
     return EncodedRecord(**fields | changes)
 
@@ -50,13 +50,17 @@ def test_annotated_record_round_trip():
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
 def test_encoded_record_round_trip_keeps_dtype_and_bits(dtype):
     record = encoded(3, dtype=dtype)
-    record = dataclasses.replace(record, scene=record.scene.transpose(0, 2, 1, 3))  # memory out of order
+    record = dataclasses.replace(
+        record, scene={"video": record.scene["video"].transpose(0, 2, 1, 3)}
+    )  # memory out of order
     back = EncodedRecord.from_bytes(record.to_bytes())
     for field in dataclasses.fields(record):
         old, new = getattr(record, field.name), getattr(back, field.name)
-        if isinstance(old, np.ndarray):
-            assert new.dtype == old.dtype and new.shape == old.shape
-            assert new.tobytes() == old.tobytes()
+        if isinstance(old, dict):
+            assert new.keys() == old.keys()
+            for key, array in old.items():
+                assert new[key].dtype == array.dtype and new[key].shape == array.shape
+                assert new[key].tobytes() == array.tobytes()
         else:
             assert new == old
 
@@ -67,12 +71,22 @@ def test_encoded_record_round_trip_keeps_dtype_and_bits(dtype):
         (lambda: annotated(task=""), "task is empty"),
         (lambda: annotated(solution=None), "solution is a NoneType"),
         (lambda: annotated(source={"n": 3}), "source has entries that are not text"),
-        (lambda: encoded(scene=np.zeros((2, 2, 2, 1))), "scene has 2 frames"),
-        (lambda: encoded(scene=np.zeros((2, 2, 1))), r"scene has shape \(2, 2, 1\), not 4 axes"),
-        (lambda: encoded(task_text=np.zeros((0, 5))), "task_text has shape"),
-        (lambda: encoded(task_text=np.zeros((2, 5), int)), "task_text is int64"),
-        (lambda: encoded(task_text=np.full((2, 5), np.nan)), "task_text has values that are not finite"),
-        (lambda: encoded(scene=np.full((1, 1, 1, 1), np.inf, ml_dtypes.bfloat16)), "scene has values"),
+        (lambda: encoded(scene={}), "scene holds no arrays by name"),
+        (lambda: encoded(scene=np.zeros(3)), "scene is a ndarray, not dict"),
+        (lambda: encoded(scene={"video": [1.0]}), "scene 'video' is a list, not an array"),
+        (
+            lambda: encoded(scene={"video": np.zeros((0, 2))}),
+            r"scene 'video' has shape \(0, 2\), not axes with content",
+        ),
+        (lambda: encoded(task_states={"text": np.zeros((0, 5))}), "task_states 'text' has shape"),
+        (lambda: encoded(task_states={"text": np.zeros((2, 5, 1))}), "task_states 'text' has shape .*, not 2 axes"),
+        (lambda: encoded(task_states={"text": np.zeros((2, 5), int)}), "task_states 'text' is int64"),
+        (lambda: encoded(task_states={"text": np.full((2, 5), np.nan)}), "'text' has values that are not finite"),
+        (
+            lambda: encoded(task_states={"clip": np.zeros((2, 5))}),
+            r"task states are \['clip'\], solution states \['text'\]",
+        ),
+        (lambda: encoded(scene={"video": np.full((1, 1), np.inf, ml_dtypes.bfloat16)}), "scene 'video' has values"),
     ],
 )
 def test_bad_records_are_not_written(make, message):
@@ -102,7 +116,7 @@ def test_other_type_version_or_magic_is_refused():
 
 def test_whole_bytes_with_wrong_contents_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(types, "_check", lambda record: None)
+        patch.setattr(types, "_check", lambda record, scene_row=None: None)
         data = annotated(task=3).to_bytes()
     with pytest.raises(RecordError, match="record 'r0': task is a int, not str"):
         AnnotatedRecord.from_bytes(data)
@@ -158,7 +172,7 @@ def test_fingerprint_tells_contents_apart(tmp_path):
 
 def test_longest_text_is_in_the_index(tmp_path):
     write_records(tmp_path, "set", [encoded(0, 3), encoded(1, 8), encoded(2, 4)])
-    assert RecordReader(tmp_path, "set").longest_text == {"length": 10, "id": "r1"}
+    assert RecordReader(tmp_path, "set").longest_texts == {"text": {"length": 10, "id": "r1"}}
 
 
 @pytest.mark.parametrize(
@@ -167,8 +181,11 @@ def test_longest_text_is_in_the_index(tmp_path):
         ([], "no records to write"),
         ([annotated(0), annotated(0)], "two records have the id 'r0'"),
         ([annotated(0), encoded(1)], "one record type"),
-        ([encoded(0), encoded(1, scene=np.zeros((1, 2, 2, 4), np.float32))], "record 'r1': scene shape"),
-        ([encoded(0, solution_text=np.zeros((2, 6), np.float32))], "record 'r0': scene shape and text widths"),
+        ([encoded(0), encoded(1, scene={"video": np.zeros((1, 2, 2, 4), np.float32)})], "record 'r1': scene shape"),
+        (
+            [encoded(0, solution_states={"text": np.zeros((2, 6), np.float32)})],
+            "record 'r0': scene shapes and text widths",
+        ),
     ],
 )
 def test_refused_data_sets_leave_the_old_one(tmp_path, records, message):

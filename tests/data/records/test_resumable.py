@@ -19,8 +19,8 @@ def make(i, generation="0"):
 
 
 def encoded(i, length=3, width=4, dtype=np.float32):
-    text = np.ones((length, width), dtype)
-    return EncodedRecord(f"r{i}", "i", "t", "s", "a", "k", np.ones((1, 2, 2, 1), np.float32), text, text, b"")
+    text, scene = {"text": np.ones((length, width), dtype)}, {"video": np.ones((1, 2, 2, 1), np.float32)}
+    return EncodedRecord(f"r{i}", "i", "t", "s", "a", "k", scene, text, text, b"")
 
 
 def part(shard, generation="0"):
@@ -101,7 +101,7 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path):
         join([], [])
     assert not (tmp_path / "set.json").exists()
     join([encoded(0, 3)], [encoded(1, 9)])
-    assert RecordReader(tmp_path, "set").longest_text == {"length": 9, "id": "r1"}
+    assert RecordReader(tmp_path, "set").longest_texts == {"text": {"length": 9, "id": "r1"}}
 
 
 def test_bad_names_are_refused(tmp_path):

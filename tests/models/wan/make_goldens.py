@@ -12,7 +12,6 @@ from typing import Any
 
 import diffusers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import PIL.Image
@@ -20,6 +19,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 from world_distill.core import sampling
+from world_distill.structs import LatentSpec
 
 FOLDER = pathlib.Path(__file__).parent / "goldens"
 TRANSFORMER = {
@@ -130,7 +130,7 @@ def loops(seed: int, grid: tuple[int, int, int], tokens: int, steps: int = 8) ->
     f, h, w = grid
     keys = sampling.sample_keys(jax.random.key(seed, impl="threefry2x32"), np.arange(2))
     shape = (f, h, w, TRANSFORMER["in_channels"])
-    noise = np.moveaxis(np.array(sampling.initial_noise(keys, jnp.zeros((2, 1, *shape[1:])), shape, None)), -1, 1)
+    noise = np.moveaxis(np.array(sampling.draw_noise(keys, 0, {"video": LatentSpec(shape)})["video"]), -1, 1)
     text = torch.randn(2, tokens, TRANSFORMER["text_dim"], generator=generator)
     negative = torch.randn(1, tokens, TRANSFORMER["text_dim"], generator=generator)
     image = np.random.default_rng(seed).integers(256, size=(16 * h, 16 * w, 3), dtype=np.uint8)

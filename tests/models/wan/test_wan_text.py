@@ -70,18 +70,18 @@ def pipelines_states(folder, dtype, length=512):
 
 def test_states_are_the_pipelines_in_float32(folder):
     states = UMT5TextEncoder(folder, dtype="float32", stored="float32", batch=3).encode(TEXTS)
-    padded, mask = pad_texts(states, 512)
+    padded = pad_texts(states, 512)
     expected = pipelines_states(folder, "float32")
     assert len({len(s) for s in states}) == len(TEXTS) and np.abs(expected).max() > 1
-    np.testing.assert_allclose(padded, expected, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(mask, np.abs(expected).max(-1) > 0)
+    np.testing.assert_allclose(padded.states, expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(padded.mask, np.abs(expected).max(-1) > 0)
 
 
 def test_states_are_the_pipelines_in_bfloat16(folder):
     exact = pipelines_states(folder, "float32")
     own = np.abs(pipelines_states(folder, "bfloat16") - exact).max()  # what bfloat16 costs the pipeline
     states = UMT5TextEncoder(folder).encode(TEXTS)
-    padded, _ = pad_texts(states, 512)
+    padded = pad_texts(states, 512).states
     assert padded.dtype == ml_dtypes.bfloat16
     assert np.abs(padded.astype(np.float32) - exact).max() < 1.5 * own
 

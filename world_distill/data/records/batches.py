@@ -5,61 +5,126 @@ records of that order. So the tasks of a step do not depend on the number of pro
 on. A process reads only the records that it names as needed.
 """
 
+import dataclasses
 import json
 import operator
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import grain
 import numpy as np
 
 from world_distill.data.records.reader import EncodedRecord, RecordError, RecordReader
+from world_distill.structs import Condition, Texts, Tokens
 
-# A batch is a dict of
-#   ids image_ids task solution agent kind   [str] * b
-#   image_png                                [bytes] * b
-#   scene                                    [b 1 h w c] float32
-#   task_text solution_text                  [b l d] in the type of the records, zero where the mask is False
-#   task_mask solution_mask                  [b l] bool
-# and in training
-#   numbers                                  [b] which of the step's tasks these are, rising
-#   count                                    int, tasks of the step, those that other processes have read too
-Batch = dict[str, Any]
+ROLES = ("task", "solution")  # the text that the Executor is told, and the one for the Demonstrator
+Role = Literal["task", "solution"]
+Arrays = dict[str, np.ndarray]
 
 
-def collate(records: Sequence[EncodedRecord], text_length: int) -> Batch:
-    """Records to one batch, texts padded with zeros to `text_length`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskBatch:
+    """Tasks with their scenes and texts, on the host.
 
-    Raises RecordError naming the record whose text is longer: a cut text would be another task.
+    Attributes:
+      ids, image_ids, task, solution, agent, kind: [b] of the records.
+      image_png: [b] the scenes' PNG files.
+      scene: [b ...] by name, in the type of the records.
+      texts: padded states of each role's text.
+      numbers: [b] which of the step's tasks these are, rising (training).
+      count: tasks of the step, with those that other processes have read (training).
+      weight: [b] float32, 0 on rows that fill up the last batch (one pass).
     """
-    batch: Batch = {
-        "ids": [r.id for r in records],
-        "image_ids": [r.image_id for r in records],
-        **{k: [getattr(r, k) for r in records] for k in ("task", "solution", "agent", "kind", "image_png")},
-        "scene": np.stack([r.scene for r in records]).astype(np.float32),
-    }
-    for name in ("task", "solution"):
-        texts = [getattr(r, f"{name}_text") for r in records]
-        for record, text in zip(records, texts, strict=True):
-            if len(text) > text_length:
-                raise _too_long(record.id, len(text), text_length)
-        padded, mask = pad_texts(texts, text_length)
-        batch |= {f"{name}_text": padded, f"{name}_mask": mask}
-    return batch
+
+    ids: list[str]
+    image_ids: list[str]
+    task: list[str]
+    solution: list[str]
+    agent: list[str]
+    kind: list[str]
+    image_png: list[bytes]
+    scene: Arrays
+    texts: dict[str, Texts]
+    numbers: np.ndarray
+    count: int
+    weight: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def condition(self, role: Role) -> Condition:
+        """The scenes and one text of each; arrays on the host."""
+        return Condition(self.texts[role], dict(self.scene))
+
+    def check_solutions(self) -> None:
+        """Raises RecordError, naming the record, if one has no solution to tell the Demonstrator."""
+        for record, solution in zip(self.ids, self.solution, strict=True):
+            if not solution:
+                raise RecordError(
+                    f"record {record!r} has no solution for the Demonstrator: it is for evaluating what is told the"
+                    " task"
+                )
 
 
-def with_solutions(batch: Batch) -> Batch:
-    """The batch. Raises RecordError, naming the record, if one of it has no solution to tell the Demonstrator."""
-    for record, solution in zip(batch["ids"], batch["solution"], strict=True):
-        if not solution:
-            raise RecordError(
-                f"record {record!r} has no solution for the Demonstrator: it is for evaluating what is told the task"
-            )
-    return batch
+def collate(records: Sequence[EncodedRecord], lengths: Mapping[str, int]) -> TaskBatch:
+    """Records to one batch, texts padded with zeros to `lengths`, by the name of the states.
+
+    Raises RecordError naming the record whose text is longer (a cut text would be another task), or that has other
+    arrays.
+    """
+    texts = {}
+    for role in ROLES:
+        states = [getattr(r, f"{role}_states") for r in records]
+        for record, of_record in zip(records, states, strict=True):
+            if of_record.keys() != lengths.keys():
+                raise RecordError(
+                    f"record {record.id!r} has text states {sorted(of_record)}, this model reads {sorted(lengths)}:"
+                    " encode the records for it"
+                )
+            for name, text in of_record.items():
+                if len(text) > lengths[name]:
+                    raise _too_long(record.id, len(text), lengths[name])
+        texts[role] = pad(states, lengths)
+    return TaskBatch(
+        ids=[r.id for r in records],
+        image_ids=[r.image_id for r in records],
+        task=[r.task for r in records],
+        solution=[r.solution for r in records],
+        agent=[r.agent for r in records],
+        kind=[r.kind for r in records],
+        image_png=[r.image_png for r in records],
+        scene=stack_scenes([r.scene for r in records]),
+        texts=texts,
+        numbers=np.arange(len(records)),
+        count=len(records),
+        weight=np.ones(len(records), np.float32),
+    )
 
 
-def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """States [b length d] in the texts' own type, zero behind each text's end, and the mask [b length] of what is real.
+def stack_scenes(scenes: Sequence[Mapping[str, np.ndarray]]) -> Arrays:
+    """The arrays [b ...] of several scenes, by name."""
+    return {name: np.stack([scene[name] for scene in scenes]) for name in scenes[0]}
+
+
+def scene_problem(scene: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> str | None:
+    """How a record's scene differs from what a model reads (`Encoders.scenes`); None: it does not."""
+    have = {name: array.shape for name, array in scene.items()}
+    want = {name: tuple(array.shape) for name, array in expected.items()}
+    if have == want:
+        return None
+    return (
+        f"scenes are {have}, and this model and size read {want}: encode the records for it, or take the size that they"
+        " were encoded for"
+    )
+
+
+def pad(states: Sequence[Mapping[str, np.ndarray]], lengths: Mapping[str, int]) -> Texts:
+    """Texts, each as states [l d] by name, as padded `Tokens` by name; see `pad_texts`."""
+    return {name: pad_texts([text[name] for text in states], length) for name, length in lengths.items()}
+
+
+def pad_texts(texts: Sequence[np.ndarray], length: int) -> Tokens:
+    """States [b length d] in the texts' own type, zero behind each text's end, and the mask [b length] of real ones.
 
     Raises ValueError if a text is longer.
     """
@@ -67,24 +132,26 @@ def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.
     if longest > length:
         raise ValueError(f"a text of {longest} tokens does not fit into {length}")
     dtype = np.result_type(*{text.dtype for text in texts})
-    padded = np.zeros((len(texts), length, texts[0].shape[1]), dtype)
-    mask = np.zeros((len(texts), length), bool)
+    padded: Any = np.zeros((len(texts), length, texts[0].shape[1]), dtype)
+    mask: Any = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts):
         padded[row, : len(text)] = text
         mask[row, : len(text)] = True
-    return padded, mask
+    return Tokens(padded, mask)
 
 
 class TaskBatches:
     """Endless draws of tasks for training; see `task_batches`."""
 
-    def __init__(self, records: grain.MapDataset, identity: dict[str, Any], tasks_per_step: int, text_length: int):
+    def __init__(
+        self, records: grain.MapDataset, identity: dict[str, Any], tasks_per_step: int, lengths: Mapping[str, int]
+    ):
         self._records, self._identity = records, identity
-        self.tasks_per_step, self._text_length = tasks_per_step, text_length
+        self.tasks_per_step, self._lengths = tasks_per_step, lengths
         self._next = 0  # draws so far
 
-    def take(self, needed: Sequence[int] | np.ndarray | None = None, *, draws: int = 1) -> Batch:
-        """The tasks of the next `draws` draws, one draw after the other, as one batch; see `Batch`.
+    def take(self, needed: Sequence[int] | np.ndarray | None = None, *, draws: int = 1) -> TaskBatch:
+        """The tasks of the next `draws` draws, one draw after the other, as one batch.
 
         Args:
           needed: numbers of the tasks to read, in [0, draws * tasks_per_step); None reads all. Each process may need
@@ -100,9 +167,10 @@ class TaskBatches:
         if len(numbers) and not 0 <= numbers[0] <= numbers[-1] < count:
             raise IndexError(f"tasks {numbers[0]} to {numbers[-1]} of a step that has {count}")
         records: Any = [self._records[first + int(number)] for number in numbers]
-        batch = with_solutions(collate(records, self._text_length))
+        batch = collate(records, self._lengths)
+        batch.check_solutions()
         self._next += draws
-        return batch | {"numbers": numbers, "count": count}
+        return dataclasses.replace(batch, numbers=numbers, count=count)
 
     def get_state(self) -> bytes:
         """Where the iterator stands: JSON, the same on every process, to be kept in the checkpoint."""
@@ -125,55 +193,55 @@ class TaskBatches:
         self._next = at
 
 
-def task_batches(reader: RecordReader, *, tasks_per_step: int, seed: int, text_length: int) -> TaskBatches:
+def task_batches(reader: RecordReader, *, tasks_per_step: int, seed: int, lengths: Mapping[str, int]) -> TaskBatches:
     """Endless, deterministic draws of tasks.
 
     Args:
       reader: encoded records.
       tasks_per_step: tasks of a draw, those of all processes together.
       seed: of the shuffling, in [0, 2**32).
-      text_length: tokens to pad to.
+      lengths: tokens to pad to, by the name of the text states.
 
     Raises:
       ValueError: an argument out of its range.
-      RecordError: not encoded records, or a text longer than `text_length`.
+      RecordError: not encoded records, or a text longer than `lengths`.
     """
     if tasks_per_step < 1:
         raise ValueError(f"a step of {tasks_per_step} tasks")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} is not in [0, 2**32)")
-    _check_reader(reader, text_length)
+    _check_reader(reader, lengths)
     identity = {
         "data": reader.fingerprint, "records": len(reader), "seed": seed, "tasks_per_step": tasks_per_step,
     }  # fmt: skip
     records = grain.MapDataset.source(reader).shuffle(seed=seed).repeat()
-    return TaskBatches(records, identity, tasks_per_step, text_length)
+    return TaskBatches(records, identity, tasks_per_step, lengths)
 
 
 def fixed_batches(
     reader: RecordReader,
     batch_size: int,
     *,
-    text_length: int,
+    lengths: Mapping[str, int],
     indices: Sequence[int] | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
-    """One pass in order, in batches of one size, each with a `weight` [b] float32.
+) -> Iterator[TaskBatch]:
+    """One pass in order, in batches of one size, each with its `weight`.
 
     `indices` are the records to take, all without it. The last batch repeats the last record to be full; `weight` is 1
     on real rows and 0 on repeated ones. `batch_size` counts the rows of all processes, of which this one gets its
     contiguous part. Raises like `task_batches`, before the first batch is asked for.
     """
     rows = _rows(batch_size, process_index, process_count)
-    _check_reader(reader, text_length)
+    _check_reader(reader, lengths)
     chosen = range(len(reader)) if indices is None else indices
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[TaskBatch]:
         for start in range(0, len(chosen), batch_size):
             places = np.arange(start, start + batch_size)[process_index * rows :][:rows]
-            batch = collate([reader[chosen[min(i, len(chosen) - 1)]] for i in places], text_length)
-            yield batch | {"weight": (places < len(chosen)).astype(np.float32)}
+            batch = collate([reader[chosen[min(i, len(chosen) - 1)]] for i in places], lengths)
+            yield dataclasses.replace(batch, weight=(places < len(chosen)).astype(np.float32))
 
     return batches()
 
@@ -186,14 +254,16 @@ def _rows(total: int, process_index: int, process_count: int) -> int:
     return total // process_count
 
 
-def _check_reader(reader: RecordReader, text_length: int) -> None:
+def _check_reader(reader: RecordReader, lengths: Mapping[str, int]) -> None:
     """Raises before a long job starts what would otherwise stop it at some later step."""
     if reader.record_type is not EncodedRecord:
         raise RecordError(f"{reader} has not been encoded for a model; encode it first")
-    longest = reader.longest_text
-    if longest is not None and longest["length"] > text_length:
-        raise _too_long(longest["id"], longest["length"], text_length)
+    for name, longest in reader.longest_texts.items():
+        if longest["length"] > lengths.get(name, longest["length"]):
+            raise _too_long(longest["id"], longest["length"], lengths[name])
 
 
-def _too_long(record: str, length: int, text_length: int) -> RecordError:
-    return RecordError(f"record {record!r} has a text of {length} tokens, and text_length is {text_length}: raise it")
+def _too_long(record: str, length: int, limit: int) -> RecordError:
+    return RecordError(
+        f"record {record!r} has a text of {length} tokens, and texts are padded to {limit}: raise config.text_length"
+    )

@@ -1,5 +1,6 @@
-"""Annotated records to encoded ones: every scene to a latent and every text to its states, before training.
+"""Annotated records to encoded ones: every scene and every text to arrays, before training.
 
+A shard holds whole images, in the order of the annotated records, so that the tasks of an image can share its scene.
 Shards are finished one after another (`resumable`), so a job that was cut off goes on at the first unfinished one, and
 several machines with one folder can do a shard each.
 """
@@ -30,8 +31,8 @@ def encode_records(
     out_dir: str | os.PathLike,
     *,
     name: str,
-    encode_scene: Callable[[np.ndarray], np.ndarray],
-    encode_text: Callable[[Sequence[str]], list[np.ndarray]],
+    encode_scene: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+    encode_text: Callable[[Sequence[str]], Mapping[str, Sequence[np.ndarray]]],
     shards: int = 1,
     only: int | None = None,
     batch: int = 8,
@@ -42,15 +43,16 @@ def encode_records(
     """Writes data set `name` of EncodedRecords, in the order of `reader`, or what is missing of it.
 
     Finished shards are kept if they are of the same request: the same annotated records, `shards`, `size` and
-    `metadata`, which therefore has to name whatever the encoders depend on. The first new shard takes away the index of
-    an older data set of that name; the new index is written by whoever finds all shards finished.
+    `metadata`, which therefore has to name whatever the encoders depend on. A complete data set of the same request
+    that an earlier version of this program wrote is kept, too. The first new shard takes away the index of an older
+    data set of that name; the new index is written by whoever finds all shards finished.
 
     Args:
-      reader: annotated records; those of one image should stand together, for then it is encoded once a shard.
+      reader: annotated records; those of one image should stand together, for then it is encoded and stored once.
       out_dir: folder of the new data set.
       name: of the new data set; not that of `reader` if in the same folder.
-      encode_scene: as `ModelFamily.encode_scene`; always called with `batch` images, so that it compiles once.
-      encode_text: as `ModelFamily.encode_text`; called with at most `batch` texts.
+      encode_scene: as `Encoders.scene`; always called with `batch` images, so that it compiles once.
+      encode_text: as `Encoders.text`; called with at most `batch` texts.
       shards: files to spread the records over.
       only: the one shard to write, from 0; None writes all. Each may be written by another process.
       batch: images, and texts, at a time.
@@ -76,8 +78,16 @@ def encode_records(
     if only is not None and not 0 <= only < shards:
         raise RecordError(f"no shard {only} among {shards}: they are counted from 0 to {shards - 1}")
     request = {"annotated": reader.fingerprint, "records": len(reader), "size": size}
-    target = ResumableSet(out_dir, name, shards, request=request, metadata=metadata)
-    wanted = {shard: range(shard, len(reader), shards) for shard in (range(shards) if only is None else [only])}
+    counts = {"records": len(reader), "encoded": 0, "shards": shards, "shards_kept": 0, "shards_missing": 0}
+    if _is_kept(ResumableSet(out_dir, name, shards, request=request, metadata=metadata)):
+        if progress is not None:
+            progress(len(reader), len(reader))
+        return counts | {"shards_kept": shards if only is None else 1}
+    parts = _whole_images(reader, shards)
+    target = ResumableSet(
+        out_dir, name, shards, request=request | {"order": "images"}, metadata=metadata, sequential=True
+    )
+    wanted = dict(enumerate(parts)) if only is None else {only: parts[only]}
     missing = [shard for shard in wanted if target.note(shard) is None]
     total, encoded = sum(map(len, wanted.values())), 0
     kept = total - sum(len(wanted[shard]) for shard in missing)
@@ -93,10 +103,26 @@ def encode_records(
         records = (reader[i] for i in wanted[shard])
         target.write(shard, _encode(records, encode_scene, encode_text, batch, size, report))
     left = target.join()
-    return {
-        "records": len(reader), "encoded": encoded, "shards": shards, "shards_kept": len(wanted) - len(missing),
-        "shards_missing": len(left),
-    }  # fmt: skip
+    return counts | {"encoded": encoded, "shards_kept": len(wanted) - len(missing), "shards_missing": len(left)}
+
+
+def _is_kept(target: ResumableSet) -> bool:
+    """Whether an earlier version has finished this data set, whose records were dealt out to the shards in turn."""
+    if not (target.folder / f"{target.name}.json").exists():
+        return False
+    return all(target.note(shard) is not None for shard in range(target.shards))
+
+
+def _whole_images(reader: RecordReader, shards: int) -> list[range]:
+    """The records of each shard: neighbours, about as many in each, and all of an image's in one."""
+    starts = [0]
+    for shard in range(1, shards):
+        at = max(len(reader) * shard // shards, starts[-1])
+        while 0 < at < len(reader) and reader[at].image_id == reader[at - 1].image_id:
+            at += 1
+        starts.append(at)
+    ends = [*starts[1:], len(reader)]
+    return [range(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def _encode(
@@ -122,7 +148,8 @@ def _encode(
             fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "source"}
             fields |= {"image_png": pngs[record.image_id], "scene": scenes[record.image_id]}
             task = next(texts)
-            yield EncodedRecord(**fields, task_text=task, solution_text=next(texts) if record.solution else task[:0])
+            solution = next(texts) if record.solution else {key: states[:0] for key, states in task.items()}
+            yield EncodedRecord(**fields, task_states=task, solution_states=solution)
         report(len(part))
 
 
@@ -140,26 +167,31 @@ def _by_images(records: Iterable[AnnotatedRecord], batch: int) -> Iterator[list[
         yield part
 
 
-def _scenes(images: dict[str, np.ndarray], encode_scene: Callable, batch: int) -> dict[str, np.ndarray]:
-    """Latent [1 h w c] of every image."""
+def _scenes(images: dict[str, np.ndarray], encode_scene: Callable, batch: int) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of every image, by name."""
     sizes = {image.shape for image in images.values()}
     if len(sizes) > 1:
         raise RecordError(f"images of different sizes {sorted(sizes)} (such as {next(iter(images))}): give `size`")
     pixels = np.stack(list(images.values()))
     filling = np.repeat(pixels[-1:], batch - len(pixels), axis=0)
-    latents = np.asarray(encode_scene(np.concatenate([pixels, filling])))
-    if latents.ndim != 5 or latents.shape[:2] != (batch, 1):
-        raise RecordError(f"encode_scene returned shape {latents.shape} for {batch} images, not [{batch} 1 h w c]")
-    return dict(zip(images, latents, strict=False))
+    arrays = {name: np.asarray(array) for name, array in encode_scene(np.concatenate([pixels, filling])).items()}
+    for name, array in arrays.items():
+        if array.ndim < 2 or array.shape[0] != batch:
+            raise RecordError(f"encode_scene returned {name!r} of shape {array.shape} for {batch} images")
+    return {image: {name: array[i] for name, array in arrays.items()} for i, image in enumerate(images)}
 
 
-def _texts(texts: list[str], encode_text: Callable, batch: int) -> list[np.ndarray]:
-    """States [l d] of every text."""
-    states = []
+def _texts(texts: list[str], encode_text: Callable, batch: int) -> list[dict[str, np.ndarray]]:
+    """States [l d] of every text, by name."""
+    found = []
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
-        states.append([np.asarray(s) for s in encode_text(part)])
-        if len(states[-1]) != len(part) or any(s.ndim != 2 for s in states[-1]):
-            shapes = [s.shape for s in states[-1]]
-            raise RecordError(f"encode_text returned shapes {shapes} for {len(part)} texts, not one [l d] a text")
-    return [s for part in states for s in part]
+        states = {name: [np.asarray(s) for s in arrays] for name, arrays in encode_text(part).items()}
+        for name, arrays in states.items():
+            if len(arrays) != len(part) or any(s.ndim != 2 for s in arrays):
+                shapes = [s.shape for s in arrays]
+                raise RecordError(
+                    f"encode_text returned {name!r} of shapes {shapes} for {len(part)} texts, not one [l d] a text"
+                )
+        found += [{name: arrays[i] for name, arrays in states.items()} for i in range(len(part))]
+    return found

@@ -4,14 +4,15 @@
 set's index does not name it, so records that were encoded without a negative text stay valid, and another text is
 encoded in seconds while the records stay as they are.
 
-Its bytes are `WDNEG`, one byte of format version, the sha256 of the rest, and a msgpack map of the fields.
+Its bytes are `WDNEG`, one byte of format version, the sha256 of the rest, and a msgpack map of the fields. Version 2
+holds states by name; version 1 had one array, which is read as `text`.
 """
 
 import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-from world_distill.data.records.batches import pad_texts
+from world_distill.data.records.batches import pad
 from world_distill.data.records.reader import RecordReader
 from world_distill.data.records.shard_files import disk, write_atomically
-from world_distill.data.records.types import RecordError
+from world_distill.data.records.types import TEXT, RecordError
 from world_distill.devices import hosts
 from world_distill.devices.sharding import replicated
 from world_distill.settings.guidance import Guidance
-from world_distill.structs import Negative
+from world_distill.structs import Texts
 
-_START = b"WDNEG\x01"
+_START, _VERSION = b"WDNEG", 2
 _HASH_BYTES = hashlib.sha256().digest_size
 
 
@@ -38,7 +39,7 @@ class NegativeText:
 
     text: str
     text_encoder: str  # as the index of the records names it
-    states: np.ndarray  # [l d] true length, no padding
+    states: dict[str, np.ndarray]  # [l d] by name, as `Encoders.text`, true length
 
     @property
     def fingerprint(self) -> str:
@@ -57,7 +58,7 @@ def keep_negative(
     text: str,
     *,
     text_encoder: str,
-    encode_text: Callable[[Sequence[str]], list[np.ndarray]],
+    encode_text: Callable[[Sequence[str]], Mapping[str, Sequence[np.ndarray]]],
 ) -> bool:
     """Encodes the negative text of record set `name`, unless its file has this text by this encoder already.
 
@@ -76,12 +77,16 @@ def keep_negative(
         found = None  # missing or damaged
     if found is not None and (found.text, found.text_encoder) == (text, text_encoder):
         return False
-    states = [np.asarray(x) for x in encode_text([text])]
-    if len(states) != 1 or states[0].ndim != 2 or not jnp.issubdtype(states[0].dtype, jnp.floating):
-        raise RecordError(f"encode_text returned {[x.shape for x in states]} for the negative text, not one [l d]")
-    if not np.isfinite(states[0].astype(np.float32)).all():
-        raise RecordError("the states of the negative text are not finite")
-    write_negative(path.parent, name, NegativeText(text, text_encoder, states[0]))
+    states = {}
+    for key, arrays in encode_text([text]).items():
+        found = [np.asarray(x) for x in arrays]
+        if len(found) != 1 or found[0].ndim != 2 or not jnp.issubdtype(found[0].dtype, jnp.floating):
+            shapes = [x.shape for x in found]
+            raise RecordError(f"encode_text returned {key!r} of shapes {shapes} for the negative text, not one [l d]")
+        if not np.isfinite(found[0].astype(np.float32)).all():
+            raise RecordError(f"the states {key!r} of the negative text are not finite")
+        states[key] = found[0]
+    write_negative(path.parent, name, NegativeText(text, text_encoder, states))
     return True
 
 
@@ -90,7 +95,7 @@ def write_negative(folder: str | os.PathLike, name: str, negative: NegativeText)
     path, body = negative_path(folder, name), _body(negative)
     with disk(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _START + hashlib.sha256(body).digest() + body)
+        write_atomically(path, _START + bytes([_VERSION]) + hashlib.sha256(body).digest() + body)
 
 
 def read_negative(folder: str | os.PathLike, name: str) -> NegativeText | None:
@@ -102,10 +107,14 @@ def read_negative(folder: str | os.PathLike, name: str) -> NegativeText | None:
         return None
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error}") from error
-    head, body = data[: len(_START) + _HASH_BYTES], data[len(_START) + _HASH_BYTES :]
-    if head != _START + hashlib.sha256(body).digest():
+    at = len(_START) + 1
+    head, digest, body = data[:at], data[at : at + _HASH_BYTES], data[at + _HASH_BYTES :]
+    version = next((number for number in (1, _VERSION) if head == _START + bytes([number])), None)
+    if version is None or digest != hashlib.sha256(body).digest():
         raise RecordError(f"{path} is damaged, or of another version: call `world-distill encode` again")
     fields: Any = serialization.msgpack_restore(body)
+    if version == 1:
+        fields["states"] = {TEXT: fields["states"]}
     return NegativeText(**fields)
 
 
@@ -114,23 +123,32 @@ def _body(negative: NegativeText) -> bytes:
 
 
 def load_negative(
-    reader: RecordReader, guidance: Guidance, text_length: int, mesh: jax.sharding.Mesh
-) -> Negative | None:
+    reader: RecordReader, guidance: Guidance, lengths: Mapping[str, int], mesh: jax.sharding.Mesh
+) -> Texts | None:
     """The states of the config's negative text, from beside the records, on every device; None without guidance.
+
+    Args:
+      reader: encoded records.
+      guidance: of the config.
+      lengths: tokens to pad to, by the name of the text states.
+      mesh: devices.
 
     Raises:
       RecordError: the records have no negative text, another one, or one that does not fit them.
     """
     if not guidance.used:
         return None
-    kept = _kept(reader, guidance.negative, text_length)
+    kept = _kept(reader, guidance.negative, lengths)
     hosts.agree("negative text", kept.fingerprint)
-    states, mask = pad_texts([kept.states], text_length)
-    place = lambda x: hosts.place(x[0], replicated(mesh))  # noqa: E731
-    return Negative(place(states), place(mask))
+    return jax.tree.map(lambda x: hosts.place(x, replicated(mesh)), pad_negative(kept.states, lengths))
 
 
-def _kept(reader: RecordReader, text: str, text_length: int) -> NegativeText:
+def pad_negative(states: Mapping[str, np.ndarray], lengths: Mapping[str, int]) -> Texts:
+    """One text's states [l d] by name, padded, without a batch axis: what guidance leads away from."""
+    return jax.tree.map(lambda x: x[0], pad([states], lengths))
+
+
+def _kept(reader: RecordReader, text: str, lengths: Mapping[str, int]) -> NegativeText:
     folder, name = reader.index_path.parent, reader.index_path.stem
     path, kept = negative_path(folder, name), read_negative(folder, name)
     again = (
@@ -143,25 +161,22 @@ def _kept(reader: RecordReader, text: str, text_length: int) -> NegativeText:
         raise RecordError(
             f"{path} is of the negative text {kept.text!r}, and config.demonstrator.negative is {text!r}: {again}"
         )
-    encoder, states = reader.metadata.get("text_encoder", ""), reader[0].task_text
-    if kept.text_encoder != encoder or kept.states.shape[1] != states.shape[1] or kept.states.dtype != states.dtype:
+    encoder = reader.metadata.get("text_encoder", "")
+    have, want = _kinds(kept.states), _kinds(reader[0].task_states)
+    if kept.text_encoder != encoder or have != want:
         raise RecordError(
-            f"{path} has states by text encoder {kept.text_encoder!r} ({kept.states.shape[1]} wide, "
-            f"{kept.states.dtype}), the records by {encoder!r} ({states.shape[1]} wide, {states.dtype}): {again}"
+            f"{path} has states by text encoder {kept.text_encoder!r} ({have}), the records by {encoder!r} ({want}):"
+            f" {again}"
         )
-    if len(kept.states) > text_length:
-        raise RecordError(
-            f"the negative text in {path} has {len(kept.states)} tokens, and text_length is {text_length}: raise it"
-        )
+    for key, states in kept.states.items():
+        if len(states) > lengths[key]:
+            raise RecordError(
+                f"the negative text in {path} has {len(states)} tokens, and texts are padded to {lengths[key]}: raise"
+                " config.text_length"
+            )
     return kept
 
 
-def abstract_negative(guidance: Guidance, text_length: int, width: int, dtype, mesh) -> Negative | None:
-    """Shapes and shardings of `load_negative`'s result."""
-    if not guidance.used:
-        return None
-
-    def make(shape: tuple[int, ...], kind) -> Any:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=replicated(mesh))
-
-    return Negative(make((text_length, width), dtype), make((text_length,), np.bool_))
+def _kinds(states: Mapping[str, np.ndarray]) -> str:
+    """Width and type of states by name."""
+    return ", ".join(f"{name}: {x.shape[1]} wide, {x.dtype}" for name, x in sorted(states.items()))

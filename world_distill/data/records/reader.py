@@ -9,6 +9,7 @@ are refused. Folders are on a file system (not `gs://`): atomic renames are what
 """
 
 import bisect
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -40,7 +41,15 @@ from world_distill.data.records.shard_files import (
     write_index,
     write_shards,
 )
-from world_distill.data.records.types import VERSION, AnnotatedRecord, EncodedRecord, Record, RecordError
+from world_distill.data.records.types import (
+    READ,
+    TEXT,
+    AnnotatedRecord,
+    EncodedRecord,
+    Record,
+    RecordError,
+    read_encoded,
+)
 
 __all__ = [
     "AnnotatedRecord", "EncodedRecord", "Record", "RecordError", "RecordReader",
@@ -103,7 +112,7 @@ class RecordReader:
             )
         self.record_type: type = TYPES[index["type"]]
         self.metadata: dict[str, str] = index["metadata"]
-        self.longest_text: dict | None = index["longest_text"]  # {"length", "id"} of encoded records
+        self.longest_texts: dict[str, dict] = _longest_texts(index)  # of encoded records: {name: {"length", "id"}}
         # Two readers of the same bytes have the same fingerprint.
         self.fingerprint = hashlib.sha256("".join(s["sha256"] for s in index["shards"]).encode()).hexdigest()[:16]
         self.shards = len(index["shards"])  # how many files
@@ -133,12 +142,25 @@ class RecordReader:
             shard = bisect.bisect_right(self._ends, i)
             row = i - (self._ends[shard - 1] if shard else 0)
         try:
-            return self.record_type.from_bytes(self._shards[shard][row])
+            return self._read(shard, row)
         except (RecordError, RuntimeError, OSError) as error:
             path = list(self._hashes)[shard]
             raise RecordError(
                 f"{path}, row {row}: {error}; the shard is damaged: copy it, or write the data set again"
             ) from error
+
+    def _read(self, shard: int, row: int) -> Any:
+        if self.record_type is not EncodedRecord:
+            return self.record_type.from_bytes(self._shards[shard][row])
+        record, scene_row = read_encoded(self._shards[shard][row])
+        if scene_row is None:
+            return record
+        if not scene_row < row:
+            raise RecordError(f"its scene is said to be in row {scene_row}")
+        full, further = read_encoded(self._shards[shard][scene_row])
+        if further is not None or full.image_id != record.image_id:
+            raise RecordError(f"row {scene_row} does not hold the scene of image {record.image_id!r}")
+        return dataclasses.replace(record, scene=full.scene, image_png=full.image_png)
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -165,9 +187,12 @@ def _read_index(path: pathlib.Path) -> dict:
         raise RecordError(f"{path}: the index is damaged ({error}): write the data set again") from error
     if not isinstance(index, dict) or index.get("format") != INDEX_FORMAT:
         raise RecordError(f"{path} is not the index of a data set: give the folder and name of one")
-    if index.get("version") != VERSION:
+    kind = index.get("type")
+    known = READ[TYPES[kind]] if isinstance(kind, str) and kind in TYPES else (1,)
+    if index.get("version") not in known:
         raise RecordError(
-            f"{path}: format version {index.get('version')}, this program reads {VERSION}: write the data set again"
+            f"{path}: format version {index.get('version')}, this program reads {' and '.join(map(str, known))}: write"
+            " the data set again"
         )
     try:
         problem = _contradiction(index)
@@ -178,13 +203,23 @@ def _read_index(path: pathlib.Path) -> dict:
     return index
 
 
+def _longest_texts(index: dict) -> dict[str, dict]:
+    longest = index["longest_text"]
+    if longest is None:
+        return {}
+    if not isinstance(longest, dict):
+        raise TypeError("a table of longest texts")
+    return {TEXT: longest} if index["version"] == 1 else longest
+
+
 def _contradiction(index: dict) -> str | None:
     """What in an index cannot be; None if all of it can. Raises KeyError where something is missing, or TypeError."""
     shards = [{key: s[key] for key in ("file", "count", "bytes", "sha256")} for s in index["shards"]]
     counts, files = [s["count"] for s in shards], [s["file"] for s in shards]
     total, order = index["count"], index.get("order")
-    longest = {"length": 0, "id": ""} if index["longest_text"] is None else index["longest_text"]
-    typed = [(index["type"], str), (longest["length"], int), (longest["id"], str)]
+    typed: list[tuple[Any, type]] = [(index["type"], str)]
+    for name, longest in _longest_texts(index).items():
+        typed += [(name, str), (longest["length"], int), (longest["id"], str)]
     typed += [(s[key], int) for s in shards for key in ("count", "bytes")]
     typed += [(s[key], str) for s in shards for key in ("file", "sha256")]
     metadata = index["metadata"] if isinstance(index["metadata"], dict) else {None: None}

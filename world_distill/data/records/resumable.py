@@ -121,9 +121,12 @@ class ResumableSet:
         self._check(notes)
         entries = [{key: note[key] for key in ("file", "count", "bytes", "sha256")} for note in notes]
         kind = next(note["type"] for note in notes if note["count"])
-        texts = [note["longest_text"] for note in notes if note["longest_text"]]
-        longest = max(texts, key=lambda text: text["length"], default=None)
-        index = index_of(kind, entries, longest, self.metadata, sequential=self.sequential)
+        longest: dict[str, Any] = {}
+        for note in notes:
+            for name, text in (note["longest_text"] or {}).items():
+                if text["length"] > longest.get(name, {"length": 0})["length"]:
+                    longest[name] = text
+        index = index_of(kind, entries, longest or None, self.metadata, sequential=self.sequential)
         path = self.folder / f"{self.name}.json"
         with disk(self.folder):
             if not path.exists() or path.read_bytes() != json_bytes(index):

@@ -18,7 +18,7 @@ from typing import Any
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from world_distill.data.records.types import VERSION, AnnotatedRecord, EncodedRecord, Record, RecordError
+from world_distill.data.records.types import VERSIONS, AnnotatedRecord, EncodedRecord, Record, RecordError
 
 INDEX_FORMAT = "world_distill records"
 SEQUENTIAL = "sequential"  # an index's "order"; without one, records are dealt out to the shards in turn
@@ -56,29 +56,48 @@ class Written:
     kind: str | None  # type of the records; None if there are none
     counts: list[int]  # records a shard
     ids: list[str]
-    shapes: list | None  # what all encoded records share: scene shape, width and type of task and solution
-    longest: dict[str, Any] | None  # {"length", "id"} of the longest text of encoded records
+    shapes: list | None  # of all encoded records: of each scene array shape and type, of each text width and type
+    longest: dict[str, Any] | None  # {name: {"length", "id"}} of the longest text of encoded records
 
 
 class _SameShapes:
-    """Holds encoded records to one latent shape and one kind of text states, and remembers the longest text."""
+    """Holds encoded records to one set of arrays and shapes, and remembers the longest text of each name."""
 
     def __init__(self):
         self.first = None
-        self.longest = {"length": 0, "id": ""}
+        self.longest: dict[str, Any] = {}
 
     def add(self, record: EncodedRecord) -> None:
-        task, solution = ([text.shape[1], text.dtype.name] for text in (record.task_text, record.solution_text))
-        shapes = [list(record.scene.shape), task, solution]
+        scene = {name: [list(array.shape), array.dtype.name] for name, array in sorted(record.scene.items())}
+        task, solution = (
+            {name: [text.shape[1], text.dtype.name] for name, text in sorted(states.items())}
+            for states in (record.task_states, record.solution_states)
+        )
+        shapes = [scene, task, solution]
         self.first = self.first or shapes
         if shapes != self.first or task != solution:
             raise RecordError(
-                f"record {record.id!r}: scene shape and text widths {shapes}, others have {self.first}: a data set"
+                f"record {record.id!r}: scene shapes and text widths {shapes}, others have {self.first}: a data set"
                 " holds one family at one resolution"
             )
-        length = max(len(record.task_text), len(record.solution_text))
-        if length > self.longest["length"]:
-            self.longest = {"length": length, "id": record.id}
+        for name, text in record.task_states.items():
+            length = max(len(text), len(record.solution_states[name]))
+            if length > self.longest.get(name, {"length": 0})["length"]:
+                self.longest[name] = {"length": length, "id": record.id}
+
+
+class _SharedScenes:
+    """Rows of one shard that hold a scene which the records behind them may share."""
+
+    def __init__(self):
+        self._row, self._record = 0, None
+
+    def row_of(self, record: EncodedRecord, row: int) -> int | None:
+        """Where the scene of a record that becomes row `row` stands already; None: nowhere."""
+        if self._record is not None and record.shares_scene(self._record):
+            return self._row
+        self._row, self._record = row, record
+        return None
 
 
 def write_shards(paths: Sequence[pathlib.Path], records: Iterable[Record]) -> Written:
@@ -88,6 +107,7 @@ def write_shards(paths: Sequence[pathlib.Path], records: Iterable[Record]) -> Wr
       RecordError: two records have one id, types or shapes differ, or the disk refuses.
     """
     counts, kinds, ids, shapes, writers = [0] * len(paths), set(), {}, _SameShapes(), []
+    shared = [_SharedScenes() for _ in paths]
     try:
         with disk(paths[0].parent):
             for path in paths:
@@ -99,12 +119,15 @@ def write_shards(paths: Sequence[pathlib.Path], records: Iterable[Record]) -> Wr
             if record.id in ids:
                 raise RecordError(f"two records have the id {record.id!r}")
             ids[record.id] = None
+            shard = i % len(paths)
             if isinstance(record, EncodedRecord):
                 shapes.add(record)
-            data = record.to_bytes()
+                data = record.to_bytes(shared[shard].row_of(record, counts[shard]))
+            else:
+                data = record.to_bytes()
             with disk(paths[0].parent):
-                writers[i % len(paths)].write(data)
-            counts[i % len(paths)] += 1
+                writers[shard].write(data)
+            counts[shard] += 1
         with disk(paths[0].parent):
             for path, writer, count in zip(paths, writers, counts, strict=True):
                 writer.close()
@@ -135,9 +158,14 @@ def index_of(
 ) -> dict:
     """The index of a data set of these shards, dealt out in turn, or one after another if `sequential`."""
     index = {
-        "format": INDEX_FORMAT, "version": VERSION, "type": kind, "count": sum(s["count"] for s in shards),
-        "shards": list(shards), "longest_text": longest, "metadata": dict(metadata or {}),
-    }  # fmt: skip
+        "format": INDEX_FORMAT,
+        "version": VERSIONS[TYPES[kind]],
+        "type": kind,
+        "count": sum(s["count"] for s in shards),
+        "shards": list(shards),
+        "longest_text": longest,
+        "metadata": dict(metadata or {}),
+    }
     return index | ({"order": SEQUENTIAL} if sequential else {})
 
 

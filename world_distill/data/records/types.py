@@ -1,18 +1,23 @@
 """What one record is: a task as annotated, and a task as encoded for a model family; and their bytes.
 
-Bytes are `WDREC`, one byte of format version, and a msgpack map of the record's type and fields.
+Bytes are `WDREC`, one byte of format version, and a msgpack map of the record's type and fields. Annotated records are
+of version 1. Encoded records are of version 2, which holds arrays by name; in version 1 they had one scene latent and
+one array of states a text, which are read as `video` and `text`.
+
+Records of one image may share its scene: all but one are stored without it and say in which row of their file it is.
 """
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-VERSION = 1
 _MAGIC = b"WDREC"
+SCENE, TEXT = "video", "text"  # names of the arrays of encoded records of version 1
 
 
 class RecordError(ValueError):
@@ -44,7 +49,7 @@ class AnnotatedRecord:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedRecord:
-    """One task with its scene latent and text states, ready for a model family. Arrays keep their dtype."""
+    """One task with its scene and its text states, ready for a model family. Arrays keep their dtype."""
 
     id: str
     image_id: str
@@ -52,57 +57,106 @@ class EncodedRecord:
     solution: str
     agent: str
     kind: str
-    scene: np.ndarray  # [1 h w c] clean latent of the first frame
-    task_text: np.ndarray  # [l d] true length, no padding
-    solution_text: np.ndarray  # [l d]; l is 0 if there is no solution
-    image_png: bytes  # what was encoded, for reports; may be empty
+    scene: dict[str, np.ndarray]  # arrays of `Encoders.scene` by name, of one image
+    task_states: dict[str, np.ndarray]  # [l d] by name, as `Encoders.text`, true length
+    solution_states: dict[str, np.ndarray]  # the same; l is 0 if there is no solution
+    image_png: bytes  # the image that was encoded, for reports; may be empty
 
-    def to_bytes(self) -> bytes:
-        """The record as bytes. Raises RecordError if a field is not what it says, or an array is not finite."""
-        return _pack(self)
+    def to_bytes(self, scene_row: int | None = None) -> bytes:
+        """The record as bytes; without scene and image if they are to be found in row `scene_row` of the same file.
+
+        Raises RecordError if a field is not what it says, or an array is not finite.
+        """
+        return _pack(self, scene_row)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "EncodedRecord":
-        """The record in `data`; arrays are read-only. Raises RecordError like `AnnotatedRecord.from_bytes`."""
-        return _unpack(cls, data)
+        """The record in `data`; arrays are read-only.
+
+        Raises RecordError like `AnnotatedRecord.from_bytes`, and for a record whose scene is in another row.
+        """
+        record, scene_row = read_encoded(data)
+        if scene_row is not None:
+            raise RecordError(f"record {record.id!r} has its scene in row {scene_row} of its file")
+        return record
+
+    def shares_scene(self, other: "EncodedRecord") -> bool:
+        """Whether both have the same image, and the same arrays of it, bit for bit."""
+        return (
+            (self.image_id, self.image_png) == (other.image_id, other.image_png)
+            and self.scene.keys() == other.scene.keys()
+            and all(_same(array, other.scene[name]) for name, array in self.scene.items())
+        )
+
+
+def _same(x: np.ndarray, y: np.ndarray) -> bool:
+    return x is y or (x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes())
 
 
 Record = AnnotatedRecord | EncodedRecord
-_RANKS = {"scene": 4, "task_text": 2, "solution_text": 2}
+VERSIONS: Mapping[type, int] = {AnnotatedRecord: 1, EncodedRecord: 2}  # written here
+READ: Mapping[type, tuple[int, ...]] = {AnnotatedRecord: (1,), EncodedRecord: (1, 2)}
+_STATES = ("task_states", "solution_states")
+_ARRAYS = ("scene", *_STATES)
 
 
-def _pack(record: Record) -> bytes:
-    _check(record)
+def read_encoded(data: bytes) -> tuple[EncodedRecord, int | None]:
+    """The record in `data`, and the row of its file that holds its scene and image; None: it has them itself.
+
+    Raises RecordError like `AnnotatedRecord.from_bytes`.
+    """
+    return _unpack(EncodedRecord, data)
+
+
+def _pack(record: Record, scene_row: int | None = None) -> bytes:
+    _check(record, scene_row)
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    for name in _RANKS.keys() & fields.keys():
-        if not np.isfinite(fields[name].astype(np.float32)).all():
-            raise RecordError(f"record {record.id!r}: {name} has values that are not finite")
+    for name in _ARRAYS if isinstance(record, EncodedRecord) else ():
+        for key, array in fields[name].items():
+            if not np.isfinite(array.astype(np.float32)).all():
+                raise RecordError(f"record {record.id!r}: {name} {key!r} has values that are not finite")
+    if scene_row is not None:
+        fields |= {"scene": {}, "image_png": b"", "scene_row": scene_row}
     # msgpack, as Flax writes it: text, bytes and arrays (bf16 too) in one value, nothing that can run code on reading
     # (pickle), and no second parser for the strings (safetensors keeps only flat text beside its arrays).
     body = serialization.msgpack_serialize({"type": type(record).__name__, "fields": fields})
-    return _MAGIC + bytes([VERSION]) + body
+    return _MAGIC + bytes([VERSIONS[type(record)]]) + body
 
 
-def _unpack(cls: type, data: bytes) -> Any:
+def _unpack(cls: Any, data: bytes) -> Any:
     data = bytes(data)
     if data[: len(_MAGIC)] != _MAGIC:
         raise RecordError("not a world_distill record (wrong first bytes)")
     version = data[len(_MAGIC)] if len(data) > len(_MAGIC) else None
-    if version != VERSION:
-        raise RecordError(f"record of format version {version}, this program reads {VERSION}: write the data again")
+    if version not in READ[cls]:
+        known = " and ".join(map(str, READ[cls]))
+        raise RecordError(f"record of format version {version}, this program reads {known}: write the data again")
+    record, scene_row = None, None
     try:
         value: Any = serialization.msgpack_restore(data[len(_MAGIC) + 1 :])
         kind, fields = value["type"], value["fields"]
-        record = cls(**fields) if kind == cls.__name__ else None
+        if kind == cls.__name__:
+            if cls is EncodedRecord and version == 1:
+                fields = _from_version_1(fields)
+            scene_row = fields.pop("scene_row", None)
+            record = cls(**fields)
     except Exception as error:  # msgpack has its own exceptions, numpy others: all mean damaged bytes
         raise RecordError(f"damaged record ({type(error).__name__}: {error})") from error
     if record is None:
         raise RecordError(f"this is a {kind}, not the {cls.__name__} asked for")
-    _check(record)
-    return record
+    _check(record, scene_row)
+    return (record, scene_row) if cls is EncodedRecord else record
 
 
-def _check(record: Record) -> None:
+def _from_version_1(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an encoded record of version 1, as those of version 2."""
+    fields = dict(fields)
+    for name in ("task", "solution"):
+        fields[f"{name}_states"] = {TEXT: fields.pop(f"{name}_text")}
+    return fields | {"scene": {SCENE: fields["scene"]}}
+
+
+def _check(record: Record, scene_row: int | None = None) -> None:
     """Raises RecordError unless every field has its type, rank and some content."""
     problems = []
     for field in dataclasses.fields(record):
@@ -110,17 +164,37 @@ def _check(record: Record) -> None:
         kind = typing.get_origin(declared) or declared
         if not isinstance(value, kind):
             problems.append(f"{field.name} is a {type(value).__name__}, not {kind.__name__}")
+        elif field.name in _ARRAYS:
+            problems += _array_problems(record, field.name, value, elsewhere=scene_row is not None)
         elif kind is dict and not all(isinstance(x, str) for item in value.items() for x in item):
             problems.append(f"{field.name} has entries that are not text")
-        elif kind is np.ndarray and not jnp.issubdtype(value.dtype, jnp.floating):
-            problems.append(f"{field.name} is {value.dtype}, not floating point")
-        elif field.name == "solution_text" and not record.solution and value.ndim == 2 and value.shape[0] == 0:
-            continue
-        elif kind is np.ndarray and (value.ndim != _RANKS[field.name] or value.size == 0):
-            problems.append(f"{field.name} has shape {value.shape}, not {_RANKS[field.name]} axes with content")
-        elif field.name == "scene" and value.shape[0] != 1:
-            problems.append(f"scene has {value.shape[0]} frames, not 1")
         elif field.name in ("id", "image_id", "task") and not value:
             problems.append(f"{field.name} is empty")
+    if isinstance(record, EncodedRecord) and not problems:
+        task, solution = (sorted(states) for states in (record.task_states, record.solution_states))
+        if task != solution:
+            problems.append(f"task states are {task}, solution states {solution}")
+    if scene_row is not None and (type(scene_row) is not int or scene_row < 0):
+        problems.append(f"scene_row is {scene_row!r}")
     if problems:
         raise RecordError(f"record {getattr(record, 'id', '?')!r}: " + "; ".join(problems))
+
+
+def _array_problems(record: Any, field: str, arrays: dict[Any, Any], *, elsewhere: bool) -> list[str]:
+    """What is wrong with one of the fields that hold arrays by name."""
+    if field == "scene" and elsewhere:
+        return []
+    if not arrays or not all(isinstance(name, str) for name in arrays):
+        return [f"{field} holds no arrays by name"]
+    problems = []
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            problems.append(f"{field} {name!r} is a {type(array).__name__}, not an array")
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            problems.append(f"{field} {name!r} is {array.dtype}, not floating point")
+        elif field == "solution_states" and not record.solution and array.ndim == 2 and array.shape[0] == 0:
+            continue
+        elif field in _STATES and array.ndim != 2 or array.ndim == 0 or array.size == 0:
+            axes = "2 axes" if field in _STATES else "axes"
+            problems.append(f"{field} {name!r} has shape {array.shape}, not {axes} with content")
+    return problems

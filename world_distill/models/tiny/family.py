@@ -1,5 +1,6 @@
 """`interfaces.ModelFamily` for the small video DiT."""
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -10,23 +11,85 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from world_distill.interfaces import TextSpec
 from world_distill.models import lora as lora_lib
 from world_distill.models.functional import Functional, functional
 from world_distill.models.hashed_words import encode_text
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN, TinyConfig, TinyDiT
-from world_distill.structs import Condition, PyTree
+from world_distill.structs import Condition, Latents, LatentSpec, PyTree
 
 _HERE = pathlib.Path(__file__).parent
 
 
-class TinyFamily:
+@dataclasses.dataclass(frozen=True)
+class TinyCodec:
+    """`interfaces.Codec` without weights.
+
+    Args:
+      patch: pixels a latent cell is high and wide.
+      stride: frames in a latent frame (the first latent frame holds the scene alone).
+    """
+
+    patch: int
+    stride: int
+    parts: tuple[str, ...] = ()
+
+    def decode(self, base: PyTree, latents: Latents) -> jax.Array:
+        return codec.decode(latents["video"], self.patch, self.stride)
+
+    def encode(self, base: PyTree, clips: jax.Array) -> dict[str, jax.Array]:
+        return {"video": codec.encode(clips, self.patch, self.stride)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyEncoders:
+    """`interfaces.Encoders`: the codec for scenes, hashed words for texts.
+
+    Args:
+      codec: encodes the scene.
+      grid: f h w of the latents.
+      channels: of the latents.
+      text_width: of the text states.
+    """
+
+    codec: TinyCodec
+    grid: tuple[int, int, int]
+    channels: int
+    text_width: int
+    image_size: tuple[int, int] | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"words-{self.text_width}"
+
+    @property
+    def scenes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return {"video": jax.ShapeDtypeStruct((1, *self.grid[1:], self.channels), jnp.float32)}
+
+    @property
+    def texts(self) -> Mapping[str, TextSpec]:
+        return {"text": TextSpec(self.text_width, np.dtype(np.float32))}
+
+    def scene(self, base: PyTree, images: np.ndarray) -> dict[str, np.ndarray]:
+        _, height, width, _ = images.shape
+        expected = (self.grid[1] * self.codec.patch, self.grid[2] * self.codec.patch)
+        if (height, width) != expected:
+            raise ValueError(f"scene images are {height}x{width} pixels; this model takes {expected[0]}x{expected[1]}")
+        return jax.tree.map(np.asarray, self.codec.encode(base, jnp.asarray(images)[:, None]))
+
+    def text(self, texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
+        return {"text": [encode_text(text, self.text_width) for text in texts]}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TinyFamily(lora_lib.Adapted):
     """Sizes and pure functions; see `interfaces.ModelFamily` for the contract.
 
     Args:
       config: sizes of the network.
-      patch: pixels a latent cell is high and wide.
-      stride: frames in a latent frame (the first latent frame holds the scene alone).
+      codec: sizes of the codec.
       fps: frames a second at which clips are shown.
       lora_targets: pattern of the layers that LoRA adapts.
       lora_scale: factor on the product of LoRA's factors (alpha / rank).
@@ -34,30 +97,32 @@ class TinyFamily:
         The same function; faster for small layers and many tokens, and a gradient as large as the weights.
     """
 
-    name = "tiny"
-    # By the name that `config.base` gives. Runs that were made with an older base still need it.
-    shipped_bases: Mapping[str, pathlib.Path] = {name: _HERE / f"base_{name}.safetensors" for name in ("1", "2", "3")}
-    image_size: tuple[int, int] | None = None
-    lora_names: Mapping[str, tuple[str, str]] | None = None
-    codec_parts = ()  # the codec has no weights
+    config: TinyConfig
+    codec: TinyCodec
+    fps: float = 4.0
+    lora_targets: str = r"blocks\..*"
+    lora_scale: float = 1.0
+    merge_lora: bool = False
 
-    def __init__(
-        self,
-        config: TinyConfig,
-        *,
-        patch: int,
-        stride: int,
-        fps: float = 4.0,
-        lora_targets: str = r"blocks\..*",
-        lora_scale: float = 1.0,
-        merge_lora: bool = False,
-    ):
-        self.config, self.patch, self.stride, self.fps = config, patch, stride, fps
-        self.lora_targets, self.lora_scale, self.merge_lora = lora_targets, lora_scale, merge_lora
-        self.latent_shape = (*config.grid, config.channels)
-        self.tokens = math.prod(config.grid)
-        self.text_encoder = f"words-{config.text_width}"
-        self.free_frames = np.array([0.0] + [1.0] * (config.grid[0] - 1), np.float32)
+    name = "tiny"
+    adapted = None
+    published = None
+    # By the name that `config.base` gives. Runs that were made with an older base still need it.
+    shipped_bases = {name: _HERE / f"base_{name}.safetensors" for name in ("1", "2", "3")}  # noqa: RUF012  (never changed)
+
+    @functools.cached_property
+    def latents(self) -> Mapping[str, LatentSpec]:
+        """The picture alone, whose first latent frame is the scene."""
+        frames = self.config.grid[0]
+        return {"video": LatentSpec((*self.config.grid, self.config.channels), moves=np.arange(frames) > 0)}
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.config.grid)
+
+    @functools.cached_property
+    def encoders(self) -> TinyEncoders:
+        return TinyEncoders(self.codec, self.config.grid, self.config.channels, self.config.text_width)
 
     @functools.cached_property
     def network(self) -> Functional:
@@ -73,48 +138,29 @@ class TinyFamily:
     def base_axes(self) -> PyTree:
         return self.network.axes()
 
-    def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:
-        if rank is None:
-            return lora_lib.init_full(base)
-        return lora_lib.init_lora(key, base, rank=rank, targets=self.lora_targets)
-
-    def lora_axes(self, lora: PyTree) -> PyTree:
-        return lora_lib.lora_axes(lora, self.base_axes())
-
-    def kernel_shapes(self) -> dict[str, tuple[int, ...]]:
-        return lora_lib.kernel_shapes(jax.eval_shape(self.init_base, jax.random.key(0)))
-
-    def predict_clean(self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition):
-        """Clean latents [b f h w c] that the network sees in x_t; the scene's frame is passed through."""
+    def predict_clean(
+        self, base: PyTree, lora: PyTree | None, x_t: Latents, t: jax.Array, condition: Condition
+    ) -> dict[str, jax.Array]:
+        """Clean latents {"video": [b f h w c]} that the network sees in x_t; the scene's frame is passed through."""
         if self.merge_lora:
             weights, lora = lora_lib.merge(base, lora, self.lora_scale), None
         else:
             weights, lora = lora_lib.apply_full(base, lora)
-        x = jnp.concatenate([condition.scene, x_t[:, 1:]], axis=1)
-        times = t[:, None] * self.free_frames
-        return self.network(weights, x, times, condition.text, condition.text_mask, lora, self.lora_scale)
+        x = jnp.concatenate([condition.scene["video"], x_t["video"][:, 1:]], axis=1)
+        times = t[:, None] * self._free
+        text = condition.text["text"]
+        return {"video": self.network(weights, x, times, text.states, text.mask, lora, self.lora_scale)}
 
-    def denoise(self, base: PyTree, lora: PyTree | None, x_t: jax.Array, t: jax.Array, condition: Condition):
-        clean = self.predict_clean(base, lora, x_t, t, condition)
-        velocity = (x_t - clean) / jnp.maximum(t, T_MIN)[:, None, None, None, None]
-        return velocity * self.free_frames[:, None, None, None]
+    def denoise(
+        self, base: PyTree, lora: PyTree | None, x_t: Latents, t: jax.Array, condition: Condition
+    ) -> dict[str, jax.Array]:
+        clean = self.predict_clean(base, lora, x_t, t, condition)["video"]
+        velocity = (x_t["video"] - clean) / jnp.maximum(t, T_MIN)[:, None, None, None, None]
+        return {"video": velocity * self._free[:, None, None, None]}
 
-    def decode(self, base: PyTree, latents: jax.Array) -> jax.Array:
-        return codec.decode(latents, self.patch, self.stride)
-
-    def encode_clips(self, clips: jax.Array) -> jax.Array:
-        """RGB clips [b F H W 3] uint8 to latents [b f h w c] (pretraining)."""
-        return codec.encode(clips, self.patch, self.stride)
-
-    def encode_scene(self, base: PyTree, images: np.ndarray) -> np.ndarray:
-        _, height, width, _ = images.shape
-        expected = (self.config.grid[1] * self.patch, self.config.grid[2] * self.patch)
-        if (height, width) != expected:
-            raise ValueError(f"scene images are {height}x{width} pixels; this model takes {expected[0]}x{expected[1]}")
-        return np.asarray(codec.encode(jnp.asarray(images)[:, None], self.patch, self.stride))
-
-    def encode_text(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [encode_text(text, self.config.text_width) for text in texts]
+    @property
+    def _free(self) -> np.ndarray:
+        return self.latents["video"].moves.astype(np.float32)
 
 
 def build(
@@ -167,6 +213,5 @@ def build(
         width=width, depth=depth, heads=heads, mlp=mlp, add_scene=add_scene, remat=remat, unroll=unroll,
     )  # fmt: skip
     return TinyFamily(
-        config, patch=patch, stride=stride,
-        lora_targets=lora_targets, lora_scale=lora_scale, merge_lora=merge_lora,
-    )  # fmt: skip
+        config, TinyCodec(patch, stride), lora_targets=lora_targets, lora_scale=lora_scale, merge_lora=merge_lora
+    )

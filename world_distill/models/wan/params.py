@@ -9,6 +9,7 @@ import numpy as np
 from world_distill.models.tensor_map import Entry, Published, same, transpose
 from world_distill.models.wan.modeling import WanConfig
 from world_distill.models.wan.vae import VaeConfig
+from world_distill.structs import PyTree
 
 # What the networks here are built with, key and value in diffusers' config.json; another value is another network.
 _FIXED = {
@@ -40,7 +41,7 @@ def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Publishe
     }  # fmt: skip
     return Published(
         sizes=sizes,
-        entries={"transformer": list(transformer_entries(network)), "vae": list(vae_entries(codec))},
+        entries=WanPublished(network, codec).entries(),
         constants={
             f"vae.{ours}": np.array(vae[theirs], np.float32)
             for ours, theirs in (("mean", "latents_mean"), ("std", "latents_std"))
@@ -80,7 +81,27 @@ def vae_config(config: Mapping[str, Any]) -> VaeConfig:
     )
 
 
-def published_configs(network: WanConfig, codec: VaeConfig, mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class WanPublished:
+    """`interfaces.PublishedLayout` for networks of these sizes."""
+
+    network: WanConfig
+    codec: VaeConfig
+
+    @property
+    def lora_names(self) -> Mapping[str, tuple[str, str]]:
+        return LORA_NAMES
+
+    def entries(self) -> dict[str, list[Entry]]:
+        return {"transformer": list(transformer_entries(self.network)), "vae": list(vae_entries(self.codec))}
+
+    def configs(self, base: PyTree) -> dict[str, dict[str, Any]]:
+        return published_configs(self.network, self.codec, *(np.asarray(base["vae"][k]) for k in ("mean", "std")))
+
+
+def published_configs(
+    network: WanConfig, codec: VaeConfig, mean: np.ndarray, std: np.ndarray
+) -> dict[str, dict[str, Any]]:
     """diffusers' config.json of transformer and vae, from ours: what `describe` reads."""
     pixels = 3 * codec.patch**2
     transformer = {

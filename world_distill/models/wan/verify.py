@@ -12,7 +12,7 @@ import numpy as np
 
 from world_distill.models.parity import PartParity
 from world_distill.models.wan import vae
-from world_distill.models.wan.family import WanFamily, build, make_codec
+from world_distill.models.wan.family import WanFamily, build, codec_sizes
 from world_distill.structs import PyTree
 
 GRID = (3, 4, 6)  # tokens: frames, rows, columns
@@ -22,7 +22,7 @@ TIME = 0.625  # of the frames after the first, which is clean
 
 def parity(sizes: Mapping[str, Any]) -> tuple[WanFamily, dict[str, PartParity]]:
     """The family of these sizes for short, small clips in float32, and the comparison of each part of its base."""
-    codec = make_codec(sizes["vae"])
+    codec = codec_sizes(sizes["vae"])
     side = 2 * codec.space * sizes["patch"]
     small = {"size": (side, side), "frames": 1 + codec.time, "dtype": "float32", "remat": "none"}
     family = build(**{**sizes, **small})
@@ -76,16 +76,15 @@ def _their_transformer(network: Any, x: np.ndarray, t: np.ndarray, text: np.ndar
 
 
 def _vae_inputs(family: WanFamily) -> dict[str, np.ndarray]:
-    assert family.image_size is not None
-    clip = _normal(1, 1 + family.codec.time, *family.image_size, 3)
-    return {"clip": np.clip(clip / 2, -1, 1), "latents": _normal(1, *family.latent_shape)}
+    clip = _normal(1, 1 + family.codec.config.time, *family.size, 3)
+    return {"clip": np.clip(clip / 2, -1, 1), "latents": _normal(1, *family.latents["video"].shape)}
 
 
 def _our_vae(family: WanFamily, weights: PyTree, clip: np.ndarray, latents: np.ndarray) -> dict[str, np.ndarray]:
     encode, decode = (jax.jit(f, static_argnums=2) for f in (vae.encode, vae.decode))
     return {
-        "vae_encode": np.asarray(encode(weights, clip, family.codec)),
-        "vae_decode": np.asarray(decode(weights, latents, family.codec)),
+        "vae_encode": np.asarray(encode(weights, clip, family.codec.config)),
+        "vae_decode": np.asarray(decode(weights, latents, family.codec.config)),
     }
 
 
