@@ -64,7 +64,7 @@ setup(
         "einops>=0.8",
         "ml-collections>=1.1",
         "absl-py>=2.2",
-        "etils[epath]>=1.9",
+        "etils[epath,epy]>=1.12",
         "fsspec>=2024.6",
         "numpy>=2.0",
         "scipy>=1.13",
