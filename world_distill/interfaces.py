@@ -5,7 +5,7 @@ A new model, annotator or judge is a class or a module with these members; nothi
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -86,8 +86,8 @@ class PublishedLayout(Protocol):
         """`models.tensor_map.Entry` of every published tensor, by part of the base."""
         ...
 
-    def configs(self, base: PyTree) -> dict[str, dict[str, Any]]:
-        """config.json of every part."""
+    def configs(self, read: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
+        """config.json of every part; `read` gives an array of the base by its dotted path."""
         ...
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from tests.models.wan.small_wan import CONFIG, load, random_lora
 from world_distill.models.wan.params import transformer_entries
@@ -22,7 +23,8 @@ def base():
 
 
 def merged(base, lora, dtype=np.float32):
-    return dict(_tensors(list(transformer_entries(CONFIG)), base[0], lora, SCALE, np.dtype(dtype), "transformer"))
+    read = flatten_dict({"transformer": base[0]}, sep=".").__getitem__
+    return dict(_tensors(list(transformer_entries(CONFIG)), read, lora, SCALE, np.dtype(dtype), "transformer"))
 
 
 def test_an_adapted_layer_has_the_scaled_product_and_the_others_nothing(base):

@@ -8,6 +8,7 @@ import jax
 from world_distill import build
 from world_distill.errors import UserError
 from world_distill.training import run_folder
+from world_distill.weights import base_model
 from world_distill.weights.export import check_target, count_tensors, published_layout, write_merged
 from world_distill.weights.lora_files import write_lora
 from world_distill.weights.lora_layouts import Layout
@@ -43,10 +44,13 @@ def export_merged(
       UserError: OUT exists, no run or checkpoint there, or SOURCE is no published pipeline.
     """
     check_target(out, source)
-    opened = run_folder.open_run(workdir)
-    family = build.make_family(opened.config)
+    config = run_folder.read_config(workdir)
+    mesh = build.start_devices(config)
+    family = build.make_family(config, mesh)
     published_layout(family)
-    if opened.executor is None:
+    executor, step = run_folder.load_executor(config, mesh, workdir)
+    if executor is None:
         raise UserError(f"{workdir} has no checkpoint yet: there is no Executor to export")
-    written = write_merged(out, family, opened.base, opened.executor, dtype=dtype, source=source)
-    return {"step": opened.step, **written, "layout": "merged"}
+    read = base_model.open_base(family, config, mesh)
+    written = write_merged(out, family, read, executor, dtype=dtype, source=source)
+    return {"step": step, **written, "layout": "merged"}

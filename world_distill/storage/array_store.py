@@ -9,11 +9,10 @@ import pathlib
 import shutil
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from world_distill.errors import UserError
 from world_distill.structs import PyTree
@@ -118,7 +117,7 @@ def load(path: str | os.PathLike, wanted: PyTree) -> PyTree:
         found = ocp.load(os.path.realpath(path), {name: leaves.get(name, ocp.PLACEHOLDER) for name in shapes})
     except Exception as error:
         raise ConvertedError(f"{path}: damaged ({_first_line(error)}); convert the model again") from error
-    return jax.tree.unflatten(jax.tree.structure(wanted), [found[name] for name in leaves])
+    return unflatten_dict({name: found[name] for name in leaves}, sep=".")
 
 
 def _first_line(error: Exception) -> str:

@@ -2,9 +2,11 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from world_distill.build import start_devices
@@ -75,16 +77,40 @@ def load_base(
 def _load_converted(path: pathlib.Path, family: ModelFamily, expected: PyTree, shardings: PyTree) -> PyTree:
     """The arrays that have a sharding, read straight into it."""
     shapes, metadata = array_store.describe(path)
-    if metadata.get("family") != family.name:
-        raise UserError(
-            f"{path} holds a model of family {metadata.get('family')}, config.model.family is {family.name}"
-        )
+    _check_family(path, metadata, family)
     _check_weights(path, shapes, expected)
     wanted = {
         part: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), expected[part], places)
         for part, places in shardings.items()
     }
     return array_store.load(path, wanted)
+
+
+def open_base(family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[str], jax.Array]:
+    """A function that gives an array of the base by its dotted path; see `load_base`.
+
+    From a checkpoint of `world-distill convert`, each array is read when it is asked for, and kept nowhere.
+    """
+    path = base_path(family, config.base)
+    if not path or path == RANDOM or not pathlib.Path(path).is_dir():
+        return array_store.by_name(load_base(family, config, mesh)).__getitem__
+    expected = abstract_base(family, mesh)
+    shapes, metadata = array_store.describe(path)
+    _check_family(path, metadata, family)
+    _check_weights(path, shapes, expected)
+    wanted = array_store.by_name(expected)
+
+    def read(name: str) -> jax.Array:
+        return array_store.by_name(array_store.load(path, unflatten_dict({name: wanted[name]}, sep=".")))[name]
+
+    return read
+
+
+def _check_family(path: str | pathlib.Path, metadata: Mapping[str, Any], family: ModelFamily) -> None:
+    if metadata.get("family") != family.name:
+        raise UserError(
+            f"{path} holds a model of family {metadata.get('family')}, config.model.family is {family.name}"
+        )
 
 
 def _check_weights(path: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...]], expected: PyTree) -> None:

@@ -11,7 +11,7 @@ import json
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,14 +27,14 @@ from world_distill.models.tensor_map import Entry
 from world_distill.structs import PyTree
 
 FORMATS = ("diffusers", "comfy", "merged")
-SHARD_BYTES = 4 * 10**9  # of a merged model's files
+SHARD_BYTES = 10**9  # of a merged model's files; one is held in memory, twice while it is written
 NAME = "diffusion_pytorch_model"
 
 
 def write_merged(
     out: pathlib.Path,
     family: ModelFamily,
-    base: PyTree,
+    read: Callable[[str], jax.Array],
     executor: PyTree,
     *,
     dtype: str = "float32",
@@ -42,7 +42,8 @@ def write_merged(
 ) -> dict[str, int]:
     """Writes base plus Executor as a folder in diffusers' layout; returns tensors and bytes.
 
-    The folder appears when it is whole. With `source`, the other parts of that pipeline are copied beside.
+    `read` gives an array of the base by its dotted path (`base_model.open_base`). The folder appears when it is whole.
+    With `source`, the other parts of that pipeline are copied beside.
 
     Raises:
       UserError: OUT exists, SOURCE is no published pipeline, or nobody publishes models of this family.
@@ -52,14 +53,14 @@ def write_merged(
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     summary = {"tensors": 0, "bytes": 0}
     try:
-        configs = layout.configs(base)
+        configs = layout.configs(read)
         for part, config in configs.items():
             folder = temporary / part
             folder.mkdir(parents=True)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             lora = executor if part == family.adapted else None
             entries = layout.entries()[part]
-            tensors = _tensors(entries, base[part], lora, family.lora_scale, jnp.dtype(dtype), part)
+            tensors = _tensors(entries, read, lora, family.lora_scale, jnp.dtype(dtype), part)
             for key, value in _write_shards(folder, tensors, entries, jnp.dtype(dtype).itemsize).items():
                 summary[key] += value
         for path in sorted(source.iterdir()) if source else ():
@@ -92,12 +93,17 @@ def count_tensors(lora: PyTree) -> int:
 
 
 def _tensors(
-    entries: list[Entry], base: PyTree, lora: PyTree | None, scale: float, dtype: np.dtype, part: str
+    entries: list[Entry],
+    read: Callable[[str], jax.Array],
+    lora: PyTree | None,
+    scale: float,
+    dtype: np.dtype,
+    part: str,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of one part under its published name, the Executor added."""
-    weights, executor = flatten_dict(base, sep="."), flatten_dict(lora or {}, sep=".")
+    executor = flatten_dict(lora or {}, sep=".")
     for entry in tqdm(entries, desc=part, unit="array", disable=None):
-        array = jax.device_get(weights[entry.path]).astype(np.float32) + _change(executor, entry.path, scale)
+        array = jax.device_get(read(f"{part}.{entry.path}")).astype(np.float32) + _change(executor, entry.path, scale)
         for name, tensor in entry.scatter(array).items():
             yield name, tensor.astype(dtype)
 

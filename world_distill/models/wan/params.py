@@ -1,7 +1,7 @@
 """Names and layouts of Wan's weights in diffusers, beside ours."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,6 @@ import numpy as np
 from world_distill.models.tensor_map import Entry, Published, same, transpose
 from world_distill.models.wan.modeling import WanConfig
 from world_distill.models.wan.vae import VaeConfig
-from world_distill.structs import PyTree
 
 # What the networks here are built with, key and value in diffusers' config.json; another value is another network.
 _FIXED = {
@@ -95,8 +94,9 @@ class WanPublished:
     def entries(self) -> dict[str, list[Entry]]:
         return {"transformer": list(transformer_entries(self.network)), "vae": list(vae_entries(self.codec))}
 
-    def configs(self, base: PyTree) -> dict[str, dict[str, Any]]:
-        return published_configs(self.network, self.codec, *(np.asarray(base["vae"][k]) for k in ("mean", "std")))
+    def configs(self, read: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
+        mean, std = (np.asarray(read(f"vae.{name}")) for name in ("mean", "std"))
+        return published_configs(self.network, self.codec, mean, std)
 
 
 def published_configs(
