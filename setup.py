@@ -72,6 +72,8 @@ setup(
         "safetensors>=0.5",
         "tqdm>=4.66",
         "tensorboardX>=2.6",
+        "jinja2>=3.1",
+        "markupsafe>=2.0",
         "jaxtyping>=0.3",
         "docstring-parser>=0.16",
     ],
@@ -87,6 +89,7 @@ setup(
             "judges/rubric/*.txt",
             "data/annotation/prompt/*.txt",
             "models/tiny/base_*",
+            "reports/templates/*",
         ]
     },
     entry_points={"console_scripts": ["world-distill = world_distill.cli:main"]},

@@ -192,3 +192,9 @@ def test_hostile_text_stays_text():
         root = parsed(svg)
         assert not list(root.iter(f"{NS}script"))
         assert "<script>alert('x')</script>" in root[0].text
+
+
+def test_what_no_page_can_hold_is_left_out_and_nothing_else():
+    assert charts.clean("a\x00b\x07c\ud800d\ufffee") == "abcde"
+    kept = "tab\tline\n\u00e4 \u6f22 \U0001f600 \U00020000 \ufffd"
+    assert charts.clean(kept) == kept

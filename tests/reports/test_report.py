@@ -104,7 +104,7 @@ def test_curves_have_their_last_values(whole):
 
 def test_settings_and_command(whole):
     folder, _, text = whole
-    assert "objective.rl = &#x27;awm&#x27;" in text and "seed = 3" in text and "empty = {}" in text
+    assert "objective.rl = &#39;awm&#39;" in text and "seed = 3" in text and "empty = {}" in text
     assert str(folder.parent) not in text, "where it lay on this machine is nobody's business"
     assert "world-distill quickstart --seed 3" in report.html(report.read(folder), "world-distill quickstart --seed 3")
 
@@ -167,8 +167,8 @@ def test_clips_shown_are_compared_with_all(whole):
 def test_film_steps_through_all_frames():
     image = page.sprite(np.zeros((5, 20, 30, 3), np.uint8))
     assert (image.frames, image.shown_width, image.crisp) == (5, 150, True)
-    film = page.film(image, 'a "film"', 1.4)
-    assert "--n:5;--s:2.00" in film and "aspect-ratio:30/20" in film and 'aria-label="a &quot;film&quot;"' in film
+    film = page.TEMPLATES.get_template("pieces.html").module.film(page.Film(image, 'a "film"', 1.4))
+    assert "--n:5;--s:2.00" in film and "aspect-ratio:30/20" in film and 'aria-label="a &#34;film&#34;"' in film
 
 
 # ---- What must not get in

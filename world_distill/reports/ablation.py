@@ -1,16 +1,29 @@
 """The page of an ablation: which claims hold, the anchor's weight, every variant's rates, the course of training."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from world_distill.reports import charts, page
-from world_distill.reports.charts import Bar, Series, escape
+from world_distill.reports.charts import Bar, Series
+from world_distill.reports.page import Cell, Chart, Key, Table, TableRow
 from world_distill.reports.sections import MEASURE_NAMES, rate
 
 _COLOURS = {"base": "var(--base)", "demonstrator": "var(--demonstrator)"}
 _LINES = ("var(--executor)", "var(--extra)", "var(--base)", "var(--yes)", "var(--no)")
 _OUTCOMES = {"holds": ("up", "\u2713"), "reversed": ("down", "\u2717"), "not resolved": ("", "\u2013")}
 _COURSES = 5  # lines in one chart at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim about two variants, and what was found: `kind` is "up", "down" or ""."""
+
+    kind: str
+    sign: str
+    text: str
+    outcome: str
+    figures: str
 
 
 def document(result: Mapping[str, Any]) -> str:
@@ -22,15 +35,17 @@ def document(result: Mapping[str, Any]) -> str:
         f"{_summary(result['orderings'])} Seeds {seeds}; every variant with the compute of {result['reference']}; "
         f"rates over {clips} held-out tasks."
     )
-    parts = [f"<header><h1>Ablation</h1>{page.paragraph(lede, 'lede')}</header>"]
-    parts.append(page.section("orderings", "Claims", _orderings(result["orderings"])))
-    if len(result["sweep"]) > 1:
-        parts.append(page.section("sweep", "How strong an anchor", _sweep(result["sweep"], rows)))
-    parts.append(page.section("rates", "Every variant", _rates(rows, result["reference"])))
-    if any(result["curves"].values()):
-        parts.append(page.section("course", "Course of the training", _courses(result["curves"], rows)))
-    parts.append(page.section("table", "In figures", _table(result["rows"], result["steps"])))
-    return page.document("Ablation", "\n".join(parts))
+    return str(
+        page.render(
+            "ablation.html",
+            lede=lede,
+            claims=[_claim(line) for line in result["orderings"]],
+            sweep=_sweep(result["sweep"], rows) if len(result["sweep"]) > 1 else [],
+            rates=_rates(rows, result["reference"]),
+            courses=_courses(result["curves"], rows),
+            table=_table(result["rows"], result["steps"]),
+        )
+    )
 
 
 def _summary(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -41,27 +56,18 @@ def _summary(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _orderings(lines: Sequence[Mapping[str, Any]]) -> str:
-    items = []
-    for line in lines:
-        kind, sign = _OUTCOMES[line["outcome"]]
-        low, high = line["ci95"]
-        by_seed = ", ".join("–" if d is None else f"{d:+.3f}" for d in line["by_seed"])
-        claim = line["claim"][:1].upper() + line["claim"][1:]
-        items.append(
-            f'<li class="{kind}"><i>{sign}</i><b>{escape(claim)}</b>: {escape(line["outcome"])}'
-            f'<br><span class="soft">{escape(line["better"])} \u2212 {escape(line["worse"])}, '
-            f"{escape(line['metric'])}: {line['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; "
-            f"by seed {by_seed}</span></li>"
-        )
-    note = (
-        "Differences are paired, clip by clip, with bootstrap 95 % intervals over clips; a claim holds if its interval "
-        "is above 0. How much another training run would change shows in the differences of the seeds."
+def _claim(line: Mapping[str, Any]) -> Claim:
+    kind, sign = _OUTCOMES[line["outcome"]]
+    low, high = line["ci95"]
+    by_seed = ", ".join("–" if d is None else f"{d:+.3f}" for d in line["by_seed"])
+    figures = (
+        f"{line['better']} \u2212 {line['worse']}, {line['metric']}: {line['difference']:+.3f} "
+        f"[{low:+.3f}, {high:+.3f}]; by seed {by_seed}"
     )
-    return page.paragraph(note, "soft") + f'<ul class="changes">{"".join(items)}</ul>'
+    return Claim(kind, sign, line["claim"][:1].upper() + line["claim"][1:], line["outcome"], figures)
 
 
-def _sweep(sweep: Sequence[tuple[float, str]], rows: Mapping[str, Mapping[str, Any]]) -> str:
+def _sweep(sweep: Sequence[tuple[float, str]], rows: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     """One chart a measure over the weights, evenly spaced: they lie orders of magnitude apart, and one is 0."""
     labels = [(float(i), charts.number(weight)) for i, (weight, _) in enumerate(sweep)]
     cards = []
@@ -81,16 +87,16 @@ def _sweep(sweep: Sequence[tuple[float, str]], rows: Mapping[str, Mapping[str, A
             level = rows["demonstrator"][metric]
             ends = [(0.0, level), (len(sweep) - 1.0, level)]
             series.append(Series("Demonstrator", ends, colour="var(--demonstrator)", dashed=True))
-            legend = [("Demonstrator", "var(--demonstrator)", "dashed")]
+            legend = [Key("Demonstrator", "var(--demonstrator)", "dashed")]
         svg = charts.lines(
             series, title=f"{caption}, by the anchor's weight", limits=(0.0, 1.0), x_label="weight of the anchor in RL",
             x_ticks=labels, show=charts.percent,
         )  # fmt: skip
-        cards.append(page.chart(caption, svg, legend=legend))
-    return f'<div class="grid">{"".join(cards)}</div>'
+        cards.append(Chart(caption, svg, legend=legend))
+    return cards
 
 
-def _rates(rows: Mapping[str, Mapping[str, Any]], reference: str) -> str:
+def _rates(rows: Mapping[str, Mapping[str, Any]], reference: str) -> list[Chart]:
     colours = _COLOURS | {reference: "var(--executor)"}
     cards = []
     for metric, caption in MEASURE_NAMES.items():
@@ -99,42 +105,38 @@ def _rates(rows: Mapping[str, Mapping[str, Any]], reference: str) -> str:
             for name, row in rows.items()
             if row[metric] is not None
         ]
-        cards.append(page.chart(caption, charts.bars(bars, title=f"{caption}, by variant")))
-    return f'<div class="grid">{"".join(cards)}</div>'
+        cards.append(Chart(caption, charts.bars(bars, title=f"{caption}, by variant")))
+    return cards
 
 
-def _courses(curves: Mapping[str, Sequence[tuple[float, float]]], rows: Mapping[str, Mapping[str, Any]]) -> str:
+def _courses(curves: Mapping[str, Sequence[tuple[float, float]]], rows: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     """The average on validation tasks over the steps, a few variants a chart."""
     names = [name for name, points in curves.items() if points]
-    last = max(x for name in names for x, _ in curves[name])
+    last = max((x for name in names for x, _ in curves[name]), default=0)
     cards = []
     for start in range(0, len(names), _COURSES):
         group = names[start : start + _COURSES]
         series = [Series(n, curves[n], colour=c, dots=True) for n, c in zip(group, _LINES, strict=False)]
-        legend = [(n, c, "") for n, c in zip(group, _LINES, strict=False)]
+        legend = [Key(n, c) for n, c in zip(group, _LINES, strict=False)]
         if "demonstrator" in rows:
             level = rows["demonstrator"]["average"]
             series.append(Series("Demonstrator", [(0, level), (last, level)], "var(--demonstrator)", dashed=True))
-            legend.append(("Demonstrator", "var(--demonstrator)", "dashed"))
+            legend.append(Key("Demonstrator", "var(--demonstrator)", "dashed"))
         svg = charts.lines(
             series, title=f"Average on validation tasks: {', '.join(group)}", limits=(0.0, 1.0), across=(0, last),
             show=charts.percent,
         )  # fmt: skip
-        cards.append(page.chart("Average on validation tasks", svg, legend=legend))
-    return f'<div class="grid">{"".join(cards)}</div>'
+        cards.append(Chart("Average on validation tasks", svg, legend=legend))
+    return cards
 
 
-def _table(rows: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> Table:
     lines = []
     for row in rows:
-        cells = "".join(
-            f"<td>{rate(row[m])}<small>{rate(row['ci95'][m][0])} to {rate(row['ci95'][m][1])}</small></td>"
-            if row[m] is not None
-            else "<td>–</td>"
-            for m in MEASURE_NAMES
-        )
-        lines.append(
-            f'<tr><th scope="row">{escape(row["name"])}</th><td>{steps.get(row["name"], "–")}</td>{cells}'
-            f"<td>{row['n']}</td></tr>"
-        )
-    return page.table(["", "Steps", *MEASURE_NAMES.values(), "Clips"], [("", lines)])
+        cells = [_cell(row[measure], row["ci95"][measure]) for measure in MEASURE_NAMES]
+        lines.append(TableRow(row["name"], [Cell(steps.get(row["name"], "–")), *cells, Cell(row["n"])]))
+    return Table(["", "Steps", *MEASURE_NAMES.values(), "Clips"], [("", lines)])
+
+
+def _cell(value: float | None, bounds: Sequence[float]) -> Cell:
+    return Cell(rate(value), "" if value is None else f"{rate(bounds[0])} to {rate(bounds[1])}")

@@ -1,4 +1,4 @@
-"""Small charts as SVG strings: data in, text out, nothing else.
+"""Small charts as SVG: data in, `Markup` out, nothing else.
 
 The charts scale with their box (`viewBox`, no fixed size), take text and grid from the page's `currentColor`, and the
 colour of a bar or line from the caller: any CSS colour, `var(--name)` included. A `<title>` names each chart for screen
@@ -8,9 +8,14 @@ readers, and each bar and point for a pointer that rests on it. All text is esca
 import dataclasses
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
 
+from markupsafe import Markup
+
 Points = Sequence[tuple[float, float | None]]
+
+_UNPRINTABLE = re.compile("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +50,14 @@ class Series:
     ranges: Sequence[tuple[float, float, float]] = ()
 
 
-def escape(text: object) -> str:
-    """Text from anywhere, safe inside an element or a quoted attribute of HTML and SVG.
+def clean(text: object) -> str:
+    """The text without control characters and halves of surrogate pairs, which neither HTML nor SVG can hold."""
+    return _UNPRINTABLE.sub("", str(text))
 
-    Control characters and halves of surrogate pairs, which neither format can hold, are dropped.
-    """
-    kept = (c for c in str(text) if (c >= " " and not "\ud800" <= c <= "\udfff" and c < "\ufffe") or c in "\t\n")
-    return html.escape("".join(kept), quote=True)
+
+def escape(text: object) -> str:
+    """Text from anywhere, `clean` and safe inside an element or a quoted attribute of HTML and SVG."""
+    return html.escape(clean(text), quote=True)
 
 
 def percent(value: float) -> str:
@@ -110,7 +116,7 @@ def is_noisy(points: Points) -> bool:
     return len(known) > 24 and turns > len(known) / 4
 
 
-def bars(items: Sequence[Bar], *, title: str, show: Callable[[float], str] = percent) -> str:
+def bars(items: Sequence[Bar], *, title: str, show: Callable[[float], str] = percent) -> Markup:
     """Horizontal bars from 0 to 1 with whiskers over their intervals, labels at the left, figures at the right."""
     longest = max((len(bar.label) for bar in items), default=0)
     left, right, top, pitch, thick = min(max(96, 7 * longest + 8), 160), 262, 4, 28, 14
@@ -144,7 +150,7 @@ def bars(items: Sequence[Bar], *, title: str, show: Callable[[float], str] = per
             f'<g><title>{escape(tip)}</title><path d="{shape}" style="fill:{escape(bar.colour)}"/>{whisker}'
             f"{_text(318, y + 4, show(bar.value), 12, 'end', weight=600)}</g>"
         )
-    return "".join([*out, "</svg>"])
+    return Markup("".join([*out, "</svg>"]))
 
 
 def lines(
@@ -156,7 +162,7 @@ def lines(
     x_label: str = "step",
     x_ticks: Sequence[tuple[float, str]] | None = None,
     show: Callable[[float], str] = number,
-) -> str:
+) -> Markup:
     """Lines over a common x, with axes. Long noisy series get a faint line of all points and a strong smooth one.
 
     Args:
@@ -205,7 +211,7 @@ def lines(
             look = f'r="3" style="fill:{escape(one.colour)}"' if dot else 'r="6" fill="transparent"'
             tip = f"{one.label}, {x_label} {names.get(x) or number(x)}: {show(y)}"
             out.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" {look}><title>{escape(tip)}</title></circle>')
-    return "".join([*out, "</svg>"])
+    return Markup("".join([*out, "</svg>"]))
 
 
 def _path(points: Points, px: Callable[[float], float], py: Callable[[float], float]) -> str:

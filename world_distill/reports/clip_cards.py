@@ -1,12 +1,15 @@
 """The clips of a report: side by side on the page, and exported as GIF, MP4 and a contact sheet."""
 
+import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from world_distill.errors import UserError
 from world_distill.reports import page
-from world_distill.reports.charts import escape
+from world_distill.reports.page import Film
 from world_distill.reports.run_data import QUESTIONS, Clip, Contents
 from world_distill.reports.sections import name_of, rate
 from world_distill.storage import video_files
@@ -21,7 +24,53 @@ _EXPORT_WIDTH = 300  # pixels, of small clips
 _MARKS = {"task": "task completed", "agent": "intended agent", "consistency": "consistent"}
 
 
-def clips(contents: Contents) -> str:
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task with its agent set apart; None where the task does not begin with it."""
+
+    agent: str | None
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A verdict: `kind` is "yes", "no" or "none"."""
+
+    kind: str
+    question: str
+    word: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A film with its caption and verdicts."""
+
+    name: str
+    told: str
+    film: Film
+    marks: Sequence[Mark] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A task and its films, each `width` CSS pixels wide."""
+
+    task: Task
+    kind: str
+    solution: str
+    width: int
+    figures: Sequence[Figure]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """The film at the top of the page."""
+
+    task: Task
+    film: Film
+
+
+def clips(contents: Contents) -> Markup:
     """One card a task: start image, Demonstrator, base and Executor, with verdicts and the solution.
 
     Clips that cannot be read are left out, and named in `contents.notes`.
@@ -32,12 +81,11 @@ def clips(contents: Contents) -> str:
     if len(contents.clips) > len(shown):
         text += f" These are the first {len(shown)} of {len(contents.clips)} tasks whose clips were kept."
     cards = [card for clip in shown if (card := _card(contents, clip))]
-    button = '<p><button id="motion" type="button" hidden>Stop the clips</button></p>'
-    return "\n".join([page.paragraph(text), button, *cards])
+    return page.render("clips.html", text=text, cards=cards)
 
 
-def example(contents: Contents) -> str:
-    """A clip of the Executor for the top of the page: the first task that it solves; "" if there is none."""
+def example(contents: Contents) -> Example | None:
+    """A clip of the Executor for the top of the page: of the first task that it solves, if there is one."""
     verdicts = contents.verdicts.get("executor", {})
     for clip in contents.clips[:MAX_TASKS]:
         scores = verdicts.get(clip.id, {})
@@ -47,11 +95,9 @@ def example(contents: Contents) -> str:
             frames = clip.load("executor")
         except (OSError, ValueError):
             continue  # the clips' own part says so
-        image = page.sprite(frames)
-        film = page.film(image, f"Clip of the Executor: {clip.task}", len(frames) / clip.fps)
-        caption = f"{_task(clip)}<small>What the trained Executor makes of a new image and this task.</small>"
-        return page.hero(image, film, caption)
-    return ""
+        film = Film(page.sprite(frames), f"Clip of the Executor: {clip.task}", len(frames) / clip.fps)
+        return Example(_task(clip), film)
+    return None
 
 
 def _share(contents: Contents, shown: list[Clip]) -> str:
@@ -67,7 +113,7 @@ def _share(contents: Contents, shown: list[Clip]) -> str:
     )
 
 
-def _card(contents: Contents, clip: Clip) -> str:
+def _card(contents: Contents, clip: Clip) -> Card | None:
     films: dict[str, np.ndarray] = {}
     for role in clip.films:
         try:
@@ -76,46 +122,35 @@ def _card(contents: Contents, clip: Clip) -> str:
             reason = str(error).removeprefix(f"{clip.films[role]}: ")
             contents.notes.append(f"The clip of the {name_of(role)} for {clip.id} is left out: {reason}.")
     if not films:
-        return ""
+        return None
     sprites = {role: page.sprite(film) for role, film in films.items()}
     start = page.sprite(next(iter(films.values()))[:1])
-    figures = [_figure("Start image", "what all are given", page.film(start, "start image", 1), "")]
+    figures = [Figure("Start image", "what all are given", Film(start, "start image", 1))]
     for role, told in SHOWN:
         if role not in sprites:
             continue
         description = f"Clip of the {name_of(role)}, {told}: {clip.task}"
-        film = page.film(sprites[role], description, len(films[role]) / clip.fps)
-        figures.append(_figure(name_of(role), told, film, _marks(contents.verdicts.get(role, {}).get(clip.id))))
-    solution = page.details("Solution, as the Demonstrator is told it", page.paragraph(clip.solution))
-    width = max(s.shown_width for s in sprites.values())
-    return (
-        f'<div class="card task" style="--w:{width}px"><div><h3>{_task(clip)}</h3>'
-        f'<p class="soft">kind of task: {escape(clip.kind)}</p>{solution}</div>'
-        f'<div class="films" tabindex="0">{"".join(figures)}</div></div>'
-    )
+        film = Film(sprites[role], description, len(films[role]) / clip.fps)
+        figures.append(Figure(name_of(role), told, film, _marks(contents.verdicts.get(role, {}).get(clip.id))))
+    return Card(_task(clip), clip.kind, clip.solution, max(s.shown_width for s in sprites.values()), figures)
 
 
-def _task(clip: Clip) -> str:
-    """The task with its agent set apart."""
+def _task(clip: Clip) -> Task:
     lead = f"[{clip.agent}]:"
     if clip.task.startswith(lead):
-        return f'<span class="agent">{escape(clip.agent)}</span> {escape(clip.task[len(lead) :].strip())}'
-    return escape(clip.task)
+        return Task(clip.agent, clip.task[len(lead) :].strip())
+    return Task(None, clip.task)
 
 
-def _figure(name: str, told: str, film: str, marks: str) -> str:
-    return f"<figure>{film}<figcaption><b>{escape(name)}</b>{escape(told)}</figcaption>{marks}</figure>"
-
-
-def _marks(scores: dict[str, float] | None) -> str:
+def _marks(scores: dict[str, float] | None) -> list[Mark]:
     if scores is None:
-        return ""
-    items = []
+        return []
+    marks = []
     for question in QUESTIONS:
         score = scores.get(question)
         kind, word = ("none", "not judged") if score is None else ("yes", "yes") if score > 0.5 else ("no", "no")
-        items.append(f'<li class="{kind}">{_MARKS[question]}<span class="aloud">: {word}</span></li>')
-    return f'<ul class="marks">{"".join(items)}</ul>'
+        marks.append(Mark(kind, _MARKS[question], word))
+    return marks
 
 
 # Exports ------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,8 @@ Texts come from a VLM, so nothing in them is trusted: control characters never r
 them escaped.
 """
 
-import base64
 import collections
-import io
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,6 @@ from world_distill.data.images.png import ImageError, decode_png
 from world_distill.data.records.reader import AnnotatedRecord, RecordReader
 from world_distill.data.records.types import Record
 from world_distill.reports import page
-from world_distill.reports.charts import escape
 
 _THUMB = 320  # pixels of the longer side of a picture on the page
 _MOST_KINDS = 12  # kinds that are listed by name
@@ -84,29 +82,51 @@ def _cell(text: str, width: int) -> str:
     return f"{text if len(text) <= width else text[: width - 1] + '…':<{width}}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture as the page holds it."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A record's texts."""
+
+    text: str
+    about: str
+    solution: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """An image with its tasks; `trouble` says why there is no picture."""
+
+    picture: Picture | None
+    trouble: str
+    tasks: Sequence[Task]
+    source: str
+
+
 def html_page(title: str, counts: dict[str, Any], records: Sequence[Record]) -> str:
     """A page with a card for each image: its picture, and its tasks with their solutions."""
     images: dict[str, list[Record]] = {}
     for record in records:
         images.setdefault(record.image_id, []).append(record)
-    lines = "".join(page.paragraph(line, "soft") for line in describe(counts))
-    cards = "".join(_card(image) for image in images.values())
+    cards = [_card(image) for image in images.values()]
     shown = f"{len(records)} of {counts['matching']} matching records"
-    body = f"<header><h1>{escape(title)}</h1>{lines}</header>" + page.section(
-        "records", shown, f'<div class="grid">{cards}</div>'
-    )
-    return page.document(title, body)
+    return str(page.render("records.html", title=title, lines=describe(counts), shown=shown, cards=cards))
 
 
-def _card(records: Sequence[Record]) -> str:
-    tasks = "".join(
-        f"<p><b>{escape(r.task)}</b> <small>{escape(_about(r))}</small></p>" + page.paragraph(r.solution, "soft")
-        for r in records
-    )
+def _card(records: Sequence[Record]) -> Card:
     first = records[0]
+    picture, trouble = _picture(first)
     origin = first.source if isinstance(first, AnnotatedRecord) else {}
-    caption = "; ".join([first.image_id, *(f"{key}: {value}" for key, value in origin.items())])
-    return f'<div class="card">{_picture(first)}{tasks}{page.details("source", page.paragraph(caption, "soft"))}</div>'
+    source = "; ".join([first.image_id, *(f"{key}: {value}" for key, value in origin.items())])
+    return Card(picture, trouble, [Task(r.task, _about(r), r.solution) for r in records], source)
 
 
 def _about(record: Record) -> str:
@@ -118,16 +138,14 @@ def _about(record: Record) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _picture(record: Record) -> str:
+def _picture(record: Record) -> tuple[Picture | None, str]:
+    """A record's picture, or what to say in its place."""
     if not record.image_png:
-        return page.paragraph("no picture", "soft")
+        return None, "no picture"
     try:
         image = Image.fromarray(decode_png(record.image_png))
     except ImageError:
-        return page.paragraph("the picture is damaged", "soft")
+        return None, "the picture is damaged"
     image.thumbnail((_THUMB, _THUMB), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "webp", quality=80, method=4)
-    uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-    size = f'width="{image.width}" height="{image.height}"'
-    return f'<img class="frame" src="{uri}" {size} alt="{escape(f"image {record.image_id}")}" loading="lazy">'
+    uri = page.data_uri(image, "webp", quality=80, method=4)
+    return Picture(uri, image.width, image.height, f"image {record.image_id}"), ""

@@ -13,19 +13,11 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from markupsafe import Markup
+
 from world_distill.reports import clip_cards, page, run_data, sections
-from world_distill.reports.charts import escape
 from world_distill.reports.run_data import Contents, read
 from world_distill.storage import atomic
-
-_TITLE = "World Model Self-Distillation"
-_LEDE = """\
-A video model can show almost anything that it is told in detail. Told only what to achieve, it does not know what that
-should look like. World Model Self-Distillation lets it find out by itself, without one example video. The model as it
-is, told the full solution, is the Demonstrator. A copy in training, the Executor, is told the short task alone and
-learns to make the same video. {judge}In the end the Executor needs an image and a task, no more."""
-_JUDGE = """\
-A judge rewards those of its videos in which the task is done, so that it can pass the Demonstrator. """
 
 
 def build(workdir: pathlib.Path, out: pathlib.Path | None = None, *, command: str | None = None) -> pathlib.Path:
@@ -60,14 +52,20 @@ def html(contents: Contents, command: str | None = None) -> str:
          "There are no figures by kind of task or by agent."),
         ("settings", "Settings", True, lambda c: _settings(c, name, command), ""),
     )  # fmt: skip
-    parts = [_header(contents, name, [(anchor, heading) for anchor, heading, there, *_ in listed if there])]
-    parts += [page.section(anchor, heading, make(contents)) for anchor, heading, there, make, _ in listed if there]
+    parts = [page.Section(anchor, heading, make(contents)) for anchor, heading, there, make, _ in listed if there]
     missing = [otherwise for *_, there, _, otherwise in listed if not there] + contents.notes
-    if missing:
-        notes = "".join(page.paragraph(text, "soft") for text in missing)
-        parts.append(page.section("missing", "Not on this page", notes))
-    footer = "Made by world-distill report. Method: World Model Self-Distillation, arXiv 2606.12072."
-    return page.document(f"{name}: {_TITLE}", "\n".join(parts), footer=footer)
+    objective = (contents.config or {}).get("objective")
+    return str(
+        page.render(
+            "report.html",
+            name=name,
+            kicker=_kicker(contents, name),
+            judged=not isinstance(objective, dict) or objective.get("rl") != "none",
+            example=clip_cards.example(contents),
+            sections=parts,
+            missing=missing,
+        )
+    )
 
 
 def figures(contents: Contents) -> dict[str, Any]:
@@ -90,33 +88,24 @@ def figures(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _header(contents: Contents, name: str, links: list[tuple[str, str]]) -> str:
+def _kicker(contents: Contents, name: str) -> str:
+    """The facts above the title."""
     about = contents.about
     facts = [f"run {name}", *(f"{what} {about[what]}" for what in ("seed", "step") if what in about)]
     facts += [f"{about['split']} tasks"] if "split" in about else []
-    objective = (contents.config or {}).get("objective")
-    judged = not isinstance(objective, dict) or objective.get("rl") != "none"
-    lede = _LEDE.format(judge=_JUDGE if judged else "")
-    nav = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for anchor, heading in links)
-    return (
-        f'<header><p class="kicker">{escape(" · ".join(facts))}</p><div class="top"><div><h1>{_TITLE}</h1>'
-        f'{page.paragraph(lede, "lede")}<nav aria-label="Parts of this page">{nav}</nav></div>'
-        f"{clip_cards.example(contents)}</div></header>"
-    )
+    return " · ".join(facts)
 
 
-def _settings(contents: Contents, name: str, command: str | None) -> str:
+def _settings(contents: Contents, name: str, command: str | None) -> Markup:
     command = command or contents.about.get("command")
-    lines = [str(command)] if command else []
-    lines.append(f"world-distill report --workdir {name}")
-    parts = [page.details("Commands", page.code("\n".join(lines)))]
-    if contents.config is None:
-        parts.append(page.paragraph("The folder has no config.json."))
-    else:
-        leaves = run_data.flat(contents.config)
-        text = "# Each is also a flag: --config.NAME=VALUE\n"
-        text += "\n".join(f"{key} = {value!r}" for key, value in leaves)
-        parts.append(page.details(f"All {len(leaves)} settings", page.code(text)))
-    if contents.source:
-        parts.append(page.paragraph(f"Figures from {contents.source} of the run's folder.", "soft"))
-    return "\n".join(parts)
+    commands = [str(command)] if command else []
+    commands.append(f"world-distill report --workdir {name}")
+    leaves = run_data.flat(contents.config or {})
+    listing = ["# Each is also a flag: --config.NAME=VALUE", *(f"{key} = {value!r}" for key, value in leaves)]
+    return page.render(
+        "settings.html",
+        commands="\n".join(commands),
+        count=None if contents.config is None else len(leaves),
+        listing="\n".join(listing),
+        source=contents.source,
+    )

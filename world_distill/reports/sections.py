@@ -1,9 +1,13 @@
 """The figures of a report: rates with intervals, what changed in words, training curves, break-downs."""
 
+import dataclasses
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from world_distill.reports import charts, page, run_data
-from world_distill.reports.charts import Bar, Series, escape, percent
+from world_distill.reports.charts import Bar, Series, percent
+from world_distill.reports.page import Cell, Chart, Key, Table, TableRow, Tile
 from world_distill.reports.run_data import MEASURES, QUESTIONS, ROLES, Change, Contents, Row, changes
 
 NAMES = {"base": "Base model", "demonstrator": "Demonstrator", "executor": "Executor"}
@@ -33,10 +37,6 @@ _MEANING = {
     "average": "mean of the three rates",
     "all": "share of clips that pass all three",
 }
-_HOW_TO_READ = (
-    "A bar is the share of clips for which the answer is yes. Its whisker is the 95\u00a0% interval: where that share "
-    "may lie over all possible tasks. Where the whiskers of two models do not meet, their difference is hardly chance."
-)
 # Of a log's figures, those that say most: caption, note, fixed limits, and (legend, key) of each line.
 _RATES = tuple(
     (MEASURE_NAMES[q], "", (0.0, 1.0), (
@@ -81,24 +81,41 @@ def rate(value: float | None) -> str:
 # Results ------------------------------------------------------------------------------------------------------------
 
 
-def results(contents: Contents) -> str:
+@dataclasses.dataclass(frozen=True)
+class ChangeLine:
+    """One measure's change in words; `kind` is its verdict."""
+
+    kind: str
+    sign: str
+    measure: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What changed from one role to another; all but the main one open on request."""
+
+    heading: str
+    main: bool
+    summary: str
+    lines: Sequence[ChangeLine]
+
+
+def results(contents: Contents) -> Markup:
     """Tiles, bars with whiskers, the table, and what changed in words."""
-    parts = [page.paragraph(headline(contents), "lede"), _tiles(contents.rows)]
-    parts.append('<h3>Every question</h3><div class="grid">')
+    panels = []
     for measure in MEASURES:
         svg = charts.bars([_bar(row, measure) for row in contents.rows], title=f"{MEASURE_NAMES[measure]}, by model")
-        parts.append(page.chart(MEASURE_NAMES[measure], svg, note=_MEANING[measure]))
-    parts.append(f'<div class="card quiet">{page.paragraph(_HOW_TO_READ)}</div></div>')
-    parts.append(page.table(["", *MEASURE_NAMES.values(), "Clips"], [("", map(_cells, contents.rows))]))
-    if invalid := sum(row.invalid for row in contents.rows):
-        parts.append(page.paragraph(f"{invalid} clips could not be judged and are left out.", "soft"))
-    for before, after in (("demonstrator", "executor"), ("base", "executor")):
-        if found := changes(contents, before, after):
-            told = page.paragraph(summary(before, after, found)) + _change_list(found)
-            heading = f"From {name_of(before)} to {name_of(after)}"
-            main = before == "demonstrator" or not contents.row("demonstrator")
-            parts.append(f"<h3>{heading}</h3>{told}" if main else page.details(heading, told))
-    return "\n".join(parts)
+        panels.append(Chart(MEASURE_NAMES[measure], svg, _MEANING[measure]))
+    return page.render(
+        "results.html",
+        headline=headline(contents),
+        tiles=[_tile(row) for row in contents.rows],
+        charts=panels,
+        table=_rates_table("", [("", contents.rows)]),
+        invalid=sum(row.invalid for row in contents.rows),
+        changes=_comparisons(contents),
+    )
 
 
 def headline(contents: Contents) -> str:
@@ -121,15 +138,11 @@ def headline(contents: Contents) -> str:
     return f"Of {count if count else 'the'} {where} tasks, " + "; ".join(clauses) + "."
 
 
-def _tiles(rows: Sequence[Row]) -> str:
-    tiles = [
-        page.tile(
-            name_of(row.name), TOLD.get(row.name, ""), rate(row.rates["task"]), "tasks completed",
-            f"{rate(row.rates['all'])} pass all three", colour(row.name),
-        )
-        for row in rows
-    ]  # fmt: skip
-    return f'<div class="grid">{"".join(tiles)}</div>'
+def _tile(row: Row) -> Tile:
+    return Tile(
+        name_of(row.name), TOLD.get(row.name, ""), rate(row.rates["task"]), "tasks completed",
+        f"{rate(row.rates['all'])} pass all three", colour(row.name),
+    )  # fmt: skip
 
 
 def _bar(row: Row, measure: str, label: str = "") -> Bar:
@@ -137,15 +150,18 @@ def _bar(row: Row, measure: str, label: str = "") -> Bar:
     return Bar(label or name_of(row.name), row.rates[measure], low, high, colour(row.name))
 
 
-def _cells(row: Row) -> str:
-    """A table row."""
+def _rates_table(heading: str, groups: Sequence[tuple[str, Sequence[Row]]]) -> Table:
+    lines = [(name, [_table_row(row) for row in rows]) for name, rows in groups]
+    return Table([heading, *MEASURE_NAMES.values(), "Clips"], lines)
+
+
+def _table_row(row: Row) -> TableRow:
     cells = []
     for measure in MEASURES:
         bounds = row.intervals.get(measure) if row.rates[measure] is not None else None
-        small = f"<small>{percent(bounds[0])[:-2]} to {percent(bounds[1])[:-2]}</small>" if bounds else ""
-        cells.append(f"<td>{rate(row.rates[measure])}{small}</td>")
-    name = f'<th scope="row">{page.key(colour(row.name), "dot")}{escape(name_of(row.name))}</th>'
-    return f"<tr>{name}{''.join(cells)}<td>{'–' if row.count is None else row.count}</td></tr>"
+        small = f"{percent(bounds[0])[:-2]} to {percent(bounds[1])[:-2]}" if bounds else ""
+        cells.append(Cell(rate(row.rates[measure]), small))
+    return TableRow(name_of(row.name), [*cells, Cell("–" if row.count is None else row.count)], colour(row.name))
 
 
 # What changed, in words ---------------------------------------------------------------------------------------------
@@ -186,14 +202,16 @@ def sentence(change: Change) -> str:
     return text
 
 
-def _change_list(found: Sequence[Change]) -> str:
-    marks = {"up": "▲", "down": "▼", "overlap": "≈", "unknown": "?"}
-    items = "".join(
-        f'<li class="{c.verdict}"><i aria-hidden="true">{marks[c.verdict]}</i>'
-        f"<b>{escape(MEASURE_NAMES[c.measure])}</b>: {escape(sentence(c))}</li>"
-        for c in found
-    )
-    return f'<ul class="changes">{items}</ul>'
+def _comparisons(contents: Contents) -> list[Comparison]:
+    signs = {"up": "▲", "down": "▼", "overlap": "≈", "unknown": "?"}
+    told = []
+    for before, after in (("demonstrator", "executor"), ("base", "executor")):
+        if found := changes(contents, before, after):
+            heading = f"From {name_of(before)} to {name_of(after)}"
+            main = before == "demonstrator" or not contents.row("demonstrator")
+            lines = [ChangeLine(c.verdict, signs[c.verdict], MEASURE_NAMES[c.measure], sentence(c)) for c in found]
+            told.append(Comparison(heading, main, summary(before, after, found), lines))
+    return told
 
 
 def _signed(points: float) -> str:
@@ -209,7 +227,7 @@ def _listed(words: Sequence[str], comma: bool = False) -> str:
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def training(contents: Contents) -> str:
+def training(contents: Contents) -> Markup:
     """Small multiples of the log: the figures that say most, and all others on request."""
     log = contents.log
     steps = [step for points in log.values() for step, _ in points]
@@ -241,39 +259,20 @@ def training(contents: Contents) -> str:
     invalid = [y for _, y in log.get("judge/invalid", ()) if y is not None]
     if any(invalid):
         text += f" The judge had no answer for {percent(sum(invalid) / len(invalid))} of the clips."
-    parts = [page.paragraph(text)]
-    if panels:
-        parts.append(f'<div class="grid">{"".join(panels)}</div>')
     used |= {key for key in log if key.startswith(run_data.WITHIN_GROUP)}
-    parts += _correlations(contents)
-    rest = sorted(set(log) - used)
-    if rest:
-        others = [_panel(key, [Series(key, log[key], colour("executor"))], across) for key in rest]
-        more = f'<div class="grid">{"".join(others)}</div>'
-        parts.append(page.details(f"{len(rest)} more figures of the log", more) if panels else more)
-    return "\n".join(parts)
+    others = [_panel(key, [Series(key, log[key], colour("executor"))], across) for key in sorted(set(log) - used)]
+    return page.render("training.html", text=text, panels=panels, correlations=_correlations(contents), others=others)
 
 
-def _correlations(contents: Contents) -> list[str]:
+def _correlations(contents: Contents) -> Table | None:
     """How far each reward ranks the rollouts of a task as the others do, and as their motion does."""
     found = run_data.within_group(contents)
-    if not found:
-        return []
     names = list(dict.fromkeys(name for pair in found for name in pair))
     rows = []
     for a in names:
-        cells = "".join(
-            "<td></td>" if value is None else f"<td>{value:+.2f}</td>"
-            for value in (found.get((a, b), found.get((b, a))) for b in names)
-        )
-        rows.append(f'<tr><th scope="row">{escape(a)}</th>{cells}</tr>')
-    note = (
-        "Correlations between the rollouts of one task, mean of all steps with RL. RL learns from these differences "
-        "alone: a reward whose correlation with the judge's answers is near 0 or negative pays for something else, and "
-        "one that falls with motion pays for standing still."
-    )
-    table = page.table(["", *names], [("", rows)])
-    return ["<h3>What the rewards agree on</h3>", page.paragraph(note, "soft"), table]
+        values = [found.get((a, b), found.get((b, a))) for b in names]
+        rows.append(TableRow(a, [Cell("" if value is None else f"{value:+.2f}") for value in values]))
+    return Table(["", *names], [("", rows)]) if found else None
 
 
 def _panel(
@@ -282,25 +281,26 @@ def _panel(
     across: tuple[float, float],
     note: str = "",
     limits: tuple[float, float] | None = None,
-) -> str:
+) -> Chart:
     show = percent if limits == (0.0, 1.0) else charts.number
     title = f"{caption} over training steps"
     svg = charts.lines(series, title=title, limits=limits, across=across, show=show)
-    kinds = [(s.label, s.colour, "dashed" if s.dashed else "dot" if s.dots else "") for s in series]
-    return page.chart(caption, svg, note=note, legend=kinds if len(kinds) > 1 or series[0].dots else ())
+    legend = [Key(s.label, s.colour, "dashed" if s.dashed else "dot" if s.dots else "") for s in series]
+    return Chart(caption, svg, note, legend if len(legend) > 1 or series[0].dots else ())
 
 
 # Break-downs ----------------------------------------------------------------------------------------------------------
 
 
-def breakdowns(contents: Contents) -> str:
+def breakdowns(contents: Contents) -> Markup:
     """Bars and a table by kind of task, a table by agent."""
-    parts = []
-    if contents.by_kind:
-        parts += ["<h3>By kind of task</h3>", _kind_bars(contents.by_kind), _table(contents.by_kind, "Kind")]
-    if contents.by_agent:
-        parts += ["<h3>By agent</h3>", _table(contents.by_agent, "Agent")]
-    return "\n".join(parts)
+    kinds, agents = _groups(contents.by_kind), _groups(contents.by_agent)
+    return page.render(
+        "breakdowns.html",
+        kind_charts=[_kind_chart(kind, rows) for kind, rows in kinds],
+        kinds=_rates_table("Kind", kinds) if kinds else None,
+        agents=_rates_table("Agent", agents) if agents else None,
+    )
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -308,17 +308,6 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(value, [row for row in rows if row.group == value]) for value in values]
 
 
-def _table(rows: Sequence[Row], heading: str) -> str:
-    """A block of rows for each kind or agent; behind a line that opens it if there are many."""
-    blocks = [(group, map(_cells, members)) for group, members in _groups(rows)]
-    table = page.table([heading, *MEASURE_NAMES.values(), "Clips"], blocks)
-    return page.details(f"Show all {len(blocks)}", table) if len(blocks) > 6 else table
-
-
-def _kind_bars(rows: Sequence[Row]) -> str:
-    cards = []
-    for kind, members in _groups(rows):
-        svg = charts.bars([_bar(row, "task") for row in members], title=f"{MEASURE_NAMES['task']}, kind {kind}")
-        count = max(row.count or 0 for row in members)
-        cards.append(page.chart(kind, svg, note=f"task completed, {count} tasks"))
-    return f'<div class="grid">{"".join(cards)}</div>'
+def _kind_chart(kind: str, rows: Sequence[Row]) -> Chart:
+    svg = charts.bars([_bar(row, "task") for row in rows], title=f"{MEASURE_NAMES['task']}, kind {kind}")
+    return Chart(kind, svg, f"task completed, {max(row.count or 0 for row in rows)} tasks")
