@@ -43,17 +43,18 @@ HERE = pathlib.Path(__file__).parent
 # Begun first, so that the workers end together.
 LONGEST = (
     "programs/test_train", "devices/test_hosts", "programs/test_wan_run", "programs/test_ablate",
-    "training/test_objective", "programs/test_pretrain", "test_notebooks", "training/test_prefetch",
-    "storage/test_checkpoints", "programs/test_quickstart", "judges/test_server", "reports/test_report",
-    "weights/test_convert",
+    "programs/test_two_streams", "training/test_step", "programs/test_pretrain", "test_notebooks",
+    "training/test_prefetch", "storage/test_checkpoints", "programs/test_quickstart", "judges/test_server",
+    "reports/test_report", "weights/test_convert",
 )  # fmt: skip
 
 # `once`, as single tests elsewhere: about files, processes, servers and pages, or training through programs that
 # `test_train` compiles too. (Of jobs of several processes, `test_checkpoints` has one for every Python.)
 ONCE = (
     "data", "judges", "launch", "reports", "sandbox", "vlm", "devices/test_hosts", "evaluation/test_held_out",
-    "programs/test_ablate", "programs/test_judgments", "programs/test_probe", "test_mutations", "test_notebooks",
-    "training/test_prefetch", "weights/test_convert",
+    "programs/test_ablate", "programs/test_judgments", "programs/test_notebook",
+    "programs/test_probe", "programs/test_two_streams", "test_mutations", "test_notebooks", "training/test_prefetch",
+    "weights/test_convert",
 )  # fmt: skip
 
 for place in (*LONGEST, *ONCE):  # a name that has moved would be missed silently

@@ -14,7 +14,7 @@ from world_distill import build
 from world_distill.programs import prepare
 from world_distill.settings.loading import load_config
 from world_distill.storage.weight_files import save_weights
-from world_distill.training.compiled import make_programs
+from world_distill.training.step_programs import make_programs
 
 HASH, PATTERN = "hash_judge:HashJudge", "hash_judge:PatternJudge"
 

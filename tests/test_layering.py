@@ -24,7 +24,7 @@ SHARED_BY_MODELS = {
 }  # fmt: skip
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
-# And params.py, text.py and verify.py of every family; inside functions. `verify` runs diffusers beside our networks.
+# And published.py, text.py and verify.py of every family; inside functions. `verify` runs diffusers beside ours.
 MAY_USE_TORCH = {"vlm.local", "weights.verify"}
 
 NOT_IN_CORE = {
@@ -144,7 +144,7 @@ def internal(module: str, target: str) -> str | None:
 
 
 def external(module: str, item: Import) -> str | None:
-    of_a_family = module.startswith("models.") and module.split(".")[-1] in ("params", "text", "verify")
+    of_a_family = module.startswith("models.") and module.split(".")[-1] in ("published", "text", "verify")
     if under(item.name, TORCH):
         if not (of_a_family or module in MAY_USE_TORCH):
             return f"imports {item.name}; torch is for converters, text encoders, verify and vlm.local"
@@ -191,7 +191,7 @@ GOOD = {
     "models.lora": "",
     "models.wan.__init__": "from world_distill.models.wan.modeling import Wan",
     "models.wan.modeling": "from world_distill.models import layers\nfrom world_distill.models.lora import x",
-    "models.wan.params": "def convert():\n    import torch",
+    "models.wan.published": "def convert():\n    import torch",
     "models.wan.text": "def encode():\n    import torch\n    from world_distill.models import hashed_words",
     "models.hashed_words": "",
     "data.__init__": "",
@@ -241,7 +241,7 @@ def test_good_tree_passes(tmp_path):
         ("models.layers", "from world_distill.models import wan", "imports models.wan, another model family"),
         ("models.ltx2", "from world_distill.models.wan import modeling", "imports models.wan.modeling, another"),
         ("models.wan.modeling", "def f():\n    import torch", "torch is for converters"),
-        ("models.wan.params", "import torch", "imports torch outside a function"),
+        ("models.wan.published", "import torch", "imports torch outside a function"),
         ("models.wan.text", "import torch", "imports torch outside a function"),
         ("data.encode", "def f():\n    import torch", "torch is for converters"),
         ("programs.train", "def f():\n    from diffusers.models import x", "torch is for converters"),

@@ -36,8 +36,8 @@ from world_distill.judges.rubric import load_rubric
 from world_distill.settings.objective import Phase
 from world_distill.settings.rollout import DISTILL
 from world_distill.training import run_folder
-from world_distill.training.compiled import make_programs
-from world_distill.training.passes import in_shape
+from world_distill.training.step_losses import in_shape
+from world_distill.training.step_programs import make_programs
 from world_distill.weights import base_model
 
 BATCH = 16  # tasks at once

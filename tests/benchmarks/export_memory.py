@@ -24,8 +24,8 @@ from world_distill.settings.loading import load_config
 from world_distill.storage import array_store
 from world_distill.storage.checkpoints import Checkpointer, make_metadata
 from world_distill.training import run_folder
-from world_distill.training.compiled import make_programs
-from world_distill.weights.export import SHARD_BYTES
+from world_distill.training.step_programs import make_programs
+from world_distill.weights.merged_model import SHARD_BYTES
 
 GIB = 2**30
 # VmHWM and not ru_maxrss, which starts from the size of the process that started this one.

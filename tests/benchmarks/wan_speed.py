@@ -59,7 +59,7 @@ def ours(args: argparse.Namespace) -> tuple[dict, dict]:
     from world_distill.models.lora import init_lora
     from world_distill.models.tensor_map import assemble
     from world_distill.models.wan.modeling import WanConfig, WanDiT
-    from world_distill.models.wan.params import transformer_entries
+    from world_distill.models.wan.published import transformer_entries
 
     dtype = jnp.bfloat16 if args.gpu else jnp.float32
     config = WanConfig(

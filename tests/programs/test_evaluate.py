@@ -19,8 +19,8 @@ from world_distill.data.records.reader import RecordReader
 from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summarise
 from world_distill.programs import evaluate, train
 from world_distill.storage.checkpoints import Checkpointer
-from world_distill.training import compiled, run_folder
-from world_distill.training.compiled import make_programs
+from world_distill.training import run_folder, step_programs
+from world_distill.training.step_programs import make_programs
 from world_distill.weights import base_model
 
 
@@ -174,7 +174,7 @@ def test_a_run_is_opened_with_the_slow_average_of_its_newest_checkpoint(parts, t
     read, restore = [], ocp.StandardCheckpointHandler.restore
     spy = lambda self, folder, *args, **kw: read.append(folder.name) or restore(self, folder, *args, **kw)  # noqa: E731
     monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", spy)
-    monkeypatch.setattr(compiled, "_make", None)
+    monkeypatch.setattr(step_programs, "_make", None)
     found, step = run_folder.load_executor(config, mesh, tmp_path)
     assert step == 2 and read == ["executor"]
     jax.tree.map(np.testing.assert_array_equal, found, ema)

@@ -32,7 +32,7 @@ from world_distill.storage.checkpoints import Checkpointer
 from world_distill.storage.metric_log import MetricLog
 from world_distill.training import run_folder
 from world_distill.training.collect import TooFewJudgments
-from world_distill.training.compiled import make_programs
+from world_distill.training.step_programs import make_programs
 from world_distill.weights import base_model
 
 

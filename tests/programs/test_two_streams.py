@@ -20,8 +20,8 @@ from world_distill.programs import evaluate, generate, notebook, prepare, probe,
 from world_distill.storage.checkpoints import Checkpointer
 from world_distill.storage.weight_files import save_weights
 from world_distill.training.collect import Collector
-from world_distill.training.compiled import make_programs
-from world_distill.training.passes import in_shape
+from world_distill.training.step_losses import in_shape
+from world_distill.training.step_programs import make_programs
 from world_distill.weights import base_model
 
 OFF_POLICY = {"objective.rl": "none", "objective.beta_d": ((0, 1.0),), "rollout.role": "demonstrator"}

@@ -28,9 +28,8 @@ from world_distill.storage import array_store
 from world_distill.storage.metric_log import read_log
 from world_distill.storage.safetensors_folder import TensorFileError
 from world_distill.training import run_folder
-from world_distill.training.compiled import make_programs
-from world_distill.weights import base_model
-from world_distill.weights import export as merged_export
+from world_distill.training.step_programs import make_programs
+from world_distill.weights import base_model, merged_model
 from world_distill.weights.lora_files import read_lora
 
 SMALL = {
@@ -240,7 +239,7 @@ def test_merged_weights_are_base_plus_executor(opened, merged):
 
 @pytest.mark.once
 def test_large_models_are_written_in_shards_with_an_index(run, merged, monkeypatch):
-    monkeypatch.setattr(merged_export, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(merged_model, "SHARD_BYTES", 30_000)
     export.export_merged(run, run / "sharded")
     assert len(list((run / "sharded" / "transformer").glob("*-of-*.safetensors"))) > 2
     assert cli.main(["convert", str(run / "sharded"), str(run / "converted_sharded")]) == 0

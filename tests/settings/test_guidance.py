@@ -17,8 +17,8 @@ from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.settings.rollout import RolloutSettings
-from world_distill.training.compiled import make_programs
 from world_distill.training.forwards import per_rollout
+from world_distill.training.step_programs import make_programs
 
 LENGTH = 40
 BLUR = ("--config.demonstrator.guidance=2", "--config.demonstrator.negative=a blurred picture")

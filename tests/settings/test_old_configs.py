@@ -7,7 +7,7 @@ import pytest
 from world_distill.devices.sharding import make_mesh
 from world_distill.settings import old_configs
 from world_distill.settings.loading import from_json, load_config, to_json
-from world_distill.training.compiled import make_programs
+from world_distill.training.step_programs import make_programs
 
 
 def old(**objective) -> dict:

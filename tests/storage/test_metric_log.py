@@ -7,7 +7,7 @@ from world_distill.storage import metric_log
 
 def test_a_figure_that_is_not_finite_is_null_and_a_gap(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(metric_log.SummaryWriter, "add_scalar", lambda self, *point: drawn.append(point))
+    monkeypatch.setattr("tensorboardX.SummaryWriter.add_scalar", lambda self, *point: drawn.append(point))
     log = metric_log.MetricLog(tmp_path, 0)
     log.write(1, {"train/anchor": 0.5, "within_group/task~agent": math.nan})
     log.write(2, {"train/anchor": math.inf, "within_group/task~agent": 0.25})

@@ -19,7 +19,7 @@ from world_distill.settings.objective import Objective, Phase
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.structs import Judgment, TrainBatch
 from world_distill.training.collect import Collector, Judged, Pending, draw_tasks
-from world_distill.training.compiled import make_programs
+from world_distill.training.step_programs import make_programs
 
 
 def collection(**changes) -> RolloutSettings:

@@ -12,7 +12,7 @@ from world_distill.devices import flops
 from world_distill.devices.sharding import make_mesh
 from world_distill.models.tiny.family import TinyFamily
 from world_distill.settings.objective import Phase
-from world_distill.training import compiled, forwards
+from world_distill.training import forwards, step_programs
 from world_distill.training.collect import Collector
 
 SMALLEST = {
@@ -59,8 +59,10 @@ def test_forwards_are_counted_as_they_are_made(case, tmp_path, monkeypatch):
         return {"video": (x + moved) * column.reshape(-1, 1, 1, 1, 1) * free}
 
     monkeypatch.setattr(TinyFamily, "denoise", one_product)
-    monkeypatch.setattr(compiled, "_make", compiled._make.__wrapped__)  # none of a test before or after this one
-    made = compiled.make_programs(small_config(tmp_path, **SMALLEST | changes), make_mesh(devices=jax.devices()[:1]))
+    # None of a test before or after this one.
+    monkeypatch.setattr(step_programs, "_make", step_programs._make.__wrapped__)
+    config = small_config(tmp_path, **SMALLEST | changes)
+    made = step_programs.make_programs(config, make_mesh(devices=jax.devices()[:1]))
     count = made.rollout_settings.tasks * made.rollout_settings.group
     assert made.forwards(phase) == count * by_hand
 

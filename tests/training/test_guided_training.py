@@ -24,10 +24,10 @@ from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.storage.checkpoints import Checkpointer
 from world_distill.structs import TrainBatch
-from world_distill.training import objective as steps
 from world_distill.training import run_folder
+from world_distill.training import step as steps
 from world_distill.training.collect import Collector
-from world_distill.training.compiled import make_programs
+from world_distill.training.step_programs import make_programs
 from world_distill.weights import base_model
 
 TEXT, SHOWN, ROLLED = "nothing moves", 2.5, 1.5

@@ -11,8 +11,8 @@ from streams import velocity_of
 
 from tests.training.toy import GRID, ROWS, change, make_objective, make_state, make_step, renoised, run
 from world_distill.devices.sharding import make_mesh
-from world_distill.training import objective as steps
-from world_distill.training.compiled import make_programs
+from world_distill.training import step as steps
+from world_distill.training.step_programs import make_programs
 
 
 def leaf(tree) -> np.ndarray:

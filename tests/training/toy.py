@@ -13,7 +13,7 @@ from world_distill.core import flow, sampling
 from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.structs import TrainBatch, TrainState
-from world_distill.training import objective as steps
+from world_distill.training import step as steps
 
 ROWS, STEPS = 6, 4
 GRID = flow.sampling_times(STEPS, 3.0)

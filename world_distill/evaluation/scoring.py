@@ -23,7 +23,7 @@ from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
 from world_distill.devices import hosts
 from world_distill.devices.sharding import batch_sharding
-from world_distill.evaluation.sampler import make_sampler
+from world_distill.evaluation.clip_sampler import make_sampler
 from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.settings.guidance import Guidance
 from world_distill.structs import PyTree, Texts

@@ -30,7 +30,7 @@ from world_distill.judges.rubric import load_rubric
 from world_distill.programs import prepare, pretrain
 from world_distill.training import run_folder
 from world_distill.training.collect import Collector, draw_tasks
-from world_distill.training.compiled import make_programs
+from world_distill.training.step_programs import make_programs
 from world_distill.weights import base_model
 
 

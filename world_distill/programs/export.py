@@ -9,9 +9,9 @@ from world_distill import build
 from world_distill.errors import UserError
 from world_distill.training import run_folder
 from world_distill.weights import base_model
-from world_distill.weights.export import check_target, count_tensors, published_layout, write_merged
 from world_distill.weights.lora_files import write_lora
 from world_distill.weights.lora_layouts import Layout
+from world_distill.weights.merged_model import check_target, count_tensors, published_layout, write_merged
 
 
 def export_lora(workdir: pathlib.Path, out: pathlib.Path, *, layout: Layout, dtype: str = "float32") -> dict[str, Any]:

@@ -28,7 +28,7 @@ from world_distill.data.records.negative import pad_negative
 from world_distill.data.records.reader import EncodedRecord, RecordReader
 from world_distill.devices.sharding import batch_sharding
 from world_distill.errors import UserError
-from world_distill.evaluation import sampler
+from world_distill.evaluation import clip_sampler
 from world_distill.interfaces import Encoders, ModelFamily
 from world_distill.settings.loading import load_config, override
 from world_distill.storage import atomic, video_files
@@ -274,10 +274,10 @@ def _sampler(
     """(base, lora, jobs, seed) -> clips [b F H W 3] uint8, compiled once for each role."""
     steps, shift, times = (settings[name] for name in ("steps", "shift", "sigmas"))
     if settings["sampler"] == "unipc":
-        schedule: sampler.Times | sampler.UniPC = sampler.UniPC(steps, shift)
+        schedule: clip_sampler.Times | clip_sampler.UniPC = clip_sampler.UniPC(steps, shift)
     else:
         schedule = tuple(flow.sampling_times(steps, shift or 1.0, times and tuple(times)).tolist())
-    sample = sampler.make_sampler(family, mesh, schedule, settings["guidance"])
+    sample = clip_sampler.make_sampler(family, mesh, schedule, settings["guidance"])
     rows = batch_sharding(mesh)
 
     def clips(base, lora, jobs: Sequence[Job], seed: int) -> np.ndarray:

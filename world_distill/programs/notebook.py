@@ -26,7 +26,7 @@ from world_distill.data.records.batches import Arrays, TaskBatch, pad, stack_sce
 from world_distill.data.records.encode import fit_image
 from world_distill.data.records.negative import pad_negative
 from world_distill.errors import UserError
-from world_distill.evaluation.sampler import make_sampler
+from world_distill.evaluation.clip_sampler import make_sampler
 from world_distill.interfaces import Judge, ModelFamily
 from world_distill.judges.ask import judge_clips
 from world_distill.judges.memory.cache import JudgmentCache
@@ -39,7 +39,7 @@ from world_distill.settings.optimizer import OptimizerSettings
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.structs import Condition, Judgment, PyTree, Texts, TrainState
 from world_distill.training.collect import Collector
-from world_distill.training.compiled import make_programs
+from world_distill.training.step_programs import make_programs
 from world_distill.weights.base_model import load_base
 from world_distill.weights.lora_files import load_lora, write_lora
 

@@ -29,7 +29,7 @@ from world_distill.settings import objective
 from world_distill.settings.loading import override
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.structs import Condition, PyTree, Texts, Tokens, TrainBatch
-from world_distill.training.compiled import Programs, make_programs
+from world_distill.training.step_programs import Programs, make_programs
 from world_distill.weights import base_model
 
 LOCAL = "local"

@@ -16,7 +16,7 @@ from world_distill.data.images.filters import Filters
 from world_distill.data.records.encode import encode_records
 from world_distill.data.records.negative import keep_negative
 from world_distill.data.records.reader import RecordError, RecordReader
-from world_distill.data.records.types import SCENE
+from world_distill.data.records.record_format import SCENE
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import section
 from world_distill.structs import PyTree

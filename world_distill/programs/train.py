@@ -2,7 +2,7 @@
 
     for every step:
         collect     the Executor's rollouts, judged and weighed        (collect.py)
-        train_step  a pure function of (state, base, batch)            (objective.py)
+        train_step  a pure function of (state, base, batch)            (training/step.py)
 
 A run is a folder: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`. Called again on
 its folder, it continues from the newest checkpoint, bit for bit as if it had not stopped.
@@ -39,8 +39,8 @@ from world_distill.storage.metric_log import MetricLog
 from world_distill.training import run_folder
 from world_distill.training.balance import Balance
 from world_distill.training.collect import Collector, TooFewJudgments
-from world_distill.training.compiled import make_programs
 from world_distill.training.prefetch import Experience
+from world_distill.training.step_programs import make_programs
 from world_distill.weights import base_model
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from world_distill.data.images.png import ImageError, decode_png
 from world_distill.data.records.reader import AnnotatedRecord, RecordReader
-from world_distill.data.records.types import Record
+from world_distill.data.records.record_format import Record
 from world_distill.reports import page
 
 _THUMB = 320  # pixels of the longer side of a picture on the page

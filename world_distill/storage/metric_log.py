@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 
 class MetricLog:
@@ -27,6 +26,8 @@ class MetricLog:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         temporary.replace(self.path)
         self._file = self.path.open("a")
+        from tensorboardX import SummaryWriter  # it imports torch, where there is one
+
         self._board = SummaryWriter(str(folder / "tensorboard" / name), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -34,7 +34,7 @@ from world_distill.judges.rubric import Rubric
 from world_distill.settings.objective import Phase
 from world_distill.settings.rollout import DISTILL, RolloutSettings
 from world_distill.structs import Condition, Judgment, PyTree, Texts, TrainBatch, TrainState
-from world_distill.training.compiled import Programs
+from world_distill.training.step_programs import Programs
 
 
 class TooFewJudgments(UserError):
@@ -50,7 +50,7 @@ class Pending(NamedTuple):
     batch: TrainBatch
     clips: jax.Array | None  # [b F H W 3] uint8, if they are to be judged
     reward: jax.Array | None  # [b] Eq. 9, if it is rewarded
-    motion: jax.Array | None  # [b] see `compiled`, if rewards are weighed
+    motion: jax.Array | None  # [b] see `step_programs`, if rewards are weighed
     started: float
 
 

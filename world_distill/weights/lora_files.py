@@ -67,7 +67,7 @@ def read_lora(
     *,
     scale: float,
 ) -> PyTree:
-    """Our factors from a LoRA file in either layout; see `models.lora_layouts.lora_tree`.
+    """Our factors from a LoRA file in either layout; see `lora_layouts.lora_tree`.
 
     Args:
       path: of the file.

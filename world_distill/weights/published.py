@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from world_distill.errors import UserError
 from world_distill.models.tensor_map import Published
-from world_distill.models.wan import params as wan
+from world_distill.models.wan import published as wan
 
 
 class _Reader(NamedTuple):

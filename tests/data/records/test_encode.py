@@ -9,7 +9,7 @@ import pytest
 from flax import serialization
 
 from world_distill.data.images.png import decode_png, encode_png
-from world_distill.data.records import types
+from world_distill.data.records import record_format
 from world_distill.data.records.encode import encode_records, fit_image
 from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordError, RecordReader, write_records
 from world_distill.data.records.resumable import ResumableSet
@@ -237,7 +237,7 @@ def test_more_shards_than_records(reader, tmp_path):
 def test_the_tasks_of_an_image_share_its_scene_on_disk(reader, tmp_path):
     run(reader, tmp_path, shards=2, name="together")
     encoded = RecordReader(tmp_path, "together")
-    stored = [types.read_encoded(shard[row])[1] for shard in encoded._shards for row in range(len(shard))]
+    stored = [record_format.read_encoded(shard[row])[1] for shard in encoded._shards for row in range(len(shard))]
     # Runs of one image: rows 0-2 and 3-5, and, after the cut behind a whole image, 6-8 of the first shard.
     assert stored == [None, 0, 0, None, 3, 3, None, 6, 6] + [None, 0, 0, None, 3]
     for raw, new in zip(reader, encoded, strict=True):
@@ -261,7 +261,7 @@ def test_a_scene_is_shared_only_if_it_is_the_same(reader, tmp_path, change):
     }[change]  # fmt: skip
     write_records(tmp_path, "two", [first, dataclasses.replace(second, **{change: other})])
     found = RecordReader(tmp_path, "two")
-    assert types.read_encoded(found._shards[0][1])[1] is None
+    assert record_format.read_encoded(found._shards[0][1])[1] is None
     np.testing.assert_equal(getattr(found[1], change), other)
 
 

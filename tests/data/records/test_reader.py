@@ -17,7 +17,7 @@ import pytest
 
 from world_distill.data.images.png import ImageError, decode_png, encode_png
 from world_distill.data.records import reader as records_module
-from world_distill.data.records import types
+from world_distill.data.records import record_format
 from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordError, RecordReader, write_records
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -116,7 +116,7 @@ def test_other_type_version_or_magic_is_refused():
 
 def test_whole_bytes_with_wrong_contents_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(types, "_check", lambda record, scene_row=None: None)
+        patch.setattr(record_format, "_check", lambda record, scene_row=None: None)
         data = annotated(task=3).to_bytes()
     with pytest.raises(RecordError, match="record 'r0': task is a int, not str"):
         AnnotatedRecord.from_bytes(data)

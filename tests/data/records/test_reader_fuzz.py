@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.effort import FUZZ
 from world_distill.data.records.reader import RecordReader, write_records
-from world_distill.data.records.types import AnnotatedRecord, EncodedRecord, RecordError
+from world_distill.data.records.record_format import AnnotatedRecord, EncodedRecord, RecordError
 
 TYPES = (AnnotatedRecord, EncodedRecord)
 

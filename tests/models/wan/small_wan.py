@@ -12,7 +12,7 @@ from world_distill.models.functional import Functional
 from world_distill.models.lora import init_lora, kernels
 from world_distill.models.tensor_map import assemble
 from world_distill.models.wan.modeling import WanConfig, WanDiT
-from world_distill.models.wan.params import LORA_NAMES, transformer_entries
+from world_distill.models.wan.published import LORA_NAMES, transformer_entries
 from world_distill.weights.lora_layouts import METADATA_KEY, lora_tree
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

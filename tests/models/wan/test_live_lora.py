@@ -6,7 +6,7 @@ import pytest
 import safetensors.numpy
 
 from tests.models.wan.small_wan import CONFIG, check_gradients, inputs, load, network, random_lora, shapes
-from world_distill.models.wan.params import LORA_NAMES
+from world_distill.models.wan.published import LORA_NAMES
 from world_distill.weights.lora_files import FILE_NAME, read_lora, write_lora
 
 pytestmark = pytest.mark.torch

@@ -9,7 +9,7 @@ from tests.models.wan.small_wan import CONFIG, inputs, network
 from tests.models.wan.test_wan_vae import CONFIGS
 from world_distill.models.tensor_map import assemble
 from world_distill.models.wan import vae
-from world_distill.models.wan.params import transformer_entries, vae_entries
+from world_distill.models.wan.published import transformer_entries, vae_entries
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("torch", reason="torch is in the extra `torch`")

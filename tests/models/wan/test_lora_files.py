@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from tests.models.wan.small_wan import load, random_lora, shapes
-from world_distill.models.wan.params import LORA_NAMES
+from world_distill.models.wan.published import LORA_NAMES
 from world_distill.storage.safetensors_folder import TensorFileError
 from world_distill.weights.lora_files import read_lora, write_lora
 from world_distill.weights.lora_layouts import METADATA_KEY

@@ -12,7 +12,7 @@ from world_distill.models.tensor_map import assemble
 from world_distill.models.wan import vae
 from world_distill.models.wan.codec import WanCodec
 from world_distill.models.wan.family import WanFamily
-from world_distill.models.wan.params import vae_entries
+from world_distill.models.wan.published import vae_entries
 
 CODEC = CONFIGS["2.2"]
 GOLDEN = "transformer_3x4x6.npz"

@@ -10,7 +10,7 @@ import pytest
 from tests.models.wan.small_wan import CONFIG, inputs, load, network
 from world_distill.models.blocks import StreamLayout
 from world_distill.models.tensor_map import check_names
-from world_distill.models.wan.params import transformer_entries
+from world_distill.models.wan.published import transformer_entries
 
 
 @pytest.mark.parametrize("name", ["transformer_3x4x6.npz", "transformer_2x10x4.npz"])

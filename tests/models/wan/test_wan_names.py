@@ -8,7 +8,7 @@ import pytest
 
 from world_distill.models.tensor_map import check_names
 from world_distill.models.wan.modeling import WanConfig
-from world_distill.models.wan.params import transformer_entries, vae_entries
+from world_distill.models.wan.published import transformer_entries, vae_entries
 from world_distill.models.wan.vae import VaeConfig
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

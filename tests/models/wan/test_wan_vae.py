@@ -9,7 +9,7 @@ import pytest
 
 from world_distill.models.tensor_map import assemble
 from world_distill.models.wan import vae
-from world_distill.models.wan.params import vae_entries
+from world_distill.models.wan.published import vae_entries
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 SMALL = {"encoder_width": 4, "blocks": 1}

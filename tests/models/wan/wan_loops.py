@@ -11,12 +11,12 @@ from world_distill.core.guidance import guided, with_guidance
 from world_distill.models.tensor_map import assemble
 from world_distill.models.wan.codec import WanCodec
 from world_distill.models.wan.family import WanFamily
-from world_distill.models.wan.params import transformer_entries
+from world_distill.models.wan.published import transformer_entries
 from world_distill.models.wan.vae import VaeConfig
 from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.structs import TrainBatch
-from world_distill.training.passes import Losses
+from world_distill.training.step_losses import Losses
 
 NETWORK = network(CONFIG)
 CASES = [(name, scale) for name in ("euler", "unipc") for scale in (1.0, 5.0)]

@@ -22,8 +22,8 @@ from flax import serialization
 
 from world_distill.data.records.batches import pad
 from world_distill.data.records.reader import RecordReader
+from world_distill.data.records.record_format import TEXT, RecordError
 from world_distill.data.records.shard_files import disk, write_atomically
-from world_distill.data.records.types import TEXT, RecordError
 from world_distill.devices import hosts
 from world_distill.devices.sharding import replicated
 from world_distill.settings.guidance import Guidance

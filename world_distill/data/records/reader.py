@@ -23,6 +23,15 @@ from typing import Any
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from world_distill.data.records.record_format import (
+    READ,
+    TEXT,
+    AnnotatedRecord,
+    EncodedRecord,
+    Record,
+    RecordError,
+    read_encoded,
+)
 from world_distill.data.records.shard_files import (
     INDEX_FORMAT,
     SEQUENTIAL,
@@ -40,15 +49,6 @@ from world_distill.data.records.shard_files import (
     write_atomically,
     write_index,
     write_shards,
-)
-from world_distill.data.records.types import (
-    READ,
-    TEXT,
-    AnnotatedRecord,
-    EncodedRecord,
-    Record,
-    RecordError,
-    read_encoded,
 )
 
 __all__ = [

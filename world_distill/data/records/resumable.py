@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from world_distill.data.records.record_format import Record, RecordError
 from world_distill.data.records.shard_files import (
     aside,
     check_name,
@@ -31,7 +32,6 @@ from world_distill.data.records.shard_files import (
     write_index,
     write_shards,
 )
-from world_distill.data.records.types import Record, RecordError
 
 _NOTE_KEYS = {"request", "file", "count", "bytes", "sha256", "type", "ids", "shapes", "longest_text"}
 

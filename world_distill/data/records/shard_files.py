@@ -1,7 +1,7 @@
 """The files of a data set: shards are written aside, flushed, counted again, and then renamed into place.
 
-Nothing here trusts a name: what a file holds is promised by an index (`records`) or a note (`resumable`) with its size
-and hash, which is written after the file has its name.
+Nothing here trusts a name: what a file holds is promised by an index (`reader.py`) or a note (`resumable.py`) with its
+size and hash, which is written after the file has its name.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from world_distill.data.records.types import VERSIONS, AnnotatedRecord, EncodedRecord, Record, RecordError
+from world_distill.data.records.record_format import VERSIONS, AnnotatedRecord, EncodedRecord, Record, RecordError
 
 INDEX_FORMAT = "world_distill records"
 SEQUENTIAL = "sequential"  # an index's "order"; without one, records are dealt out to the shards in turn

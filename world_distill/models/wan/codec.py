@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from world_distill.devices.sharding import gathered, map_rows
 from world_distill.models.tensor_map import our_shapes
 from world_distill.models.wan import vae
-from world_distill.models.wan.params import vae_entries
+from world_distill.models.wan.published import vae_entries
 from world_distill.structs import Latents, PyTree
 
 

@@ -20,7 +20,7 @@ from world_distill.models.wan import vae
 from world_distill.models.wan.codec import WanCodec
 from world_distill.models.wan.encoders import WanEncoders
 from world_distill.models.wan.modeling import WanConfig, WanDiT
-from world_distill.models.wan.params import WanPublished
+from world_distill.models.wan.published import WanPublished
 from world_distill.structs import Condition, Latents, LatentSpec, PyTree
 
 

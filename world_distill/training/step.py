@@ -3,8 +3,8 @@
     L = w_RL L_RL + beta_d L_anchor [+ beta_old |v_E - v_old|^2] [+ beta_base |v_E - v_base|^2]
 
 L_anchor is WMSD's Eq. 11 (on visited states) or the same on re-noised clips; L_RL is AWM, DiffusionNFT or Flow-GRPO.
-The losses of one draw of times are in `passes.py`, their formulas in `core/losses.py`. Every variant of the paper is a
-setting: without L_RL this is on-policy distillation, with rollouts of the Demonstrator (see `collect.py`) it is
+The losses of one draw of times are in `step_losses.py`, their formulas in `core/losses.py`. Every variant of the paper
+is a setting: without L_RL this is on-policy distillation, with rollouts of the Demonstrator (see `collect.py`) it is
 off-policy distillation, with beta_d = 0 RL alone. `beta_d` and `rl_weight` may be schedules over training steps.
 
 One step makes `updates` optimiser updates on one batch of rollouts, each on one of `minibatches` parts of the rows and
@@ -26,7 +26,7 @@ from world_distill.core import sampling, schedules, times
 from world_distill.interfaces import ModelFamily
 from world_distill.settings.objective import Objective
 from world_distill.structs import PyTree, TrainBatch, TrainState
-from world_distill.training.passes import Draw, Losses, Policies, Weights
+from world_distill.training.step_losses import Draw, Losses, Policies, Weights
 
 
 def init_state(

@@ -5,7 +5,7 @@
     decode        the base, final latents                   -> RGB clips
     demonstrate   the base, rollouts, their solutions       -> the Demonstrator's velocities there, Eq. 9's reward
     motion        final latents                             -> how much each clip moves
-    update        a state, the base, a batch                -> the next state, metrics        (objective.py)
+    update        a state, the base, a batch                -> the next state, metrics        (step.py)
 
 With guidance, `roll` and `demonstrate` also take the states of the negative text.
 
@@ -39,8 +39,8 @@ from world_distill.settings.objective import Objective, Phase
 from world_distill.settings.rollout import DISTILL, RolloutSettings
 from world_distill.structs import Condition, Latents, PyTree, Rollout, Texts, TrainState
 from world_distill.training import forwards, optimizers
-from world_distill.training.objective import init_state, make_train_step
-from world_distill.training.passes import in_shape
+from world_distill.training.step import init_state, make_train_step
+from world_distill.training.step_losses import in_shape
 from world_distill.weights import base_model
 
 PHASES = (Phase(True, True), Phase(True, False), Phase(False, True))

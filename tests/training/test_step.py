@@ -24,8 +24,8 @@ from tests.training.toy import (
 from world_distill.core import flow, losses, sampling
 from world_distill.devices.sharding import batch_sharding, make_mesh, replicated
 from world_distill.programs.plan import collectives
-from world_distill.training import objective as steps
-from world_distill.training import passes
+from world_distill.training import step as steps
+from world_distill.training import step_losses
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_tied_rows_share_times_that_cover_the_grid(family, base, lora, batch):
 def test_tied_rows_get_a_time_each_block(family, base, lora, batch, monkeypatch):
     """Blocks of one update look at different times, rows of a block at the same."""
     seen = []
-    real = passes.each
+    real = step_losses.each
 
     def spy(values, indices):
         jax.debug.callback(lambda i: seen.append(np.asarray(i)), indices)
         return real(values, indices)
 
-    monkeypatch.setattr(passes, "each", spy)
+    monkeypatch.setattr(step_losses, "each", spy)
     objective = make_objective(rl="none", beta_d=1.0, updates=6, draws=1, tied=2)
     jax.block_until_ready(run(family, base, lora, batch, objective))
     jax.effects_barrier()

@@ -8,8 +8,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.models.wan.small_wan import CONFIG, load, random_lora
-from world_distill.models.wan.params import transformer_entries
-from world_distill.weights.export import _tensors
+from world_distill.models.wan.published import transformer_entries
+from world_distill.weights.merged_model import _tensors
 
 SCALE = 0.7
 Q = "blocks.1.attn1.to_q.weight"
