@@ -53,7 +53,8 @@ LONGEST = (
 ONCE = (
     "data", "judges", "launch", "reports", "sandbox", "vlm", "devices/test_hosts", "evaluation/test_held_out",
     "programs/test_ablate", "programs/test_judgments", "programs/test_notebook",
-    "programs/test_probe", "programs/test_two_streams", "test_mutations", "test_notebooks", "training/test_prefetch",
+    "programs/test_pretrain", "programs/test_probe", "programs/test_quickstart", "programs/test_two_streams",
+    "test_mutations", "test_notebooks", "training/test_guided_training", "training/test_prefetch",
     "weights/test_convert",
 )  # fmt: skip
 
