@@ -72,12 +72,12 @@ def test_bad_places_are_refused(counts, message):
 
 def test_losses_are_those_of_one_long_vector():
     v, r = draw(1), draw(2)
-    long_v, long_r = (jnp.asarray(counted(x), jnp.float32) for x in (v, r))
+    long_v, long_r = (jnp.asarray(counted(x)[..., None], jnp.float32) for x in (v, r))  # one channel
     for loss in (losses.velocity_gap, losses.decoupled_gap):
         np.testing.assert_allclose(loss(v, r, COUNTS), loss(long_v, long_r, None), rtol=1e-5)
     t, a = jnp.float32([0.2, 0.5, 0.9]), jnp.float32([0.3, -0.6, 1.0])
     ours = losses.nft_loss(v, r, draw(4), t, a, 0.7, COUNTS)
-    target = jnp.asarray(counted(draw(4)), jnp.float32)
+    target = jnp.asarray(counted(draw(4))[..., None], jnp.float32)
     np.testing.assert_allclose(ours, losses.nft_loss(long_v, long_r, target, t, a, 0.7, None), rtol=1e-5)
     found = metrics.velocity_diagnostics(v, r, COUNTS)
     flat = metrics.velocity_diagnostics(long_v, long_r, None)

@@ -124,6 +124,22 @@ def masked_mean(x: Latents, counts: Places | None) -> Float[Array, " b"]:
     Raises:
         ValueError: no place counts, or `counts` has other streams than `x`.
     """
+    return average_streams(_mean, x, counts)
+
+
+def average_streams(
+    of_stream: Callable[[Array, np.ndarray], Array], x: Latents, counts: Places | None
+) -> Float[Array, " b"]:
+    """Values [b] of each stream, averaged with its entries at the places that count as weights.
+
+    Args:
+        of_stream: (stream [b n ...] float32, places that count [n] bool) -> [b]; called where any place counts.
+        x: latents.
+        counts: see `masked_mean`.
+
+    Raises:
+        ValueError: see `masked_mean`.
+    """
     streams, structure = jax.tree.flatten(x)
     if counts is None:
         masks = [np.ones(stream.shape[1], bool) for stream in streams]
@@ -134,7 +150,7 @@ def masked_mean(x: Latents, counts: Places | None) -> Float[Array, " b"]:
     means, sizes = [], []
     for stream, mask in zip(streams, masks, strict=True):
         if mask.any():
-            means.append(_mean(jnp.asarray(stream, jnp.float32), mask))
+            means.append(of_stream(jnp.asarray(stream, jnp.float32), mask))
             sizes.append(int(mask.sum()) * math.prod(stream.shape[2:]))
     if not means:
         raise ValueError("no place of any stream counts: there is nothing to average")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from world_distill.core.flow import Latents, Places, map_float32, masked_mean
+from world_distill.core.flow import Latents, Places, average_streams, map_float32, masked_mean
 
 
 def _ratio(top: Array, bottom: Array) -> Array:
@@ -42,28 +42,15 @@ def velocity_diagnostics(v: Latents, v_ref: Latents, counts: Places | None) -> d
     return {
         "cosine": _ratio(product, length * length_ref),
         "norm_ratio": _ratio(length, length_ref),
-        "dc": _ratio(_offset(error, counts), square(error)),
+        "dc": _ratio(average_streams(_offset, error, counts), square(error)),
     }
 
 
-def _offset(error: Latents, counts: Places | None) -> Float[Array, " b"]:
-    """Mean square of each channel's mean error."""
-    streams, structure = jax.tree.flatten(error)
-    masks = [None] * len(streams) if counts is None else jax.tree.leaves(counts)
-    offsets = []
-    for stream, mask in zip(streams, masks, strict=True):
-        if mask is None or np.any(np.asarray(mask) > 0):
-            # masked_mean averages channels as well, so each channel goes through it alone: [b c].
-            offset = jax.vmap(lambda e, mask=mask: masked_mean(e[..., None], mask), -1, -1)(stream)
-            offsets.append(jnp.mean(offset**2, axis=-1))
-        else:
-            offsets.append(jnp.zeros(stream.shape[0]))
-    if len(offsets) == 1:
-        return offsets[0]
-    spread = [
-        jnp.broadcast_to(o.reshape(-1, *[1] * (x.ndim - 1)), x.shape) for o, x in zip(offsets, streams, strict=True)
-    ]
-    return masked_mean(jax.tree.unflatten(structure, spread), counts)
+def _offset(error: Array, mask: np.ndarray) -> Float[Array, " b"]:
+    """Mean square of each channel's mean error, in one stream."""
+    # masked_mean averages channels as well, so each channel goes through it alone: [b c].
+    offset = jax.vmap(lambda e: masked_mean(e[..., None], mask), -1, -1)(error)
+    return jnp.mean(offset**2, axis=-1)
 
 
 def binned_by_time(

@@ -6,6 +6,7 @@ A full Executor is `{"full": differences}` with a leaf for every weight of the b
 an optimiser updates, an EMA averages and a checkpoint holds; the base is never copied.
 """
 
+import abc
 import re
 from typing import Any
 
@@ -105,7 +106,7 @@ def merge(base: PyTree, lora: PyTree | None, scale: float) -> PyTree:
     return base | {name: merge(base[name], part, scale) for name, part in lora.items()}
 
 
-class Adapted:
+class Adapted(abc.ABC):
     """The members of `interfaces.ModelFamily` about LoRA, for a family whose layers are linear.
 
     Attributes:
@@ -116,11 +117,13 @@ class Adapted:
     adapted: str | None
     lora_targets: str
 
+    @abc.abstractmethod
     def init_base(self, key: jax.Array) -> PyTree:
-        raise NotImplementedError
+        """Random base weights."""
 
+    @abc.abstractmethod
     def base_axes(self) -> PyTree:
-        raise NotImplementedError
+        """Logical axis names of every base weight."""
 
     def adapted_part(self, base: PyTree) -> PyTree:
         """What the Executor changes, of a tree like the base."""

@@ -23,13 +23,13 @@ from world_distill import build
 from world_distill.core import flow
 from world_distill.data.images.decode import read_image
 from world_distill.data.records.batches import Arrays, pad, scene_problem, stack_scenes
-from world_distill.data.records.encode import fit_image
+from world_distill.data.records.encode import fit_image, scene_arrays, text_states
 from world_distill.data.records.negative import pad_negative
 from world_distill.data.records.reader import EncodedRecord, RecordReader
 from world_distill.devices.sharding import batch_sharding
 from world_distill.errors import UserError
 from world_distill.evaluation import clip_sampler
-from world_distill.interfaces import Encoders, ModelFamily
+from world_distill.interfaces import ModelFamily
 from world_distill.settings.loading import load_config, override
 from world_distill.storage import atomic, video_files
 from world_distill.structs import Condition, PyTree, Texts
@@ -221,12 +221,12 @@ def _from_images(request: Request, family: ModelFamily, base: Callable[[], PyTre
     prompts = [(kind, given) for kind, given in (("task", request.tasks), ("solution", request.solutions)) if given]
     unique = list(dict.fromkeys(text for _, given in prompts for text in given))
     encoders = family.encoders
-    states = functools.cache(lambda: {text: _states(encoders, text) for text in unique})
+    states = functools.cache(lambda: dict(zip(unique, text_states(unique, encoders.text), strict=True)))
     for i, path in enumerate(request.images):
         image = read_image(path)
         fitted = image if encoders.image_size is None else fit_image(image, encoders.image_size)
         scene = functools.cache(
-            lambda fitted=fitted: {name: x[0] for name, x in encoders.scene(base(), fitted[None]).items()}
+            lambda fitted=fitted: scene_arrays(fitted, lambda images: encoders.scene(base(), images))
         )
         source = {"image": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for kind, given in prompts:
@@ -234,14 +234,12 @@ def _from_images(request: Request, family: ModelFamily, base: Callable[[], PyTre
             yield path.stem, kind, text, source, lambda scene=scene, text=text: (scene(), states()[text])
 
 
-def _states(encoders: Encoders, text: str) -> Arrays:
-    """States [l d] of one text, by name."""
-    return {name: arrays[0] for name, arrays in encoders.text([text]).items()}
-
-
 def _negative(request: Request, family: ModelFamily, lengths: Mapping[str, int]) -> Texts | None:
     """The negative text's states, if guidance is on."""
-    return None if request.guidance == 1 else pad_negative(_states(family.encoders, request.negative), lengths)
+    if request.guidance == 1:
+        return None
+    (states,) = text_states([request.negative], family.encoders.text)
+    return pad_negative(states, lengths)
 
 
 def _load_executor(

@@ -23,7 +23,7 @@ from world_distill import build
 from world_distill.core import flow
 from world_distill.data.images.decode import read_image
 from world_distill.data.records.batches import Arrays, TaskBatch, pad, stack_scenes
-from world_distill.data.records.encode import fit_image
+from world_distill.data.records.encode import fit_image, scene_arrays, text_states
 from world_distill.data.records.negative import pad_negative
 from world_distill.errors import UserError
 from world_distill.evaluation.clip_sampler import make_sampler
@@ -98,18 +98,18 @@ class Model:
         pixels = image if isinstance(image, np.ndarray) else read_image(pathlib.Path(image))
         if encoders.image_size is not None:
             pixels = fit_image(pixels, encoders.image_size)
-        states = {name: arrays[0] for name, arrays in encoders.text([text]).items()}
+        (states,) = text_states([text], encoders.text)
         for key, length in self.text_lengths.items():
             if len(states[key]) > length:
                 raise ValueError(f"the {role} has {len(states[key])} tokens, and config.text_length is {length}")
         named = _AGENT.match(text)
         name = agent if agent is not None else named[1].strip() if named else ""
-        scene = {key: array[0] for key, array in encoders.scene(self.base, pixels[None]).items()}
+        scene = scene_arrays(pixels, lambda images: encoders.scene(self.base, images))
         return Told(role, text, name, scene, states)
 
     def negative(self, text: str) -> Texts:
         """The states of a text that guidance leads away from."""
-        states = {name: arrays[0] for name, arrays in self.family.encoders.text([text]).items()}
+        (states,) = text_states([text], self.family.encoders.text)
         return pad_negative(states, self.text_lengths)
 
     @property

@@ -143,7 +143,7 @@ def _encode(
             pngs = {i: pngs[i] if fitted[i] is images[i] else encode_png(fitted[i]) for i in images}
             images = fitted
         scenes = _scenes(images, encode_scene, batch)
-        texts = iter(_texts([t for r in part for t in (r.task, r.solution) if t], encode_text, batch))
+        texts = iter(text_states([t for r in part for t in (r.task, r.solution) if t], encode_text, batch))
         for record in part:
             fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "source"}
             fields |= {"image_png": pngs[record.image_id], "scene": scenes[record.image_id]}
@@ -181,8 +181,13 @@ def _scenes(images: dict[str, np.ndarray], encode_scene: Callable, batch: int) -
     return {image: {name: array[i] for name, array in arrays.items()} for i, image in enumerate(images)}
 
 
-def _texts(texts: list[str], encode_text: Callable, batch: int) -> list[dict[str, np.ndarray]]:
-    """States [l d] of every text, by name."""
+def scene_arrays(image: np.ndarray, encode_scene: Callable) -> dict[str, np.ndarray]:
+    """The arrays of one image [H W 3] uint8, by name."""
+    return _scenes({"image": image}, encode_scene, 1)["image"]
+
+
+def text_states(texts: Sequence[str], encode_text: Callable, batch: int = 8) -> list[dict[str, np.ndarray]]:
+    """States [l d] of every text, by name; `encode_text` is called with at most `batch` texts."""
     found = []
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]

@@ -111,12 +111,12 @@ def read_encoded(data: bytes) -> tuple[EncodedRecord, int | None]:
 def _pack(record: Record, scene_row: int | None = None) -> bytes:
     _check(record, scene_row)
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    if scene_row is not None:
+        fields |= {"scene": {}, "image_png": b"", "scene_row": scene_row}
     for name in _ARRAYS if isinstance(record, EncodedRecord) else ():
         for key, array in fields[name].items():
             if not np.isfinite(array.astype(np.float32)).all():
                 raise RecordError(f"record {record.id!r}: {name} {key!r} has values that are not finite")
-    if scene_row is not None:
-        fields |= {"scene": {}, "image_png": b"", "scene_row": scene_row}
     # msgpack, as Flax writes it: text, bytes and arrays (bf16 too) in one value, nothing that can run code on reading
     # (pickle), and no second parser for the strings (safetensors keeps only flat text beside its arrays).
     body = serialization.msgpack_serialize({"type": type(record).__name__, "fields": fields})
