@@ -21,6 +21,9 @@ for name, value in flags.items():
     if name not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()
 
+# Where in our code an operation was born is of use to whoever reads a program: writing that down is a tenth of tracing.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # Many tests compile the same small programs. The cache lives as long as the test run: an entry of another machine may
 # not run on this one.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -52,10 +55,10 @@ LONGEST = (
 # `test_train` compiles too. (Of jobs of several processes, `test_checkpoints` has one for every Python.)
 ONCE = (
     "data", "judges", "launch", "reports", "sandbox", "vlm", "devices/test_hosts", "evaluation/test_held_out",
-    "programs/test_ablate", "programs/test_judgments", "programs/test_notebook",
+    "programs/test_ablate", "programs/test_earlier_run", "programs/test_judgments", "programs/test_notebook",
     "programs/test_pretrain", "programs/test_probe", "programs/test_quickstart", "programs/test_two_streams",
-    "test_mutations", "test_notebooks", "training/test_guided_training", "training/test_prefetch",
-    "weights/test_convert",
+    "test_layering", "test_mutations", "test_notebooks",
+    "training/test_guided_training", "training/test_policies", "training/test_prefetch", "weights/test_convert",
 )  # fmt: skip
 
 for place in (*LONGEST, *ONCE):  # a name that has moved would be missed silently

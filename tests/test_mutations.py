@@ -61,17 +61,15 @@ def test_never():
 """
 
 
-@pytest.fixture(params=["git", "archive"])
-def project(tmp_path, request):
-    """A project of two functions with the script in it, and a function that lists mutations."""
+@pytest.fixture
+def project(tmp_path):
+    """A function that lists mutations of a project of two functions, which has the script in it and is no repository."""
     folder = tmp_path / "project/tests/mutations"
     folder.mkdir(parents=True)
     for name in ("run.py", "mutation.py", "warm.py"):
         shutil.copy(FOLDER / name, folder)
     (tmp_path / "project/code_.py").write_text(CODE)
     (tmp_path / "project/tests/test_code.py").write_text(TESTS)
-    if request.param == "git":
-        subprocess.run(["git", "init", "-q"], cwd=tmp_path / "project", check=True)
 
     def listed(**changes):
         entries = []
@@ -87,6 +85,7 @@ def project(tmp_path, request):
 
 def test_killed_ones_are_told_from_survivors_and_results_are_kept(project, tmp_path):
     folder = project(wrong=("2 * x", "3 * x", "test_double"), unseen=("x / 2", "x / 3", "test_half"))
+    subprocess.run(["git", "init", "-q"], cwd=folder.parents[1], check=True)
     kept = tmp_path / "results"
     done = script("--resume", str(kept), "--jobs", "2", folder=folder)
     assert done.returncode == 1 and "2 mutations: 1 killed, 1 SURVIVED, 0 ERROR" in done.stdout, done

@@ -135,7 +135,9 @@ def on_one_device(random):
     return value_and_gradient(build.make_family(random.config), jax.devices()[0], random)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [MESHES[0], *(pytest.param(shape, marks=pytest.mark.once) for shape in MESHES[1:])], ids=str
+)
 def test_every_mesh_gives_the_values_and_gradients_of_one_device(shape, random, on_one_device):
     mesh = make_mesh(**{"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | shape)
     found = value_and_gradient(build.make_family(random.config, mesh), mesh, random)
@@ -175,6 +177,7 @@ def condition_of(text, scene):
     return told(text, jnp.ones(text.shape[:2], bool), scene)
 
 
+@pytest.mark.once
 def test_clips_decoded_a_few_at_a_time_are_the_same(random):
     latents = jax.random.normal(jax.random.key(3), (4, *shape_of(random.family)))
     base = {"vae": jax.device_put(random.base["vae"], jax.devices()[0])}
@@ -187,6 +190,7 @@ def test_clips_decoded_a_few_at_a_time_are_the_same(random):
         family.codec.decode(base, {"video": latents[:3]})
 
 
+@pytest.mark.once
 def test_a_clip_is_decoded_in_parts_on_many_devices(random):
     latents = jax.random.normal(jax.random.key(3), (2, *shape_of(random.family)))
     found = []
