@@ -63,7 +63,7 @@ def test_never():
 
 @pytest.fixture
 def project(tmp_path):
-    """A function that lists mutations of a project of two functions, which has the script in it and is no repository."""
+    """A function that lists mutations of a project of two functions: no repository, with the script in it."""
     folder = tmp_path / "project/tests/mutations"
     folder.mkdir(parents=True)
     for name in ("run.py", "mutation.py", "warm.py"):

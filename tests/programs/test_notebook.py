@@ -40,6 +40,11 @@ def pairs(model, images):
     return [(model.tell(image, task=task), model.tell(image, solution=SOLUTION)) for image, task in both]
 
 
+@pytest.fixture(scope="module")
+def distiller(model):
+    return wd.Trainer(model, wd.Objective(rl="none", beta_d=1.0, updates=2, minibatches=2))
+
+
 def test_importing_the_package_loads_no_jax_and_every_name_is_there():
     code = "import sys, world_distill as wd; assert 'jax' not in sys.modules; print(*wd.__all__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -50,14 +55,14 @@ def test_importing_the_package_loads_no_jax_and_every_name_is_there():
         wd.rolout  # noqa: B018
 
 
-def test_clips_depend_on_what_is_told_the_seed_and_the_executor(model, pairs):
+def test_clips_depend_on_what_is_told_the_seed_and_the_executor(model, distiller, pairs):
     told, shown = pairs[0]
     clips = wd.rollout(model, told, seed=0).clips
     config = model.config.model
     assert clips.shape == (1, config.frames, config.size, config.size, 3) and clips.dtype == np.uint8
     np.testing.assert_array_equal(wd.rollout(model, told, seed=0).clips, clips)
     np.testing.assert_array_equal(wd.rollout(model, [told, pairs[1][0]], seed=0).clips[:1], clips)
-    executor = redraw(wd.Trainer(model, wd.Objective(rl="none", updates=2, minibatches=2)).init().lora, 3)
+    executor = redraw(distiller.init().lora, 3)
     others = (
         wd.rollout(model, shown, seed=0), wd.rollout(model, told, seed=1), wd.rollout(model, told, executor=executor),
         wd.rollout(model, told, steps=5), wd.rollout(model, told, guidance=3.0, negative="a still picture"),
@@ -103,26 +108,24 @@ def test_steps_train_are_repeatable_and_leave_the_base(model, pairs):
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(model.base))
 
 
-def test_each_step_has_noise_of_its_own(model, pairs):
-    trainer = wd.Trainer(model, wd.Objective(rl="none", beta_d=1.0, updates=1, minibatches=1))
-    seen, begin = [], trainer._collector.begin
-    trainer._collector.begin = lambda *args: seen.append(begin(*args)) or seen[-1]
-    state = trainer.init()
+def test_each_step_has_noise_of_its_own(distiller, pairs, monkeypatch):
+    seen, begin = [], distiller._collector.begin
+    monkeypatch.setattr(distiller._collector, "begin", lambda *args: seen.append(begin(*args)) or seen[-1])
+    state = distiller.init()
     for _ in range(2):
-        state, _ = trainer.step(state, pairs)
+        state, _ = distiller.step(state, pairs[:1])
     first, second = (np.asarray(pending.batch.states["video"][0]) for pending in seen)  # pure noise
     assert np.abs(first - second).max() > 0.1
 
 
-def test_distillation_needs_no_judge_and_rl_does(model, pairs):
-    trainer = wd.Trainer(model, wd.Objective(rl="none", beta_d=1.0, updates=2, minibatches=2))
-    state, metrics = trainer.step(trainer.init(), pairs[:1])
+def test_distillation_needs_no_judge_and_rl_does(model, distiller, pairs):
+    state, metrics = distiller.step(distiller.init(), pairs[:1])
     # At first the Executor equals the base: the gap is between what the base does told the task, and the solution.
     assert metrics["train/anchor"] > 1e-3 and "reward/total" not in metrics
     with pytest.raises(ValueError, match="needs a judge"):
         wd.Trainer(model, wd.Objective(rl="awm"))
     with pytest.raises(ValueError, match="takes \\(task, solution\\) pairs"):
-        trainer.step(state, [pairs[0][::-1]])
+        distiller.step(state, [pairs[0][::-1]])
     small = wd.Trainer(model, wd.Objective(rl="none", beta_d=1.0, minibatches=3), wd.RolloutSettings(group=2))
     with pytest.raises(ValueError, match="2 rows, which do not divide by objective.minibatches = 3"):
         small.step(small.init(), pairs[:1])

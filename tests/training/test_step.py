@@ -31,6 +31,7 @@ from world_distill.training import step_losses
 @pytest.mark.parametrize(
     "old, pieces", [("current", {}), ("start", {"micro_batch": 3}), ("ema", PIECES)], ids=["current", "start", "ema"]
 )
+@pytest.mark.once
 def test_awm_ratio_is_one_before_any_update(family, base, lora, batch, old, pieces):
     objective = make_objective(rl="awm", awm_old=old, updates=1, draws=2, **pieces)
     _, metrics = run(family, base, lora, batch, objective)
@@ -90,6 +91,7 @@ def test_micro_batches_do_not_change_an_update(family, base, lora, batch):
         run(family, base, lora, batch, make_objective(micro_batch=4))
 
 
+@pytest.mark.once
 def test_micro_batches_send_no_rows_from_device_to_device(family, base, lora, batch):
     """A part takes rows of every device; a slice of neighbours would have all devices gather the whole batch."""
     mesh = make_mesh()
@@ -122,6 +124,7 @@ def test_devices_do_not_change_an_update(family, base, lora, batch):
     assert all(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(change(lora, one.lora)))
 
 
+@pytest.mark.once
 def test_tied_rows_share_times_that_cover_the_grid(family, base, lora, batch):
     """Six equal rows in two blocks, two draws: four strata, so each of the four visited states counts once."""
     equal = lambda x, axis: jnp.repeat(jax.lax.slice_in_dim(x, 0, 1, axis=axis), ROWS, axis=axis)  # noqa: E731
@@ -156,6 +159,7 @@ def test_tied_rows_get_a_time_each_block(family, base, lora, batch, monkeypatch)
     assert len({tuple(i) for i in seen}) > 2  # and not the same in every update
 
 
+@pytest.mark.once
 def test_minibatches_take_turns(family, base, lora, batch):
     """For small steps, one update on each half is as good as two on the whole."""
     results = []
@@ -175,6 +179,7 @@ def test_minibatches_take_turns(family, base, lora, batch):
         run(family, base, lora, batch, make_objective(minibatches=4))
 
 
+@pytest.mark.once
 def test_awm_raises_the_likelihood_of_what_was_good(family, base, lora, batch):
     objective = make_objective(rl="awm", beta_d=0.0, updates=1, draws=3, skip_first=True)
     state, _ = run(family, base, lora, batch, objective, rate=0.05)
@@ -209,6 +214,7 @@ def test_rl_is_a_mean_over_judged_rows(family, base, lora, batch, rl, temperatur
     assert max(np.abs(x).max() for x in jax.tree.leaves(change(lora, masked.lora))) > 1e-5
 
 
+@pytest.mark.once
 def test_the_gradient_of_rl_does_not_depend_on_the_temperature(family, base, lora, batch):
     changes = []
     for temperature in (1.0, 0.005):
@@ -233,6 +239,7 @@ def test_the_two_gradients_are_logged_as_they_are_weighted(family, base, lora, b
     assert metrics["gradient_norm"] == pytest.approx(both, rel=1e-4) and both < anchor + rl
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("pieces", [{}, {"micro_batch": 2, "minibatches": 1, "tied": 2}], ids=["whole", "pieces"])
 def test_the_demonstrator_is_the_same_in_a_table_and_where_it_is_read(family, base, lora, batch, pieces):
     objective = make_objective(rl="none", beta_d=1.0, updates=2, draws=2, **pieces)
@@ -265,6 +272,7 @@ def test_nft_pulls_to_what_was_good(family, base, lora, batch):
     )
 
 
+@pytest.mark.once
 def test_nft_pulls_back_to_its_old_policy(family, base, lora, batch):
     """Without an advantage the loss is least at the old policy: the one that rolled, or the fast average."""
     start = make_state(optax.sgd(0.01), lora).replace(lora_old=jax.tree.map(lambda x: 1.5 * x, lora))
