@@ -40,8 +40,17 @@ def refusal(capsys, folder, *flags):
 
 def test_encode_and_again(capsys, folder):
     said, counts = encode(capsys, folder, "--shards", "2")
-    assert said.startswith(f"encoded 6 records; {folder}/train is complete with 6\nnext: world-distill train ")
-    assert counts == {"records": 6, "encoded": 6, "shards": 2, "shards_kept": 0, "shards_missing": 0}
+    first, second, third, last = said.splitlines()
+    assert first.startswith(
+        "train: about 262 kB for 3 images and 6 records (scenes 130 kB, pictures 8."
+    ) and first.endswith(", 43.7 kB a record")
+    assert second == f"encoded 6 records; {folder}/train is complete with 6 records"
+    assert third == "wrote 262 kB, 43.7 kB a record (estimate: 43.7 kB)"
+    assert last.startswith("next: world-distill train ")
+    assert counts == {
+        "records": 6, "encoded": 6, "left_out": 0, "bytes": 262144, "estimated_bytes": 262144, "negative": 1,
+        "shards": 2, "shards_kept": 0, "shards_missing": 0,
+    }  # fmt: skip
     reader = RecordReader(folder, "train", EncodedRecord)
     assert reader.metadata == {
         "family": "tiny", "weights": "base_3.safetensors", "text_encoder": "words-64", "image_size": "as annotated",
@@ -62,7 +71,7 @@ def test_shards_by_several_machines(capsys, folder):
         path.unlink()
     for shard, left in ((2, 2), (0, 1)):
         said, _ = encode(capsys, folder, "--shard", f"{shard}/3")
-        assert said == f"encoded 2 records; {left} of 3 shards of {folder}/train are still to be written"
+        assert f"encoded 2 records; {left} of 3 shards of {folder}/train are still to be written" in said
         assert not prepare.is_complete(folder, "train")
     assert "is complete with 6" in encode(capsys, folder, "--shard", "1/3")[0]
     assert [record.to_bytes() for record in RecordReader(folder, "train")] == whole
