@@ -30,8 +30,11 @@ class Estimate:
 
     @property
     def total(self) -> float:
+        if not self.files:
+            return 0.0
         held = self.scenes + self.pictures + self.texts + self.records * _RECORD_BYTES
-        return (math.ceil(held / self.files / _BLOCK) + 1) * _BLOCK * self.files if self.files else 0.0
+        # Half of a file's last block is empty, on average.
+        return (max(held / self.files + _BLOCK / 2, _BLOCK) + _BLOCK) * self.files
 
     def describe(self) -> str:
         """One line."""
