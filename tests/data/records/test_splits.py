@@ -1,13 +1,12 @@
 """Sets that are split off: by image, whatever the order and number of records."""
 
 import dataclasses
-import logging
 
 import pytest
 
-from world_distill.data.records.reader import RecordError, RecordReader, write_records
+from world_distill.data.records.reader import RecordError, write_records
 from world_distill.data.records.record_format import AnnotatedRecord
-from world_distill.data.records.splits import Splits, check_names, open_validation
+from world_distill.data.records.splits import Splits, check_names
 
 IMAGES = [f"{i:016x}" for i in range(2000)]
 VALIDATION, TEST = [1, 15, 17, 23, 27, 30, 41, 43, 44, 45, 49], [4, 11, 16]  # of the first 60
@@ -45,19 +44,6 @@ def test_a_share_that_takes_no_image_says_which_would(name):
 
 def records(images):
     return [AnnotatedRecord(f"r{i}", image, b"png", "task", "s", "a", "k", {}) for i, image in enumerate(images)]
-
-
-def test_a_validation_set_is_asked_for_before_training(tmp_path, caplog):
-    with pytest.raises(RecordError, match="no readable index.*encode --validation 0.02.*evaluate_every=0"):
-        open_validation(tmp_path)
-    write_records(tmp_path, "train", records("abc"))
-    write_records(tmp_path, "validation", records("de"))
-    train = RecordReader(tmp_path, "train")
-    with caplog.at_level(logging.WARNING):
-        assert len(open_validation(tmp_path, train)) == 2 and not caplog.messages
-        write_records(tmp_path, "validation", records("dc"))
-        open_validation(tmp_path, train)
-    assert "shares 1 images with" in caplog.text
 
 
 def test_names_that_would_be_replaced_are_protected(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import serialization
 
-from world_distill.data.records.record_format import Record, RecordError
+from world_distill.data.records.record_format import Record, RecordError, without_solution
 
 _MAGIC, _VERSION = b"WDHEAD", 1
 
@@ -60,6 +60,12 @@ class Heads:
             for column, more in zip(whole._columns(), part._columns(), strict=True):
                 column += more
         return whole
+
+    def check_solutions(self) -> None:
+        """Raises RecordError, naming the record, if one has no solution to tell the Demonstrator."""
+        for record, task, characters in zip(self.id, self.task, self.characters, strict=True):
+            if characters <= len(task):
+                raise without_solution(record)
 
     def to_bytes(self) -> bytes:
         """The row of a shard."""

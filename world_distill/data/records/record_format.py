@@ -30,6 +30,13 @@ class RecordError(ValueError):
     """A record or a data set that cannot be trusted. The message names the file and what to do."""
 
 
+def without_solution(record: str) -> RecordError:
+    """The error of a record that has no solution, where one is needed."""
+    return RecordError(
+        f"record {record!r} has no solution for the Demonstrator: it is for evaluating what is told the task"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AnnotatedRecord:
     """One task about one scene image, before any model has seen it."""

@@ -10,8 +10,6 @@ import hashlib
 import pathlib
 from collections.abc import Iterable
 
-from absl import logging
-
 from world_distill.data.records.reader import RecordReader
 from world_distill.data.records.record_format import RecordError
 
@@ -111,26 +109,3 @@ def check_names(folder: pathlib.Path, name: str, splits: Splits) -> None:
                 f"{folder}/{other} was split off from {name}_annotated with `{found[_SHARES]}`: without that, {name}"
                 f" would hold its images. Give the same flags, or delete {other}.json"
             )
-
-
-def open_validation(folder: str | pathlib.Path, train: RecordReader | None = None) -> RecordReader:
-    """The validation set in a folder of records, to be opened before anything slow begins.
-
-    Warns if it shares images with the training set `train`, where both tell quickly.
-
-    Raises RecordError, with the ways out, if there is none.
-    """
-    try:
-        reader = RecordReader(folder, VALIDATION)
-    except RecordError as error:
-        raise RecordError(
-            f"{error}. The config evaluates on a validation set: `world-distill encode --validation 0.02` splits one"
-            " off by image; --config.evaluate_every=0 trains without"
-        ) from error
-    if train is not None and train.has_heads and reader.has_heads:
-        shared = set(train.heads().image_id) & set(reader.heads().image_id)
-        if shared:
-            logging.warning(
-                "%s shares %d images with %s: rates on it say little about new images", reader, len(shared), train
-            )
-    return reader
