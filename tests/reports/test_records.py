@@ -9,6 +9,7 @@ import pytest
 from world_distill import cli
 from world_distill.data.images.png import encode_png
 from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordReader, write_records
+from world_distill.reports import records
 
 EVIL = "<script>alert('x')</script>\x1b[2J\"><img src=x onerror=alert(1)> &amp; ü"
 
@@ -65,6 +66,16 @@ def test_choice_of_records(capsys, folder):
         inspect(capsys, folder, "--random", "--limit", "3", "--seed", s)[0][4:] for s in ("1", "1", "2")
     )
     assert first == again != other and len(first) == 3 and first == sorted(first)
+
+
+def test_wide_characters_take_two_columns_and_accents_none():
+    def columns(text):
+        wide = sum("\u3000" <= c <= "\uffee" for c in text)
+        return len(text) + wide - text.count("\u0301")
+
+    for text in ("狐狸拿起杯子然后放下" * 9, "e\u0301" * 90, "short", "杯", "a杯" * 10):
+        assert columns(records._cell(text, 20)) == 20
+    assert records._cell("杯" * 10, 20) == "杯" * 10 and records._cell("杯" * 11, 20) == "杯" * 9 + "… "
 
 
 def test_only_the_records_that_are_shown_are_read(capsys, folder, monkeypatch):

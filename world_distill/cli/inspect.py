@@ -49,10 +49,9 @@ def run(args: argparse.Namespace) -> int:
     reader = RecordReader(args.records, args.name)
     matching, counts = records.survey(reader, wanted)
     rows = records.choose(matching, args.limit, args.seed if args.random else None)
-    for line in records.describe(counts):
-        console.say(line)
     width = shutil.get_terminal_size((120, 24)).columns
-    for line in records.table((reader[i] for i in rows), width):
+    lines = [*records.describe(counts), *records.table((reader.without_scene(i) for i in rows), width)]
+    for line in lines:
         console.say(line)
     if args.html:
         title = f"Records of {args.name}"

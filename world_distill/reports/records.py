@@ -6,7 +6,9 @@ them escaped.
 
 import collections
 import dataclasses
+import itertools
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,8 +80,20 @@ def printable(text: str) -> str:
 
 
 def _cell(text: str, width: int) -> str:
+    """A text in `width` columns of a terminal, where Chinese characters take two and accents none of their own."""
     text = printable(text)
-    return f"{text if len(text) <= width else text[: width - 1] + '…':<{width}}"
+    columns = [_columns(character) for character in text]
+    if sum(columns) > width:
+        ends = itertools.accumulate(columns)
+        text = text[: sum(end < width for end in ends)] + "…"
+        columns = [_columns(character) for character in text]
+    return text + " " * (width - sum(columns))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 @dataclasses.dataclass(frozen=True)

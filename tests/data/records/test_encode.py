@@ -392,6 +392,49 @@ def test_a_damaged_picture_is_left_out_with_its_tasks(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_left_out(reader, tmp_path, value):
+    """As umT5 in half precision makes it of some texts."""
+    encoder = Encoder()
+
+    def text(texts):
+        found = encoder.text(texts)
+        for words, states in zip(texts, found["text"], strict=True):
+            states[-1, 0] = value if words == "task 4" else states[-1, 0]
+        return found
+
+    def scene(images):
+        found = encoder.scene(images)
+        found["video"][(images == picture(3)).all((1, 2, 3))] = value
+        return found
+
+    encoded = run(reader, tmp_path, encode_text=text, encode_scene=scene)
+    assert [(line["id"], line["what"], line["why"]) for line in listed(tmp_path)] == [
+        ("r4", "task", "its states are not finite"),
+        *((f"r{i}", "picture", "its latents are not finite") for i in (9, 10, 11)),
+    ]
+    assert len(encoded) == COUNT - 4
+
+
+def test_a_set_of_which_nothing_can_be_encoded_stops_early(tmp_path):
+    write_records(tmp_path, "raw", (annotated(i, i) for i in range(300)))
+    encoder = Encoder()
+    with pytest.raises(RecordError, match="none of the first 100 records can be encoded, such as .*text_length"):
+        count(RecordReader(tmp_path, "raw"), tmp_path, encoder, lengths={"text": 3})
+    assert not encoder.batches and sum(encoder.texts) == 200
+
+
+def test_two_calls_for_one_shard_are_told(reader, tmp_path):
+    class Disturbed(Encoder):
+        def text(self, texts):
+            for path in tmp_path.glob(".set-*.tmp"):  # as a second call does
+                path.unlink()
+            return super().text(texts)
+
+    with pytest.raises(RecordError, match="another call has begun to write this shard: let one of them do it"):
+        count(reader, tmp_path, Disturbed())
+
+
 def test_another_error_of_the_encoder_is_not_of_a_text(reader, tmp_path):
     def broken(texts):
         raise ValueError("no text encoder")

@@ -334,7 +334,8 @@ def test_missing_parts_are_named(small_set, tmp_path):
     [
         (lambda text: text[: len(text) // 2], "set.json: the index is damaged"),
         (lambda text: "[]", "is not the index of a data set"),
-        (lambda text: text.replace('"version": 2', '"version": 9'), "format version 9, this program reads 1, 2"),
+        (lambda text: text.replace('"version": 2', '"version": 0'), "format version 0, this program reads 1, 2: write"),
+        (lambda text: text.replace('"version": 2', '"version": 9'), "version 9 is of a later .*reads 1, 2: update it"),
         (lambda text: text.replace('"count": 8', '"count": 9'), "contradicts itself"),
         (lambda text: text.replace('"sha256"', '"x"'), "lacks 'sha256'"),
         (lambda text: text.replace('"count": 4', '"count": 5').replace('"count": 8', '"count": 10'), "and runs .4, 4"),

@@ -15,9 +15,10 @@ from world_distill.data.images.png import ImageError, decode_png, encode_png
 from world_distill.data.records.encoder_calls import fit_image, scenes_of, text_states
 from world_distill.data.records.estimate import Estimate, estimate
 from world_distill.data.records.heads import Heads
-from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordReader
+from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordError, RecordReader
 from world_distill.interfaces import TextError
 
+_ALL_OF = 100  # records that are all left out: then it is not the records' fault
 _SHOWN = 200  # characters of a text that was left out, in the list of those
 Images = Sequence[Sequence[int]]  # numbers of the records of each image
 
@@ -60,11 +61,15 @@ class EncodeJob:
         self, images: Images, left_out: list[dict[str, Any]], report: Callable[[int], None]
     ) -> Iterator[EncodedRecord]:
         """The encoded records of a shard; `left_out` gets the others, `report` how many are done, a batch at a time."""
+        done = 0
         batches = [images[start : start + self.batch] for start in range(0, len(images), self.batch)]
         # Pictures are read and fitted in threads, ahead of the encoders.
         for part in map_ordered(lambda numbers: [self._read(n) for n in numbers], batches):
             yield from self._encode(part, left_out)
+            done += sum(len(image.records) for image in part)
             report(sum(len(image.records) for image in part))
+            if len(left_out) == done >= _ALL_OF:
+                raise RecordError(f"none of the first {done} records can be encoded, such as {left_out[0]}")
 
     def _read(self, numbers: Sequence[int]) -> _Image:
         first, *rest = numbers
@@ -104,7 +109,11 @@ class EncodeJob:
         pixels = {image.image_id: image.pixels for image in used if image.pixels is not None}
         scenes = scenes_of(pixels, self.encode_scene, self.batch) if pixels else {}
         for image in used:
-            for record in (record for record in image.records if record.id in states):
+            kept = [record for record in image.records if record.id in states]
+            if not _finite(scenes[image.image_id]):
+                left_out += [_line(record, "picture", "its latents are not finite") for record in kept]
+                continue
+            for record in kept:
                 task, solution = states[record.id]
                 yield EncodedRecord(
                     id=record.id, image_id=record.image_id, task=record.task, solution=record.solution,
@@ -135,11 +144,19 @@ class EncodeJob:
             if isinstance(states, str):
                 return _line(record, role, states)
             tokens = {name: len(array) for name, array in (states or {}).items()}
+            if not all(tokens.values()):
+                return _line(record, role, "the text encoder makes no tokens of it")
+            if not _finite(states or {}):
+                return _line(record, role, "its states are not finite")
             if exceeds(tokens, self.lengths):
                 name = next(name for name in tokens if exceeds({name: tokens[name]}, self.lengths))
                 why = f"{tokens[name]} tokens, and texts are padded to {self.lengths[name]}: raise config.text_length"
                 return _line(record, role, why) | {"tokens": tokens}
         return None
+
+
+def _finite(arrays: Mapping[str, np.ndarray]) -> bool:
+    return all(np.isfinite(array.astype(np.float32)).all() for array in arrays.values())
 
 
 def _line(record: AnnotatedRecord, what: str, why: str) -> dict[str, Any]:

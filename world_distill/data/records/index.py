@@ -97,9 +97,15 @@ def read_index(path: pathlib.Path) -> dict:
         raise RecordError(f"{path} is not the index of a data set: give the folder and name of one")
     kind = index.get("type")
     known = READ[TYPES[kind]] if isinstance(kind, str) and kind in TYPES else (1, 2, 3)
-    if index.get("version") not in known:
+    version = index.get("version")
+    if isinstance(version, int) and version > max(known):
         raise RecordError(
-            f"{path}: format version {index.get('version')}, this program reads {', '.join(map(str, known))}: write"
+            f"{path}: format version {version} is of a later version of world-distill, and this one reads"
+            f" {', '.join(map(str, known))}: update it"
+        )
+    if version not in known:
+        raise RecordError(
+            f"{path}: format version {version}, this program reads {', '.join(map(str, known))}: write"
             " the data set again"
         )
     try:

@@ -127,6 +127,13 @@ class ResumableSet:
                 os.replace(temporary, path)
                 fsync(self.folder)
                 write_atomically(_note_path(path), json_bytes(note))
+        except RecordError as error:
+            # A call removes what it takes for the leftovers of one that was killed.
+            if isinstance(error.__cause__, FileNotFoundError) and self.folder.is_dir():
+                raise RecordError(
+                    f"{path}: another call has begun to write this shard: let one of them do it"
+                ) from error
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         self._hashed[shard] = note
