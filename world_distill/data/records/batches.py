@@ -239,7 +239,7 @@ def fixed_batches(
     def batches() -> Iterator[TaskBatch]:
         for start in range(0, len(chosen), batch_size):
             places = start + numbers
-            batch = collate([reader[chosen[min(i, len(chosen) - 1)]] for i in places], lengths)
+            batch = collate([reader[chosen[min(int(i), len(chosen) - 1)]] for i in places], lengths)
             weight = (places < len(chosen)).astype(np.float32)
             yield dataclasses.replace(batch, weight=weight, numbers=numbers, count=batch_size)
 

@@ -160,7 +160,7 @@ def _pack(record: Record, scene_row: int | None, scene_dtype: str | None = None)
     for name in _ARRAYS if isinstance(record, EncodedRecord) else ():
         for key, array in fields[name].items():
             if not np.isfinite(array.astype(np.float32)).all():
-                full = name == "scene" and np.isfinite(record.scene[key].astype(np.float32)).all()
+                full = np.isfinite(getattr(record, name)[key].astype(np.float32)).all()
                 why = f" in {scene_dtype}: choose bfloat16 or float32" if full else ""
                 raise RecordError(f"record {record.id!r}: {name} {key!r} has values that are not finite{why}")
     # msgpack, as Flax writes it: text, bytes and arrays (bf16 too) in one value, nothing that can run code on reading
