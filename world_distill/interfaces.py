@@ -219,6 +219,6 @@ class Benchmark(Protocol):
         Args:
           clips: [b F H W 3] uint8.
           tasks: [b] task texts.
-          images: [b] the scenes' PNG files.
+          images: [b] the scenes' picture files: PNG, or as they came (JPEG).
         """
         ...

@@ -29,7 +29,7 @@ class TaskBatch:
 
     Attributes:
       ids, image_ids, task, solution, agent, kind: [b] of the records.
-      image_png: [b] the scenes' PNG files.
+      image_png: [b] the scenes' picture files: PNG, or as they came (JPEG).
       scene: [b ...] by name, in the type of the records.
       texts: padded states of each role's text.
       numbers: [b] which of the step's or the whole batch's tasks these are, rising.

@@ -99,10 +99,11 @@ def encode_records(
     )  # fmt: skip
     counts = {"records": len(reader), "encoded": 0, "left_out": 0, "bytes": 0, "shards": shards}
     for order in _ORDERS:
-        if _is_complete(make_set(request=request | order)):
+        if (held := _complete(make_set(request=request | order))) is not None:
             if progress is not None:
-                progress(len(reader), len(reader))
-            return counts | {"shards_kept": shards if only is None else 1, "shards_missing": 0}
+                progress(held, held)
+            kept = shards if only is None else 1
+            return counts | {"records": held, "shards_kept": kept, "shards_missing": 0}
     if not reader.has_heads:
         say(f"{reader.index_path} is of an earlier version: reading it once, to put the tasks of each image together")
     heads = reader.heads()
@@ -169,11 +170,14 @@ def _records(images: Images) -> int:
     return sum(map(len, images))
 
 
-def _is_complete(target: ResumableSet) -> bool:
-    """Whether an earlier version has finished this data set."""
+def _complete(target: ResumableSet) -> int | None:
+    """Records that a finished data set holds, with those that it left out; None if it is not finished."""
     if not (target.folder / f"{target.name}.json").exists():
-        return False
-    return all(target.note(shard) is not None for shard in range(target.shards))
+        return None
+    notes = [note for shard in range(target.shards) if (note := target.note(shard)) is not None]
+    if len(notes) < target.shards:
+        return None
+    return sum(note["count"] + len(note.get("left_out", ())) for note in notes)
 
 
 def _fits(note: Mapping[str, Any], lengths: Mapping[str, int]) -> bool:
