@@ -56,6 +56,10 @@ class Codec(Protocol):
         ...
 
 
+class TextError(ValueError):
+    """A text encoder cannot take a text; it can take others. The message says why."""
+
+
 class Encoders(Protocol):
     """From scene images and texts to what the network is told. Called once a record, on the host, in any framework."""
 
@@ -73,6 +77,9 @@ class Encoders(Protocol):
         """Each text's states [l d] by name, true length, no padding.
 
         The empty text has a state, too: guidance leads away from it.
+
+        Raises:
+          TextError: a text that cannot be encoded, such as one that is too long; others still can.
         """
         ...
 
@@ -212,6 +219,6 @@ class Benchmark(Protocol):
         Args:
           clips: [b F H W 3] uint8.
           tasks: [b] task texts.
-          images: [b] the scenes' PNG files.
+          images: [b] the scenes' picture files: PNG, or as they came (JPEG).
         """
         ...

@@ -1,5 +1,6 @@
 """The verbs `encode` and `annotate`: shards, what they say about them, and which calls they refuse."""
 
+import dataclasses
 import json
 import tarfile
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from world_distill import cli
+from world_distill.cli.encode import TimeLeft
 from world_distill.data.images.png import encode_png
 from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordReader, write_records
 from world_distill.programs import prepare
@@ -40,8 +42,16 @@ def refusal(capsys, folder, *flags):
 
 def test_encode_and_again(capsys, folder):
     said, counts = encode(capsys, folder, "--shards", "2")
-    assert said.startswith(f"encoded 6 records; {folder}/train is complete with 6\nnext: world-distill train ")
-    assert counts == {"records": 6, "encoded": 6, "shards": 2, "shards_kept": 0, "shards_missing": 0}
+    first, second, third, last = said.splitlines()
+    assert first.startswith("train: about 344 kB for 3 images and 6 records (scenes 130 kB, pictures 8.39 kB, texts 6")
+    assert second == f"encoded 6 records; {folder}/train is complete with 6 records"
+    assert third == "wrote 328 kB, 54.6 kB a record (estimate: 57.3 kB)"
+    assert last.startswith("next: world-distill train ")
+    assert counts.pop("estimated_bytes") == pytest.approx(327680, rel=0.1)
+    assert counts == {
+        "records": 6, "encoded": 6, "left_out": 0, "bytes": 327680, "negative": 1,
+        "shards": 2, "shards_kept": 0, "shards_missing": 0,
+    }  # fmt: skip
     reader = RecordReader(folder, "train", EncodedRecord)
     assert reader.metadata == {
         "family": "tiny", "weights": "base_3.safetensors", "text_encoder": "words-64", "image_size": "as annotated",
@@ -62,15 +72,55 @@ def test_shards_by_several_machines(capsys, folder):
         path.unlink()
     for shard, left in ((2, 2), (0, 1)):
         said, _ = encode(capsys, folder, "--shard", f"{shard}/3")
-        assert said == f"encoded 2 records; {left} of 3 shards of {folder}/train are still to be written"
+        assert f"encoded 2 records; {left} of 3 shards of {folder}/train are still to be written" in said
         assert not prepare.is_complete(folder, "train")
     assert "is complete with 6" in encode(capsys, folder, "--shard", "1/3")[0]
     assert [record.to_bytes() for record in RecordReader(folder, "train")] == whole
 
 
+def test_a_validation_and_a_test_set_are_split_off_by_image(capsys, folder):
+    flags = ("--validation", "0.6", "--test", "0.1")
+    said, counts = encode(capsys, folder, *flags)
+    assert list(counts) == ["validation", "test", "train"] and "is complete" in said
+    sets = {name: {r.image_id for r in RecordReader(folder, name, EncodedRecord)} for name in counts}
+    assert sets == {name: {f"i{image}"} for name, image in SPLIT.items()}
+    assert all((folder / f"{name}.negative").exists() for name in sets)
+    _, again = encode(capsys, folder, *flags)
+    assert [(of_set["encoded"], of_set["records"]) for of_set in again.values()] == [(0, 2)] * 3
+    assert (
+        f"{folder}/test was split off from train_annotated with `--validation 0.6 --test 0.1`: without that, train"
+        in refusal(capsys, folder, "--validation", "0.6")
+    )
+    assert "none of 3 images falls into validation at a share of 0.001: give --validation 0.5329" in refusal(
+        capsys, folder, "--validation", "0.001", "--test", "0.1"
+    )
+
+
+SPLIT = {"validation": 2, "test": 1, "train": 0}  # by the hash of each name
+
+
+def test_texts_that_are_too_long_for_the_config_are_left_out(capsys, folder):
+    records = list(RecordReader(folder, "train_annotated"))
+    records = [dataclasses.replace(r, task="go" if i % 2 else r.task, solution="It.") for i, r in enumerate(records)]
+    write_records(folder, "train_annotated", records)
+    said, counts = encode(capsys, folder, "--config.text_length=1")  # words
+    assert counts["left_out"] == 3 and f"left out 3 records: {folder}/train.left_out.jsonl says which and why" in said
+    assert RecordReader(folder, "train").longest_texts["text"]["length"] == 1
+
+
+def test_the_time_that_is_left():
+    left = TimeLeft()
+    assert [left.after(done, 1000, now) for done, now in ((0, 0), (10, 100), (20, 105), (30, 110))][:3] == [None] * 3
+    assert left.after(40, 1000, 115) is None  # said at the fourth call
+    assert left.after(150, 1000, 170) == "150 of 1000 tasks done, 2 a second: about 7 min left"
+    assert left.after(990, 1000, 590) is None  # not worth saying
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--validation", "1"], "a share of 1 for validation: it is from 0 to below 1"),
+        (["--validation", "0.5", "--test", "0.5"], "shares of 0.5 and 0.5 leave nothing to train on"),
         (["--shard", "4/4"], "--shard 4/4: shards are counted from 0, so N = 4 has 0/4 to 3/4"),
         (["--shard", "0/0"], "--shard 0/0: shards are counted from 0, so N = 0 has none"),
         (["--shard", "2"], "--shard 2: give I/N, such as 0/4 for the first of four"),

@@ -8,7 +8,8 @@ import pytest
 
 from world_distill import cli
 from world_distill.data.images.png import encode_png
-from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, write_records
+from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordReader, write_records
+from world_distill.reports import records
 
 EVIL = "<script>alert('x')</script>\x1b[2J\"><img src=x onerror=alert(1)> &amp; ü"
 
@@ -50,20 +51,39 @@ def test_table_and_counts(capsys, folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     lines, figures = inspect(capsys, folder, "--limit", "4")
     assert lines[0] == "train_annotated: 8 AnnotatedRecords about 4 images, 8 agents; 8 match"
-    assert lines[1].startswith("kinds: take 7, <script>")
-    assert lines[2].split() == ["id", "kind", "task", "solution"] and len(lines) == 7
-    assert lines[3].split()[:2] == ["r0", "take"] and lines[3].endswith("It goes. Then stops.")
-    assert lines[6].endswith("…") and max(map(len, lines[2:])) <= 100
+    assert lines[1] == "on the disk: 131 kB, 16.4 kB a record"
+    assert lines[2].startswith("kinds: take 7, <script>")
+    assert lines[3].split() == ["id", "kind", "task", "solution"] and len(lines) == 8
+    assert lines[4].split()[:2] == ["r0", "take"] and lines[4].endswith("It goes. Then stops.")
+    assert lines[7].endswith("…") and max(map(len, lines[3:])) <= 100
     assert (figures["records"], figures["images"], figures["matching"]) == (8, 4, 8) and figures["kinds"]["take"] == 7
 
 
 def test_choice_of_records(capsys, folder):
     lines, figures = inspect(capsys, folder, "--task", "CUP|nothing", "--limit", "0")
-    assert figures["matching"] == 4 and [line.split()[0] for line in lines[3:]] == ["r1", "r3", "r5", "r7"]
+    assert figures["matching"] == 4 and [line.split()[0] for line in lines[4:]] == ["r1", "r3", "r5", "r7"]
     first, again, other = (
-        inspect(capsys, folder, "--random", "--limit", "3", "--seed", s)[0][3:] for s in ("1", "1", "2")
+        inspect(capsys, folder, "--random", "--limit", "3", "--seed", s)[0][4:] for s in ("1", "1", "2")
     )
     assert first == again != other and len(first) == 3 and first == sorted(first)
+
+
+def test_wide_characters_take_two_columns_and_accents_none():
+    def columns(text):
+        wide = sum("\u3000" <= c <= "\uffee" for c in text)
+        return len(text) + wide - text.count("\u0301")
+
+    for text in ("狐狸拿起杯子然后放下" * 9, "e\u0301" * 90, "short", "杯", "a杯" * 10):
+        assert columns(records._cell(text, 20)) == 20
+    assert records._cell("杯" * 10, 20) == "杯" * 10 and records._cell("杯" * 11, 20) == "杯" * 9 + "… "
+
+
+def test_only_the_records_that_are_shown_are_read(capsys, folder, monkeypatch):
+    read = []
+    real = RecordReader._stored
+    monkeypatch.setattr(RecordReader, "_stored", lambda self, shard, row: read.append(row) or real(self, shard, row))
+    inspect(capsys, folder, "--limit", "2", "--task", "hat")
+    assert read == [0, 2]
 
 
 class Page(html.parser.HTMLParser):

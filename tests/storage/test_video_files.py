@@ -177,6 +177,23 @@ def test_mp4_plays_everywhere(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "c.mp4"]
 
 
+def test_mp4_says_its_colours_and_begins_with_its_index(tmp_path):
+    av = pytest.importorskip("av", reason="PyAV is in the extra `vlm`")
+    green = (20, 200, 40)
+    video_files.save_mp4(tmp_path / "c.mp4", np.full((3, 32, 32, 3), green, np.uint8), 8)
+    data = (tmp_path / "c.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    assert data[data.index(b"colrnclx") + 8 :][:7] == bytes([0, 1, 0, 1, 0, 1, 0])  # BT.709 thrice, limited range
+    with av.open(tmp_path / "c.mp4") as container:
+        codec = container.streams[0].codec_context
+        assert (codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range) == (1, 1, 1, 1)
+        planes = next(container.decode(video=0)).to_ndarray()  # [48 32] y over u over v
+    r, g, b = (value / 255 for value in green)
+    y = 0.2126 * r + 0.7152 * g + 0.0722 * b
+    expected = 16 + 219 * y, 128 + 224 * (b - y) / 1.8556, 128 + 224 * (r - y) / 1.5748
+    np.testing.assert_allclose([planes[9, 9], planes[34, 9], planes[43, 9]], expected, atol=2)
+
+
 def test_sheet_shows_every_frame(tmp_path):
     clips = [noise(3, 4, 5), noise(2, 6, 4, seed=1)]
     video_files.save_sheet(tmp_path / "sheet.png", clips, scale=2)

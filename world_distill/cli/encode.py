@@ -1,7 +1,10 @@
 """`world-distill encode`."""
 
 import argparse
+import contextlib
 import pathlib
+import time
+from collections.abc import Callable, Iterator
 
 from world_distill import console
 from world_distill.cli import arguments
@@ -11,20 +14,32 @@ from world_distill.storage import atomic
 HELP = """\
 Turn annotated records into what training reads: scene latents and text-encoder states.
 
-Reads NAME_annotated in the folder, writes NAME beside it, a shard after the other. Called again after an interruption
-it goes on at the first shard that is not finished, and does nothing where all are. It counts as the same work if the
-annotated records, the number of shards, the names of model family, weights and text encoder, and the sizes are the
-same; any other work of that NAME is replaced. To have it done anew, delete NAME-*.note.
+Reads NAME_annotated in the folder, writes NAME beside it, a shard after the other, and says before what it will take on
+the disk and then how long. Called again after an interruption it goes on at the first shard that is not finished, and
+does nothing where all are. It counts as the same work if the annotated records, the number of shards, the names of
+model family, weights and text encoder, and the sizes are the same; any other work of that NAME is replaced, and it says
+what differs. To have it done anew, delete NAME-*.note.
+
+A picture is encoded and stored once for all of its tasks, whatever their order and the number of shards. A task whose
+text is longer than config.text_length, or than the text encoder takes, is left out and listed in NAME.left_out.jsonl;
+so are the tasks of a damaged picture.
+
+--validation 0.02 and --test 0.02 split shares of the images off, as the sets `validation` (which training evaluates on)
+and `test`. Which images depends on their files alone: it is the same for any order and number of records.
 
 Several machines that share the folder do a shard each with --shard I/N, I from 0 to N - 1; the last of them to finish
-makes the set whole. An image is encoded once for each shard that holds a task of it.
+makes the set whole.
 
 The states of config.demonstrator.negative, which guidance leads away from, are kept in NAME.negative. For another text,
 or for records that were encoded without one, call it again in the same way: the records stay, and the text is encoded.
 
   world-distill encode --config sandbox --records data --name train
+  world-distill encode --config sandbox --records data --name train --validation 0.02
   world-distill encode --config sandbox --records data --name train --shard 0/4     # and 1/4, 2/4, 3/4 elsewhere
 """
+
+_SAY_AGAIN = 60.0  # seconds between two lines about the time that is left, at least
+_WORTH_SAYING = 10.0  # seconds that are left
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", type=pathlib.Path, required=True, help="folder of the annotated records")
     parser.add_argument("--name", default="train", help="name of the record set (default: train)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--shards", type=int, default=1, help="files to spread the records over (default: 1)")
+    which.add_argument("--shards", type=int, default=1, help="files to spread the images over (default: 1)")
     which.add_argument("--shard", metavar="I/N", help="write shard I (from 0) of N only")
     parser.add_argument("--batch", type=int, help="images and texts encoded at once (default: config.encode_batch)")
+    for name, use in (("validation", "training evaluates on"), ("test", "`evaluate` takes by default")):
+        parser.add_argument(
+            f"--{name}", metavar="SHARE", type=float, default=0.0,
+            help=f"share of the images to split off as the set `{name}`, which {use} (default: 0)",
+        )  # fmt: skip
+    parser.add_argument(
+        "--scene-dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="store scene latents in this type; training reads them in the encoder's own all the same (default: the"
+        " encoder's own, which loses nothing: a scene is stored once an image, so texts take most of the disk)",
+    )
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from world_distill.data.records.reader import RecordReader
+    from world_distill.data.records.splits import Splits
     from world_distill.programs import prepare
 
     only, shards = arguments.parse_shard(args.shard) if args.shard else (None, args.shards)
@@ -47,31 +74,80 @@ def run(args: argparse.Namespace) -> int:
     batch = config.encode_batch if args.batch is None else args.batch
     if shards < 1 or batch < 1:
         raise UserError("--shards and --batch are at least 1")
+    splits = Splits(args.validation, args.test)
     reader = RecordReader(args.records, f"{args.name}_annotated")
-    encoder = prepare.Encoder(config)
-    negative = encoder.keep_negative(args.records, args.name)
-    with arguments.progress_bar("record") as show:
-        counts = encoder.encode(
-            reader, args.records, name=args.name, shards=shards, only=only, batch=batch, progress=show
-        )
-    console.say(describe(counts, args.records / args.name, negative=negative))
-    if args.name == "train" and not counts["shards_missing"]:
+    counts = prepare.Encoder(config).encode_split(
+        reader, args.records, name=args.name, splits=splits, shards=shards, only=only, batch=batch,
+        scene_dtype=args.scene_dtype, say=console.say, progress=_progress,
+    )  # fmt: skip
+    for name, of_set in counts.items():
+        for line in describe(of_set, args.records / name):
+            console.say(line)
+    if args.name == "train" and not any(of_set["shards_missing"] for of_set in counts.values()):
         console.say(
             f"next: world-distill train --config {args.config} --config.data={args.records} --workdir runs/mine"
         )
     if args.json:
-        atomic.write_json(args.json, counts)
+        atomic.write_json(args.json, counts if splits else counts[args.name])
     return 0
 
 
-def describe(counts: dict[str, int], where: pathlib.Path, *, negative: bool = False) -> str:
-    """One line about the counts of `encode_records`, and about the negative text where nothing else was encoded."""
-    missing = counts["shards_missing"]
+def describe(counts: dict[str, int], where: pathlib.Path) -> list[str]:
+    """Lines about the counts of one set of `Encoder.encode_split`."""
+    from world_distill.data.records.estimate import size_text
+    from world_distill.data.records.reader import RecordReader
+
+    missing, encoded, left_out = (counts[key] for key in ("shards_missing", "encoded", "left_out"))
+    begin = f"encoded {encoded} records"
     if missing:
-        rest = f"{missing} of {counts['shards']} shards of {where} are still to be written"
-        return f"encoded {counts['encoded']} records; {rest}"
-    if counts["encoded"]:
-        return f"encoded {counts['encoded']} records; {where} is complete with {counts['records']}"
-    if negative:
-        return f"encoded the negative text; {where} is complete with {counts['records']} records"
-    return f"{where} is complete with {counts['records']} records: nothing to do"
+        lines = [f"{begin}; {missing} of {counts['shards']} shards of {where} are still to be written"]
+    else:
+        reader = RecordReader(where.parent, where.name)
+        left_out = reader.left_out
+        begin = begin if encoded else "encoded the negative text" if counts["negative"] else ""
+        lines = [f"{begin}{'; ' if begin else ''}{where} is complete with {len(reader)} records"]
+        lines[0] += "" if begin else ": nothing to do"
+    if encoded:
+        each = size_text(counts["bytes"] / encoded)
+        expected = size_text(counts["estimated_bytes"] / (encoded + counts["left_out"]))
+        lines.append(f"wrote {size_text(counts['bytes'])}, {each} a record (estimate: {expected})")
+    if left_out:
+        where_listed = "listed when all shards are written" if missing else f"{where}.left_out.jsonl says which and why"
+        lines.append(f"left out {left_out} records: {where_listed}")
+    return lines
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar, and now and then a line about the time that is left."""
+    left = TimeLeft()
+    with arguments.progress_bar("task") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar(done, total)
+            if text := left.after(done, total, time.monotonic()):
+                console.say(text)
+
+        yield show
+
+
+class TimeLeft:
+    """When a job will be done, from its batches; the first one, which loads weights and compiles, is not counted."""
+
+    def __init__(self):
+        self._calls, self._begin, self._said = 0, (0, 0.0), float("-inf")
+
+    def after(self, done: int, total: int, now: float) -> str | None:
+        """A line to say when `done` of `total` are done at time `now`, in seconds; None: nothing, this time."""
+        from world_distill.data.records.estimate import time_text
+
+        self._calls += 1
+        if self._calls <= 2:
+            self._begin = done, now
+            return None
+        rate = (done - self._begin[0]) / max(now - self._begin[1], 1e-9)
+        left = (total - done) / rate if rate else 0.0
+        if self._calls < 4 or left < _WORTH_SAYING or now - self._said < max(_SAY_AGAIN, left / 10):
+            return None
+        self._said = now
+        return f"{done} of {total} tasks done, {rate:.3g} a second: about {time_text(left)} left"

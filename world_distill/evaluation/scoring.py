@@ -89,22 +89,31 @@ class Evaluator:
         verdicts: list[Verdict] = []
         total = min(limit or len(reader), len(reader))
         negative = self.negative(reader, text)
-        for number, batch in enumerate(fixed_batches(reader, self._batch, lengths=self._lengths)):
-            if number * self._batch >= total:
+        # Each process reads the records of its own clips; what all need to know of the others is in the heads.
+        apart = jax.process_count() > 1 and reader.has_heads
+        needed = hosts.rows_held(self._batch, self._rows) if apart else None
+        heads = reader.heads() if apart else None
+        if heads is not None and text == "solution":
+            heads.take(range(total)).check_solutions()  # on all processes alike
+        for number, batch in enumerate(fixed_batches(reader, self._batch, lengths=self._lengths, needed=needed)):
+            first = number * self._batch
+            if first >= total:
                 break
-            rows = np.arange(self._batch) + number * self._batch
-            sampled = self._clips(batch, base, lora, text, rows, negative)
-            count = min(int(batch.weight.sum()), total - number * self._batch)
+            sampled = self._clips(batch, base, lora, text, np.arange(self._batch) + first, negative)
+            count = min(self._batch, total - first)
+            names = heads.take(range(first, first + count)) if heads is not None else None
+            ids = names.id if names is not None else batch.ids[:count]
+            task, agent, kind = (getattr(names or batch, name)[:count] for name in ("task", "agent", "kind"))
             own, clips = hosts.own_rows(sampled)
             own, clips = own[own < count], clips[own < count]
             if watch is not None:
-                watch(clips, own, {name: getattr(batch, name)[:count] for name in ("ids", "task", "agent")})
+                watch(clips, own, {"ids": ids, "task": task, "agent": agent})
             scores = hosts.join_rows(own, self._check(clips, own, batch), count)
             for i in range(count):
                 answers: dict[str, float] = dict(zip(QUESTIONS, scores[i].tolist(), strict=True))
-                verdicts.append(Verdict(batch.ids[i], batch.task[i], batch.agent[i], batch.kind[i], answers))
+                verdicts.append(Verdict(ids[i], task[i], agent[i], kind[i], answers))
             if keep is not None:
-                for name, clip in zip(batch.ids[:count], hosts.whole(sampled)[:count], strict=True):
+                for name, clip in zip(ids, hosts.whole(sampled)[:count], strict=True):
                     keep(name, clip)
         return verdicts
 
@@ -143,7 +152,8 @@ class Evaluator:
         if not len(own):
             return np.zeros((0, len(QUESTIONS)))
         assert self._benchmark is not None  # `run` is of no use without one
-        scores = self._benchmark.check(clips, [batch.task[i] for i in own], [batch.image_png[i] for i in own])
+        at = np.searchsorted(batch.numbers, own)
+        scores = self._benchmark.check(clips, [batch.task[i] for i in at], [batch.image_png[i] for i in at])
         return np.stack([np.asarray(scores[question], np.float64) for question in QUESTIONS], axis=1)
 
     def _clips(
@@ -157,7 +167,9 @@ class Evaluator:
     ) -> jax.Array:
         if text == "solution":
             batch.check_solutions()
-        condition = jax.tree.map(lambda x: hosts.place(x, self._rows), batch.condition(text))
+        at = np.zeros(batch.count, int)  # of rows that are not held here, anything
+        at[batch.numbers] = np.arange(len(batch))
+        condition = jax.tree.map(lambda x: hosts.place_rows(np.asarray(x), at, self._rows), batch.condition(text))
         sample = make_sampler(self._family, self._mesh, self._grid, self._guidance.scale(text))
         return sample(base, lora, condition, negative, self._key, jnp.asarray(rows))
 

@@ -12,6 +12,8 @@ import re
 
 import numpy as np
 
+from world_distill.interfaces import TextError
+
 END = "</s>"  # stands for the empty text; no word of a text looks like it
 
 
@@ -27,11 +29,11 @@ def encode_text(text: str, width: int) -> np.ndarray:
     The empty text has one state, an end mark's, so that attention over it is defined and guidance can use it.
 
     Raises:
-      ValueError: the text is not empty, yet has no word in it.
+      TextError: the text is not empty, yet has no word in it.
     """
     words = re.findall(r"[a-z0-9]+", text.lower()) if text else [END]
     if not words:
-        raise ValueError(f"cannot encode a text without words: {text!r}")
+        raise TextError(f"cannot encode a text without words: {text!r}")
     grams = [[" ".join(words[max(0, i - n) : i + 1]) for n in range(3)] for i in range(len(words))]
     states = np.stack([sum(_vector(f"{n}:{g}", width) for n, g in enumerate(gram)) for gram in grams]) / np.sqrt(3)
     angles = np.arange(len(words))[:, None] * np.exp(-np.arange(width // 2) * 2 * np.log(50.0) / width)

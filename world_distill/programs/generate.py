@@ -23,7 +23,7 @@ from world_distill import build
 from world_distill.core import flow
 from world_distill.data.images.decode import read_image
 from world_distill.data.records.batches import Arrays, pad, scene_problem, stack_scenes
-from world_distill.data.records.encode import fit_image, scene_arrays, text_states
+from world_distill.data.records.encoder_calls import fit_image, scene_arrays, text_states
 from world_distill.data.records.negative import pad_negative
 from world_distill.data.records.reader import EncodedRecord, RecordReader
 from world_distill.devices.sharding import batch_sharding

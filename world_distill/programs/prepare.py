@@ -7,8 +7,10 @@
 Every stage can be called again after an interruption, and then goes on.
 """
 
+import contextlib
 import functools
 import pathlib
+from collections.abc import Callable, Mapping
 
 from world_distill import build
 from world_distill.data.annotation.annotate import annotate_images
@@ -17,6 +19,7 @@ from world_distill.data.records.encode import encode_records
 from world_distill.data.records.negative import keep_negative
 from world_distill.data.records.reader import RecordError, RecordReader
 from world_distill.data.records.record_format import SCENE
+from world_distill.data.records.splits import Splits, check_names
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import section
 from world_distill.structs import PyTree
@@ -59,10 +62,18 @@ class Encoder:
     def _codec(self) -> PyTree:
         return base_model.load_codec(self._family, self._config)
 
-    def encode(self, reader: RecordReader, folder: pathlib.Path, *, name: str, **options) -> dict[str, int]:
+    def encode(
+        self,
+        reader: RecordReader,
+        folder: pathlib.Path,
+        *,
+        name: str,
+        metadata: Mapping[str, str] | None = None,
+        **options,
+    ) -> dict[str, int]:
         """`encode_records` with these encoders; its other `options` and its counts."""
         encoders = self._family.encoders
-        metadata = {
+        metadata = dict(metadata or {}) | {
             "family": self._family.name,
             "weights": pathlib.Path(base_model.base_path(self._family, self._config.base) or "").name,
             "text_encoder": self._text_encoder,
@@ -77,7 +88,8 @@ class Encoder:
             )
         return encode_records(
             reader, folder, name=name, encode_scene=lambda images: encoders.scene(self._codec, images),
-            encode_text=encoders.text, size=encoders.image_size, metadata=metadata, **options,
+            encode_text=encoders.text, size=encoders.image_size, scenes=encoders.scenes, metadata=metadata,
+            lengths=build.text_lengths(self._family, self._config), **options,
         )  # fmt: skip
 
     def keep_negative(self, folder: pathlib.Path, name: str) -> bool:
@@ -87,6 +99,42 @@ class Encoder:
         """
         text, encode = self.guidance.negative, self._family.encoders.text
         return keep_negative(folder, name, text, text_encoder=self._text_encoder, encode_text=encode)
+
+    def encode_split(
+        self,
+        reader: RecordReader,
+        folder: pathlib.Path,
+        *,
+        name: str,
+        splits: Splits,
+        progress: Callable[[], contextlib.AbstractContextManager],
+        **options,
+    ) -> dict[str, dict[str, int]]:
+        """Encodes record set `name` and those that are split off from it, with their negative texts.
+
+        The sets that are split off come first, so that the training set never holds an image of theirs. `progress` is
+        entered for each set and gives `encode_records` its own; other `options` are that function's.
+
+        Returns:
+          Its counts by set, and in `negative` whether a negative text was encoded.
+
+        Raises:
+          RecordError: see `encode_records`, `splits.check_names` and `Splits.check`.
+        """
+        check_names(folder, name, splits)
+        if splits:
+            splits.check(reader.heads().image_id)
+        counts = {}
+        for part in (*splits.names, name):
+            of_part = part if part in splits.names else None
+            negative = self.keep_negative(folder, part)
+            with progress() as show:
+                found = self.encode(
+                    reader, folder, name=part, chosen=lambda image, of_part=of_part: splits.set_of(image) == of_part,
+                    metadata=splits.metadata(reader.index_path.stem), progress=show, **options,
+                )  # fmt: skip
+            counts[part] = found | {"negative": int(negative)}
+        return counts
 
     @property
     def _text_encoder(self) -> str:

@@ -108,7 +108,7 @@ def keep_better(probed: Probed, reader: RecordReader, folder: pathlib.Path, name
         raise UserError(f"the Demonstrator is better on none of {len(advantage)} tasks: no records are left to write")
     write_records(
         folder, name, (record for record in reader if record.id in kept), reader.shards,
-        metadata={**reader.metadata, "kept_of": reader.fingerprint},
+        metadata={**reader.metadata, "kept_of": reader.fingerprint}, scene_dtype=reader.metadata.get("scene_dtype"),
     )  # fmt: skip
     if (negative := read_negative(reader.index_path.parent, reader.index_path.stem)) is not None:
         write_negative(folder, name, negative)

@@ -6,7 +6,9 @@ them escaped.
 
 import collections
 import dataclasses
+import itertools
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from world_distill.data.images.png import ImageError, decode_png
+from world_distill.data.records.estimate import size_text
 from world_distill.data.records.reader import AnnotatedRecord, RecordReader
 from world_distill.data.records.record_format import Record
 from world_distill.reports import page
@@ -23,23 +26,19 @@ _MOST_KINDS = 12  # kinds that are listed by name
 
 
 def survey(reader: RecordReader, wanted: re.Pattern) -> tuple[list[int], dict[str, Any]]:
-    """Rows whose task matches, and the figures of the whole set.
+    """Rows whose task matches, and the figures of the whole set, without reading its pictures and arrays.
 
     Returns:
-      The rows, and a dict of records, images, matching, and the numbers by kind and agent, most first.
+      The rows, and a dict of records, images, matching, bytes, left_out, and the numbers by kind and agent, most first.
     """
-    matching, images = [], set()
-    kinds, agents = collections.Counter(), collections.Counter()
-    for i, record in enumerate(reader):
-        images.add(record.image_id)
-        kinds[record.kind] += 1
-        agents[record.agent.casefold()] += 1
-        if wanted.search(record.task):
-            matching.append(i)
+    heads = reader.heads()
+    matching = [row for row, task in enumerate(heads.task) if wanted.search(task)]
+    kinds = collections.Counter(heads.kind)
+    agents = collections.Counter(agent.casefold() for agent in heads.agent)
     return matching, {
         "name": reader.index_path.stem, "type": reader.record_type.__name__, "records": len(reader),
-        "images": len(images), "matching": len(matching), "kinds": dict(kinds.most_common()),
-        "agents": dict(agents.most_common()),
+        "images": len(set(heads.image_id)), "matching": len(matching), "bytes": reader.bytes,
+        "left_out": reader.left_out, "kinds": dict(kinds.most_common()), "agents": dict(agents.most_common()),
     }  # fmt: skip
 
 
@@ -57,9 +56,12 @@ def describe(counts: dict[str, Any]) -> list[str]:
     """The figures of `survey` as lines for a terminal."""
     kinds = [f"{printable(kind) or '(none)'} {n}" for kind, n in counts["kinds"].items()]
     more = [f"and {len(kinds) - _MOST_KINDS} more"] if len(kinds) > _MOST_KINDS else []
+    size, each = size_text(counts["bytes"]), size_text(counts["bytes"] / counts["records"])
+    left_out = f"; {counts['left_out']} left out ({counts['name']}.left_out.jsonl)" if counts["left_out"] else ""
     return [
         f"{counts['name']}: {counts['records']} {counts['type']}s about {counts['images']} images,"
         f" {len(counts['agents'])} agents; {counts['matching']} match",
+        f"on the disk: {size}, {each} a record{left_out}",
         f"kinds: {', '.join([*kinds[:_MOST_KINDS], *more])}",
     ]
 
@@ -78,8 +80,20 @@ def printable(text: str) -> str:
 
 
 def _cell(text: str, width: int) -> str:
+    """A text in `width` columns of a terminal, where Chinese characters take two and accents none of their own."""
     text = printable(text)
-    return f"{text if len(text) <= width else text[: width - 1] + '…':<{width}}"
+    columns = [_columns(character) for character in text]
+    if sum(columns) > width:
+        ends = itertools.accumulate(columns)
+        text = text[: sum(end < width for end in ends)] + "…"
+        columns = [_columns(character) for character in text]
+    return text + " " * (width - sum(columns))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from world_distill.errors import UserError
 
+_INDEX_FIRST = {"movflags": "+faststart"}
+_BT709, _LIMITED = 1, 1  # FFmpeg's numbers of the primaries, curve and matrix of BT.709, and of the range 16 to 235
 _INK, _PAPER = (60, 60, 60), (255, 255, 255)
 
 
@@ -97,6 +99,9 @@ def require_mp4() -> None:
 def save_mp4(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int = 1) -> None:
     """Writes H.264 in yuv420p, which every player knows; sides are made even by repeating the last row or column.
 
+    Colours are converted by BT.709 and the file says so: players assume that of files without a word, or BT.601, and
+    would show other greens. The index stands in front, so that a browser plays it while it loads.
+
     Raises:
       UserError: PyAV is not installed.
       ValueError: not a clip, or not a speed or scale.
@@ -107,13 +112,19 @@ def save_mp4(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int =
 
     clip = _enlarged(clip, scale)
     clip = np.pad(clip, ((0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)), mode="edge")
-    with _replacing(path) as file, av.open(file, "w", format="mp4") as container:
+    # By its name: the muxer opens the file once more to move the index.
+    with _replacing(path) as file, av.open(file.name, "w", format="mp4", options=_INDEX_FIRST) as container:
         stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "14", "preset": "slow"}
-        for frame in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = _LIMITED
+        for pixels in clip:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 

@@ -203,19 +203,15 @@ def test_damage_met_on_the_way_is_a_record_error(tmp_path):
 
 @pytest.mark.parametrize("batch_size, processes", [(4, 1), (11, 1), (16, 1), (4, 2), (8, 4)])
 def test_fixed_batches_visit_each_record_once_in_order(reader, batch_size, processes):
-    passes = [
-        list(
-            fixed_batches(
-                reader, batch_size, lengths={"text": 8, "glyphs": 16}, process_index=p, process_count=processes
-            )
-        )
-        for p in range(processes)
-    ]
+    rows = np.split(np.arange(batch_size), processes)
+    passes = [list(fixed_batches(reader, batch_size, lengths={"text": 8, "glyphs": 16}, needed=own)) for own in rows]
     real = []
     for parts in zip(*passes, strict=True):
         ids = [i for part in parts for i in part.ids]
         weight = np.concatenate([part.weight for part in parts])
         assert len(ids) == batch_size and weight.dtype == np.float32
+        assert np.concatenate([part.numbers for part in parts]).tolist() == list(range(batch_size))
+        assert {part.count for part in parts} == {batch_size}
         assert all(part.texts["task"]["text"].states.shape == (batch_size // processes, 8, 4) for part in parts)
         assert set(np.array(ids)[weight == 0]) <= {"r10"}
         real += list(np.array(ids)[weight == 1])

@@ -18,6 +18,7 @@ import pytest
 from world_distill.data.images.png import ImageError, decode_png, encode_png
 from world_distill.data.records import reader as records_module
 from world_distill.data.records import record_format
+from world_distill.data.records.heads import Heads
 from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordError, RecordReader, write_records
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -145,6 +146,49 @@ def test_data_set_round_trip_in_order(tmp_path, count, shards):
         with pytest.raises(IndexError):
             reader[i]
     reader.verify()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_records_of_an_image_share_its_picture_in_any_order(tmp_path, shards):
+    order = np.random.default_rng(0).permutation(40)
+    records = [annotated(int(i), image_id=f"i{i % 5}", image_png=bytes([i % 5]) * 9000) for i in order]
+    write_records(tmp_path, "set", records, shards)
+    reader = RecordReader(tmp_path, "set")
+    assert list(reader) == records
+    stored = [record_format.read_stored(AnnotatedRecord, s[row]) for s in reader._shards for row in range(len(s) - 1)]
+    assert sum(row is None for _, row in stored) == 5 == sum(len(record.image_png) > 0 for record, _ in stored)
+    other = [records[0], dataclasses.replace(records[0], id="other", image_png=b"another picture")]
+    write_records(tmp_path, "set", other)
+    assert list(RecordReader(tmp_path, "set")) == other  # one name, two pictures
+
+
+@pytest.mark.parametrize("make, shards", [(annotated, 1), (annotated, 3), (encoded, 2)])
+def test_heads_are_read_without_the_records(tmp_path, monkeypatch, make, shards):
+    records = [make(i, kind=f"k{i}") for i in range(11)]
+    write_records(tmp_path, "set", records, shards)
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordReader, "_stored", None)
+        heads = RecordReader(tmp_path, "set").heads()
+    assert heads == Heads.of(records) and len(heads) == 11
+    assert heads.characters == [len(r.task) + len(r.solution) for r in records]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: data[:-1], "damaged heads"),
+        (lambda data: data + b"!", "damaged heads"),
+        (lambda data: b"x" + data[1:], "not the heads of records"),
+        (lambda data: data.replace(b"kind", b"king"), "damaged heads"),
+        (lambda data: Heads.of([annotated()]).to_bytes(), "damaged heads: not those of 2 records"),
+        (lambda data: data.replace(b"\xa2r1", b"\x01\x02\x03"), "damaged heads"),
+    ],
+)
+def test_damaged_heads_are_refused(change, message):
+    data = Heads.of([annotated(0), annotated(1)]).to_bytes()
+    assert Heads.from_bytes(data, 2).id == ["r0", "r1"]
+    with pytest.raises(RecordError, match=message):
+        Heads.from_bytes(change(data), 2)
 
 
 def test_reader_survives_pickling_and_threads(tmp_path):
@@ -290,10 +334,16 @@ def test_missing_parts_are_named(small_set, tmp_path):
     [
         (lambda text: text[: len(text) // 2], "set.json: the index is damaged"),
         (lambda text: "[]", "is not the index of a data set"),
-        (lambda text: text.replace('"version": 1', '"version": 2'), "format version 2, this program reads 1"),
+        (lambda text: text.replace('"version": 2', '"version": 0'), "format version 0, this program reads 1, 2: write"),
+        (lambda text: text.replace('"version": 2', '"version": 9'), "version 9 is of a later .*reads 1, 2: update it"),
         (lambda text: text.replace('"count": 8', '"count": 9'), "contradicts itself"),
         (lambda text: text.replace('"sha256"', '"x"'), "lacks 'sha256'"),
-        (lambda text: text.replace('"count": 4', '"count": 5').replace('"count": 8', '"count": 10'), "has 4 records"),
+        (lambda text: text.replace('"count": 4', '"count": 5').replace('"count": 8', '"count": 10'), "and runs .4, 4"),
+        (lambda text: text.replace('"heads": true', '"heads": false'), "has 5 records, its index says 4"),
+        (lambda text: text.replace('"heads": true', '"heads": 1'), "a value is of another type"),
+        (lambda text: text.replace('"runs": [', '"runs": [[2, 1],'), "a run of 1 records in shard 2"),
+        (lambda text: text.replace('"runs": [', '"runs": [[0, 1],'), r"shards have .4, 4. records, and runs .5, 4"),
+        (lambda text: text.replace('"runs": [', '"runs": [["a", 1],'), "the index is damaged"),
         (lambda text: text.replace("AnnotatedRecord", "EncodedRecord"), "this is a AnnotatedRecord, not the Enc"),
         (lambda text: text.replace("AnnotatedRecord", "NewRecord"), "holds NewRecords, not records"),
     ],
@@ -309,7 +359,7 @@ def test_empty_set_and_wrong_type(small_set):
     index, _ = small_set
     with pytest.raises(RecordError, match="holds AnnotatedRecords, not EncodedRecord"):
         RecordReader(index.parent, "set", EncodedRecord)
-    empty = json.loads(index.read_text()) | {"count": 0, "shards": []}
+    empty = json.loads(index.read_text()) | {"count": 0, "shards": [], "runs": []}
     index.write_text(json.dumps(empty))
     with pytest.raises(RecordError, match="the data set is empty"):
         RecordReader(index.parent, "set")

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from world_distill.data.records.reader import EncodedRecord, RecordError, RecordReader
+from world_distill.data.records.record_format import without_solution
 from world_distill.structs import Condition, Texts, Tokens
 
 ROLES = ("task", "solution")  # the text that the Executor is told, and the one for the Demonstrator
@@ -28,11 +29,11 @@ class TaskBatch:
 
     Attributes:
       ids, image_ids, task, solution, agent, kind: [b] of the records.
-      image_png: [b] the scenes' PNG files.
+      image_png: [b] the scenes' picture files: PNG, or as they came (JPEG).
       scene: [b ...] by name, in the type of the records.
       texts: padded states of each role's text.
-      numbers: [b] which of the step's tasks these are, rising (training).
-      count: tasks of the step, with those that other processes have read (training).
+      numbers: [b] which of the step's or the whole batch's tasks these are, rising.
+      count: tasks of the step or the whole batch, with those that other processes have read.
       weight: [b] float32, 0 on rows that fill up the last batch (one pass).
     """
 
@@ -60,10 +61,7 @@ class TaskBatch:
         """Raises RecordError, naming the record, if one has no solution to tell the Demonstrator."""
         for record, solution in zip(self.ids, self.solution, strict=True):
             if not solution:
-                raise RecordError(
-                    f"record {record!r} has no solution for the Demonstrator: it is for evaluating what is told the"
-                    " task"
-                )
+                raise without_solution(record)
 
 
 def collate(records: Sequence[EncodedRecord], lengths: Mapping[str, int]) -> TaskBatch:
@@ -224,34 +222,28 @@ def fixed_batches(
     *,
     lengths: Mapping[str, int],
     indices: Sequence[int] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    needed: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[TaskBatch]:
     """One pass in order, in batches of one size, each with its `weight`.
 
     `indices` are the records to take, all without it. The last batch repeats the last record to be full; `weight` is 1
-    on real rows and 0 on repeated ones. `batch_size` counts the rows of all processes, of which this one gets its
-    contiguous part. Raises like `task_batches`, before the first batch is asked for.
+    on real rows and 0 on repeated ones. `needed` are the rows of each batch that this process reads, in
+    [0, batch_size): its `numbers`; None reads all. Raises like `task_batches`, before the first batch is asked for.
     """
-    rows = _rows(batch_size, process_index, process_count)
+    if batch_size < 1:
+        raise ValueError(f"a batch of {batch_size} tasks")
     _check_reader(reader, lengths)
     chosen = range(len(reader)) if indices is None else indices
+    numbers = np.arange(batch_size) if needed is None else np.unique(np.asarray(needed))
 
     def batches() -> Iterator[TaskBatch]:
         for start in range(0, len(chosen), batch_size):
-            places = np.arange(start, start + batch_size)[process_index * rows :][:rows]
-            batch = collate([reader[chosen[min(i, len(chosen) - 1)]] for i in places], lengths)
-            yield dataclasses.replace(batch, weight=(places < len(chosen)).astype(np.float32))
+            places = start + numbers
+            batch = collate([reader[chosen[min(int(i), len(chosen) - 1)]] for i in places], lengths)
+            weight = (places < len(chosen)).astype(np.float32)
+            yield dataclasses.replace(batch, weight=weight, numbers=numbers, count=batch_size)
 
     return batches()
-
-
-def _rows(total: int, process_index: int, process_count: int) -> int:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}")
-    if total < 1 or total % process_count:
-        raise ValueError(f"a batch of {total} tasks cannot be shared out to {process_count} process(es)")
-    return total // process_count
 
 
 def _check_reader(reader: RecordReader, lengths: Mapping[str, int]) -> None:
@@ -265,5 +257,6 @@ def _check_reader(reader: RecordReader, lengths: Mapping[str, int]) -> None:
 
 def _too_long(record: str, length: int, limit: int) -> RecordError:
     return RecordError(
-        f"record {record!r} has a text of {length} tokens, and texts are padded to {limit}: raise config.text_length"
+        f"record {record!r} has a text of {length} tokens, and texts are padded to {limit}: raise config.text_length,"
+        " or encode the records again with this config, which leaves such texts out"
     )

@@ -1,29 +1,32 @@
 """Annotated records to encoded ones: every scene and every text to arrays, before training.
 
-A shard holds whole images, in the order of the annotated records, so that the tasks of an image can share its scene.
-Shards are finished one after another (`resumable`), so a job that was cut off goes on at the first unfinished one, and
-several machines with one folder can do a shard each.
+An image is encoded once: its tasks stand together, whatever the order of the annotated records, and share its scene. A
+shard holds whole images, in the order in which each first comes. Shards are finished one after another (`resumable`),
+so a job that was cut off goes on at the first unfinished one, and several machines with one folder can do a shard each.
+
+A task whose text the encoder or the model cannot take is left out, counted, and listed in NAME.left_out.jsonl; so is an
+image whose picture is damaged. Neither stops a job.
 """
 
-import dataclasses
+import functools
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from world_distill.data.images.png import decode_png, encode_png
-from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordError, RecordReader
+from world_distill.data.records.encode_job import EncodeJob, Images, exceeds
+from world_distill.data.records.estimate import disk_warning
+from world_distill.data.records.reader import AnnotatedRecord, RecordError, RecordReader
+from world_distill.data.records.record_format import TEXT
 from world_distill.data.records.resumable import ResumableSet
 
-
-def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image [H W 3] uint8 scaled and cut around its centre to `size`, (height, width)."""
-    from PIL import Image, ImageOps
-
-    if image.shape[:2] == tuple(size):
-        return image
-    return np.array(ImageOps.fit(Image.fromarray(image), (size[1], size[0]), Image.Resampling.LANCZOS))
+# Order of the records in a request: as given, an image's scene once a run (earlier versions); by image; dealt out to
+# the shards in turn (version 1).
+_AS_GIVEN, _GROUPED = {"order": "images"}, {"order": "grouped"}
+_ORDERS = (_AS_GIVEN, _GROUPED, {})
 
 
 def encode_records(
@@ -37,36 +40,47 @@ def encode_records(
     only: int | None = None,
     batch: int = 8,
     size: tuple[int, int] | None = None,
+    lengths: Mapping[str, int] | None = None,
+    scenes: Mapping[str, Any] | None = None,
+    scene_dtype: str | None = None,
+    chosen: Callable[[str], bool] = lambda image_id: True,
     metadata: Mapping[str, str] | None = None,
+    say: Callable[[str], None] = lambda text: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
-    """Writes data set `name` of EncodedRecords, in the order of `reader`, or what is missing of it.
+    """Writes data set `name` of EncodedRecords, or what is missing of it.
 
-    Finished shards are kept if they are of the same request: the same annotated records, `shards`, `size` and
-    `metadata`, which therefore has to name whatever the encoders depend on. A complete data set of the same request
-    that an earlier version of this program wrote is kept, too. The first new shard takes away the index of an older
-    data set of that name; the new index is written by whoever finds all shards finished.
+    Records come in the order of their images' first ones. Finished shards are kept if they are of the same request: the
+    same annotated records, `shards`, `size`, `scene_dtype` and `metadata`, which therefore has to name whatever the
+    encoders and `chosen` depend on. Shards and complete data sets of the same request that an earlier version wrote
+    are kept, too. The first new shard takes away the index of an older data set of that name; the new index is written
+    by whoever finds all shards finished.
 
     Args:
-      reader: annotated records; those of one image should stand together, for then it is encoded and stored once.
+      reader: annotated records, in any order.
       out_dir: folder of the new data set.
       name: of the new data set; not that of `reader` if in the same folder.
       encode_scene: as `Encoders.scene`; always called with `batch` images, so that it compiles once.
       encode_text: as `Encoders.text`; called with at most `batch` texts.
-      shards: files to spread the records over.
+      shards: files to spread the images over.
       only: the one shard to write, from 0; None writes all. Each may be written by another process.
       batch: images, and texts, at a time.
       size: (height, width) to bring every image to; None takes them as they are. The record keeps the image as fitted.
+      lengths: tokens that the model takes of each text, by the name of the states; a task with more is left out.
+      scenes: as `Encoders.scenes`, for an estimate of the disk; None makes none.
+      scene_dtype: type that wider scene arrays are stored in; None: their own. They are read in their own type again.
+      chosen: whether an image, by its id, is in this data set.
       metadata: texts to keep in the index, such as the family's name and weights.
+      say: is told what will be written, what it will take, and that shards of another request are replaced.
       progress: called with (records done, records) of the shards that are asked for, those that are kept at once.
 
     Returns:
-      Counts: records, encoded (by this call), shards, shards_kept (of those asked for), shards_missing (of all: at 0
-      the data set is complete).
+      Counts: records (chosen), encoded and left_out (by this call), bytes (of what it wrote), shards,
+      shards_kept (of those asked for), shards_missing (of all: at 0 the data set is complete).
 
     Raises:
       RecordError: not annotated records, no such shard, images of different sizes, an encoder that returns the wrong
-        number or shape, or the disk refuses. Shards that are finished by then stay.
+        number or shape, all records left out, or the disk refuses. Shards that are finished by then stay.
     """
     if reader.record_type is not AnnotatedRecord:
         raise RecordError(f"{reader} is encoded already")
@@ -77,126 +91,109 @@ def encode_records(
         )
     if only is not None and not 0 <= only < shards:
         raise RecordError(f"no shard {only} among {shards}: they are counted from 0 to {shards - 1}")
+    metadata = dict(metadata or {}) | ({"scene_dtype": scene_dtype} if scene_dtype else {})
     request = {"annotated": reader.fingerprint, "records": len(reader), "size": size}
-    counts = {"records": len(reader), "encoded": 0, "shards": shards, "shards_kept": 0, "shards_missing": 0}
-    if _is_kept(ResumableSet(out_dir, name, shards, request=request, metadata=metadata)):
-        if progress is not None:
-            progress(len(reader), len(reader))
-        return counts | {"shards_kept": shards if only is None else 1}
-    parts = _whole_images(reader, shards)
-    target = ResumableSet(
-        out_dir, name, shards, request=request | {"order": "images"}, metadata=metadata, sequential=True
-    )
+    make_set = functools.partial(
+        ResumableSet, out_dir, name, shards, metadata=metadata, sequential=True,
+        accepts=functools.partial(_fits, lengths=lengths or {}),
+    )  # fmt: skip
+    counts = {"records": len(reader), "encoded": 0, "left_out": 0, "bytes": 0, "shards": shards}
+    for order in _ORDERS:
+        if (held := _complete(make_set(request=request | order))) is not None:
+            if progress is not None:
+                progress(held, held)
+            kept = shards if only is None else 1
+            return counts | {"records": held, "shards_kept": kept, "shards_missing": 0}
+    if not reader.has_heads:
+        say(f"{reader.index_path} is of an earlier version: reading it once, to put the tasks of each image together")
+    heads = reader.heads()
+    images = by_image(heads.image_id, chosen)
+    if not images:
+        raise RecordError(f"{reader.index_path}: none of its images is to be encoded")
+    target = make_set(request=request | _GROUPED)
+    begun = make_set(request=request | _AS_GIVEN)
+    if list(itertools.chain(*images)) == list(range(len(reader))):
+        target = begun  # the order is the same
+    elif any(begun.note(shard) is not None for shard in range(shards)):
+        say(f"{name} was begun by an earlier version: going on in its order, in which an image may be encoded again")
+        target, images = begun, _runs(heads.image_id)
+    parts = _whole_images(images, shards)
     wanted = dict(enumerate(parts)) if only is None else {only: parts[only]}
     missing = [shard for shard in wanted if target.note(shard) is None]
-    total, encoded = sum(map(len, wanted.values())), 0
-    kept = total - sum(len(wanted[shard]) for shard in missing)
+    total, counts["records"] = sum(_records(part) for part in wanted.values()), _records(images)
+    job = EncodeJob(reader, encode_scene, encode_text, batch, size, lengths or {})
+    if missing and (changes := target.changes()):
+        say(f"finished shards of {name} are of another request and are written anew: {'; '.join(changes)}")
+    to_write = [image for shard in missing for image in wanted[shard]]
+    if to_write and scenes is not None:
+        expected = job.estimate(to_write, heads, files=len(missing), scenes=scenes, scene_dtype=scene_dtype)
+        counts["estimated_bytes"] = round(expected.total)
+        say(f"{name}: {expected.describe()}")
+        if warning := disk_warning(out_dir, expected.total):
+            say(warning)
+    done = total - _records(to_write)
+    done = total - sum(_records(wanted[shard]) for shard in missing)
 
     def report(count: int) -> None:
-        nonlocal encoded
-        encoded += count
+        nonlocal done
+        done += count
         if progress is not None:
-            progress(kept + encoded, total)
+            progress(done, total)
 
     report(0)
     for shard in missing:
-        records = (reader[i] for i in wanted[shard])
-        target.write(shard, _encode(records, encode_scene, encode_text, batch, size, report))
+        left_out: list[dict[str, Any]] = []
+        records = job.encode(wanted[shard], left_out, report)
+        note = target.write(shard, records, scene_dtype=scene_dtype, left_out=left_out)
+        counts["left_out"] += len(left_out)
+        counts["encoded"] += _records(wanted[shard]) - len(left_out)
+        counts["bytes"] += note["bytes"]
     left = target.join()
-    return counts | {"encoded": encoded, "shards_kept": len(wanted) - len(missing), "shards_missing": len(left)}
+    return counts | {"shards_kept": len(wanted) - len(missing), "shards_missing": len(left)}
 
 
-def _is_kept(target: ResumableSet) -> bool:
-    """Whether an earlier version has finished this data set, whose records were dealt out to the shards in turn."""
+def by_image(image_ids: Sequence[str], chosen: Callable[[str], bool] = lambda image_id: True) -> Images:
+    """Numbers of the records of each chosen image, in the order of their first ones."""
+    images: dict[str, list[int]] = {}
+    for number, image in enumerate(image_ids):
+        images.setdefault(image, []).append(number)
+    return [numbers for image, numbers in images.items() if chosen(image)]
+
+
+def _runs(image_ids: Sequence[str]) -> Images:
+    """Numbers of neighbouring records of one image."""
+    numbers = itertools.groupby(range(len(image_ids)), key=lambda number: image_ids[number])
+    return [list(run) for _, run in numbers]
+
+
+def _records(images: Images) -> int:
+    return sum(map(len, images))
+
+
+def _complete(target: ResumableSet) -> int | None:
+    """Records that a finished data set holds, with those that it left out; None if it is not finished."""
     if not (target.folder / f"{target.name}.json").exists():
+        return None
+    notes = [note for shard in range(target.shards) if (note := target.note(shard)) is not None]
+    if len(notes) < target.shards:
+        return None
+    return sum(note["count"] + len(note.get("left_out", ())) for note in notes)
+
+
+def _fits(note: Mapping[str, Any], lengths: Mapping[str, int]) -> bool:
+    """Whether a finished shard holds what these lengths let through, and no more."""
+    longest = note["longest_text"] or {}
+    if "length" in longest:  # records of version 1
+        longest = {TEXT: longest}
+    if exceeds({name: text["length"] for name, text in longest.items()}, lengths):
         return False
-    return all(target.note(shard) is not None for shard in range(target.shards))
+    return all(exceeds(line["tokens"], lengths) for line in note.get("left_out", ()) if "tokens" in line)
 
 
-def _whole_images(reader: RecordReader, shards: int) -> list[range]:
-    """The records of each shard: neighbours, about as many in each, and all of an image's in one."""
-    starts = [0]
-    for shard in range(1, shards):
-        at = max(len(reader) * shard // shards, starts[-1])
-        while 0 < at < len(reader) and reader[at].image_id == reader[at - 1].image_id:
-            at += 1
-        starts.append(at)
-    ends = [*starts[1:], len(reader)]
-    return [range(start, end) for start, end in zip(starts, ends, strict=True)]
-
-
-def _encode(
-    records: Iterable[AnnotatedRecord],
-    encode_scene: Callable,
-    encode_text: Callable,
-    batch: int,
-    size: tuple[int, int] | None,
-    report: Callable[[int], None],
-) -> Iterator[EncodedRecord]:
-    """The encoded records of a shard; `report` is told how many are done, a batch at a time."""
-    for part in _by_images(records, batch):
-        pngs = {r.image_id: r.image_png for r in part}
-        images = {i: decode_png(png) for i, png in pngs.items()}
-        if size is not None:
-            fitted = {i: fit_image(image, size) for i, image in images.items()}
-            # A file that needs no change stays as it is, with whatever its text chunks say.
-            pngs = {i: pngs[i] if fitted[i] is images[i] else encode_png(fitted[i]) for i in images}
-            images = fitted
-        scenes = _scenes(images, encode_scene, batch)
-        texts = iter(text_states([t for r in part for t in (r.task, r.solution) if t], encode_text, batch))
-        for record in part:
-            fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "source"}
-            fields |= {"image_png": pngs[record.image_id], "scene": scenes[record.image_id]}
-            task = next(texts)
-            solution = next(texts) if record.solution else {key: states[:0] for key, states in task.items()}
-            yield EncodedRecord(**fields, task_states=task, solution_states=solution)
-        report(len(part))
-
-
-def _by_images(records: Iterable[AnnotatedRecord], batch: int) -> Iterator[list[AnnotatedRecord]]:
-    """Consecutive records with at most `batch` images between them."""
-    part: list[AnnotatedRecord] = []
-    images: set[str] = set()
-    for record in records:
-        if len(images) == batch and record.image_id not in images:
-            yield part
-            part, images = [], set()
-        part.append(record)
-        images.add(record.image_id)
-    if part:
-        yield part
-
-
-def _scenes(images: dict[str, np.ndarray], encode_scene: Callable, batch: int) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of every image, by name."""
-    sizes = {image.shape for image in images.values()}
-    if len(sizes) > 1:
-        raise RecordError(f"images of different sizes {sorted(sizes)} (such as {next(iter(images))}): give `size`")
-    pixels = np.stack(list(images.values()))
-    filling = np.repeat(pixels[-1:], batch - len(pixels), axis=0)
-    arrays = {name: np.asarray(array) for name, array in encode_scene(np.concatenate([pixels, filling])).items()}
-    for name, array in arrays.items():
-        if array.ndim < 2 or array.shape[0] != batch:
-            raise RecordError(f"encode_scene returned {name!r} of shape {array.shape} for {batch} images")
-    return {image: {name: array[i] for name, array in arrays.items()} for i, image in enumerate(images)}
-
-
-def scene_arrays(image: np.ndarray, encode_scene: Callable) -> dict[str, np.ndarray]:
-    """The arrays of one image [H W 3] uint8, by name."""
-    return _scenes({"image": image}, encode_scene, 1)["image"]
-
-
-def text_states(texts: Sequence[str], encode_text: Callable, batch: int = 8) -> list[dict[str, np.ndarray]]:
-    """States [l d] of every text, by name; `encode_text` is called with at most `batch` texts."""
-    found = []
-    for start in range(0, len(texts), batch):
-        part = texts[start : start + batch]
-        states = {name: [np.asarray(s) for s in arrays] for name, arrays in encode_text(part).items()}
-        for name, arrays in states.items():
-            if len(arrays) != len(part) or any(s.ndim != 2 for s in arrays):
-                shapes = [s.shape for s in arrays]
-                raise RecordError(
-                    f"encode_text returned {name!r} of shapes {shapes} for {len(part)} texts, not one [l d] a text"
-                )
-        found += [{name: arrays[i] for name, arrays in states.items()} for i in range(len(part))]
-    return found
+def _whole_images(images: Images, shards: int) -> list[Images]:
+    """The images of each shard: neighbours, with about as many records in each."""
+    # A shard begins at the first image that begins at or behind its share of the records.
+    begins = np.cumsum([0, *(len(numbers) for numbers in images)])
+    cuts = np.searchsorted(begins, [begins[-1] * shard // shards for shard in range(1, shards)])
+    bounds = [0, *cuts.tolist(), len(images)]
+    return [images[start:end] for start, end in itertools.pairwise(bounds)]

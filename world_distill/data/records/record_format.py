@@ -1,13 +1,19 @@
 """What one record is: a task as annotated, and a task as encoded for a model family; and their bytes.
 
-Bytes are `WDREC`, one byte of format version, and a msgpack map of the record's type and fields. Annotated records are
-of version 1. Encoded records are of version 2, which holds arrays by name; in version 1 they had one scene latent and
-one array of states a text, which are read as `video` and `text`.
+Bytes are `WDREC`, one byte of format version, and a msgpack map of the record's type and fields.
 
-Records of one image may share its scene: all but one are stored without it and say in which row of their file it is.
+    annotated  1  each record has its picture
+               2  records may share it
+    encoded    1  one scene latent and one array of states a text, which are read as `video` and `text`
+               2  arrays by name; records may share picture and scene
+               3  scene arrays may be stored in a narrower type than they have
+
+Records of one image share its picture and scene: all but one are stored without, and say in which row of their file
+these are.
 """
 
 import dataclasses
+import hashlib
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -24,27 +30,48 @@ class RecordError(ValueError):
     """A record or a data set that cannot be trusted. The message names the file and what to do."""
 
 
+def without_solution(record: str) -> RecordError:
+    """The error of a record that has no solution, where one is needed."""
+    return RecordError(
+        f"record {record!r} has no solution for the Demonstrator: it is for evaluating what is told the task"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AnnotatedRecord:
     """One task about one scene image, before any model has seen it."""
 
     id: str  # unique in its data set
     image_id: str  # shared by the tasks of one image
-    image_png: bytes  # RGB
+    image_png: bytes  # a PNG, or the original file without its tags (`images.decode`)
     task: str  # `[agent]: imperative.`
     solution: str  # empty if none is known: the task is for evaluation only
     agent: str
     kind: str
     source: dict[str, str]  # where the image and the words come from
 
-    def to_bytes(self) -> bytes:
-        """The record as bytes. Raises RecordError if a field is not what it says."""
-        return _pack(self)
+    def to_bytes(self, scene_row: int | None = None) -> bytes:
+        """The record as bytes; without the picture if that is to be found in row `scene_row` of the same file.
+
+        Raises RecordError if a field is not what it says.
+        """
+        return _pack(self, scene_row)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "AnnotatedRecord":
-        """The record in `data`. Raises RecordError if that is another type or version, or damaged."""
-        return _unpack(cls, data)
+        """The record in `data`.
+
+        Raises RecordError if that is another type or version, or damaged, or if its picture is in another row.
+        """
+        return _whole(cls, data)
+
+    def shares_scene(self, other: "AnnotatedRecord") -> bool:
+        """Whether both have the same picture."""
+        return (self.image_id, self.image_png) == (other.image_id, other.image_png)
+
+    def scene_digest(self) -> bytes:
+        """Hash of what records of one image share."""
+        return hashlib.sha256(self.image_png).digest()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,12 +89,13 @@ class EncodedRecord:
     solution_states: dict[str, np.ndarray]  # the same; l is 0 if there is no solution
     image_png: bytes  # the image that was encoded, for reports; may be empty
 
-    def to_bytes(self, scene_row: int | None = None) -> bytes:
+    def to_bytes(self, scene_row: int | None = None, *, scene_dtype: str | None = None) -> bytes:
         """The record as bytes; without scene and image if they are to be found in row `scene_row` of the same file.
 
+        `scene_dtype` stores wider scene arrays in that type; they are read in their own, with the values rounded.
         Raises RecordError if a field is not what it says, or an array is not finite.
         """
-        return _pack(self, scene_row)
+        return _pack(self, scene_row, scene_dtype)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "EncodedRecord":
@@ -75,10 +103,7 @@ class EncodedRecord:
 
         Raises RecordError like `AnnotatedRecord.from_bytes`, and for a record whose scene is in another row.
         """
-        record, scene_row = read_encoded(data)
-        if scene_row is not None:
-            raise RecordError(f"record {record.id!r} has its scene in row {scene_row} of its file")
-        return record
+        return _whole(cls, data)
 
     def shares_scene(self, other: "EncodedRecord") -> bool:
         """Whether both have the same image, and the same arrays of it, bit for bit."""
@@ -88,48 +113,80 @@ class EncodedRecord:
             and all(_same(array, other.scene[name]) for name, array in self.scene.items())
         )
 
+    def scene_digest(self) -> bytes:
+        """Hash of what records of one image share."""
+        digest = hashlib.sha256(self.image_png)
+        for name, array in sorted(self.scene.items()):
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+            digest.update(array.tobytes())
+        return digest.digest()
+
 
 def _same(x: np.ndarray, y: np.ndarray) -> bool:
     return x is y or (x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes())
 
 
 Record = AnnotatedRecord | EncodedRecord
-VERSIONS: Mapping[type, int] = {AnnotatedRecord: 1, EncodedRecord: 2}  # written here
-READ: Mapping[type, tuple[int, ...]] = {AnnotatedRecord: (1,), EncodedRecord: (1, 2)}
+VERSIONS: Mapping[type, int] = {AnnotatedRecord: 2, EncodedRecord: 3}  # written here
+READ: Mapping[type, tuple[int, ...]] = {AnnotatedRecord: (1, 2), EncodedRecord: (1, 2, 3)}
+SCENE_DTYPES = ("float32", "bfloat16", "float16")  # that scene arrays may be stored in
 _STATES = ("task_states", "solution_states")
 _ARRAYS = ("scene", *_STATES)
 
 
-def read_encoded(data: bytes) -> tuple[EncodedRecord, int | None]:
-    """The record in `data`, and the row of its file that holds its scene and image; None: it has them itself.
+def read_stored(cls: type, data: bytes) -> tuple[Any, int | None]:
+    """The record of type `cls` in `data`, and the row of its file that holds its scene; None: it has that itself.
 
-    Raises RecordError like `AnnotatedRecord.from_bytes`.
+    A record whose scene is elsewhere has no picture and no scene arrays. Raises RecordError like
+    `AnnotatedRecord.from_bytes`.
     """
-    return _unpack(EncodedRecord, data)
+    return _unpack(cls, data)
 
 
-def _pack(record: Record, scene_row: int | None = None) -> bytes:
+def _whole(cls: type, data: bytes) -> Any:
+    record, scene_row = _unpack(cls, data)
+    if scene_row is not None:
+        raise RecordError(f"record {record.id!r} has its scene in row {scene_row} of its file")
+    return record
+
+
+def _pack(record: Record, scene_row: int | None, scene_dtype: str | None = None) -> bytes:
     _check(record, scene_row)
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     if scene_row is not None:
-        fields |= {"scene": {}, "image_png": b"", "scene_row": scene_row}
+        fields |= {"image_png": b"", "scene_row": scene_row} | ({"scene": {}} if "scene" in fields else {})
+    elif scene_dtype is not None and isinstance(record, EncodedRecord):
+        fields |= _narrow(record, scene_dtype)
     for name in _ARRAYS if isinstance(record, EncodedRecord) else ():
         for key, array in fields[name].items():
             if not np.isfinite(array.astype(np.float32)).all():
-                raise RecordError(f"record {record.id!r}: {name} {key!r} has values that are not finite")
+                full = np.isfinite(getattr(record, name)[key].astype(np.float32)).all()
+                why = f" in {scene_dtype}: choose bfloat16 or float32" if full else ""
+                raise RecordError(f"record {record.id!r}: {name} {key!r} has values that are not finite{why}")
     # msgpack, as Flax writes it: text, bytes and arrays (bf16 too) in one value, nothing that can run code on reading
     # (pickle), and no second parser for the strings (safetensors keeps only flat text beside its arrays).
     body = serialization.msgpack_serialize({"type": type(record).__name__, "fields": fields})
     return _MAGIC + bytes([VERSIONS[type(record)]]) + body
 
 
-def _unpack(cls: Any, data: bytes) -> Any:
+def _narrow(record: EncodedRecord, scene_dtype: str) -> dict[str, Any]:
+    """The fields of a record whose scene arrays are stored in a type, where they are wider."""
+    stored, wide = np.dtype(scene_dtype), {}
+    scene = dict(record.scene)
+    for name, array in record.scene.items():
+        if array.dtype.itemsize > stored.itemsize:
+            with np.errstate(over="ignore"):  # `_pack` refuses infinities, by name
+                scene[name], wide[name] = array.astype(stored), array.dtype.name
+    return {"scene": scene, "scene_types": wide}
+
+
+def _unpack(cls: Any, data: bytes) -> tuple[Any, int | None]:
     data = bytes(data)
     if data[: len(_MAGIC)] != _MAGIC:
         raise RecordError("not a world_distill record (wrong first bytes)")
     version = data[len(_MAGIC)] if len(data) > len(_MAGIC) else None
     if version not in READ[cls]:
-        known = " and ".join(map(str, READ[cls]))
+        known = ", ".join(map(str, READ[cls]))
         raise RecordError(f"record of format version {version}, this program reads {known}: write the data again")
     record, scene_row = None, None
     try:
@@ -139,13 +196,15 @@ def _unpack(cls: Any, data: bytes) -> Any:
             if cls is EncodedRecord and version == 1:
                 fields = _from_version_1(fields)
             scene_row = fields.pop("scene_row", None)
+            for name, dtype in fields.pop("scene_types", {}).items():
+                fields["scene"][name] = fields["scene"][name].astype(np.dtype(dtype))
             record = cls(**fields)
     except Exception as error:  # msgpack has its own exceptions, numpy others: all mean damaged bytes
         raise RecordError(f"damaged record ({type(error).__name__}: {error})") from error
     if record is None:
         raise RecordError(f"this is a {kind}, not the {cls.__name__} asked for")
     _check(record, scene_row)
-    return (record, scene_row) if cls is EncodedRecord else record
+    return record, scene_row
 
 
 def _from_version_1(fields: dict[str, Any]) -> dict[str, Any]:

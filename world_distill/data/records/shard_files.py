@@ -12,18 +12,17 @@ import os
 import pathlib
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from world_distill.data.records.record_format import VERSIONS, AnnotatedRecord, EncodedRecord, Record, RecordError
+from world_distill.data.records.heads import Heads
+from world_distill.data.records.record_format import AnnotatedRecord, EncodedRecord, Record, RecordError
 
-INDEX_FORMAT = "world_distill records"
-SEQUENTIAL = "sequential"  # an index's "order"; without one, records are dealt out to the shards in turn
 TYPES = {cls.__name__: cls for cls in (AnnotatedRecord, EncodedRecord)}
-# Group size 1 is one record a chunk, which random access wants. PNG and bf16 latents do not compress any further.
+# Group size 1 is one record a chunk, which random access wants. Pictures and bf16 states do not compress any further.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
@@ -58,6 +57,7 @@ class Written:
     ids: list[str]
     shapes: list | None  # of all encoded records: of each scene array shape and type, of each text width and type
     longest: dict[str, Any] | None  # {name: {"length", "id"}} of the longest text of encoded records
+    runs: list[list[int]]  # [shard, count] of neighbouring records in one shard
 
 
 class _SameShapes:
@@ -86,102 +86,99 @@ class _SameShapes:
                 self.longest[name] = {"length": length, "id": record.id}
 
 
-class _SharedScenes:
-    """Rows of one shard that hold a scene which the records behind them may share."""
+class _Shard:
+    """One file that is being written: records, of each image the scene once, and at the end their heads."""
 
-    def __init__(self):
-        self._row, self._record = 0, None
+    def __init__(self, path: pathlib.Path, scene_dtype: str | None):
+        self.path, self._scene_dtype, self._heads = path, scene_dtype, Heads.empty()
+        self._rows: dict[str, tuple[int, bytes]] = {}  # by image: where a scene stands, and its hash
+        self._last: tuple[int, Any] | None = None  # row of a scene, and the record that it was written with
+        self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
 
-    def row_of(self, record: EncodedRecord, row: int) -> int | None:
-        """Where the scene of a record that becomes row `row` stands already; None: nowhere."""
-        if self._record is not None and record.shares_scene(self._record):
-            return self._row
-        self._row, self._record = row, record
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def add(self, record: Record) -> None:
+        row = self._row_of(record)
+        if isinstance(record, EncodedRecord):
+            data = record.to_bytes(row, scene_dtype=self._scene_dtype)
+        else:
+            data = record.to_bytes(row)
+        with disk(self.path.parent):
+            self._writer.write(data)
+        self._heads.append(record)
+
+    def _row_of(self, record: Any) -> int | None:
+        """Where the scene of a record stands already; None: nowhere."""
+        if self._last is not None and record.shares_scene(self._last[1]):
+            return self._last[0]
+        digest, known = record.scene_digest(), self._rows.get(record.image_id)
+        if known is not None and known[1] == digest:
+            return known[0]
+        self._last, self._rows[record.image_id] = (len(self), record), (len(self), digest)
         return None
 
+    def finish(self) -> None:
+        """Flushes the file to the disk and counts it again. Raises OSError or RuntimeError."""
+        self._writer.write(self._heads.to_bytes())
+        self._writer.close()
+        fsync(self.path)
+        if (found := len(ArrayRecordDataSource(str(self.path)))) != len(self) + 1:
+            raise OSError(f"{len(self)} records were written and {found - 1} came back")
 
-def write_shards(paths: Sequence[pathlib.Path], records: Iterable[Record]) -> Written:
-    """Deals `records` out to the files `paths` in turn, flushes them to the disk and counts them again.
+    def give_up(self) -> None:
+        if self._writer.is_open():
+            with contextlib.suppress(Exception):  # it is given up already, and the first error counts
+                self._writer.close()
+
+
+def write_shards(
+    paths: Sequence[pathlib.Path], records: Iterable[Record], *, scene_dtype: str | None = None
+) -> Written:
+    """Deals `records` out to the files `paths`, flushes them to the disk and counts them again.
+
+    All records of an image go to one file, in which its scene stands once, in the type `scene_dtype` if given; a new
+    image goes to the file with the fewest records.
 
     Raises:
       RecordError: two records have one id, types or shapes differ, or the disk refuses.
     """
-    counts, kinds, ids, shapes, writers = [0] * len(paths), set(), {}, _SameShapes(), []
-    shared = [_SharedScenes() for _ in paths]
+    kinds, ids, shapes, shards = set(), {}, _SameShapes(), []
+    of_image: dict[str, int] = {}
+    runs: list[list[int]] = []
     try:
         with disk(paths[0].parent):
             for path in paths:
-                writers.append(array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS))
-        for i, record in enumerate(records):
+                shards.append(_Shard(path, scene_dtype))
+        for record in records:
             kinds.add(type(record).__name__)
             if len(kinds) > 1 or not kinds <= TYPES.keys():
                 raise RecordError(f"a data set holds one record type, this one got {sorted(kinds)}")
             if record.id in ids:
                 raise RecordError(f"two records have the id {record.id!r}")
             ids[record.id] = None
-            shard = i % len(paths)
             if isinstance(record, EncodedRecord):
                 shapes.add(record)
-                data = record.to_bytes(shared[shard].row_of(record, counts[shard]))
-            else:
-                data = record.to_bytes()
-            with disk(paths[0].parent):
-                writers[shard].write(data)
-            counts[shard] += 1
+            if record.image_id not in of_image:
+                of_image[record.image_id] = min(range(len(shards)), key=lambda i: len(shards[i]))
+            shard = of_image[record.image_id]
+            shards[shard].add(record)
+            if not runs or runs[-1][0] != shard:
+                runs.append([shard, 0])
+            runs[-1][1] += 1
         with disk(paths[0].parent):
-            for path, writer, count in zip(paths, writers, counts, strict=True):
-                writer.close()
-                fsync(path)
-                if (found := len(ArrayRecordDataSource(str(path)))) != count:
-                    raise OSError(f"{count} records were written and {found} came back")
+            for shard in shards:
+                shard.finish()
     finally:
-        for writer in writers:
-            if writer.is_open():
-                with contextlib.suppress(Exception):  # it is given up already, and the first error counts
-                    writer.close()
+        for shard in shards:
+            shard.give_up()
     longest = shapes.longest if shapes.first else None
-    return Written(kinds.pop() if kinds else None, counts, list(ids), shapes.first, longest)
+    return Written(kinds.pop() if kinds else None, [len(s) for s in shards], list(ids), shapes.first, longest, runs)
 
 
 def entry_of(path: pathlib.Path, count: int, *, name: str) -> dict[str, Any]:
     """What an index promises about the shard at `path` that will be called `name`."""
-    return {"file": name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def index_of(
-    kind: str,
-    shards: Sequence[dict],
-    longest: dict | None,
-    metadata: Mapping[str, str] | None,
-    *,
-    sequential: bool = False,
-) -> dict:
-    """The index of a data set of these shards, dealt out in turn, or one after another if `sequential`."""
-    index = {
-        "format": INDEX_FORMAT,
-        "version": VERSIONS[TYPES[kind]],
-        "type": kind,
-        "count": sum(s["count"] for s in shards),
-        "shards": list(shards),
-        "longest_text": longest,
-        "metadata": dict(metadata or {}),
-    }
-    return index | ({"order": SEQUENTIAL} if sequential else {})
-
-
-def write_index(folder: pathlib.Path, name: str, index: dict) -> None:
-    """Makes the promise that the shards of `index` are whole, and removes those of another number of shards."""
-    write_atomically(folder / f"{name}.json", json_bytes(index))
-    current = {shard["file"] for shard in index["shards"]}
-    for path in shards_of(folder, name, r"(\.note)?"):
-        if path.name.removesuffix(".note") not in current:
-            path.unlink(missing_ok=True)
-
-
-def remove_index(folder: pathlib.Path, name: str) -> None:
-    """Takes the promise back: old promises must never stand beside new shards."""
-    (folder / f"{name}.json").unlink(missing_ok=True)
-    fsync(folder)
+    return {"file": name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(path), "heads": True}
 
 
 def aside(path: pathlib.Path) -> pathlib.Path:

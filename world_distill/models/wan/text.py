@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from world_distill.errors import UserError
+from world_distill.interfaces import TextError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 
@@ -69,14 +70,14 @@ class UMT5TextEncoder:
         """States [l d] of each text, true length, no padding.
 
         Raises:
-          ValueError: a text has nothing in it, or more than `max_length` tokens.
+          TextError: a text has nothing in it, or more than `max_length` tokens.
         """
         cleaned = [clean(text) for text in texts]
         for text, tidy in zip(texts, cleaned, strict=True):
             if not tidy and text:  # the empty text has a meaning, to guidance: its state is the closing token's
-                raise ValueError(f"cannot encode a text without characters: {text!r}")
+                raise TextError(f"cannot encode a text without characters: {text!r}")
             if (length := len(self._tokenizer(tidy).input_ids)) > self.max_length:
-                raise ValueError(
+                raise TextError(
                     f"a text has {length} tokens, and the encoder takes {self.max_length}: shorten it, nothing is cut"
                     f" here: {text!r}"
                 )
