@@ -19,7 +19,7 @@ from world_distill.data.annotation.annotate import annotate_images, check_pair
 from world_distill.data.images.decode import read_image
 from world_distill.data.images.filters import Filters
 from world_distill.data.images.png import ImageError, decode_png
-from world_distill.data.images.sources import find_images
+from world_distill.data.images.reader import find_images
 from world_distill.data.records.reader import AnnotatedRecord, RecordError, RecordReader
 from world_distill.interfaces import AnnotationError, TaskPair
 
@@ -241,7 +241,12 @@ def test_bad_images_are_named_or_counted(images, tmp_path):
     tiny = image_file(folder, "tiny.png", value=98, size=(15, 40))
     wide = folder / "wide.png"
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(wide)
-    bad = {folder / "text.png": "not a whole", cut: "not a whole", tiny: "40x15 pixels", wide: "more than 8 bits"}
+    bad = {
+        folder / "text.png": "no picture, but text",
+        cut: "not a whole",
+        tiny: "40x15 pixels",
+        wide: "more than 8 bits",
+    }
     for path, message in bad.items():
         with pytest.raises(ImageError, match=f"{path.name}: .*{message}"):
             run([*images, path], Writer(), tmp_path / path.stem)
@@ -296,7 +301,7 @@ def test_broken_images_are_listed_with_what_is_wrong_but_not_where_they_lie(imag
     (images[0].parent / "0.png").write_text("no image")
     run([images[0].parent / "0.png", *images], Writer(), tmp_path, filters=Filters(broken=True))
     (line,) = map(json.loads, (tmp_path / "set.rejected.jsonl").read_text().splitlines())
-    assert (line["file"], line["reason"]) == ("0.png", "broken") and line["value"].startswith("not a whole image")
+    assert (line["file"], line["reason"]) == ("0.png", "broken") and line["value"] == "no picture, but text: 'no image'"
 
 
 # ---- Filters and sizes

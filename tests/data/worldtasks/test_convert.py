@@ -82,15 +82,15 @@ def test_again_gives_the_same_bytes_and_an_interrupted_one_leaves_nothing(folder
     out = folder.parent / "out"
     assert call(folder) == 0
     first = files(out)
-    real = convert.as_png
+    real = convert.as_kept
 
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "as_png", stop)
+    monkeypatch.setattr(convert, "as_kept", stop)
     assert call(folder) == 130 and files(out) == first
     assert call(folder, out=folder.parent / "new") == 130 and files(folder.parent / "new") == {}
-    monkeypatch.setattr(convert, "as_png", real)
+    monkeypatch.setattr(convert, "as_kept", real)
     assert call(folder, out=folder.parent / "new") == 0 and files(folder.parent / "new") == first
 
 
@@ -119,14 +119,14 @@ def test_strict_leaves_out_what_breaks_a_rule(folder):
 
 
 def test_no_usable_row_says_what_was_there(folder, capsys):
-    rows(folder / "train/train.jsonl", {"picture": "0_1.png", "do\x1b[31m": TASK})
+    rows(folder / "train/train.jsonl", {"bild": "0_1.png", "do\x1b[31m": TASK})
     assert call(folder) == 2
     said = capsys.readouterr()
-    assert "no row can be used (no_image 1)" in said.err and "not used: 'do?[31m' (1), 'picture' (1)" in said.out
+    assert "no row can be used (no_image 1)" in said.err and "not used: 'bild' (1), 'do?[31m' (1)" in said.out
     assert "image    from nothing" in said.out
     assert [*files(folder.parent / "out")] == ["train_annotated.unusable.jsonl"]
     assert (
-        call(folder, "--field", "image=picture", "--field", "task=Do\x1b[31m", "--bench", "--rows", "train/train.jsonl")
+        call(folder, "--field", "image=bild", "--field", "task=Do\x1b[31m", "--bench", "--rows", "train/train.jsonl")
         == 0
     )
 
@@ -153,7 +153,7 @@ def test_nothing_outside_of_the_folder_is_read(folder):
     (folder / "train/images/link.png").symlink_to(folder.parent / "secret.png")
     (folder / "train/images/shard_009").symlink_to(folder.parent)
     (folder / "train/images/loop.png").symlink_to("loop.png")
-    lookup = ImageLookup(folder, folder / "train/train.jsonl")
+    lookup = ImageLookup(folder, folder / "train")
     outside = [
         "../secret.png",
         "images/../../../secret.png",
@@ -162,7 +162,6 @@ def test_nothing_outside_of_the_folder_is_read(folder):
         "..\\secret.png",
     ]
     outside += [
-        "secret.png",
         "shard_009/secret.png",
         "C:\\secret.png",
         "file:///etc/passwd",
@@ -170,7 +169,7 @@ def test_nothing_outside_of_the_folder_is_read(folder):
         "a\0b",
     ]
     assert {name: lookup.find(name) for name in outside} == dict.fromkeys(outside, "image_outside")
-    for name in ("loop.png", ".", "images", "x" * 5000, "\ud800.png", "none.png"):
+    for name in ("loop.png", ".", "images", "x" * 5000, "\ud800.png", "none.png", "secret.png"):
         assert lookup.find(name) == "image_missing", name
 
 
@@ -185,14 +184,14 @@ def test_nothing_outside_of_the_folder_is_read(folder):
     ],
 )
 def test_where_pictures_are_found(folder, name, found):
-    assert ImageLookup(folder, folder / "train/train.jsonl").find(name) == folder / found
+    assert ImageLookup(folder, folder / "train").find(name).path == folder / found
 
 
 def test_a_name_of_several_shards_is_ambiguous(folder):
     picture(folder / "train/images/shard_001/0_1.png", 5)
-    lookup = ImageLookup(folder, folder / "train/train.jsonl")
+    lookup = ImageLookup(folder, folder / "train")
     assert lookup.find("0_1.png") == "image_ambiguous"
-    assert lookup.find("shard_001/0_1.png") == folder / "train/images/shard_001/0_1.png"
+    assert lookup.find("shard_001/0_1.png").path == folder / "train/images/shard_001/0_1.png"
 
 
 def test_a_broken_picture_is_listed_with_no_path_of_the_machine(folder):

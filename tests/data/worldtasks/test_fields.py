@@ -7,6 +7,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.effort import FUZZ
+from world_distill.data.images.files import File
+from world_distill.data.images.rows import parse_line
 from world_distill.data.worldtasks.fields import ALIASES, Item, Schema, Unusable
 
 TASK, SOLUTION = "[Person in blue shirt]: Move forward.", "Description: A person walks."
@@ -14,16 +16,16 @@ OTHER = "[First person view]: Turn left."
 
 
 def read(*rows, **options):
-    schema = Schema(**options)
+    schema, file = Schema(**options), File("x/rows.jsonl", "rows.jsonl")
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    return [item for n, line in enumerate(lines, 1) for item in schema.items(n, line)], schema
+    return [item for n, line in enumerate(lines, 1) for item in schema.items(parse_line(file, n, line))], schema
 
 
 def texts(found):
     return [(i.image, i.task, i.solution) if isinstance(i, Item) else i.reason for i in found]
 
 
-WHOLE = ("a.png", TASK, SOLUTION)
+WHOLE = ("a.png", TASK, "A person walks.")
 LAYOUTS = {
     "row per pair": {"image": "a.png", "task": TASK, "solution": SOLUTION},
     "prompts": {"file_name": "a.png", "task_prompt": TASK, "solution_prompt": SOLUTION},
@@ -111,7 +113,7 @@ def test_ambiguous_names_are_reported_and_may_be_settled():
     assert report["ambiguous"] == [{"field": "task", "taken": "task", "not": "prompt", "tasks": 2}]
     assert report["unused"] == {"note": 2, "prompt": 2}
     found, schema = read(row, fields={"solution": "Prompt"})
-    assert texts(found) == [("a", TASK, SOLUTION)] and schema.report()["ambiguous"] == []
+    assert texts(found) == [("a", TASK, "A person walks.")] and schema.report()["ambiguous"] == []
     assert texts(read({"image": "a", "what": [[TASK, "s"]]}, fields={"tasks": "what", "task": "w"})[0]) == [
         ("a", TASK, "s")
     ]
