@@ -1,7 +1,7 @@
 """Images in tar archives, compressed or not, as webdatasets are: read by position, never extracted.
 
-Members with one name but for what follows its first dot belong together: `0001.jpg`, `0001.json` and `0001.txt` are a
-picture and what is said of it.
+Members with one name but for the ending belong together: `0001.jpg`, `0001.json` and `0001.txt` are a picture and what
+is said of it. A picture without texts of its own has those of its name up to the first dot: `0001.left.jpg`.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ def in_archive(file: File, unused: Unused, *, skip_bad: bool = False) -> list[Sa
       ImageError: it is damaged or cut off, unless `skip_bad`.
     """
     archive, samples, last = _Archive(file), [], ""
-    texts: dict[str, dict[str, str]] = {}  # of side files, by what their names share
+    texts: dict[str, dict[str, str]] = {}  # of side files, by their names without the ending
     others: list[str] = []
     try:
         with contextlib.closing(open_plain(file)) as plain:
@@ -115,8 +115,8 @@ def in_archive(file: File, unused: Unused, *, skip_bad: bool = False) -> list[Sa
                     if is_image(member.name):
                         samples.append(Sample(TarImage(archive, member.name, member.offset_data, member.size)))
                     elif member.name.lower().endswith(SIDE_FILES) and member.size <= _MOST_SIDE:
-                        key, end = _split(member.name)
-                        texts.setdefault(key, {})[end] = _text(plain, member)
+                        key, _, end = member.name.rpartition(".")
+                        texts.setdefault(key, {})[end.lower()] = _text(plain, member)
                     elif not is_unremarkable(member.name):
                         others.append(member.name)
                 end = tar.offset
@@ -129,12 +129,17 @@ def in_archive(file: File, unused: Unused, *, skip_bad: bool = False) -> list[Sa
         unused.skip(file.name, "container", message, "damaged or cut off")
         samples = _whole(samples)
     archive.end = max((sample.image.offset + sample.image.size for sample in samples), default=0)
+    met = set()
     for sample in samples:
-        sample.texts |= texts.pop(_split(sample.image.member)[0], {})
+        # Names may have dots of their own: `22.05.png` and `22.06.png` are two, not one with two endings.
+        whole = sample.image.member.rpartition(".")[0]
+        key = whole if whole in texts else _to_first_dot(whole)
+        sample.texts |= texts.get(key, {})
+        met.add(key)
     for name in others:
         unused.add(name, "no picture, in an archive")
     for key, ends in texts.items():
-        for end in ends:
+        for end in ends if key not in met else ():
             unused.add(f"{key}.{end}", "beside no picture, in an archive")
     return samples
 
@@ -161,11 +166,10 @@ def _text(plain: Any, member: tarfile.TarInfo) -> str:
     return b"".join(pieces).decode("utf-8", "replace")
 
 
-def _split(name: str) -> tuple[str, str]:
-    """(`folder/0001`, `seg.json`): up to the first dot of the last part, as webdataset has it, and what follows."""
+def _to_first_dot(name: str) -> str:
+    """`folder/0001` for `folder/0001.left`."""
     folder, slash, base = name.rpartition("/")
-    key, _, end = base.partition(".")
-    return folder + slash + key, end.lower()
+    return folder + slash + base.partition(".")[0]
 
 
 def _whole(samples: list[Sample]) -> list[Sample]:

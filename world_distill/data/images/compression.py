@@ -39,7 +39,8 @@ def opened(file: File) -> tuple[Any, bool]:
     if start.startswith(b"\xfd7zXZ"):
         return _closing(lzma.LZMAFile(raw), raw), True
     if start.startswith(b"\x28\xb5\x2f\xfd"):
-        return _zstd(file, raw), True
+        raw.close()
+        return _zstd(file), True
     return raw, False
 
 
@@ -54,21 +55,19 @@ def _closing(file: Any, raw: BinaryIO) -> Any:
     return file
 
 
-def _zstd(file: File, raw: BinaryIO) -> io.BufferedReader:
+def _zstd(file: File) -> io.BufferedReader:
     pyarrow = needs_pyarrow(file.path)
-
-    def start() -> Any:
-        raw.seek(0)
-        return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-
-    return io.BufferedReader(_Forward(start, raw.close))
+    # A stream that goes closes what it read from, so each has the file opened anew.
+    return io.BufferedReader(
+        _Forward(lambda: pyarrow.CompressedInputStream(pyarrow.PythonFile(file.open(), mode="r"), "zstd"))
+    )
 
 
 class _Forward(io.RawIOBase):
     """A stream that is read forwards; going back starts it anew."""
 
-    def __init__(self, start: Callable[[], Any], close: Callable[[], None]):
-        self._start, self._close = start, close
+    def __init__(self, start: Callable[[], Any]):
+        self._start = start
         self._stream, self._at = start(), 0
 
     def readable(self) -> bool:
@@ -91,6 +90,7 @@ class _Forward(io.RawIOBase):
             raise io.UnsupportedOperation("a stream has no end to count from")
         target = offset if whence == 0 else self._at + offset
         if target < self._at:
+            self._stream.close()
             self._stream, self._at = self._start(), 0
         while self._at < target and (data := self._stream.read(min(1 << 20, target - self._at))):
             self._at += len(data)
@@ -98,7 +98,7 @@ class _Forward(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self._close()
+            self._stream.close()
         super().close()
 
 

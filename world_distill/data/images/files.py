@@ -5,13 +5,14 @@ a loop of them, is not walked again. What cannot be an input is counted in `Unus
 """
 
 import dataclasses
+import fnmatch
 import functools
 import glob
 import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from world_distill.data.images import kinds
@@ -128,13 +129,34 @@ def _local(pattern: str, unused: Unused) -> list[File]:
         raise ImageError(f"{pattern}: no such file or folder")
     found, root = [], _plain_root(pattern)
     named = not pattern.endswith("*")  # `*.dat` names pictures, `*` all sorts of things
-    for path in sorted(glob.glob(pattern, recursive=True), key=lambda path: pathlib.Path(path).parts):
+    for path in sorted(_matching(pattern, unused), key=lambda path: pathlib.Path(path).parts):
         if os.path.isdir(path):
             below = in_folder(path, unused)
             found += [File(file.path, record_name(os.path.relpath(file.path, root))) for file in below]
         elif not kinds.is_hidden(os.path.relpath(path, root)):
             found.append(File(path, record_name(os.path.relpath(path, root)), given=named))
     return found
+
+
+def _matching(pattern: str, unused: Unused) -> list[str]:
+    """The paths that a pattern means. `glob` would go round in a loop of links for `**`."""
+    parts = pathlib.Path(pattern).parts
+    if "**" not in parts:
+        return glob.glob(pattern)
+    at = parts.index("**")
+    start = str(pathlib.Path(*parts[:at]))
+    tops = [top for top in glob.glob(start) if os.path.isdir(top)]
+    below = [(file, os.path.relpath(file.path, top)) for top in tops for file in in_folder(top, unused)]
+    return [file.path for file, name in below if _matches(pathlib.Path(name).parts, parts[at:])]
+
+
+def _matches(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether the parts of a path are those of a pattern; `**` is any number of folders, or all that is left."""
+    if not wanted or not names:
+        return not names and (not wanted or wanted == ("**",))
+    if wanted[0] == "**":
+        return len(wanted) == 1 or _matches(names, wanted[1:]) or _matches(names[1:], wanted)
+    return fnmatch.fnmatchcase(names[0], wanted[0]) and _matches(names[1:], wanted[1:])
 
 
 def _identity(file: File) -> tuple[Any, ...]:

@@ -165,6 +165,7 @@ class _Finder:
         self._root, self._skip_bad, self._unused = image_root, skip_bad, unused
         self._lookups: dict[str, ImageLookup] = {}
         self._names: set[str] = set()  # paths of the images that are there
+        self._described: set[str] = set()  # those of them that rows named
 
     def images(self, rows: Iterator[Row]) -> list[ImageSource]:
         found = []
@@ -175,10 +176,14 @@ class _Finder:
             if isinstance(source, FileImage):
                 key = os.path.realpath(source.path)
                 if key in self._names:
-                    # A picture that rows describe is met again in its folder.
-                    self._unused.count("rows", "of an image that came before", int(not kinds.is_image(row.file.name)))
+                    if not kinds.is_image(row.file.name):
+                        self._unused.count("rows", "of an image with a row before", 1)
+                    elif key not in self._described:  # by a row, and met again in its folder
+                        self._unused.add(row.file.name, "there under another name")
                     continue
                 self._names.add(key)
+                if not kinds.is_image(row.file.name):
+                    self._described.add(key)
             found.append(source)
         return found
 

@@ -108,7 +108,8 @@ class _Parquet(_Table):
             leaves = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
             self._leaf = _leaf_of(self.column, leaves)
             binary = [f.name for f in parquet.schema_arrow if _is_picture(f.type)]
-            self._others = [leaf for leaf in leaves if leaf.split(".")[0] not in binary or leaf.endswith(".path")]
+            path = [leaf for leaf in leaves if leaf.split(".")[0] == self.column and leaf.endswith(".path")]
+            self._others = [leaf for leaf in leaves if leaf.split(".")[0] not in binary] + path
             self._empty = [self._is_empty(parquet, g, leaves) for g in range(parquet.num_row_groups)]
         self._batches: collections.OrderedDict[int, list[Any]] = collections.OrderedDict()  # by their first row
         self._stream: Any = None
@@ -216,7 +217,7 @@ class _Arrow(_Table):
                 at = table.schema.get_field_index(field.name)
                 cells = table.column(at)
                 paths = None
-                if _is_struct(field.type) and field.type.get_field_index("path") >= 0:
+                if field.name == self.column and _is_struct(field.type) and field.type.get_field_index("path") >= 0:
                     paths = compute.struct_field(cells, "path")
                 table = table.remove_column(at) if paths is None else table.set_column(at, field.name, paths)
         for batch in table.to_batches(max_chunksize=1024):

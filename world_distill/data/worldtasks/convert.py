@@ -114,9 +114,11 @@ class TaskImport:
         root = self.root if self._image_root is None else os.fspath(self._image_root)
         lookups: dict[str, ImageLookup] = {}
         found: dict[str, tuple[ImageSource, list[Item]]] = {}
+        alone: list[ImageSource] = []  # pictures without words, which rows may name
         for row in read_rows(self.files, self.unused, skip_bad=self._skip_bad):
-            if kinds.is_image(row.file.name) and not row.fields:
-                continue  # a picture without words; a row may name it
+            if row.image is not None and not row.fields and kinds.is_image(row.file.name):
+                alone.append(row.image)
+                continue
             for item in self.schema.items(row):
                 if isinstance(item, Unusable):
                     self.unusable.append(item)
@@ -131,6 +133,10 @@ class TaskImport:
                     self.unusable.append(Unusable.of(item, image, str(item.image)))
                 else:
                     found.setdefault(image.where, (image, []))[1].append(item)
+        named = {os.path.realpath(where) for where in found} if alone else set()
+        for image in alone:
+            if os.path.realpath(image.where) not in named:
+                self.unused.add(image.name, "no row names it")
         return list(found.values())
 
     def _records(
