@@ -52,8 +52,8 @@ def rows_files(folder: str | os.PathLike, given: str | None, *, bench: bool, unu
     chosen = lists if len(lists) == 1 else _of_split(lists, bench, Unused())
     if len(chosen) == 1:
         return folder, [_as_given(chosen[0])]
-    if not lists and (found := _with_words(files, unused)):
-        found = _of_split(found, bench, unused)
+    if not lists and _with_words(files, Unused()):
+        found = _of_split(_with_words(files, unused), bench, unused)
         if not found:
             raise UserError(f"{folder} has no files of the split {'bench' if bench else 'train'}: --rows says which")
         return folder, found
