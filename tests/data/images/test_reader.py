@@ -147,6 +147,14 @@ def test_paths_of_another_machine_are_found_by_their_ends(tmp_path):
     assert files == {"2.jpg": b"2"}
 
 
+def test_the_longest_end_of_a_path_decides(tmp_path):
+    put(tmp_path, **{"x__b__c__0_jpg": "xbc", "y__b__c__0_jpg": "ybc", "rows_csv": "image\n/mnt/old/y/b/c/0.jpg\n"})
+    assert list(found(tmp_path / "rows.csv")[0]) == ["y/b/c/0.jpg"]
+    (tmp_path / "rows.csv").write_text("image\n/mnt/old/b/c/0.jpg\n")
+    with pytest.raises(ImageError, match="name of several"):
+        found(tmp_path / "rows.csv")
+
+
 def test_pictures_in_rows_as_base64(tmp_path):
     jpeg = b"\xff\xd8\xff\xe0" + bytes(range(256))
     text = base64.b64encode(jpeg).decode()
