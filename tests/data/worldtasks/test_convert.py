@@ -238,6 +238,23 @@ def test_layouts_of_data_sets(kind, tmp_path, capsys):
         assert "not used" not in said
 
 
+def test_a_snapshot_of_the_hubs_cache_is_links_into_blobs(tmp_path):
+    hub = tmp_path / "hub/datasets--me--set"
+    picture(hub / "blobs/0a1b.png", 1), picture(tmp_path / "secret.png", 2)
+    (hub / "blobs/2c3d").write_text("".join(json.dumps({"image": f"{n}.png", **WORDS}) + "\n" for n in ("1", "secret")))
+    snapshot = hub / "snapshots/4e5f"
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.jsonl").symlink_to("../../blobs/2c3d")
+    (snapshot / "images").mkdir()
+    (snapshot / "images/1.png").symlink_to("../../../blobs/0a1b.png")
+    (snapshot / "images/secret.png").symlink_to(tmp_path / "secret.png")
+    for flags in ((), ("--rows", "train.jsonl")):
+        assert call(snapshot, *flags, out=tmp_path / "out") == 0
+        (record,) = RecordReader(tmp_path / "out", "train_annotated")
+        assert (record.source["file"], record.source["rows"]) == ("images/1.png", "train.jsonl")
+        assert "image_outside" in (tmp_path / "out/train_annotated.unusable.jsonl").read_text()
+
+
 def test_the_closing_line_and_damaged_files(folder, capsys):
     assert call(folder) == 0
     said = capsys.readouterr().out.splitlines()

@@ -9,6 +9,7 @@ SUFFIXES = (
 )  # fmt: skip
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 TARS = (".tar", ".tgz", ".tbz2", ".txz", *(f".tar{end}" for end in COMPRESSED))
+PACKED = (".zip", ".rar", ".7z")  # archives that are not read
 ROWS = {
     "jsonl": (".jsonl", ".ndjson", ".jsonlines"),
     "json": (".json",),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from world_distill.data.images.decode import clean_text
 from world_distill.data.images.files import File, find_files, in_folder, is_address
 from world_distill.data.images.kinds import SUFFIXES, is_image
-from world_distill.data.images.sources import FileImage, ImageSource, image_file
+from world_distill.data.images.sources import FileImage, ImageSource, image_file, is_inside
 from world_distill.data.images.unused import Unused
 
 OUTSIDE, MISSING, AMBIGUOUS = "image_outside", "image_missing", "image_ambiguous"
@@ -36,7 +36,6 @@ class ImageLookup:
         self._root = os.fspath(root)
         self._beside = self._root if beside is None else os.fspath(beside)
         self._is_local = not is_address(self._root)
-        self._real = pathlib.Path(self._root).resolve() if self._is_local else None
         starts = [self._beside, os.path.join(self._beside, "images")]
         starts += [os.path.join(self._root, name) if name else self._root for name in _BESIDE]
         self._starts = [start for start in dict.fromkeys(starts) if not self._is_local or os.path.isdir(start)]
@@ -65,8 +64,7 @@ class ImageLookup:
             path = pathlib.Path(start, wanted + end)
             try:
                 if path.is_file():
-                    assert self._real is not None
-                    inside = path.resolve().is_relative_to(self._real)
+                    inside = is_inside(pathlib.Path(self._root), path)
                     return self._source(File(str(path), "")) if inside else OUTSIDE
             except (OSError, ValueError, RuntimeError):  # a name that is too long, or that no file can have
                 continue
@@ -95,17 +93,15 @@ class ImageLookup:
             in_folder(self._root, Unused(), stay_inside=True) if self._is_local else find_files(self._root, Unused())
         )
         for file in files:
-            if not is_image(file.name) or (self._is_local and not self._is_inside(file.path)):
+            if not is_image(file.name) or (
+                self._is_local and not is_inside(pathlib.Path(self._root), pathlib.Path(file.path))
+            ):
                 continue
             for name in _names(file):
                 parts = name.split("/")
                 for key in {parts[-1], "/".join(parts[-2:])}:
                     index.setdefault(key, []).append(file)
         return index
-
-    def _is_inside(self, path: str) -> bool:
-        assert self._real is not None
-        return pathlib.Path(os.path.realpath(path)).is_relative_to(self._real)
 
     def _source(self, file: File) -> ImageSource:
         if self._is_local:

@@ -126,7 +126,8 @@ def for_images(files: Sequence[File], unused: Unused) -> list[File]:
         elif kind is not None and not kinds.is_unremarkable(file.name):
             unused.add(file.name, "rows: name the file itself")
         elif not kinds.is_unremarkable(file.name):
-            unused.add(file.name, "no picture by its name")
+            packed = kinds.base_name(file.name).endswith(kinds.PACKED)
+            unused.add(file.name, "to be unpacked" if packed else "no picture by its name")
     return taken
 
 

@@ -109,10 +109,21 @@ def as_sources(images: Sequence[ImageSource | str | os.PathLike]) -> list[ImageS
     return given
 
 
+def is_inside(root: pathlib.Path, path: pathlib.Path) -> bool:
+    """Whether `path` lies in folder `root` once links and .. are followed.
+
+    A snapshot in the hub's cache consists of links into the folder `blobs` beside it, which is inside, too.
+    Raises OSError, ValueError, RuntimeError for what is no path.
+    """
+    real, top = path.resolve(), root.resolve()
+    snapshots = next((parent for parent in top.parents if parent.name == "snapshots"), None)
+    return real.is_relative_to(top) or (snapshots is not None and real.is_relative_to(snapshots.parent / "blobs"))
+
+
 def check_inside(root: pathlib.Path, path: pathlib.Path, where: str) -> None:
-    """Raises ImageError if `path` lies outside `root` once links and .. are followed."""
+    """Raises ImageError if `path` is not `is_inside` of `root`."""
     try:
-        inside = path.resolve().is_relative_to(root.resolve())
+        inside = is_inside(root, path)
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links; characters that no name has
         raise ImageError(f"{where}: {clean_text(str(path))!r} is no path ({error})") from error
     if not inside:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 
 from world_distill.data.images import kinds
-from world_distill.data.images.files import File, find_files, is_address
+from world_distill.data.images.files import File, find_files, is_address, record_name
 from world_distill.data.images.reader import for_images, side_files
+from world_distill.data.images.sources import is_inside
 from world_distill.data.images.unused import Unused
 from world_distill.errors import UserError
 
@@ -77,16 +78,11 @@ def _of_pattern(pattern: str, given: str | None, unused: Unused) -> tuple[str, l
 def _given(folder: str, given: str, unused: Unused) -> list[File]:
     if is_address(folder):
         return [_as_given(file) for file in find_files(f"{folder.rstrip('/')}/{given}", unused)]
-    root = pathlib.Path(folder).resolve()
     path = os.path.join(folder, given)
     found = find_files(path, unused) if os.path.exists(path) or any(sign in given for sign in "*?[{") else []
-    real = [pathlib.Path(file.path).resolve() for file in found]
-    if not found or not all(place.is_relative_to(root) for place in real):
+    if not found or not all(is_inside(pathlib.Path(folder), pathlib.Path(file.path)) for file in found):
         raise UserError(f"--rows {given}: no such file in {folder}")
-    return [
-        File(os.path.join(folder, place.relative_to(root)), place.relative_to(root).as_posix(), given=True)
-        for place in real
-    ]
+    return [File(file.path, record_name(os.path.relpath(file.path, folder)), given=True) for file in found]
 
 
 def _with_words(files: Sequence[File], unused: Unused) -> list[File]:
