@@ -64,7 +64,7 @@ def decode_image(data: bytes, where: str, *, min_side: int = 16) -> np.ndarray:
         raise
     except UnidentifiedImageError as error:  # its text holds an address, and lists of rejected images are reproducible
         kind = true_kind(data) or f"none of the formats {', '.join(_FORMATS)}"
-        raise ImageError(f"{where}: no picture, but {kind}") from error
+        raise ImageError(f"{where}: {'' if kind.startswith('a damaged') else 'no picture, but '}{kind}") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
         raise ImageError(f"{where}: not a whole image ({type(error).__name__}: {error})") from error
     if min(pixels.shape[:2]) < min_side:
