@@ -1,5 +1,6 @@
 """Annotation: bad images are named, bad tasks counted, and a restarted job asks nothing twice."""
 
+import asyncio
 import collections
 import json
 import os
@@ -25,6 +26,7 @@ from world_distill.data.images.unused import Unused
 from world_distill.data.records.reader import AnnotatedRecord, RecordError, RecordReader
 from world_distill.errors import Unreachable
 from world_distill.interfaces import AnnotationError, TaskPair
+from world_distill.vlm.client import Client, Limits
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 GOOD = TaskPair("[Red disc]: Go to the pad.", "The red disc moves right until it lies on the pad.", "red disc", "move")
@@ -490,6 +492,20 @@ def test_a_server_that_is_not_there_is_said_within_a_minute(images, tmp_path, mo
     assert run(images, late, tmp_path)["kept"] == 10 and late.looks == 0  # waited for, and looked at once
     again = Away(10**6)
     assert run(images, again, tmp_path)["remembered"] == 5  # nothing to ask, so nobody is looked for
+
+
+def test_an_address_that_keeps_silent_is_given_up_soon():
+    pytest.importorskip("openai")
+    limits = Limits(1, 0, timeout=300, give_up_after=1800, tries=1, backoff=1, backoff_limit=1, tokens_per_minute=0)
+
+    async def timeout():
+        client = Client(["http://localhost:9/v1"], None, limits)
+        async with client.session():
+            (server,) = client.servers
+            return client._clients[server].timeout
+
+    found = asyncio.run(timeout())
+    assert (found.connect, found.read) == (20, 300)
 
 
 def test_no_answer_under_way_is_lost_when_one_thread_stops(images, tmp_path):
