@@ -14,9 +14,10 @@ Have the config's annotator write tasks and solutions for images.
 
 --images is a folder, a file, a glob pattern in quotes (braces too: 'set-{000..012}.tar'), or an address of fsspec
 (gs://, s3://, hf://). Read are pictures, tar archives such as webdatasets, compressed or not, Parquet, Arrow
-(`save_to_disk`), and rows of JSONL, JSON and CSV: a row's image is in `image`, `file_name`, `path` or the like, in the
-folder of the file or in --image-root. Its other fields, those of metadata.* in a folder, and a .txt or .json beside a
-picture go into the records as the image's source (`licence` counts as the image's licence).
+(`save_to_disk`), a text with a path a line, and rows of JSONL, JSON and CSV: a row's image is in `image`, `file_name`,
+`path` or the like, in the folder of the file or in --image-root. Its other fields, those of metadata.* in a folder,
+and a .txt or .json beside a picture go into the records as the image's source (`licence` counts as the image's
+licence). The last line says what was not used, and why.
 
 Images are looked at first. config.filters says which are left out, for being small, dark, bright, flat, blurred or
 nearly the same as an earlier one; each is listed with the reason in NAME_annotated.rejected.jsonl, and counted. The

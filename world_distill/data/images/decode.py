@@ -76,7 +76,8 @@ def _opened(data: bytes) -> Any:
     """The first picture, by Pillow; HEIC where pillow-heif is installed."""
     from PIL import Image
 
-    formats = _FORMATS
+    Image.init()
+    formats = tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF is Pillow's since 11.3
     if data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis"):
         try:
             import pillow_heif  # pyright: ignore[reportMissingImports]
@@ -84,7 +85,7 @@ def _opened(data: bytes) -> Any:
             pass
         else:
             pillow_heif.register_heif_opener()
-            formats = (*_FORMATS, "HEIF")
+            formats = (*formats, "HEIF")
     return Image.open(io.BytesIO(data), formats=formats)
 
 

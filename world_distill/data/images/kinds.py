@@ -9,6 +9,7 @@ SUFFIXES = (
 )  # fmt: skip
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 TARS = (".tar", ".tgz", ".tbz2", ".txz", *(f".tar{end}" for end in COMPRESSED))
+LISTS = (".txt", ".lst", ".list")  # of paths, a line each, where the user names the file
 PACKED = (".zip", ".rar", ".7z")  # archives that are not read
 ROWS = {
     "jsonl": (".jsonl", ".ndjson", ".jsonlines"),

@@ -2,7 +2,8 @@
 
     pictures        with a text of the same name beside them (0.jpg, 0.txt, 0.json)
     tar archives    compressed or not, with side files, as webdatasets are
-    rows            JSONL, JSON, CSV, compressed or not: a path a row; metadata.* describes the pictures of its folder
+    rows            JSONL, JSON, CSV, compressed or not: a path a row; metadata.* describes the pictures of its folder;
+                    a text with a path a line
     tables          Parquet and Arrow (`save_to_disk`), with pictures or paths in them
 
 `read_rows` gives a `Row` for each; `find_images` gives the images themselves. What is passed over is counted in
@@ -26,7 +27,7 @@ from world_distill.data.images.decode import clean_text
 from world_distill.data.images.files import File, find_files, is_address
 from world_distill.data.images.lookup import MISSING, WORDS, ImageLookup
 from world_distill.data.images.png import ImageError
-from world_distill.data.images.rows import Row, text_rows
+from world_distill.data.images.rows import Row, path_rows, text_rows
 from world_distill.data.images.sources import EmbeddedImage, FileImage, ImageSource, as_metadata, image_file
 from world_distill.data.images.tables import has_pictures, table_rows
 from world_distill.data.images.unused import Unused
@@ -90,6 +91,8 @@ def _rows_of(file: File, sides: Mapping[str, File], unused: Unused, skip_bad: bo
         yield from table_rows(file)
     elif kind is not None:
         yield from text_rows(file)
+    elif file.given and file.name.lower().endswith(kinds.LISTS):
+        yield from path_rows(file)
     else:
         texts = {end: _text_of(side) for end, side in sides.items()}
         yield Row(file, 1, fields_of(texts), image=image_file(file))

@@ -65,6 +65,14 @@ def text_rows(file: File) -> Iterator[Row]:
             yield from (parse_line(file, number, line) for number, line in lines if line.strip())
 
 
+def path_rows(file: File) -> Iterator[Row]:
+    """The rows of a text with a path a line. Raises as `text_rows`."""
+    with contextlib.closing(open_plain(file)) as plain:
+        for number, line in enumerate(_in_utf8(plain), 1):
+            if line.strip():
+                yield Row(file, number, {"path": line.decode("utf-8", "replace").strip()})
+
+
 def parse_line(file: File, number: int, line: bytes) -> Row:
     """One line of JSONL."""
     try:

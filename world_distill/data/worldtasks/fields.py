@@ -13,26 +13,31 @@ the first that begins with `[agent]:`), and it is reported. A row that has a kno
 
 import collections
 import dataclasses
-import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from world_distill.data import field_names
 from world_distill.data.annotation.pair_parsing import parse_pairs
 from world_distill.data.field_names import ALIASES as ALIASES
-from world_distill.data.images.decode import clean_text
 from world_distill.data.images.reader import image_value
 from world_distill.data.images.rows import Row
 from world_distill.data.images.sources import ImageSource
+from world_distill.data.worldtasks.values import (
+    as_answer,
+    as_id,
+    as_paragraphs,
+    as_text,
+    as_texts,
+    decoded,
+    has_agent,
+    shorten,
+    with_agent,
+)
 
 _OF_TASK = ("task", "solution")  # fields that an image's own ones do not stand in for
 _FIELDS = ("image", "task", "solution", "agent", "kind", "id", *field_names.PROVENANCE)
-_MOST_VALUE = 200  # characters of a text in a report
 _MOST_KEYS = 40  # of a row in a report
-_PREFIX = re.compile(r"\[([^\[\]]+)\]\s*:\s*(\S.*)")
 IN_THE_FILE = "the file itself"  # in a report, in place of the name of the field that has the picture
-_ANSWERS = ("assistant", "gpt", "model", "bot")  # whose turn of a conversation holds the tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +150,10 @@ class Schema:
         if found is not None:
             self.keys.update(key for part in found for key in part)
             return found
-        tasks = self._peek("task", row, _as_texts)
+        tasks = self._peek("task", row, as_texts)
         if tasks is None:
-            return None if self._peek("task", row, _as_text) else self._answered(row)
-        solutions = self._peek("solution", row, _as_texts)
+            return None if self._peek("task", row, as_text) else self._answered(row)
+        solutions = self._peek("solution", row, as_texts)
         if solutions is None:
             return [{tasks[0]: text} for text in tasks[1]]
         if len(tasks[1]) != len(solutions[1]):
@@ -158,7 +163,7 @@ class Schema:
 
     def _as_parts(self, value: Any) -> list[dict[str, Any]] | None:
         """Objects, from a list or an object of them, [task, solution], {task: solution}; None unless one has a task."""
-        value = _decoded(value)
+        value = decoded(value)
         task, solution = self.aliases["task"][0], self.aliases["solution"][0]
         if isinstance(value, dict):
             value = self._of_map(value)
@@ -169,20 +174,20 @@ class Schema:
             if isinstance(item, list) and len(item) == 2:
                 item = {task: item[0], solution: item[1]}
             parts.append(field_names.with_plain_names(item) if isinstance(item, dict) else {})
-        return parts if any(self._peek("task", part, _as_text) for part in parts) else None
+        return parts if any(self._peek("task", part, as_text) for part in parts) else None
 
     def _of_map(self, value: dict[Any, Any]) -> list[Any] | None:
         """The tasks of an object: one of its own, its objects, or its pairs of task and solution."""
         task, solution = self.aliases["task"][0], self.aliases["solution"][0]
         plain = field_names.with_plain_names(value)
-        if self._peek("task", plain, _as_text) or not value:
+        if self._peek("task", plain, as_text) or not value:
             return [value]
         if all(isinstance(item, str) for item in value.values()):
             if all(str(key).strip().isdigit() for key in value):
-                return None  # a list of texts, which `_as_texts` reads
+                return None  # a list of texts, which `as_texts` reads
             return [{task: key, solution: text} for key, text in value.items()]
         if all(isinstance(item, dict) for item in value.values()):
-            whole = [self._peek("task", field_names.with_plain_names(item), _as_text) for item in value.values()]
+            whole = [self._peek("task", field_names.with_plain_names(item), as_text) for item in value.values()]
             return [item if has else {task: key, **item} for has, (key, item) in zip(whole, value.items(), strict=True)]
         return [value]
 
@@ -195,12 +200,12 @@ class Schema:
                 if key not in (name for names in self.aliases.values() for name in names):
                     parts.setdefault(split[1], {})[split[0]] = value
                     self._numbered.add(key)
-        found = [part for _, part in sorted(parts.items()) if self._peek("task", part, _as_text)]
+        found = [part for _, part in sorted(parts.items()) if self._peek("task", part, as_text)]
         return found or None
 
     def _answered(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         """The tasks of a model's whole answer in a text."""
-        answer = self._choose("response", row, _as_answer)
+        answer = self._choose("response", row, as_answer)
         if answer is None:
             return None
         found = self._as_parts(answer)
@@ -218,7 +223,7 @@ class Schema:
     ) -> Item | Unusable:
         found: dict[str, Any] = {}
         for field in _FIELDS:
-            convert = _CONVERT.get(field, _as_text)
+            convert = _CONVERT.get(field, as_text)
             if field == "image":
                 convert = row_image(row)
                 if row.image is not None:
@@ -233,7 +238,7 @@ class Schema:
         for field in ("image", "task", *(("solution",) if self.needs_solution else ())):
             if not found[field]:
                 return Unusable(row.file.name, row.number, number, f"no_{field}", keys)
-        task, agent = _with_agent(found["task"], found["agent"] or self.agent)
+        task, agent = with_agent(found["task"], found["agent"] or self.agent)
         if not agent:
             return Unusable(row.file.name, row.number, number, "no_agent", keys, shorten(found["task"]))
         origin = {field: found.pop(field) for field in field_names.PROVENANCE}
@@ -252,7 +257,7 @@ class Schema:
         if not names:
             return None
         if field == "task":
-            names.sort(key=lambda name: not _has_agent(convert(row[name])))
+            names.sort(key=lambda name: not has_agent(convert(row[name])))
         if note:
             self.taken[field][names[0]] += 1
             self.ambiguous.update((field, names[0], other) for other in names[1:] if _clashes(field, other))
@@ -264,78 +269,9 @@ def row_image(row: Row):
     return lambda value: image_value(value, row)
 
 
-def shorten(text: str) -> str:
-    """A value for a report: on one line, not long, and without what a terminal would obey."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(clean_text(text).split()))
-    return text if len(text) <= _MOST_VALUE else text[: _MOST_VALUE - 1] + "…"
-
-
-def _has_agent(value: Any) -> bool:
-    """Whether a text, or one of a list, begins with `[agent]:`."""
-    texts = value if isinstance(value, list) else [value]
-    return any(isinstance(text, str) and _PREFIX.match(text.strip()) for text in texts)
-
-
-def _with_agent(task: str, agent: str) -> tuple[str, str]:
-    """(task with its agent in front, agent): the one that the task names, else `agent`, else none."""
-    match = _PREFIX.fullmatch(task)
-    if match and match[1].strip():
-        return f"[{match[1].strip()}]: {match[2]}", match[1].strip()
-    agent = " ".join(agent.strip("[]: ").replace("[", "(").replace("]", ")").split())
-    return (f"[{agent}]: {task}", agent) if agent else (task, "")
-
-
 def _clashes(field: str, other: str) -> bool:
     """An image's id beside its path, or beside the task's id, is nothing to report."""
     return not (other == "image_id" and field in ("image", "id")) and field not in field_names.PROVENANCE
 
 
-def _as_text(value: Any) -> str | None:
-    """A text on one line; None if there is none, or if it is JSON."""
-    text = " ".join(clean_text(value).split()) if isinstance(value, str) else ""
-    return (field_names.without_label(text) or None) if not isinstance(_decoded(text), (dict, list)) else None
-
-
-def _as_id(value: Any) -> str | None:
-    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
-    return str(value) if is_number else _as_text(value)
-
-
-def _as_paragraphs(value: Any) -> str | None:
-    """A text as it is, without its label."""
-    text = clean_text(value).strip() if isinstance(value, str) else ""
-    return field_names.without_label(text) or None
-
-
-def _as_texts(value: Any) -> list[Any] | None:
-    """A list that has a text; also from an object by numbers, or from JSON in a text."""
-    value = _decoded(value)
-    if isinstance(value, dict) and value and all(str(key).strip().isdigit() for key in value):
-        value = [value[key] for key in sorted(value, key=lambda key: int(str(key)))]
-    return value if isinstance(value, list) and any(isinstance(item, str) for item in value) else None
-
-
-def _as_answer(value: Any) -> Any:
-    """What a model wrote: a text, the last turn of a conversation, or what is there in place of a text."""
-    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        turns = [turn for turn in value if str(turn.get("role", turn.get("from", ""))).lower() in _ANSWERS]
-        if not turns:
-            return value
-        value = turns[-1].get("content", turns[-1].get("value"))
-        if isinstance(value, list):  # parts, of which texts have a type
-            value = "\n".join(part["text"] for part in value if isinstance(part, dict) and "text" in part)
-    return value if value and isinstance(value, (str, list, dict)) else None
-
-
-def _decoded(value: Any) -> Any:
-    """What a text of JSON says; anything else as it is."""
-    text = value.strip() if isinstance(value, str) else ""
-    if text[:1] + text[-1:] not in ("{}", "[]"):
-        return value
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return value
-
-
-_CONVERT = {"id": _as_id, "solution": _as_paragraphs}
+_CONVERT = {"id": as_id, "solution": as_paragraphs}
