@@ -13,7 +13,7 @@ HELP = """\
 Have the config's annotator write tasks and solutions for images.
 
 --images is a folder, a file, a glob pattern in quotes (braces too: 'set-{000..012}.tar'), or an address of fsspec
-(gs://, s3://, hf://). Read are pictures, tar archives such as webdatasets, compressed or not, Parquet, Arrow
+(gs://, s3://, hf://). Read are pictures, archives such as webdatasets (tar, compressed or not, zip), Parquet, Arrow
 (`save_to_disk`), a text with a path a line, and rows of JSONL, JSON and CSV: a row's image is in `image`, `file_name`,
 `path` or the like, in the folder of the file or in --image-root. Its other fields, those of metadata.* in a folder,
 and a .txt or .json beside a picture go into the records as the image's source (`licence` counts as the image's

@@ -166,7 +166,7 @@ def test_of_an_animation_the_first_picture_counts():
 
 ELSE = {
     "a Parquet file": b"PAR1" + bytes(40),
-    "a zip archive": b"PK\3\4" + bytes(40),
+    "a zip archive: give it the ending": b"PK\3\4" + bytes(40),
     "git-lfs pointer.*git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
     "an HTML page": b"\n<!DOCTYPE html><html><body>404</body></html>",
     "JSON, not": b'{"error": "rate limit"}',

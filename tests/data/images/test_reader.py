@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import tarfile
+import zipfile
 
 import fsspec
 import pytest
@@ -237,6 +238,37 @@ def test_what_img2dataset_leaves_is_read_once(tmp_path):
     (tmp_path / "00000_stats.json").write_text("{}")
     files, _, line = found(tmp_path)
     assert list(files) == ["00000.tar/000000000.jpg"] and "parquet" not in line
+
+
+def zip_bytes(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+    return buffer.getvalue()
+
+
+def test_zip_archives_with_side_files(tmp_path):
+    members = {f"d/{i}.jpg": bytes([i]) * 900 for i in range(3)} | {"d/1.txt": "one", "__MACOSX/d/._1.jpg": "x"}
+    (tmp_path / "x.zip").write_bytes(zip_bytes(members | {"d/clip.mp4": "m"}))
+    files, metadata, line = found(tmp_path)
+    assert files == {f"x.zip/d/{i}.jpg": bytes([i]) * 900 for i in range(3)}
+    assert metadata["x.zip/d/1.jpg"] == {"txt": "one"} and line == "not used: 1 .mp4 (no picture, in an archive)"
+    (tmp_path / "x.zip").write_bytes(zip_bytes(members)[:-30])
+    with pytest.raises(ImageError, match="x.zip: damaged or cut off"):
+        found(tmp_path)
+    assert found(tmp_path, skip_bad=True)[2] == "not used: 1 .zip (damaged or cut off)"
+
+
+@pytest.mark.parametrize("pack, name", [(zip_bytes, "images.zip"), (tar_bytes, "images.tar")])
+def test_rows_beside_archives_of_their_images(tmp_path, pack, name):
+    # github.com/huggingface/datasets/issues/7337: metadata.jsonl beside images.zip
+    (tmp_path / name).write_bytes(pack({"a.jpg": b"a", "sub/b.jpg": b"b", "c.jpg": b"c"}))
+    rows = [{"file_name": "a.jpg", "n": 1}, {"file_name": "images/sub/b.jpg", "n": 2}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files, metadata, line = found(tmp_path)
+    assert list(files.values()) == [b"a", b"b", b"c"] and not line
+    assert [m.get("n") for m in metadata.values()] == ["1", "2", None]
 
 
 # ---- Tables

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from world_distill.data.images.compression import DAMAGE, open_plain, opened
@@ -20,7 +20,7 @@ from world_distill.data.images.png import ImageError
 from world_distill.data.images.unused import Unused
 
 _BLOCK = 512  # tar's unit
-_MOST_SIDE = 1 << 24  # bytes of a text beside a picture
+MOST_SIDE = 1 << 24  # bytes of a text beside a picture
 SIDE_FILES = (".json", ".txt", ".text", ".caption", ".cls")
 
 
@@ -87,7 +87,7 @@ class TarImage:
 class Sample:
     """An image of an archive, and the texts of its side files by their endings (`json`, `txt`)."""
 
-    image: TarImage
+    image: Any  # an ImageSource with `member`
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -114,7 +114,7 @@ def in_archive(file: File, unused: Unused, *, skip_bad: bool = False) -> list[Sa
                         continue
                     if is_image(member.name):
                         samples.append(Sample(TarImage(archive, member.name, member.offset_data, member.size)))
-                    elif member.name.lower().endswith(SIDE_FILES) and member.size <= _MOST_SIDE:
+                    elif member.name.lower().endswith(SIDE_FILES) and member.size <= MOST_SIDE:
                         key, _, end = member.name.rpartition(".")
                         texts.setdefault(key, {})[end.lower()] = _text(plain, member)
                     elif not is_unremarkable(member.name):
@@ -129,6 +129,13 @@ def in_archive(file: File, unused: Unused, *, skip_bad: bool = False) -> list[Sa
         unused.skip(file.name, "container", message, "damaged or cut off")
         samples = _whole(samples)
     archive.end = max((sample.image.offset + sample.image.size for sample in samples), default=0)
+    return together(samples, texts, others, unused)
+
+
+def together(
+    samples: list[Sample], texts: Mapping[str, Mapping[str, str]], others: Sequence[str], unused: Unused
+) -> list[Sample]:
+    """The samples of an archive with their texts, which come by names without the ending; counts what is left over."""
     met = set()
     for sample in samples:
         # Names may have dots of their own: `22.05.png` and `22.06.png` are two, not one with two endings.

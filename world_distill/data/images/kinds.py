@@ -10,7 +10,8 @@ SUFFIXES = (
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 TARS = (".tar", ".tgz", ".tbz2", ".txz", *(f".tar{end}" for end in COMPRESSED))
 LISTS = (".txt", ".lst", ".list")  # of paths, a line each, where the user names the file
-PACKED = (".zip", ".rar", ".7z")  # archives that are not read
+ZIPS = (".zip",)
+PACKED = (".rar", ".7z")  # archives that are not read
 ROWS = {
     "jsonl": (".jsonl", ".ndjson", ".jsonlines"),
     "json": (".json",),
@@ -29,7 +30,7 @@ _STARTS: tuple[tuple[int, bytes, str], ...] = (  # offset, bytes there, what has
     (0, b"version https://git-lfs", "a git-lfs pointer, not the picture: `git lfs pull` brings it"),
     (0, b"PAR1", "a Parquet file: give it the ending .parquet"),
     (0, b"ARROW1", "an Arrow file: give it the ending .arrow"),
-    (0, b"PK\3\4", "a zip archive: unpack it, or pack a .tar"),
+    (0, b"PK\3\4", "a zip archive: give it the ending .zip"),
     (0, b"7z\xbc\xaf", "a 7z archive: unpack it"),
     (0, b"Rar!", "a rar archive: unpack it"),
     (257, b"ustar", "a tar archive: give it the ending .tar"),
@@ -83,6 +84,11 @@ def is_image(name: str) -> bool:
 def is_tar(name: str) -> bool:
     """By its name, compressed or not."""
     return base_name(name).endswith(TARS)
+
+
+def is_archive(name: str) -> bool:
+    """By its name: tar, compressed or not, or zip."""
+    return is_tar(name) or base_name(name).endswith(ZIPS)
 
 
 def rows_of(name: str) -> str | None:

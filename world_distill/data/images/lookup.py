@@ -1,17 +1,21 @@
 """Finding pictures by what rows call them, and never outside of the folders that are given."""
 
+import dataclasses
 import functools
 import os
 import pathlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from world_distill.data.images.archives import in_archive
 from world_distill.data.images.decode import clean_text
 from world_distill.data.images.files import File, find_files, in_folder, is_address
-from world_distill.data.images.kinds import SUFFIXES, is_image
+from world_distill.data.images.kinds import SUFFIXES, base_name, is_archive, is_image, is_tar
+from world_distill.data.images.png import ImageError
 from world_distill.data.images.sources import FileImage, ImageSource, image_file, is_inside
 from world_distill.data.images.unused import Unused
+from world_distill.data.images.zips import in_zip
 
 OUTSIDE, MISSING, AMBIGUOUS = "image_outside", "image_missing", "image_ambiguous"
 WORDS = {
@@ -22,13 +26,28 @@ WORDS = {
 _BESIDE = ("", "images", "train", "train/images", "bench", "bench/images")  # folders in which paths may begin
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """An image and where it lies."""
+
+    name: str  # below the root
+    source: ImageSource
+    real: str  # equal for one image under several names
+
+    @functools.cached_property
+    def names(self) -> tuple[str, str]:
+        """The name to compare with, and the same without its ending."""
+        return _key(self.name), _key(os.path.splitext(self.name)[0])
+
+
 class ImageLookup:
     """Images below `root`, as rows in the folder `beside` of it call them.
 
     A path is taken as it stands, beside the rows, in `images` there, in the root, in `train` and `bench` and their
     `images`; with the endings of pictures where it has none. Otherwise, and for a path of another machine, its end is
     looked for anywhere below the root, the longest first: `/scratch/a/b/0.jpg` is `b/0.jpg` before it is `0.jpg`.
-    Letters may differ in case and in how accents are written. An end that several images share says nothing.
+    Letters may differ in case and in how accents are written. An end that several images share says nothing. Where no
+    file fits, images in archives below the root count.
     """
 
     def __init__(self, root: str | os.PathLike, beside: str | os.PathLike | None = None):
@@ -56,7 +75,7 @@ class ImageLookup:
                     return found
                 outside |= found == OUTSIDE
         if ".." not in parts[-1:] and (found := self._ending(parts)):
-            return self._source(found[0]) if len({_real(file) for file in found}) == 1 else self._nearest(found)
+            return found[0].source if len({place.real for place in found}) == 1 else self._nearest(found)
         return OUTSIDE if outside else MISSING
 
     def _at(self, start: str, wanted: str) -> FileImage | str | None:
@@ -70,38 +89,55 @@ class ImageLookup:
                 continue
         return None
 
-    def _nearest(self, found: Sequence[File]) -> ImageSource | str:
+    def _nearest(self, found: Sequence[_Place]) -> ImageSource | str:
         """Of several images with one end, the one in the folder of the rows, if there is one."""
-        near = [file for file in found if os.path.dirname(file.path) in self._starts]
-        return self._source(near[0]) if len(near) == 1 else AMBIGUOUS
+        near = [place.source for place in found if os.path.dirname(place.real) in map(os.path.realpath, self._starts)]
+        return near[0] if len(near) == 1 else AMBIGUOUS
 
-    def _ending(self, parts: Sequence[str]) -> list[File]:
+    def _ending(self, parts: Sequence[str]) -> list[_Place]:
         """The images whose paths share the longest end with `parts`."""
         keys = [_key(part) for part in parts]
-        found = self._index.get("/".join(keys[-2:])) or self._index.get(keys[-1], [])
-        for length in range(len(keys), 2, -1):
-            end = "/" + "/".join(keys[-length:])
-            if longer := [file for file in found if any(f"/{name}".endswith(end) for name in _names(file))]:
-                return longer
-        return found
+        for index in (lambda: self._index, lambda: self._packed):
+            found = index().get("/".join(keys[-2:])) or index().get(keys[-1], [])
+            for length in range(len(keys), 2, -1):
+                end = "/" + "/".join(keys[-length:])
+                if longer := [place for place in found if any(f"/{name}".endswith(end) for name in place.names)]:
+                    return longer
+            if found:
+                return found
+        return []
 
     @functools.cached_property
-    def _index(self) -> dict[str, list[File]]:
-        """The images below the root by the last part and the last two of their paths. Made when needed."""
-        index: dict[str, list[File]] = {}
-        files = (
-            in_folder(self._root, Unused(), stay_inside=True) if self._is_local else find_files(self._root, Unused())
+    def _files(self) -> list[File]:
+        """All files below the root that may be read. Listed when needed."""
+        if not self._is_local:
+            return find_files(self._root, Unused())
+        root = pathlib.Path(self._root)
+        files = in_folder(root, Unused(), stay_inside=True)
+        return [file for file in files if is_inside(root, pathlib.Path(file.path))]
+
+    @functools.cached_property
+    def _index(self) -> dict[str, list[_Place]]:
+        """The images below the root by the last part and the last two of their paths."""
+        files = [file for file in self._files if is_image(file.name)]
+        return _by_end(
+            _Place(file.name, self._source(file), os.path.realpath(file.path) if self._is_local else file.path)
+            for file in files
         )
-        for file in files:
-            if not is_image(file.name) or (
-                self._is_local and not is_inside(pathlib.Path(self._root), pathlib.Path(file.path))
-            ):
-                continue
-            for name in _names(file):
-                parts = name.split("/")
-                for key in {parts[-1], "/".join(parts[-2:])}:
-                    index.setdefault(key, []).append(file)
-        return index
+
+    @functools.cached_property
+    def _packed(self) -> dict[str, list[_Place]]:
+        """The same for images in archives: `0.jpg` in `shard_1.tar` is `shard_1/0.jpg`."""
+        places = []
+        for file in self._files:
+            if is_archive(file.name):
+                stem = file.name[: len(file.name) - len(base_name(file.name))] + base_name(file.name).partition(".")[0]
+                try:
+                    samples = in_archive(file, Unused(), skip_bad=True) if is_tar(file.name) else in_zip(file, Unused())
+                except ImageError:
+                    continue
+                places += [_Place(f"{stem}/{s.image.member}", s.image, s.image.where) for s in samples]
+        return _by_end(places)
 
     def _source(self, file: File) -> ImageSource:
         if self._is_local:
@@ -110,13 +146,14 @@ class ImageLookup:
         return image_file(file)
 
 
-def _names(file: File) -> tuple[str, str]:
-    """A file's name to compare with, and the same without its ending."""
-    return _key(file.name), _key(os.path.splitext(file.name)[0])
-
-
-def _real(file: File) -> str:
-    return os.path.realpath(file.path) if file.is_local else file.path
+def _by_end(places: Iterable[_Place]) -> dict[str, list[_Place]]:
+    index: dict[str, list[_Place]] = {}
+    for place in places:
+        for name in place.names:
+            parts = name.split("/")
+            for key in {parts[-1], "/".join(parts[-2:])}:
+                index.setdefault(key, []).append(place)
+    return index
 
 
 def _key(end: str) -> str:

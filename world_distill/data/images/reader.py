@@ -1,7 +1,7 @@
 """The one reader of pictures and of what is said about them, behind `annotate` and `import-tasks`.
 
     pictures        with a text of the same name beside them (0.jpg, 0.txt, 0.json)
-    tar archives    compressed or not, with side files, as webdatasets are
+    archives        tar, compressed or not, and zip, with side files, as webdatasets are
     rows            JSONL, JSON, CSV, compressed or not: a path a row; metadata.* describes the pictures of its folder;
                     a text with a path a line
     tables          Parquet and Arrow (`save_to_disk`), with pictures or paths in them
@@ -31,6 +31,7 @@ from world_distill.data.images.rows import Row, path_rows, text_rows
 from world_distill.data.images.sources import EmbeddedImage, FileImage, ImageSource, as_metadata, image_file
 from world_distill.data.images.tables import has_pictures, table_rows
 from world_distill.data.images.unused import Unused
+from world_distill.data.images.zips import in_zip
 
 _METADATA = "metadata"  # rows in a file of this name are about the pictures of their folder
 
@@ -87,6 +88,9 @@ def _rows_of(file: File, sides: Mapping[str, File], unused: Unused, skip_bad: bo
     if kinds.is_tar(file.name):
         for number, sample in enumerate(in_archive(file, unused, skip_bad=skip_bad), 1):
             yield Row(file, number, fields_of(sample.texts), image=sample.image)
+    elif kinds.is_archive(file.name):
+        for number, sample in enumerate(in_zip(file, unused), 1):
+            yield Row(file, number, fields_of(sample.texts), image=sample.image)
     elif (kind := kinds.rows_of(file.name)) in ("parquet", "arrow"):
         yield from table_rows(file)
     elif kind is not None:
@@ -111,12 +115,12 @@ def for_images(files: Sequence[File], unused: Unused) -> list[File]:
     """Those of the files that hold pictures, or say something of them; the others are counted."""
     taken = []
     stems = {_stem(file) for file in files if kinds.is_image(file.name)}
-    archives = {_stem(file) for file in files if kinds.is_tar(file.name)}
+    archives = {_stem(file) for file in files if kinds.is_archive(file.name)}
     arrows = _arrows_of_sets(files)
     for file in files:
         kind = kinds.rows_of(file.name)
         metadata = kinds.base_name(file.name).partition(".")[0] == _METADATA
-        if kinds.is_image(file.name) or kinds.is_tar(file.name) or (kind is not None and (file.given or metadata)):
+        if kinds.is_image(file.name) or kinds.is_archive(file.name) or (kind is not None and (file.given or metadata)):
             taken.append(file)
         elif kind == "parquet" and _stem(file) in archives and not has_pictures(file):
             continue  # img2dataset's, which says again what the archive beside it has
@@ -177,17 +181,16 @@ class _Finder:
             source = self._image(row)
             if source is None:
                 continue
-            if isinstance(source, FileImage):
-                key = os.path.realpath(source.path)
-                if key in self._names:
-                    if not kinds.is_image(row.file.name):
-                        self._unused.count("rows", "of an image with a row before", 1)
-                    elif key not in self._described:  # by a row, and met again in its folder
-                        self._unused.add(row.file.name, "there under another name")
-                    continue
-                self._names.add(key)
-                if not kinds.is_image(row.file.name):
-                    self._described.add(key)
+            key = os.path.realpath(source.path) if isinstance(source, FileImage) else source.where
+            if key in self._names:
+                if row.image is None:
+                    self._unused.count("rows", "of an image with a row before", 1)
+                elif key not in self._described:  # by a row, and met again where it lies
+                    self._unused.add(row.file.name, "there under another name")
+                continue
+            self._names.add(key)
+            if row.image is None:
+                self._described.add(key)
             found.append(source)
         return found
 

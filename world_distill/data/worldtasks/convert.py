@@ -116,7 +116,7 @@ class TaskImport:
         found: dict[str, tuple[ImageSource, list[Item]]] = {}
         alone: list[ImageSource] = []  # pictures without words, which rows may name
         for row in read_rows(self.files, self.unused, skip_bad=self._skip_bad):
-            if row.image is not None and not row.fields and kinds.is_image(row.file.name):
+            if row.image is not None and not row.fields:
                 alone.append(row.image)
                 continue
             for item in self.schema.items(row):
