@@ -15,8 +15,8 @@ Read tasks and pictures that you have, WorldTasks or a data set of your own, int
 
 --folder is a folder, a file, a pattern in quotes, or an address of fsspec (gs://, s3://, hf://). Read are JSONL, JSON
 and CSV, compressed or not, metadata.* beside pictures, Parquet, Arrow (`save_to_disk`), tar and zip archives with side
-files (webdataset), and pictures with a .txt or .json of the same name. Where names tell splits apart, the training split
-counts; --rows names other files.
+files (webdataset), and pictures with a .txt or .json of the same name. Where names tell splits apart, the training
+split counts; --rows names other files.
 
 Field names are not published, so a field is known by any of several names. A row may have one task, a list of them, a
 map {task: solution}, task_0 ... task_7, or a model's whole answer in a text. What was taken for what is printed, with
@@ -24,8 +24,8 @@ the names that were not used: if that is wrong, say it with --field. Fields: ima
 licence, url, author, tasks (a row's list), and response.
 
 Pictures are looked for beside the rows, in images/, train/ and bench/, then by the end of their path anywhere in the
-folder and its archives: rows may have paths of another machine. --image-root names another folder to look in. None outside of it is
-read, not by a link either (`hf download --local-dir` makes plain files). A task is `[agent]: what to do`; one that
+folder and its archives: rows may have paths of another machine. --image-root names another folder to look in. None
+outside of it is read, not by a link either, but for a snapshot in the hub's cache. A task is `[agent]: what to do`; one that
 names no agent is not used, unless --agent says who. Tasks that cannot be used are listed in
 NAME_annotated.unusable.jsonl, with line, reason and keys; pairs that break a rule of `annotate` are counted, and left
 out with --strict. Then call encode. Called again, or after an interruption, it writes the same bytes.
