@@ -7,6 +7,10 @@ class UserError(Exception):
     """Something that the person at the keyboard can mend; its message says what and where."""
 
 
+class Unreachable(UserError):
+    """No server can be reached now; one may be starting."""
+
+
 _on_failure: list[Callable[[], None]] = []
 
 

@@ -13,7 +13,7 @@ import time
 
 from world_distill.data.annotation.annotate import annotate_images
 from world_distill.data.images.filters import Filters
-from world_distill.data.images.sources import find_images
+from world_distill.data.images.reader import find_images
 from world_distill.interfaces import TaskPair
 
 

@@ -12,9 +12,12 @@ from world_distill.storage import atomic
 HELP = """\
 Have the config's annotator write tasks and solutions for images.
 
---images is a folder, a glob pattern in quotes (braces too: 'set-{000..012}.tar'), tar archives such as webdatasets, or
-JSONL: a row's image is in `image`, `image_path`, `file_name` or `path`, relative to the file and inside its folder, and
-its other fields go into the records as the image's source (`licence` counts as the image's licence).
+--images is a folder, a file, a glob pattern in quotes (braces too: 'set-{000..012}.tar'), or an address of fsspec
+(gs://, s3://, hf://). Read are pictures, archives such as webdatasets (tar, compressed or not, zip), Parquet, Arrow
+(`save_to_disk`), a text with a path a line, and rows of JSONL, JSON and CSV: a row's image is in `image`, `file_name`,
+`path` or the like, in the folder of the file or in --image-root. Its other fields, those of metadata.* in a folder,
+and a .txt or .json beside a picture go into the records as the image's source (`licence` counts as the image's
+licence). The last line says what was not used, and why.
 
 Images are looked at first. config.filters says which are left out, for being small, dark, bright, flat, blurred or
 nearly the same as an earlier one; each is listed with the reason in NAME_annotated.rejected.jsonl, and counted. The
@@ -34,7 +37,10 @@ as without parts.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser, default="sandbox")
-    parser.add_argument("--images", required=True, help="folder, glob pattern in quotes, .tar, .tar.gz or .jsonl")
+    parser.add_argument("--images", required=True, help="folder, file, glob pattern in quotes, or address")
+    parser.add_argument(
+        "--image-root", metavar="FOLDER", help="folder of the pictures that rows name (default: that of the rows)"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the records")
     parser.add_argument("--name", default="train", help="name of the record set (default: train)")
     parser.add_argument("--pairs", type=int, help="tasks an image, at most (default: config.annotator.pairs)")
@@ -49,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-side", type=int, help="leave out images with a shorter side of fewer pixels"
         " (default: config.filters.min_side)",
     )  # fmt: skip
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and go on")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out images, rows and archives that are damaged, and go on"
+    )
     parser.add_argument(
         "--max-failures", metavar="SHARE", type=float, help="of the images that the annotator may fail on, 0 to 1"
         " (default: config.annotator.max_failures)",
@@ -63,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from world_distill import build
     from world_distill.data.annotation.annotate import annotate_images
     from world_distill.data.images.filters import Filters
-    from world_distill.data.images.sources import find_images
+    from world_distill.data.images.reader import find_images
+    from world_distill.data.images.unused import Unused
     from world_distill.settings.loading import section
 
     only, shards = arguments.parse_shard(args.shard) if args.shard else (None, args.shards)
@@ -78,18 +87,21 @@ def run(args: argparse.Namespace) -> int:
     max_failures = given(args.max_failures, annotator.max_failures)
     if min_side < 0 or max_side < 0 or not 0 <= max_failures <= 1:
         raise UserError("--min-side and --max-side are at least 0, --max-failures is from 0 to 1")
-    images = find_images(args.images)
+    unused, skip_bad = Unused(), filters.broken or args.skip_bad
+    images = find_images(args.images, image_root=args.image_root, skip_bad=skip_bad, unused=unused)
     if not images:
-        raise UserError(f"--images {args.images}: no images there")
+        raise UserError(f"--images {args.images}: no images there; {unused.line() or 'no other files either'}")
     with arguments.progress_bar("image") as show:
         counts = annotate_images(
             images, build.make(config, "annotator"), args.out, name=f"{args.name}_annotated",
             max_pairs=args.pairs or annotator.pairs, seed=config.seed, shards=shards, only=only, max_side=max_side,
-            filters=dataclasses.replace(filters, broken=filters.broken or args.skip_bad, min_side=min_side),
-            max_failures=max_failures, licence=args.licence, progress=show,
+            filters=dataclasses.replace(filters, broken=skip_bad, min_side=min_side), max_failures=max_failures,
+            licence=args.licence, unused=unused, progress=show,
         )  # fmt: skip
     for name, count in counts.items():
         console.say(f"{name}: {count}")
+    if line := unused.line():
+        console.say(line)
     console.say(
         f"wrote {args.out / args.name}_annotated; next: world-distill encode --config {args.config}"
         f" --records {args.out} --name {args.name}"

@@ -7,25 +7,32 @@ from typing import Any
 
 from world_distill import console
 from world_distill.cli import arguments
-from world_distill.data.worldtasks.folder import BENCH, TRAIN, rows_file
 from world_distill.errors import UserError
 from world_distill.storage import atomic
 
 HELP = """\
-Read the authors' WorldTasks, a local folder of JSONL and pictures, into annotated records.
+Read tasks and pictures that you have, WorldTasks or a data set of your own, into annotated records.
 
-Its field names are not published, so a field is known by any of several names, and rows may have one task or a list of
-them. What was taken for what is printed, with the names that were not used: if that is wrong, say it with --field.
-Fields: image, task, solution, agent, kind, id, and tasks (a row's list).
+--folder is a folder, a file, a pattern in quotes, or an address of fsspec (gs://, s3://, hf://). Read are JSONL, JSON
+and CSV, compressed or not, metadata.* beside pictures, Parquet, Arrow (`save_to_disk`), tar and zip archives with side
+files (webdataset), and pictures with a .txt or .json of the same name. Where names tell splits apart, the training
+split counts; --rows names other files.
 
-Pictures are looked for beside the rows, in images/, train/, bench/ and all shard_* folders; none outside of the folder
-is read, not by a link either (`hf download --local-dir` makes plain files). A task is `[agent]: what to do`; one that
+Field names are not published, so a field is known by any of several names. A row may have one task, a list of them, a
+map {task: solution}, task_0 ... task_7, or a model's whole answer in a text. What was taken for what is printed, with
+the names that were not used: if that is wrong, say it with --field. Fields: image, task, solution, agent, kind, id,
+licence, url, author, tasks (a row's list), and response.
+
+Pictures are looked for beside the rows, in images/, train/ and bench/, then by the end of their path anywhere in the
+folder and its archives: rows may have paths of another machine. --image-root names another folder to look in. None
+outside of it is read, not by a link either, but for a snapshot in the hub's cache. A task is `[agent]: what to do`; one that
 names no agent is not used, unless --agent says who. Tasks that cannot be used are listed in
 NAME_annotated.unusable.jsonl, with line, reason and keys; pairs that break a rule of `annotate` are counted, and left
 out with --strict. Then call encode. Called again, or after an interruption, it writes the same bytes.
 
   world-distill import-tasks --folder WorldTasks --out data --name train --licence other
   world-distill import-tasks --folder WorldTasks --rows train/train.jsonl --field solution=long_text --out data
+  world-distill import-tasks --folder 'sets/train-*.parquet' --out data --agent 'first person view'
   world-distill import-tasks --folder WorldTasks --bench --out data --name test
 
 --bench takes the benchmark's rows, which need no solution. Base and Executor can be evaluated on such records; training
@@ -35,14 +42,16 @@ and the Demonstrator refuse them.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--folder", type=pathlib.Path, required=True, help="the data set's folder")
-    add("--rows", help=f"JSONL file in it (default: the first of {', '.join(TRAIN[:2])}; {', '.join(BENCH[:2])})")
+    add("--folder", required=True, help="the data set: a folder, a file, a pattern in quotes, or an address")
+    add("--rows", help="file or pattern in it (default: train/train_filtered.jsonl and the like, or what there is)")
+    add("--image-root", metavar="FOLDER", help="folder of the pictures that rows name (default: --folder)")
     add("--bench", action="store_true", help="the benchmark: tasks need no solution")
     add("--field", metavar="FIELD=NAME", action="append", default=[], help="which name a field has; may be repeated")
     add("--agent", default="", help="of tasks that name none (default: those are not used)")
     add("--strict", action="store_true", help="leave out pairs that break a rule of annotate")
+    add("--skip-bad", action="store_true", help="go on where a file is damaged, with what comes before the damage")
     add("--max-side", type=int, default=0, help="pixels that the longer side is shrunk to; 0: as it is (default: 0)")
-    add("--licence", default="unspecified", help="of images and texts, for records and data card")
+    add("--licence", default="unspecified", help="of rows that name none, for records and data card")
     add("--out", type=pathlib.Path, required=True, help="folder for the records")
     add("--name", default="train", help="name of the record set (default: train)")
     add("--shards", type=int, default=1, help="files to spread the records over (default: 1)")
@@ -50,15 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from world_distill.data.images.unused import Unused
     from world_distill.data.worldtasks.convert import TaskImport
     from world_distill.data.worldtasks.fields import Schema
+    from world_distill.data.worldtasks.folder import rows_files
 
     if args.max_side < 0:
         raise UserError("--max-side is at least 0")
-    schema = Schema(_fields(args.field), agent=args.agent, needs_solution=not args.bench)
-    rows = rows_file(args.folder, args.rows, BENCH if args.bench else TRAIN)
+    schema, unused = Schema(_fields(args.field), agent=args.agent, needs_solution=not args.bench), Unused()
+    root, files = rows_files(args.folder, args.rows, bench=args.bench, unused=unused)
     importing = TaskImport(
-        args.folder, rows, schema, licence=args.licence, strict=args.strict, max_side=args.max_side
+        root, files, schema, image_root=args.image_root, skip_bad=args.skip_bad, unused=unused, licence=args.licence,
+        strict=args.strict, max_side=args.max_side,
     )  # fmt: skip
     try:
         with arguments.progress_bar("task") as show:
@@ -67,7 +79,12 @@ def run(args: argparse.Namespace) -> int:
         console.say(describe(schema.report()))
         raise
     console.say(describe(card["schema"], card))
-    console.say(f"next: world-distill encode --config CONFIG --records {args.out} --name {args.name}")
+    if line := unused.line():
+        console.say(line)
+    console.say(
+        f"wrote {args.out / args.name}_annotated; next: world-distill encode --config CONFIG --records {args.out}"
+        f" --name {args.name}"
+    )
     if args.json:
         atomic.write_json(args.json, card)
     return 0
@@ -92,7 +109,7 @@ def describe(schema: Mapping[str, Any], card: Mapping[str, Any] | None = None) -
     lines = [f"{schema['rows']} rows, {schema['rows_with_a_list']} of them with a list of tasks"]
     for field, names in schema["fields"].items():
         taken = ", ".join(f"{name!r} ({count})" for name, count in names.items())
-        if names or field not in ("agent", "kind", "id", "tasks"):
+        if names or field in ("image", "task", "solution"):
             lines.append(f"  {field:<8} from {taken or 'nothing: no name that is known'}")
     for row in schema["ambiguous"]:
         lines.append(f"  {row['field']}: {row['taken']!r} was taken, and not {row['not']!r} ({row['tasks']})")

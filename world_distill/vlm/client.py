@@ -19,6 +19,7 @@ from world_distill.errors import UserError
 from world_distill.vlm.tokens import TokenBudget, used_tokens
 
 _PASSING = {408, 409, 425, 429}  # and 5xx
+_CONNECT = 20.0  # seconds until a server takes a connection
 
 
 class Refused(UserError):
@@ -122,12 +123,14 @@ class Client:
     async def session(self) -> AsyncIterator[None]:
         """Opens connections. Raises UserError without the package `openai`."""
         try:
-            from openai import AsyncOpenAI
+            from openai import AsyncOpenAI, Timeout
         except ImportError as error:
             raise UserError("VLM servers need the extra `vlm`: pip install -e '.[vlm]'") from error
         self._slots = asyncio.Semaphore(self.limits.concurrency)
         self._tokens.open()
-        settings = {"api_key": self._key or "none", "max_retries": 0, "timeout": self.limits.timeout}
+        # An address at which nobody is may keep silent for ever.
+        timeout = Timeout(self.limits.timeout, connect=min(_CONNECT, self.limits.timeout))
+        settings = {"api_key": self._key or "none", "max_retries": 0, "timeout": timeout}
         async with contextlib.AsyncExitStack() as stack:
             self._clients = {
                 server: await stack.enter_async_context(AsyncOpenAI(base_url=server.url, **settings))

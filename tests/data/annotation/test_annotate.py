@@ -1,5 +1,6 @@
 """Annotation: bad images are named, bad tasks counted, and a restarted job asks nothing twice."""
 
+import asyncio
 import collections
 import json
 import os
@@ -9,19 +10,23 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from world_distill.data.annotation import annotate
+from world_distill.data.annotation import annotate, asking
 from world_distill.data.annotation.annotate import annotate_images, check_pair
 from world_distill.data.images.decode import read_image
 from world_distill.data.images.filters import Filters
 from world_distill.data.images.png import ImageError, decode_png
-from world_distill.data.images.sources import find_images
+from world_distill.data.images.reader import find_images
+from world_distill.data.images.unused import Unused
 from world_distill.data.records.reader import AnnotatedRecord, RecordError, RecordReader
+from world_distill.errors import Unreachable
 from world_distill.interfaces import AnnotationError, TaskPair
+from world_distill.vlm.client import Client, Limits
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 GOOD = TaskPair("[Red disc]: Go to the pad.", "The red disc moves right until it lies on the pad.", "red disc", "move")
@@ -226,8 +231,37 @@ def test_rejections_are_counted(images, tmp_path):
 
 
 def test_nothing_left_is_an_error_with_the_reasons(images, tmp_path):
-    with pytest.raises(RecordError, match=r"no task is left.*'rejected_task_format': 5"):
+    with pytest.raises(RecordError, match=r"no task is left.*set.rejected.jsonl.*'rejected_task_format': 5"):
         run(images, Writer([TaskPair("x", "y", "z", "k")]), tmp_path)
+    assert json.loads((tmp_path / "set.card.json").read_text())["counts"]["rejected_task_format"] == 5
+    with pytest.raises(RecordError, match="no task is left"):
+        run(images, Writer(), tmp_path / "dark", filters=Filters(min_mean=100.0))
+    lines = [json.loads(line) for line in (tmp_path / "dark/set.rejected.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in lines] == ["dark"] * 5 and not (tmp_path / "dark/set.json").exists()
+
+
+def test_what_was_passed_over_is_listed_and_counted(images, tmp_path):
+    folder = images[0].parent
+    (folder / "x.jsonl").write_text('{"image": "1.png"}\n{no\n')
+    (folder / "bad.png").write_text("no image")
+    unused = Unused()
+    sources = find_images(folder / "x.jsonl", skip_bad=True, unused=unused)
+    sources += find_images(folder / "bad.png", unused=unused)
+    run(sources, Writer(), tmp_path, filters=Filters(broken=True), unused=unused)
+    lines = [json.loads(line) for line in (tmp_path / "set.rejected.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["reason"]) for line in lines] == [("x.jsonl:2", "row"), ("bad.png", "broken")]
+    assert unused.line() == "not used: 1 .png (broken), 1 rows (not_json)"
+
+
+def test_records_hold_no_private_tags(images, tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0), 3: "E", 4: (4.0, 5.0, 6.0)})
+    path = image_file(images[0].parent, "gps.jpg", value=90, exif=exif, comment=b"Secret", quality=95)
+    run([path], Writer(), tmp_path)
+    (record, _) = RecordReader(tmp_path, "set")
+    assert record.image_png.startswith(b"\xff\xd8") and b"Exif" not in record.image_png
+    assert b"Secret" not in record.image_png
+    np.testing.assert_array_equal(decode_png(record.image_png), read_image(path))
 
 
 # ---- Images
@@ -241,7 +275,12 @@ def test_bad_images_are_named_or_counted(images, tmp_path):
     tiny = image_file(folder, "tiny.png", value=98, size=(15, 40))
     wide = folder / "wide.png"
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(wide)
-    bad = {folder / "text.png": "not a whole", cut: "not a whole", tiny: "40x15 pixels", wide: "more than 8 bits"}
+    bad = {
+        folder / "text.png": "no picture, but text",
+        cut: "not a whole",
+        tiny: "40x15 pixels",
+        wide: "more than 8 bits",
+    }
     for path, message in bad.items():
         with pytest.raises(ImageError, match=f"{path.name}: .*{message}"):
             run([*images, path], Writer(), tmp_path / path.stem)
@@ -296,7 +335,7 @@ def test_broken_images_are_listed_with_what_is_wrong_but_not_where_they_lie(imag
     (images[0].parent / "0.png").write_text("no image")
     run([images[0].parent / "0.png", *images], Writer(), tmp_path, filters=Filters(broken=True))
     (line,) = map(json.loads, (tmp_path / "set.rejected.jsonl").read_text().splitlines())
-    assert (line["file"], line["reason"]) == ("0.png", "broken") and line["value"].startswith("not a whole image")
+    assert (line["file"], line["reason"]) == ("0.png", "broken") and line["value"] == "no picture, but text: 'no image'"
 
 
 # ---- Filters and sizes
@@ -426,6 +465,47 @@ def test_too_many_failures_stop_the_job_and_keep_the_answers(images, tmp_path):
     with pytest.raises(RecordError, match="failed on 1 of"):
         run(images, Failing(20), tmp_path / "b", max_failures=0.0)
     assert run(images, first, tmp_path)["remembered"] == 5
+
+
+class Away(Writer):
+    """An annotator whose server answers after some looks at it."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.looks = looks
+
+    def check(self):
+        self.looks -= 1
+        if self.looks > 0:
+            raise Unreachable("no annotator server: cannot be reached: nobody at :9")
+        return ["there"]
+
+
+def test_a_server_that_is_not_there_is_said_within_a_minute(images, tmp_path, monkeypatch):
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
+    monkeypatch.setattr(asking, "time", clock)
+    with pytest.raises(Unreachable, match="no annotator server"):
+        run(images, Away(10**6), tmp_path)
+    assert 55 <= now[0] <= 70
+    late = Away(5)
+    assert run(images, late, tmp_path)["kept"] == 10 and late.looks == 0  # waited for, and looked at once
+    again = Away(10**6)
+    assert run(images, again, tmp_path)["remembered"] == 5  # nothing to ask, so nobody is looked for
+
+
+def test_an_address_that_keeps_silent_is_given_up_soon():
+    pytest.importorskip("openai")
+    limits = Limits(1, 0, timeout=300, give_up_after=1800, tries=1, backoff=1, backoff_limit=1, tokens_per_minute=0)
+
+    async def timeout():
+        client = Client(["http://localhost:9/v1"], None, limits)
+        async with client.session():
+            (server,) = client.servers
+            return client._clients[server].timeout
+
+    found = asyncio.run(timeout())
+    assert (found.connect, found.read) == (20, 300)
 
 
 def test_no_answer_under_way_is_lost_when_one_thread_stops(images, tmp_path):

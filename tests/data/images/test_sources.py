@@ -9,8 +9,11 @@ import tarfile
 import pytest
 
 from world_distill.data.images.archives import in_archive
+from world_distill.data.images.files import File
 from world_distill.data.images.png import ImageError
-from world_distill.data.images.sources import as_sources, find_images
+from world_distill.data.images.reader import find_images
+from world_distill.data.images.sources import as_sources
+from world_distill.data.images.unused import Unused
 
 BODIES = {f"{i:03d}.png": bytes([i]) * (400 + i) for i in range(6)}
 
@@ -65,7 +68,7 @@ def test_only_images_in_an_archive_count(tmp_path):
     found = contents(find_images(tmp_path / "x.tar"))
     assert found == [("x.tar/../../1.png", b"y"), ("x.tar//etc/2.jpg", b"z")]
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
-        assert in_archive(write_tar(tmp_path / "y.tar", kind=kind)) == []
+        assert in_archive(File(str(write_tar(tmp_path / "y.tar", kind=kind)), "y.tar"), Unused()) == []
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -134,8 +137,8 @@ def test_rows_name_images_and_say_where_they_are_from(tmp_path):
         ({"image": "link.png"}, "leads out of"),
         ({"image": "folder/secret.png"}, "leads out of"),
         ({"image": "loop.png"}, "leads out of|is no path|loop"),
-        ({"image": "a\0b.png"}, "is no path"),
-        ({"image": "\ud800.png"}, "is no path"),
+        ({"image": "a\0b.png"}, "leads out of"),
+        ({"image": "\ud800.png"}, "is not there"),
         ({"image": 3, "prompt": "x"}, "no path in any of .* it has image, prompt"),
         ("[1]\n", "a JSON list, not an object"),
         ("{\n", "not JSON"),

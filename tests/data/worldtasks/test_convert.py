@@ -1,6 +1,9 @@
 """Importing a WorldTasks-like folder: pictures found and refused, files left behind, the same bytes every time."""
 
+import gzip
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -82,15 +85,15 @@ def test_again_gives_the_same_bytes_and_an_interrupted_one_leaves_nothing(folder
     out = folder.parent / "out"
     assert call(folder) == 0
     first = files(out)
-    real = convert.as_png
+    real = convert.as_kept
 
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "as_png", stop)
+    monkeypatch.setattr(convert, "as_kept", stop)
     assert call(folder) == 130 and files(out) == first
     assert call(folder, out=folder.parent / "new") == 130 and files(folder.parent / "new") == {}
-    monkeypatch.setattr(convert, "as_png", real)
+    monkeypatch.setattr(convert, "as_kept", real)
     assert call(folder, out=folder.parent / "new") == 0 and files(folder.parent / "new") == first
 
 
@@ -119,14 +122,14 @@ def test_strict_leaves_out_what_breaks_a_rule(folder):
 
 
 def test_no_usable_row_says_what_was_there(folder, capsys):
-    rows(folder / "train/train.jsonl", {"picture": "0_1.png", "do\x1b[31m": TASK})
+    rows(folder / "train/train.jsonl", {"bild": "0_1.png", "do\x1b[31m": TASK})
     assert call(folder) == 2
     said = capsys.readouterr()
-    assert "no row can be used (no_image 1)" in said.err and "not used: 'do?[31m' (1), 'picture' (1)" in said.out
+    assert "no row can be used (no_image 1)" in said.err and "not used: 'bild' (1), 'do?[31m' (1)" in said.out
     assert "image    from nothing" in said.out
     assert [*files(folder.parent / "out")] == ["train_annotated.unusable.jsonl"]
     assert (
-        call(folder, "--field", "image=picture", "--field", "task=Do\x1b[31m", "--bench", "--rows", "train/train.jsonl")
+        call(folder, "--field", "image=bild", "--field", "task=Do\x1b[31m", "--bench", "--rows", "train/train.jsonl")
         == 0
     )
 
@@ -145,6 +148,134 @@ def test_refusals(folder, capsys, flags, message):
     assert call(folder, *flags) == 2 and message in capsys.readouterr().err
 
 
+# ---- Order, layouts and splits
+
+
+def test_order_of_rows_costs_nothing_and_an_image_is_decoded_once(folder, monkeypatch):
+    lines = (folder / "train/train.jsonl").read_text().splitlines(keepends=True)[:8]
+    read = []
+    real = convert.decode_image
+    monkeypatch.setattr(convert, "decode_image", lambda data, *a, **k: read.append(data) or real(data, *a, **k))
+    seen = []
+    for order in (range(8), (7, 0, 5, 2, 1, 6, 3, 4)):
+        (folder / "train/train.jsonl").write_text("".join(lines[i] for i in order))
+        read.clear()
+        assert call(folder) == 0 and len(read) == 4
+        records = list(RecordReader(folder.parent / "out", "train_annotated"))
+        ids = [r.image_id for r in records]
+        assert ids == sorted(ids, key=ids.index)  # the tasks of an image side by side
+        seen.append({(r.image_id, r.task, r.source["id"]) for r in records})
+    assert seen[0] == seen[1] and len(seen[0]) == 8
+
+
+def test_paths_of_another_machine_and_another_root(folder, tmp_path):
+    rows(folder / "train/train.jsonl", {"image": "/scratch/me/shard_001/1_1.png", "task": TASK, "solution": SOLUTION})
+    assert call(folder) == 0
+    (record,) = RecordReader(tmp_path / "out", "train_annotated")
+    assert record.source["file"] == "train/images/shard_001/1_1.png"
+    rows(tmp_path / "words/mine.jsonl", {"image": "2_1.png", "task": TASK, "solution": SOLUTION})
+    assert call(tmp_path / "words") == 2
+    assert call(tmp_path / "words", "--image-root", str(folder)) == 0
+    (record,) = RecordReader(tmp_path / "out", "train_annotated")
+    assert record.source["file"] == "train/images/shard_000/2_1.png" and record.source["rows"] == "mine.jsonl"
+
+
+WORDS = {"task": TASK, "solution": SOLUTION}
+
+
+def layout(kind, root):
+    """A data set of two pictures; the name of the first in its records."""
+    picture(root / "0.png", 0), picture(root / "1.png", 1)
+    if kind == "side files":
+        for i in range(2):
+            (root / f"{i}.json").write_text(json.dumps(WORDS))
+        return "0.png"
+    if kind == "metadata":
+        (root / "metadata.csv").write_text(
+            f'file_name,task,solution\n0.png,{TASK},"{SOLUTION}"\n1.png,{TASK},"{SOLUTION}"\n'
+        )
+        return "0.png"
+    if kind == "csv":
+        (root / "mine.csv").write_text(f'image;Task;Caption\n0.png;{TASK};"{SOLUTION}"\n1;{TASK};"{SOLUTION}"\n')
+        return "0.png"
+    data = [(root / f"{i}.png").read_bytes() for i in range(2)]
+    for i in range(2):
+        (root / f"{i}.png").unlink()
+    if kind == "webdataset":
+        with tarfile.open(root / "x.tar", "w") as tar:
+            for i in range(2):
+                texts = json.dumps(WORDS | {"license": "CC0", "url": "u"}).encode()
+                for end, content in {"png": data[i], "json": texts}.items():
+                    info = tarfile.TarInfo(f"{i}.{end}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        return "x.tar/0.png"
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cells = [{"bytes": data[i], "path": f"{i}.png"} for i in range(2)]
+    for split in ("train", "test"):
+        table = pa.table({"image": cells, "task": [TASK] * 2, "solution": [f"{SOLUTION} {split}"] * 2})
+        (root / "data").mkdir(exist_ok=True)
+        pq.write_table(table, root / "data" / f"{split}-00000-of-00001.parquet")
+    return "data/train-00000-of-00001.parquet/0.png"
+
+
+@pytest.mark.parametrize("kind", ["side files", "metadata", "csv", "webdataset", "parquet"])
+def test_layouts_of_data_sets(kind, tmp_path, capsys):
+    name = layout(kind, tmp_path / "set")
+    assert call(tmp_path / "set") == 0
+    records = list(RecordReader(tmp_path / "out", "train_annotated"))
+    assert [r.task for r in records] == [TASK] * 2 and records[0].source["file"] == name
+    said = capsys.readouterr().out
+    if kind == "webdataset":
+        assert (records[0].source["licence"], records[0].source["url"]) == ("CC0", "u")
+    if kind == "parquet":
+        assert {r.solution for r in records} == {f"{SOLUTION} train"}  # and no task of the test set
+        assert "not used: 1 .parquet (of another split: --rows says which)" in said
+        assert call(tmp_path / "set", "--bench", "--name", "test") == 0
+        assert RecordReader(tmp_path / "out", "test_annotated")[0].solution == f"{SOLUTION} test"
+        assert call(f"{tmp_path}/set/data/te*.parquet", out=tmp_path / "out") == 0
+    else:
+        assert "not used" not in said
+
+
+def test_a_snapshot_of_the_hubs_cache_is_links_into_blobs(tmp_path):
+    hub = tmp_path / "hub/datasets--me--set"
+    picture(hub / "blobs/0a1b.png", 1), picture(tmp_path / "secret.png", 2)
+    (hub / "blobs/2c3d").write_text("".join(json.dumps({"image": f"{n}.png", **WORDS}) + "\n" for n in ("1", "secret")))
+    snapshot = hub / "snapshots/4e5f"
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.jsonl").symlink_to("../../blobs/2c3d")
+    (snapshot / "images").mkdir()
+    (snapshot / "images/1.png").symlink_to("../../../blobs/0a1b.png")
+    (snapshot / "images/secret.png").symlink_to(tmp_path / "secret.png")
+    for flags in ((), ("--rows", "train.jsonl")):
+        assert call(snapshot, *flags, out=tmp_path / "out") == 0
+        (record,) = RecordReader(tmp_path / "out", "train_annotated")
+        assert (record.source["file"], record.source["rows"]) == ("images/1.png", "train.jsonl")
+        assert "image_outside" in (tmp_path / "out/train_annotated.unusable.jsonl").read_text()
+
+
+def test_the_closing_line_and_damaged_files(folder, capsys):
+    assert call(folder) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2] == "not used: 1 tasks (image_missing), 1 tasks (no_solution), 1 tasks (repeated)"
+    assert "next: world-distill encode" in said[-1]
+    rows_gz = gzip.compress((folder / "train/train.jsonl").read_bytes() * 100, 0)
+    (folder / "cut.jsonl.gz").write_bytes(rows_gz[: len(rows_gz) - 900])
+    assert call(folder, "--rows", "cut.jsonl.gz") == 2
+    assert "cut.jsonl.gz: damaged or cut off" in capsys.readouterr().err
+    assert call(folder, "--rows", "cut.jsonl.gz", "--skip-bad") == 0
+    assert "1 .jsonl.gz (damaged or cut off)" in capsys.readouterr().out
+
+
+def test_pictures_that_no_row_names_are_counted(tmp_path, capsys):
+    # github.com/wisdomikezogwo/quilt1m/issues/23
+    layout("metadata", tmp_path / "set")
+    picture(tmp_path / "set/more/2.png", 2)
+    assert call(tmp_path / "set") == 0
+    assert "not used: 1 .png (no row names it)" in capsys.readouterr().out
+
+
 # ---- Pictures
 
 
@@ -153,7 +284,7 @@ def test_nothing_outside_of_the_folder_is_read(folder):
     (folder / "train/images/link.png").symlink_to(folder.parent / "secret.png")
     (folder / "train/images/shard_009").symlink_to(folder.parent)
     (folder / "train/images/loop.png").symlink_to("loop.png")
-    lookup = ImageLookup(folder, folder / "train/train.jsonl")
+    lookup = ImageLookup(folder, folder / "train")
     outside = [
         "../secret.png",
         "images/../../../secret.png",
@@ -162,7 +293,6 @@ def test_nothing_outside_of_the_folder_is_read(folder):
         "..\\secret.png",
     ]
     outside += [
-        "secret.png",
         "shard_009/secret.png",
         "C:\\secret.png",
         "file:///etc/passwd",
@@ -170,7 +300,7 @@ def test_nothing_outside_of_the_folder_is_read(folder):
         "a\0b",
     ]
     assert {name: lookup.find(name) for name in outside} == dict.fromkeys(outside, "image_outside")
-    for name in ("loop.png", ".", "images", "x" * 5000, "\ud800.png", "none.png"):
+    for name in ("loop.png", ".", "images", "x" * 5000, "\ud800.png", "none.png", "secret.png"):
         assert lookup.find(name) == "image_missing", name
 
 
@@ -185,14 +315,14 @@ def test_nothing_outside_of_the_folder_is_read(folder):
     ],
 )
 def test_where_pictures_are_found(folder, name, found):
-    assert ImageLookup(folder, folder / "train/train.jsonl").find(name) == folder / found
+    assert ImageLookup(folder, folder / "train").find(name).path == folder / found
 
 
 def test_a_name_of_several_shards_is_ambiguous(folder):
     picture(folder / "train/images/shard_001/0_1.png", 5)
-    lookup = ImageLookup(folder, folder / "train/train.jsonl")
+    lookup = ImageLookup(folder, folder / "train")
     assert lookup.find("0_1.png") == "image_ambiguous"
-    assert lookup.find("shard_001/0_1.png") == folder / "train/images/shard_001/0_1.png"
+    assert lookup.find("shard_001/0_1.png").path == folder / "train/images/shard_001/0_1.png"
 
 
 def test_a_broken_picture_is_listed_with_no_path_of_the_machine(folder):

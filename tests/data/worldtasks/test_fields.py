@@ -7,6 +7,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.effort import FUZZ
+from world_distill.data import field_names
+from world_distill.data.images.files import File
+from world_distill.data.images.rows import parse_line
 from world_distill.data.worldtasks.fields import ALIASES, Item, Schema, Unusable
 
 TASK, SOLUTION = "[Person in blue shirt]: Move forward.", "Description: A person walks."
@@ -14,16 +17,16 @@ OTHER = "[First person view]: Turn left."
 
 
 def read(*rows, **options):
-    schema = Schema(**options)
+    schema, file = Schema(**options), File("x/rows.jsonl", "rows.jsonl")
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    return [item for n, line in enumerate(lines, 1) for item in schema.items(n, line)], schema
+    return [item for n, line in enumerate(lines, 1) for item in schema.items(parse_line(file, n, line))], schema
 
 
 def texts(found):
     return [(i.image, i.task, i.solution) if isinstance(i, Item) else i.reason for i in found]
 
 
-WHOLE = ("a.png", TASK, SOLUTION)
+WHOLE = ("a.png", TASK, "A person walks.")
 LAYOUTS = {
     "row per pair": {"image": "a.png", "task": TASK, "solution": SOLUTION},
     "prompts": {"file_name": "a.png", "task_prompt": TASK, "solution_prompt": SOLUTION},
@@ -43,11 +46,64 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+ANSWER = f"<think>Let me see.</think>\n```json\n{json.dumps({'pairs': [{'task': TASK, 'solution': SOLUTION}]})}\n```"
+LAYOUTS |= {
+    "task to solution": {"image": "a.png", "tasks": {TASK: SOLUTION}},
+    "task to object": {"image": "a.png", "tasks": {TASK: {"caption": SOLUTION}}},
+    "numbered fields": {"image": "a.png", "task_0": TASK, "solution_0": SOLUTION},
+    "numbered, other names": {"image": "a.png", "Prompt1": TASK, "Detailed-Prompt1": SOLUTION, "prompt_note": "x"},
+    "lists by number": {"image": "a.png", "tasks": {"0": TASK}, "solutions": {"0": SOLUTION}},
+    "JSON in a text": {"image": "a.png", "response": json.dumps([{"task": TASK, "solution": SOLUTION}])},
+    "map as JSON in a text": {"image": "a.png", "tasks": json.dumps({TASK: SOLUTION})},
+    "list as JSON in a text": {"image": "a.png", "task": json.dumps([TASK]), "solution": json.dumps([SOLUTION])},
+    "a model's answer": {"image": "a.png", "response": ANSWER},
+    "an answer in lines": {"image": "a.png", "output": f"Sure:\n{TASK}\n{SOLUTION}"},
+    "a conversation": {
+        "id": "x", "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat now?"}, {"from": "gpt", "value": ANSWER}],
+    },
+    "messages": {
+        "images": ["a.png"],
+        "messages": [
+            {"role": "user", "content": "?"}, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+        ],
+    },
+    "labels": {"image": "a.png", "task": f"Task: {TASK}", "solution": "**Detailed description:** A person walks."},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     found, schema = read(LAYOUTS[layout])
     assert texts(found) == [WHOLE] and found[0].agent == "Person in blue shirt"
     assert schema.report()["fields"]["task"].popitem()[1] == 1
+
+
+def test_numbered_fields_are_in_the_order_of_their_numbers_and_none_is_reported_unused():
+    row = {"image": "a.png", "licence": "CC0", "source_url": "u"}
+    for i in (2, 10, 0, 1):
+        row |= {f"task_{i}": f"[hand]: Do {i}.", f"solution_{i}": f"Solution: It does {i}."}
+    found, schema = read(row)
+    assert texts(found) == [("a.png", f"[hand]: Do {i}.", f"It does {i}.") for i in (0, 1, 2, 10)]
+    assert schema.report()["unused"] == {} and found[0].origin == {"licence": "CC0", "url": "u"}
+    found, _ = read({"image": "a.png", "task_0": TASK, "task_1": OTHER, "solution_1": SOLUTION})
+    assert texts(found) == ["no_solution", ("a.png", OTHER, "A person walks.")]
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        ("Description: A hand.", "A hand."),
+        ("**Solution 2:** A hand.", "A hand."),
+        ("caption :A hand.", "A hand."),
+        ("Description:", "Description:"),
+        ("The description: a hand.", "The description: a hand."),
+        ("Prompted: a hand.", "Prompted: a hand."),
+        ("A hand: it moves.", "A hand: it moves."),
+    ],
+)
+def test_labels_in_front_of_texts(text, kept):
+    assert field_names.without_label(text) == kept
 
 
 def test_eight_tasks_a_row_keep_their_numbers_and_what_is_the_images():
@@ -111,7 +167,7 @@ def test_ambiguous_names_are_reported_and_may_be_settled():
     assert report["ambiguous"] == [{"field": "task", "taken": "task", "not": "prompt", "tasks": 2}]
     assert report["unused"] == {"note": 2, "prompt": 2}
     found, schema = read(row, fields={"solution": "Prompt"})
-    assert texts(found) == [("a", TASK, SOLUTION)] and schema.report()["ambiguous"] == []
+    assert texts(found) == [("a", TASK, "A person walks.")] and schema.report()["ambiguous"] == []
     assert texts(read({"image": "a", "what": [[TASK, "s"]]}, fields={"tasks": "what", "task": "w"})[0]) == [
         ("a", TASK, "s")
     ]

@@ -25,12 +25,13 @@ from world_distill.data.annotation.asking import Questions
 from world_distill.data.annotation.data_card import FILTERED, DataCard, Findings
 from world_distill.data.annotation.journal import Journal
 from world_distill.data.annotation.pair_rules import check_pair, task_key
-from world_distill.data.images.decode import as_png, decode_image, shrink
+from world_distill.data.images.decode import as_kept, decode_image, shrink
 from world_distill.data.images.filters import Filters
 from world_distill.data.images.ordered import map_ordered
 from world_distill.data.images.png import ImageError
 from world_distill.data.images.scan import Rejection, Scanned, scan
 from world_distill.data.images.sources import FileImage, ImageSource, as_sources
+from world_distill.data.images.unused import Unused
 from world_distill.data.records.reader import AnnotatedRecord, RecordError, write_records
 from world_distill.data.records.resumable import ResumableSet
 from world_distill.data.records.shard_files import check_name, part_suffix, remove_leftovers
@@ -53,6 +54,7 @@ def annotate_images(
     max_side: int = 0,
     max_failures: float = 0.1,
     licence: str = "unspecified",
+    unused: Unused | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
     """Asks the annotator about every image and writes data set `name` of AnnotatedRecords into `out_dir`.
@@ -75,6 +77,8 @@ def annotate_images(
       max_failures: share of the images that the annotator may fail on (AnnotationError). They are left out, and asked
         about again at the next call.
       licence: of images and texts, for the card; an image whose source names one has that.
+      unused: what was passed over in finding the images: its lines go into the list of rejected images, and it learns
+        which images are left out.
       progress: called with (images done, images).
 
     Returns:
@@ -83,8 +87,9 @@ def annotate_images(
 
     Raises:
       ImageError: an image cannot be used; missing ones are listed all at once, before anything is asked.
-      RecordError: a journal is damaged or in use by another process, no task is left, the annotator failed too often,
-        or the disk refuses.
+      RecordError: a journal is damaged or in use by another process, no task is left (card and list of rejected images
+        are written), the annotator failed too often, or the disk refuses.
+      UserError: no server of the annotator can be reached, or none is of use.
     """
     sources, filters, out_dir = as_sources(images), filters or Filters(), pathlib.Path(out_dir)
     check_name(name, shards)
@@ -108,19 +113,29 @@ def annotate_images(
         counts = seen.counts()
         kept = {digest: _choose(pairs, max_pairs, validate, counts) for digest, pairs in seen.answers.items()}
         kept = {digest: pairs for digest, pairs in kept.items() if pairs}
-        if not kept and only is None:
-            raise RecordError(f"{out_dir}: no task is left to write; counts: {dict(counts)}")
         licences = {digest: seen.accepted[digest].metadata.get("licence", licence) for digest in kept}
+        skipped = [] if unused is None else unused.lines
+        for source, rejection in seen.rejected if unused is not None else ():
+            unused.add(source.name, rejection.reason)
 
-        def records_of(digest: str) -> list[AnnotatedRecord]:
+        def record_of(read: tuple[str, bytes]) -> list[AnnotatedRecord]:
+            digest, data = read
             origin = {"file": seen.accepted[digest].name, "annotator": annotator.name, "licence": licences[digest]}
-            return _records(seen.accepted[digest], digest, kept[digest], origin, **sizes)
+            return _records(seen.accepted[digest], data, digest, kept[digest], origin, **sizes)
 
-        records = itertools.chain.from_iterable(map_ordered(records_of, kept))
+        # Bytes are read in this thread, in order, as compressed archives and tables want it.
+        read = ((digest, seen.accepted[digest].read()) for digest in kept)
+        records = itertools.chain.from_iterable(map_ordered(record_of, read))
         filtered_by = {"validated": validate, **sizes, "filters": dataclasses.asdict(filters)}
         card = DataCard(out_dir, name, {"name": name, "licence": licence, **request, **filtered_by})
         pairs = itertools.chain.from_iterable(kept.values())
-        findings = Findings.of(counts, pairs, licences.values(), seen.rejected)
+        findings = Findings.of(counts, pairs, licences.values(), seen.rejected, () if only else skipped)
+        if not kept and only is None:
+            card.write([findings])
+            reasons = dict(counts) | ({"not_used": unused.line()} if unused is not None and unused.line() else {})
+            raise RecordError(
+                f"{out_dir}: no task is left to write; {name}.rejected.jsonl there lists the images; counts: {reasons}"
+            )
         if only is None:
             write_records(out_dir, name, records, shards)
             card.write([findings])
@@ -194,14 +209,20 @@ def _ask_about(
 
 
 def _records(
-    image: ImageSource, digest: str, pairs: Sequence[TaskPair], origin: dict[str, str], *, min_side: int, max_side: int
+    image: ImageSource,
+    data: bytes,
+    digest: str,
+    pairs: Sequence[TaskPair],
+    origin: dict[str, str],
+    *,
+    min_side: int,
+    max_side: int,
 ) -> list[AnnotatedRecord]:
     """The records of one image, as it was annotated. Raises ImageError if it is another one by now."""
-    data = image.read()
     if hashlib.sha256(data).hexdigest() != digest:
         raise ImageError(f"{image.where} has changed since it was annotated")
-    png = as_png(data, shrink(decode_image(data, image.where, min_side=min_side), max_side))
-    fields = {"image_id": digest[:16], "image_png": png, "source": {**image.metadata, **origin}}
+    kept = as_kept(data, shrink(decode_image(data, image.where, min_side=min_side), max_side))
+    fields = {"image_id": digest[:16], "image_png": kept, "source": {**image.metadata, **origin}}
     return [AnnotatedRecord(id=f"{digest[:16]}-{i}", **dataclasses.asdict(p), **fields) for i, p in enumerate(pairs)]
 
 

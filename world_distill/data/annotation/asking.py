@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,9 +11,11 @@ from absl import logging
 
 from world_distill.data.annotation.journal import Journal
 from world_distill.data.records.reader import RecordError
+from world_distill.errors import Unreachable
 from world_distill.interfaces import AnnotationError, Annotator
 
 _SAMPLE = 20  # images; a share of fewer says nothing yet
+_WAIT, _BETWEEN = 60.0, 3.0  # seconds in which a server may start, and between two looks at it
 
 
 class Questions:
@@ -36,7 +39,7 @@ class Questions:
         self.asked = 0  # answers
         self._annotator, self._journal = annotator, journal
         self._max_pairs, self._seed, self._max_failures, self._settled = max_pairs, seed, max_failures, settled
-        self._count, self._error = 0, None
+        self._count, self._error, self._is_ready = 0, None, False
         threads = max(1, int(getattr(annotator, "concurrency", 1)))
         self._free, self._lock, self._pool = threading.Semaphore(threads), threading.Lock(), ThreadPoolExecutor(threads)
 
@@ -58,10 +61,29 @@ class Questions:
             self._settled()
 
     def ask(self, digest: str, pixels: np.ndarray, where: str) -> None:
-        """Has the image asked about as soon as a thread is free, and waits until then."""
+        """Has the image asked about as soon as a thread is free, and waits until then.
+
+        Raises Unreachable at the first question, if no server is there within a minute.
+        """
+        if not self._is_ready:
+            self._reach()
         self._free.acquire()
         self._check(max(self._count, _SAMPLE))
         self._pool.submit(self._ask, digest, pixels, where)
+
+    def _reach(self) -> None:
+        """Waits until the annotator can be asked, if it can tell; for a minute, since a typing error never answers."""
+        started, check = time.monotonic(), getattr(self._annotator, "check", None)
+        while check is not None:
+            try:
+                check()
+                break
+            except Unreachable as error:
+                if time.monotonic() - started > _WAIT:
+                    raise
+                logging.warning("%s; asking again for up to %.0f s", error, _WAIT)
+                time.sleep(_BETWEEN)
+        self._is_ready = True
 
     def _check(self, count: int) -> None:
         """Raises what has stopped the asking, or RecordError if too many of `count` have failed."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from world_distill.data.images.scan import Rejection
 from world_distill.data.images.sources import ImageSource
+from world_distill.data.images.unused import Skipped
 from world_distill.data.records.reader import RecordError, write_atomically
 from world_distill.data.records.shard_files import disk, part_suffix
 from world_distill.interfaces import TaskPair
@@ -37,13 +38,18 @@ class Findings:
         pairs: Iterable[TaskPair],
         licences: Iterable[str],
         rejected: Iterable[tuple[ImageSource, Rejection]],
+        skipped: Iterable[Skipped] = (),
     ) -> "Findings":
-        """What `annotate_images` has found; `pairs` are those that are kept, `licences` those of their images."""
+        """What `annotate_images` has found; `pairs` are those that are kept, `licences` those of their images.
+
+        `skipped` are rows and archives that gave no image.
+        """
         counts = dict(counts)
         # How many were asked about in this call, and how many before, is no property of the data.
         counts["asked"] += counts.pop("remembered") + counts["failed"]
         kinds, of_each = collections.Counter(p.kind for p in pairs), collections.Counter(licences)
-        return cls(counts, dict(kinds), dict(of_each), [_line(*item) for item in rejected])
+        lines = [*(skip.as_json() for skip in skipped), *(_line(*item) for item in rejected)]
+        return cls(counts, dict(kinds), dict(of_each), lines)
 
     def write(self, folder: pathlib.Path, name: str, part: int, parts: int) -> None:
         """Leaves a part's findings for the one that adds up. Raises RecordError if the disk refuses."""

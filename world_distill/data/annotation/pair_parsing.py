@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from world_distill.data.annotation.loose_json import find_values
+from world_distill.data.field_names import without_label
 from world_distill.interfaces import TaskPair
 
 _LONGEST = 50_000  # characters that are read, thoughts left out
@@ -169,15 +170,12 @@ def _read_item(item: Any) -> tuple[TaskPair | None, str | None]:
 
 def _make_pair(task: str, solution: str, agent: str, kind: str) -> TaskPair:
     task, agent = clean(task), clean(agent).strip("[] ")
-    task = re.sub(r"^(?:task|instruction)\s*:\s*", "", _unquoted(task.strip("*_ ")), flags=re.IGNORECASE)
+    task = without_label(_unquoted(task.strip("*_ ")))
     if match := _BRACKETS.fullmatch(task):
         agent, task = agent or match[1].strip(), f"[{match[1].strip()}]: {match[2]}"
     elif agent:
         task = f"[{agent}]: {task}"
-    solution = re.sub(
-        r"^(?:description|solution)\s*:\s*", "", _unquoted(clean(solution).strip("*_ ")), flags=re.IGNORECASE
-    )
-    return TaskPair(task, solution, agent, _label(kind))
+    return TaskPair(task, without_label(_unquoted(clean(solution).strip("*_ "))), agent, _label(kind))
 
 
 def _unquoted(text: str) -> str:

@@ -16,7 +16,7 @@ from world_distill.data.annotation.pair_parsing import Parsed
 from world_distill.data.annotation.prompt import load_prompt
 from world_distill.data.annotation.request import Settings, read_pairs
 from world_distill.data.annotation.selftest import find_form
-from world_distill.errors import UserError
+from world_distill.errors import Unreachable, UserError
 from world_distill.interfaces import AnnotationError, TaskPair
 from world_distill.vlm.background import Background
 from world_distill.vlm.client import Client, Failure, Limits, Refused, Server
@@ -128,7 +128,7 @@ class ServerAnnotator:
         """Tests every server; one line for each.
 
         Raises:
-          UserError: one is of no use, or none can be reached.
+          UserError: one is of no use, or none can be reached (Unreachable).
         """
         return self._background.run(self._check)
 
@@ -196,5 +196,5 @@ class ServerAnnotator:
             except Failure as failure:
                 lines.append(f"cannot be reached: {failure}")
         if not any(server.form for server in self._pool.servers):
-            raise UserError("no annotator server: " + "; ".join(lines) + " (launch/serve_judge.sh starts one)")
+            raise Unreachable("no annotator server: " + "; ".join(lines) + " (launch/serve_judge.sh starts one)")
         return lines

@@ -1,27 +1,26 @@
-"""Image files to pixels: upright, on white, 8 bits a channel. What cannot be used is refused with its name.
+"""Image files to pixels: upright, in sRGB, on white, 8 bits a channel. What cannot be used is refused with its name.
 
 Images come from anywhere, so nothing in them is trusted: only plain picture formats are opened, and sizes are checked
-before anything is decoded.
+before anything is decoded. Of several pictures in a file (GIF, TIFF, a phone's JPEG) the first counts.
 """
 
 import io
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
+from world_distill.data.images.colours import to_srgb
+from world_distill.data.images.kinds import SUFFIXES as SUFFIXES
+from world_distill.data.images.kinds import is_image as is_image
+from world_distill.data.images.kinds import true_kind
 from world_distill.data.images.png import ImageError, decode_png, encode_png
+from world_distill.data.images.private_tags import without_tags
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # what counts as an image in a folder or an archive
 MAX_BYTES = 1 << 28  # of a file; a picture of MAX_PIXELS without compression has as many
 MAX_PIXELS = 80_000_000  # of a picture once decoded: a small file may claim any size
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs a program, as EPS does
-
-
-def is_image(name: str) -> bool:
-    """By its name. macOS puts a `._` file beside each image in an archive, which is none."""
-    base = name.rpartition("/")[2]
-    return base.lower().endswith(SUFFIXES) and not base.startswith("._")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # none that runs a program, as EPS does
 
 
 def clean_text(text: str) -> str:
@@ -47,33 +46,59 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 
 def decode_image(data: bytes, where: str, *, min_side: int = 16) -> np.ndarray:
-    """Image bytes as RGB [H W 3] uint8, upright (EXIF orientation applied), transparency on white.
+    """Image bytes as RGB [H W 3] uint8: upright (EXIF orientation), in sRGB (ICC profile), transparency on white.
 
     Raises ImageError, naming `where` they are from, if they are damaged, of more than 8 bits a channel, have a side
     below `min_side` pixels or more than MAX_PIXELS.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with _opened(data) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{where}: {image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
             if image.mode.startswith(("I", "F")):
                 raise ImageError(f"{where}: mode {image.mode} has more than 8 bits a channel: convert it to 8-bit RGB")
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                layer = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(_on_white(ImageOps.exif_transpose(image)))
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # its text holds an address, and lists of rejected images are reproducible
-        raise ImageError(f"{where}: not a whole image, or of none of the formats {', '.join(_FORMATS)}") from error
+        kind = true_kind(data) or f"none of the formats {', '.join(_FORMATS)}"
+        raise ImageError(f"{where}: {'' if kind.startswith('a damaged') else 'no picture, but '}{kind}") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
         raise ImageError(f"{where}: not a whole image ({type(error).__name__}: {error})") from error
     if min(pixels.shape[:2]) < min_side:
         raise ImageError(f"{where}: {pixels.shape[1]}x{pixels.shape[0]} pixels, and a side has at least {min_side}")
     return pixels
+
+
+def _opened(data: bytes) -> Any:
+    """The first picture, by Pillow; HEIC where pillow-heif is installed."""
+    from PIL import Image
+
+    Image.init()
+    formats = tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF is Pillow's since 11.3
+    if data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis"):
+        try:
+            import pillow_heif  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            pass
+        else:
+            pillow_heif.register_heif_opener()
+            formats = (*formats, "HEIF")
+    return Image.open(io.BytesIO(data), formats=formats)
+
+
+def _on_white(image: Any) -> Any:
+    """A picture as RGB in sRGB, what lies under transparency white."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return to_srgb(image)
+    layer = image.convert("RGBA")
+    colours = to_srgb(layer.convert("RGB"))
+    colours.putalpha(layer.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), colours).convert("RGB")
 
 
 def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:
@@ -87,8 +112,12 @@ def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:
     return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def as_png(data: bytes, pixels: np.ndarray) -> bytes:
-    """`data` itself if that is a PNG of just these pixels, with whatever its text chunks say; else a new PNG."""
-    if data.startswith(b"\x89PNG") and np.array_equal(decode_png(data), pixels):
-        return data
+def as_kept(data: bytes, pixels: np.ndarray) -> bytes:
+    """A picture as records keep it: `data` without its tags if that is a PNG or JPEG of just these pixels; else a PNG.
+
+    Places, cameras, comments and whatever follows the picture are left out.
+    """
+    plain = without_tags(data)
+    if plain is not None and np.array_equal(decode_png(plain), pixels):
+        return plain
     return encode_png(pixels)

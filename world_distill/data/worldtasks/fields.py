@@ -1,56 +1,59 @@
-"""WorldTasks' JSONL, whose field names are not published: which field is what, row by row.
+"""Rows whose field names are not published: which field is what, row by row.
 
-A row is one task about one image, or one image with many: a list of objects with a task each, a list of [task,
-solution], or a list of tasks beside one of solutions. A field is known by any of its names in ALIASES, upper or lower
-case, with spaces or hyphens for underscores; where a row has several, the first counts (for a task, the first that
-begins with `[agent]:`), and it is reported. A row that has a known name twice is not used.
+A row is one task about one image, or one image with many. Its tasks may be
+
+    a list of objects, of [task, solution], or of texts beside a list of solutions
+    a map: {task: solution}, or numbers or tasks to objects
+    numbered fields: task_0 ... task_7 beside solution_0 ... solution_7
+    any of these as JSON in a text, or in a model's whole answer (`response`, `conversations`)
+
+A field is known by any of its names in `field_names.ALIASES`; where a row has several, the first counts (for a task,
+the first that begins with `[agent]:`), and it is reported. A row that has a known name twice is not used.
 """
 
 import collections
 import dataclasses
-import json
-import pathlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from world_distill.data.images.decode import clean_text
-from world_distill.data.images.png import ImageError
+from world_distill.data import field_names
+from world_distill.data.annotation.pair_parsing import parse_pairs
+from world_distill.data.field_names import ALIASES as ALIASES
+from world_distill.data.images.reader import image_value
+from world_distill.data.images.rows import Row
+from world_distill.data.images.sources import ImageSource
+from world_distill.data.worldtasks.values import (
+    as_answer,
+    as_id,
+    as_paragraphs,
+    as_text,
+    as_texts,
+    decoded,
+    has_agent,
+    shorten,
+    with_agent,
+)
 
-ALIASES = {
-    "image": ("image", "image_path", "file_name", "filename", "image_file", "image_name", "img", "path", "image_id"),
-    "task": (
-        "task", "task_prompt", "prompt", "instruction", "compact_prompt", "short_prompt", "text",
-        "tasks", "task_prompts", "prompts", "instructions",
-    ),
-    "solution": (
-        "solution", "solution_prompt", "description", "caption", "detailed_prompt", "long_prompt", "video_prompt",
-        "solutions", "solution_prompts", "descriptions", "captions", "detailed_prompts",
-    ),
-    "tasks": ("tasks", "pairs", "task_solution_pairs", "annotations", "items", "samples", "prompts", "task"),
-    "agent": ("agent", "agent_name", "actor"),
-    "kind": ("kind", "category", "task_type", "task_kind"),
-    "id": ("id", "uid", "sample_id", "task_id", "index", "image_id"),
-}  # fmt: skip
-_KNOWN = {name for names in ALIASES.values() for name in names}
 _OF_TASK = ("task", "solution")  # fields that an image's own ones do not stand in for
-_MOST_VALUE = 200  # characters of a text in a report
+_FIELDS = ("image", "task", "solution", "agent", "kind", "id", *field_names.PROVENANCE)
 _MOST_KEYS = 40  # of a row in a report
-_PREFIX = re.compile(r"\[([^\[\]]+)\]\s*:\s*(\S.*)")
+IN_THE_FILE = "the file itself"  # in a report, in place of the name of the field that has the picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One task, as its row has it."""
 
+    rows: str  # name of the file
     line: int  # from 1
     number: int | None  # of the task in its row, from 0; None for a row of its own
-    image: str  # path
+    image: ImageSource | str  # or its path
     task: str  # `[agent]: imperative.`
     solution: str  # empty if there is none
     agent: str
     kind: str
     id: str  # the data set's own; may be empty
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)  # licence, url, author, as far as known
     keys: tuple[str, ...] = ()  # of its row
 
 
@@ -58,6 +61,7 @@ class Item:
 class Unusable:
     """A row, or a task of one, that makes no record."""
 
+    rows: str
     line: int
     number: int | None
     reason: str  # one word, for counting
@@ -66,10 +70,10 @@ class Unusable:
 
     @classmethod
     def of(cls, item: Item, reason: str, value: str = "") -> "Unusable":
-        return cls(item.line, item.number, reason, item.keys, shorten(value))
+        return cls(item.rows, item.line, item.number, reason, item.keys, shorten(value))
 
     def as_json(self) -> dict[str, Any]:
-        line: dict[str, Any] = {"line": self.line}
+        line: dict[str, Any] = {"rows": self.rows, "line": self.line}
         if self.number is not None:
             line["task"] = self.number
         return (
@@ -95,9 +99,9 @@ class Schema:
         given = dict(fields or {})
         if unknown := given.keys() - ALIASES.keys():
             raise ValueError(f"no field {', '.join(sorted(unknown))}: there are {', '.join(ALIASES)}")
-        taken = {_plain_key(name) for field, name in given.items() if field != "tasks"}
+        taken = {field_names.plain(name) for field, name in given.items() if field not in ("tasks", "response")}
         self.aliases = {
-            field: (_plain_key(given[field]),) if field in given else tuple(n for n in names if n not in taken)
+            field: (field_names.plain(given[field]),) if field in given else tuple(n for n in names if n not in taken)
             for field, names in ALIASES.items()
         }
         self.agent, self.needs_solution = agent.strip(), needs_solution
@@ -105,41 +109,26 @@ class Schema:
         self.keys: collections.Counter[str] = collections.Counter()  # of rows, and of objects in their lists
         self.taken: dict[str, collections.Counter[str]] = {field: collections.Counter() for field in ALIASES}
         self.ambiguous: collections.Counter[tuple[str, str, str]] = collections.Counter()  # field, taken, other
+        self._numbered: set[str] = set()  # names of fields with a number that were taken
 
-    def read(self, path: pathlib.Path) -> Iterator[Item | Unusable]:
-        """All tasks of a JSONL file, in order. Raises ImageError if it cannot be read."""
-        try:
-            lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield from self.items(number, line)
-
-    def items(self, number: int, line: bytes) -> list[Item | Unusable]:
-        """The tasks of one line."""
+    def items(self, row: Row) -> list[Item | Unusable]:
+        """The tasks of one row."""
         self.rows += 1
-        try:
-            row = json.loads(line, object_pairs_hook=_without_repeats)
-        except _Repeated as error:
-            return [Unusable(number, None, "repeated_key", (), shorten(str(error)))]
-        except (ValueError, RecursionError) as error:
-            return [Unusable(number, None, "not_json", (), shorten(type(error).__name__))]
-        if not isinstance(row, dict):
-            return [Unusable(number, None, "not_an_object", (), type(row).__name__)]
-        row = _keyed(row)
-        self.keys.update(row.keys())
-        parts = self._parts(row)
+        if row.bad is not None:
+            return [Unusable(row.file.name, row.number, None, row.bad[0], (), shorten(row.bad[1]))]
+        fields = field_names.with_plain_names(row.fields)
+        self.keys.update(fields.keys())
+        parts = self._parts(fields)
         if isinstance(parts, str):
-            return [Unusable(number, None, parts, tuple(row))]
+            return [Unusable(row.file.name, row.number, None, parts, tuple(fields))]
         if parts is None:
-            return [self._item(number, None, row, {})]
+            return [self._item(row, None, fields, {})]
         self.listed += 1
-        return [self._item(number, i, part, row) for i, part in enumerate(parts)]
+        return [self._item(row, i, part, fields) for i, part in enumerate(parts)]
 
     def report(self) -> dict[str, Any]:
         """What was taken for what, in how many tasks."""
-        used = {name for names in self.taken.values() for name in names}
+        used = {name for names in self.taken.values() for name in names} | self._numbered
         return {
             "rows": self.rows,
             "rows_with_a_list": self.listed,
@@ -151,16 +140,20 @@ class Schema:
             "unused": {shorten(name): count for name, count in sorted(self.keys.items()) if name not in used},
         }
 
+    # ---- The tasks of a row
+
     def _parts(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | str | None:
         """The tasks of a row that lists them; None for one that is a task; a reason if the lists do not fit."""
         found = self._choose("tasks", row, self._as_parts)
+        if found is None:
+            found = self._numbered_parts(row)
         if found is not None:
             self.keys.update(key for part in found for key in part)
             return found
-        tasks = self._peek("task", row, _as_texts)
+        tasks = self._peek("task", row, as_texts)
         if tasks is None:
-            return None
-        solutions = self._peek("solution", row, _as_texts)
+            return None if self._peek("task", row, as_text) else self._answered(row)
+        solutions = self._peek("solution", row, as_texts)
         if solutions is None:
             return [{tasks[0]: text} for text in tasks[1]]
         if len(tasks[1]) != len(solutions[1]):
@@ -169,37 +162,90 @@ class Schema:
         return [{tasks[0]: task, solutions[0]: solution} for task, solution in pairs]
 
     def _as_parts(self, value: Any) -> list[dict[str, Any]] | None:
-        """Objects, from a list or an object of them, or a list of [task, solution]; None unless one has a task."""
+        """Objects, from a list or an object of them, [task, solution], {task: solution}; None unless one has a task."""
+        value = decoded(value)
+        task, solution = self.aliases["task"][0], self.aliases["solution"][0]
         if isinstance(value, dict):
-            objects = list(value.values())
-            value = objects if objects and all(isinstance(item, dict) for item in objects) else [value]
+            value = self._of_map(value)
         if not isinstance(value, list):
             return None
-        task, solution = self.aliases["task"][0], self.aliases["solution"][0]
         parts = []
         for item in value:
             if isinstance(item, list) and len(item) == 2:
                 item = {task: item[0], solution: item[1]}
-            parts.append(_keyed(item) if isinstance(item, dict) else {})
-        return parts if any(self._peek("task", part, _as_text) for part in parts) else None
+            parts.append(field_names.with_plain_names(item) if isinstance(item, dict) else {})
+        return parts if any(self._peek("task", part, as_text) for part in parts) else None
+
+    def _of_map(self, value: dict[Any, Any]) -> list[Any] | None:
+        """The tasks of an object: one of its own, its objects, or its pairs of task and solution."""
+        task, solution = self.aliases["task"][0], self.aliases["solution"][0]
+        plain = field_names.with_plain_names(value)
+        if self._peek("task", plain, as_text) or not value:
+            return [value]
+        if all(isinstance(item, str) for item in value.values()):
+            if all(str(key).strip().isdigit() for key in value):
+                return None  # a list of texts, which `as_texts` reads
+            return [{task: key, solution: text} for key, text in value.items()]
+        if all(isinstance(item, dict) for item in value.values()):
+            whole = [self._peek("task", field_names.with_plain_names(item), as_text) for item in value.values()]
+            return [item if has else {task: key, **item} for has, (key, item) in zip(whole, value.items(), strict=True)]
+        return [value]
+
+    def _numbered_parts(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """The tasks of fields such as task_0 and solution_0, in the order of their numbers."""
+        parts: dict[int, dict[str, Any]] = {}
+        for key, value in row.items():
+            split = field_names.numbered(key)
+            if split and any(split[0] in self.aliases[field] for field in ("task", "solution", "agent", "kind", "id")):
+                if key not in (name for names in self.aliases.values() for name in names):
+                    parts.setdefault(split[1], {})[split[0]] = value
+                    self._numbered.add(key)
+        found = [part for _, part in sorted(parts.items()) if self._peek("task", part, as_text)]
+        return found or None
+
+    def _answered(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """The tasks of a model's whole answer in a text."""
+        answer = self._choose("response", row, as_answer)
+        if answer is None:
+            return None
+        found = self._as_parts(answer)
+        if found is not None:
+            return found
+        names = [self.aliases[field][0] for field in ("task", "solution", "agent", "kind")]
+        pairs = parse_pairs(answer).pairs if isinstance(answer, str) else ()
+        texts = [(pair.task, pair.solution, pair.agent, "" if pair.kind == "other" else pair.kind) for pair in pairs]
+        return [dict(zip(names, text, strict=True)) for text in texts] or None
+
+    # ---- One task
 
     def _item(
-        self, line: int, number: int | None, inner: Mapping[str, Any], outer: Mapping[str, Any]
+        self, row: Row, number: int | None, inner: Mapping[str, Any], outer: Mapping[str, Any]
     ) -> Item | Unusable:
-        found = {}
-        for field in ("image", "task", "solution", "agent", "kind", "id"):
-            value = self._choose(field, inner, _CONVERT.get(field, _as_text))
+        found: dict[str, Any] = {}
+        for field in _FIELDS:
+            convert = _CONVERT.get(field, as_text)
+            if field == "image":
+                convert = row_image(row)
+                if row.image is not None:
+                    found[field] = row.image
+                    self.taken[field][IN_THE_FILE] += 1
+                    continue
+            value = self._choose(field, inner, convert)
             if value is None and field not in _OF_TASK:
-                value = self._choose(field, outer, _CONVERT.get(field, _as_text))
+                value = self._choose(field, outer, convert)
             found[field] = value or ""
         keys = tuple(dict.fromkeys((*outer, *inner)))
         for field in ("image", "task", *(("solution",) if self.needs_solution else ())):
             if not found[field]:
-                return Unusable(line, number, f"no_{field}", keys)
-        task, agent = _with_agent(found["task"], found["agent"] or self.agent)
+                return Unusable(row.file.name, row.number, number, f"no_{field}", keys)
+        task, agent = with_agent(found["task"], found["agent"] or self.agent)
         if not agent:
-            return Unusable(line, number, "no_agent", keys, shorten(found["task"]))
-        return Item(line, number, **(found | {"task": task, "agent": agent}), keys=keys)
+            return Unusable(row.file.name, row.number, number, "no_agent", keys, shorten(found["task"]))
+        origin = {field: found.pop(field) for field in field_names.PROVENANCE}
+        origin = {field: text for field, text in origin.items() if text}
+        return Item(
+            row.file.name, row.number, number, **(found | {"task": task, "agent": agent}), origin=origin, keys=keys
+        )
 
     def _choose(self, field: str, row: Mapping[str, Any], convert) -> Any:
         """The value of a field, None if the row has none that can be used; notes which name it had."""
@@ -211,92 +257,21 @@ class Schema:
         if not names:
             return None
         if field == "task":
-            names.sort(key=lambda name: not _has_agent(convert(row[name])))
+            names.sort(key=lambda name: not has_agent(convert(row[name])))
         if note:
             self.taken[field][names[0]] += 1
             self.ambiguous.update((field, names[0], other) for other in names[1:] if _clashes(field, other))
         return names[0], convert(row[names[0]])
 
 
-def shorten(text: str) -> str:
-    """A value for a report: on one line, not long, and without what a terminal would obey."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(clean_text(text).split()))
-    return text if len(text) <= _MOST_VALUE else text[: _MOST_VALUE - 1] + "…"
-
-
-def _has_agent(value: Any) -> bool:
-    """Whether a text, or one of a list, begins with `[agent]:`."""
-    texts = value if isinstance(value, list) else [value]
-    return any(isinstance(text, str) and _PREFIX.match(text.strip()) for text in texts)
-
-
-def _with_agent(task: str, agent: str) -> tuple[str, str]:
-    """(task with its agent in front, agent): the one that the task names, else `agent`, else none."""
-    match = _PREFIX.fullmatch(task)
-    if match and match[1].strip():
-        return f"[{match[1].strip()}]: {match[2]}", match[1].strip()
-    agent = " ".join(agent.strip("[]: ").replace("[", "(").replace("]", ")").split())
-    return (f"[{agent}]: {task}", agent) if agent else (task, "")
+def row_image(row: Row):
+    """Reads a cell as the picture of `row`, for `Schema`."""
+    return lambda value: image_value(value, row)
 
 
 def _clashes(field: str, other: str) -> bool:
     """An image's id beside its path, or beside the task's id, is nothing to report."""
-    return not (other == "image_id" and field in ("image", "id"))
+    return not (other == "image_id" and field in ("image", "id")) and field not in field_names.PROVENANCE
 
 
-class _Repeated(Exception):
-    """A name that a field is known by stands twice in one object; the message is the name."""
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = collections.Counter(_plain_key(key) for key, _ in pairs)
-    for key, count in counts.items():
-        if count > 1 and key in _KNOWN:
-            raise _Repeated(key)
-    return dict(pairs)
-
-
-def _keyed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with plain keys; of unknown ones that become the same, the first."""
-    plain: dict[str, Any] = {}
-    for key, value in row.items():
-        plain.setdefault(_plain_key(key), value)
-    return plain
-
-
-def _plain_key(key: str) -> str:
-    return re.sub(r"[\s-]+", "_", clean_text(key).strip().casefold())
-
-
-def _as_text(value: Any) -> str | None:
-    """A text on one line; None if there is none."""
-    text = " ".join(clean_text(value).split()) if isinstance(value, str) else ""
-    return text or None
-
-
-def _as_id(value: Any) -> str | None:
-    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
-    return str(value) if is_number else _as_text(value)
-
-
-def _as_paragraphs(value: Any) -> str | None:
-    """A text as it is."""
-    text = clean_text(value).strip() if isinstance(value, str) else ""
-    return text or None
-
-
-def _as_path(value: Any) -> str | None:
-    """A path, from a text, a list of one, or an object such as `datasets` writes for a picture."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, dict):
-        value = next((value[k] for k in ("path", "file_name", "image_path") if isinstance(value.get(k), str)), None)
-    return (value.strip() or None) if isinstance(value, str) else None
-
-
-_CONVERT = {"image": _as_path, "id": _as_id, "solution": _as_paragraphs}
-
-
-def _as_texts(value: Any) -> list[Any] | None:
-    """A list that has a text."""
-    return value if isinstance(value, list) and any(isinstance(item, str) for item in value) else None
+_CONVERT = {"id": as_id, "solution": as_paragraphs}
