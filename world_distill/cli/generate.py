@@ -8,13 +8,16 @@ from world_distill.cli import arguments
 from world_distill.errors import UserError
 from world_distill.storage import atomic
 
+PARTS = ("biases", "norms", "modulation", "weights", "text-encoder", "image-branch")
+
 HELP = """\
 Generate clips from images and texts.
 
 --task is what an Executor is told (or the base, without --executor), --solution what the Demonstrator is told; with
 both, both make a clip from the same noise. --executor is the folder of a run, whose config is used where --config is
-not given, or a LoRA file in diffusers' or ComfyUI's layout. Several images take one text for all, or one each.
-Encoded records (--records) need no text encoder.
+not given, or a LoRA: a file, or a folder that diffusers or PEFT saved (`world-distill inspect-weights` says what a file
+is). Several are added up, each times its --strength. Several images take one text for all, or one each. Encoded records
+(--records) need no text encoder.
 
   world-distill generate --config wan22_5b --config.base=weights/wan22-5b --executor executor.safetensors \\
       --config.model.text_encoder=Wan2.2-TI2V-5B-Diffusers \\
@@ -34,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", default="test", help="name of the record set (default: test)")
     add("--limit", type=int, default=0, help="take the first N records only (default: all)")
     add("--text", choices=("task", "solution", "both"), default="task", help="text of records (default: task)")
-    add("--executor", type=pathlib.Path, help="folder of a run, or a LoRA file")
+    add("--executor", type=pathlib.Path, action="append", default=[], help="folder of a run, or LoRA; may be repeated")
+    add("--strength", type=float, action="append", default=[], help="of --executor; one, or one for each (default: 1)")
+    add("--without", choices=PARTS, action="append", default=[], help="part of a LoRA to leave out; may be repeated")
     add(
         "--sampler", choices=("euler", "unipc"), default="euler", help="euler, as in training (default), or Wan's unipc"
     )
@@ -62,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     config = generate.resolve_config(args.config, args.executor, overrides)
     request = generate.Request(
         out=args.out, images=tuple(args.image), tasks=tuple(args.task), solutions=tuple(args.solution),
-        records=args.records, name=args.name, text=args.text, limit=args.limit, executor=args.executor,
+        records=args.records, name=args.name, text=args.text, limit=args.limit, executors=tuple(args.executor),
+        strengths=tuple(args.strength), without=tuple(args.without),
         sampler=args.sampler, steps=args.steps or 0, shift=args.shift, times=_times(args.sigmas),
         guidance=args.guidance, negative=args.negative, count=args.count, batch=args.batch, seed=args.seed,
     )  # fmt: skip

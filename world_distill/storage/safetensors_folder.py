@@ -1,10 +1,11 @@
-"""Tensors of a folder of safetensors files, read one at a time."""
+"""Tensors of safetensors files, read one at a time."""
 
 import json
 import os
 import pathlib
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -12,6 +13,8 @@ from world_distill.errors import UserError
 
 # What a tensor may be made of, as the files say it.
 TYPES = ("F32", "F16", "BF16")
+# Types of 8 bits, which numpy does not know; most files keep a scale beside such a tensor.
+FLOATS_8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_lora_weights")
 
 
@@ -48,7 +51,7 @@ class TensorFiles:
 
     def __getitem__(self, name: str) -> np.ndarray:
         with open_tensors(self._file[name]) as file:
-            return file.get_tensor(name)
+            return read_tensor(file, self._file[name], name)
 
 
 def _files(folder: pathlib.Path) -> Mapping[pathlib.Path, set[str] | None]:
@@ -87,3 +90,24 @@ def open_tensors(path: str | os.PathLike):
         return safetensors.safe_open(path, "numpy")
     except (OSError, safetensors.SafetensorError) as error:
         raise TensorFileError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def read_tensor(file, path: str | os.PathLike, name: str) -> np.ndarray:
+    """A tensor of the open safetensors file at `path`; one of 8-bit floats is float32.
+
+    Raises:
+      TensorFileError: a type that is not read here.
+    """
+    kind = file.get_slice(name).get_dtype()
+    if kind in FLOATS_8:
+        with open(path, "rb") as raw:  # the reader for numpy gives no such types
+            length = int.from_bytes(raw.read(8), "little")
+            entry = json.loads(raw.read(length))[name]
+            start, end = entry["data_offsets"]
+            raw.seek(8 + length + start)
+            bits = np.frombuffer(raw.read(end - start), np.uint8)
+        return bits.view(jnp.dtype(FLOATS_8[kind])).reshape(entry["shape"]).astype(np.float32)
+    try:
+        return file.get_tensor(name)
+    except (safetensors.SafetensorError, AttributeError, TypeError) as error:
+        raise TensorFileError(f"{path}: {name} is of the type {kind}, a type that cannot be read") from error

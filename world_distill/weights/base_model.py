@@ -41,6 +41,11 @@ def base_path(family: ModelFamily, name: str) -> str | pathlib.Path | None:
     return family.shipped_bases.get(name) or name or None
 
 
+def origin(base: str) -> dict[str, Any]:
+    """The metadata of the checkpoint that `config.base` names (`source`, `revision`, `license`); {} of another base."""
+    return array_store.describe(base)[1] if base and pathlib.Path(base).is_dir() else {}
+
+
 def load_base(
     family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh, *, parts: Sequence[str] | None = None
 ) -> PyTree:
