@@ -80,6 +80,7 @@ class Encoders(Protocol):
 class PublishedLayout(Protocol):
     """The layout in which a family's weights are published, that of diffusers."""
 
+    sizes: Mapping[str, Any]  # as in a config's section `model`, with what shapes do not show (heads, eps)
     lora_names: Mapping[str, tuple[str, str]]  # layer -> its names in diffusers and in the original code
     known_sizes: Mapping[tuple[int, int], str]  # (blocks, width) -> what people call the model of these sizes
     float32: Mapping[str, str]  # part -> pattern of the paths of its arrays that everyone keeps in float32

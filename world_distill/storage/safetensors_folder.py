@@ -23,12 +23,12 @@ class TensorFileError(UserError):
 
 
 class TensorFiles:
-    """Name, shape, type and content of every tensor in a folder: one file, or several with an index.
+    """Name, shape, type and content of every tensor of a file, or of a folder: one file, or several with an index.
 
     Files are opened for each tensor and closed again, so that memory holds no more than what was read.
 
     Args:
-      folder: where the files are.
+      folder: where the files are, or the one file.
 
     Raises:
       TensorFileError: no safetensors there, only pickles, a missing or damaged file.
@@ -56,6 +56,8 @@ class TensorFiles:
 
 def _files(folder: pathlib.Path) -> Mapping[pathlib.Path, set[str] | None]:
     """The folder's files; with an index, the names that each should hold."""
+    if folder.is_file():
+        return {folder: None}
     if not folder.is_dir():
         raise TensorFileError(f"{folder} is no folder")
     for name in NAMES:

@@ -22,12 +22,19 @@ _FIXED = {
 }  # fmt: skip
 
 
-def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Published:
-    """What there is to convert, from diffusers' two config.json.
+def describe(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any] | None = None
+) -> Published:
+    """What there is to convert, from diffusers' two config.json, and the pipeline's model_index.json where it is there.
 
     Raises:
       ValueError: a network that is not built here, or sizes that do not fit together.
     """
+    if index is not None and not index.get("expand_timesteps"):
+        raise ValueError(
+            "its model_index.json does not say expand_timesteps, so it takes no clean first frame: a text-to-video"
+            " model would be conditioned otherwise here than it was trained"
+        )
     for part, config in (("transformer", transformer), ("vae", vae)):
         for key, value in _FIXED[part].items():
             if config.get(key, value) != value:
@@ -37,14 +44,10 @@ def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Publishe
         raise ValueError("its input has more channels than its output: such conditioning is not built here")
     if network.channels != codec.channels:
         raise ValueError(f"its transformer has {network.channels} latent channels, its vae {codec.channels}")
-    sizes = {
-        "channels": network.channels, "width": network.width, "depth": network.depth, "heads": network.heads,
-        "mlp": network.mlp, "text_width": network.text_width, "time_width": network.time_width,
-        "patch": network.patch, "eps": network.eps, "vae": dataclasses.asdict(codec),
-    }  # fmt: skip
+    layout = WanPublished(network, codec)
     return Published(
-        sizes=sizes,
-        entries=WanPublished(network, codec).entries(),
+        sizes=dict(layout.sizes),
+        entries=layout.entries(),
         constants={
             f"vae.{ours}": np.array(vae[theirs], np.float32)
             for ours, theirs in (("mean", "latents_mean"), ("std", "latents_std"))
@@ -94,6 +97,16 @@ class WanPublished:
     @property
     def lora_names(self) -> Mapping[str, tuple[str, str]]:
         return LORA_NAMES
+
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        """As in a config's section `model`, with what shapes do not show."""
+        network, codec = self.network, self.codec
+        return {
+            "channels": network.channels, "width": network.width, "depth": network.depth, "heads": network.heads,
+            "mlp": network.mlp, "text_width": network.text_width, "time_width": network.time_width,
+            "patch": network.patch, "eps": network.eps, "vae": dataclasses.asdict(codec),
+        }  # fmt: skip
 
     @property
     def float32(self) -> Mapping[str, str]:
