@@ -97,7 +97,7 @@ def assert_same(dest, expected, atol=0.0):
     assert array_store.describe(dest)[1]["model"] == expected[1]["model"]
 
 
-@pytest.mark.parametrize("layout", ["original", "comfyui", "bare", "all in one", "diffusers' names"])
+@pytest.mark.parametrize("layout", ["original", "comfyui", "all in one", "diffusers' names"])
 def test_every_layout_gives_the_same_checkpoint(tmp_path, weights, vae, expected, layout):
     transformer = weights["original", "transformer"]
     if layout == "original":

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -117,13 +117,18 @@ def _difference_tensors(differences: PyTree, model: LoraModel, layout: Layout) -
 def unread_by_diffusers(lora: PyTree, model: LoraModel) -> list[str]:
     """What diffusers' reader of the original names does not take of such a file, a line each; empty: it reads all."""
     layers = {model.names[path][1] for path, *_ in _factors(lora)}
+    return missing_for_diffusers(layers)
+
+
+def missing_for_diffusers(layers: Collection[str]) -> list[str]:
+    """Why diffusers stops at a file in ComfyUI's layout that adapts these layers, a line each; empty: it does not."""
     lines = []
     if not any(name.startswith("blocks.") for name in layers):
         lines.append("it adapts no block")
     if "patch_embedding" in layers:
         lines.append("it adapts patch_embedding")
     for part in ("text_embedding", "time_embedding"):
-        if len(layers & {f"{part}.0", f"{part}.2"}) == 1:
+        if len({f"{part}.0", f"{part}.2"} & set(layers)) == 1:
             lines.append(f"it adapts one of the two layers of {part}")
     return lines
 

@@ -182,7 +182,7 @@ def open_source(path: pathlib.Path, vae: pathlib.Path | None = None) -> Source:
         return Source(family, "diffusers", model, {part: TensorFiles(path / part) for part in model.entries})
     for file in (path, vae):
         if file is not None:
-            _check_readable(file)
+            check_readable(file)
     files = TensorFiles(path)
     found = find_part(files, "transformer")
     if found is None:
@@ -203,7 +203,7 @@ def open_source(path: pathlib.Path, vae: pathlib.Path | None = None) -> Source:
         raise UserError(f"--vae {vae}: name an autoencoder with its original names (wan2.2_vae.safetensors)")
     try:
         namings: dict[str, Naming] = {"transformer": naming, "vae": codec_naming}
-        model = original.describe(view.shapes, codec.shapes, _settings(path), namings)
+        model = original.describe(view.shapes, codec.shapes, settings(path), namings)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     layout = "comfyui" if view.prefix or path.is_file() else "original"
@@ -236,7 +236,7 @@ def what_is(files: TensorFiles) -> str:
     return f"of another kind; its first tensor is {min(names, default='missing')}"
 
 
-def _settings(path: pathlib.Path) -> dict[str, Any]:
+def settings(path: pathlib.Path) -> dict[str, Any]:
     """The original repository's config.json, which lies beside its files."""
     file = path / "config.json"
     if not file.is_file():
@@ -244,7 +244,7 @@ def _settings(path: pathlib.Path) -> dict[str, Any]:
     return {k: v for k, v in published.read_config(file).items() if not k.startswith("_")}
 
 
-def _check_readable(path: pathlib.Path) -> None:
+def check_readable(path: pathlib.Path) -> None:
     """Raises UserError for files that are not read on purpose, and for what is not there."""
     if path.is_dir():
         files = [file.name for file in sorted(path.iterdir()) if file.is_file()]
