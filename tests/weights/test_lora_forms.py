@@ -118,6 +118,9 @@ FORMS = {
     "onetrainer": (lambda o, d: "lora_transformer_" + d.replace(".", "_"), "lora_down.weight", "lora_up.weight"),
     "lycoris": (lambda o, d: "lycoris_" + d.replace(".", "_"), "lora_down.weight", "lora_up.weight"),
     "compiled": (lambda o, d: f"module._orig_mod.{o}", "lora_A.my_adapter.weight", "lora_B.my_adapter.weight"),
+    "dots and underscores": (
+        lambda o, d: "lora_unet_" + o.replace(".", "_", 1), "lora_down.weight", "lora_up.weight",
+    ),
     "mochi": (lambda o, d: o, "lora_A", "lora_B"),
     "old text encoders": (lambda o, d: d, "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
 }  # fmt: skip
@@ -214,6 +217,7 @@ def test_differences_alone_are_an_executor(tmp_path, base):
 
 TEXT = {f"text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_{x}.weight": draw(4, 64) for x in "AB"}
 IMAGE = {f"diffusion_model.blocks.0.cross_attn.k_img.lora_{x}.weight": draw(2, 2) for x in "AB"}
+IMAGE |= {f"diffusion_model.blocks.0.cross_attn.{x}": draw(2) for x in ("v_img.diff_b", "norm_k_img.diff")}
 IMAGE |= {"diffusion_model.img_emb.proj.1.lora_down.weight": draw(2, 2)}
 KOHYA_TEXT = {"lora_te_encoder_block_0_layer_0_SelfAttention_q.alpha": draw(1)}
 

@@ -23,6 +23,7 @@ from world_distill.models.wan.original import LATENTS
 from world_distill.models.wan.published import WanPublished, published_configs
 from world_distill.models.wan.vae import VaeConfig
 from world_distill.storage import array_store
+from world_distill.storage.safetensors_folder import TensorFileError, TensorFiles
 from world_distill.weights import base_model, convert, sources
 
 pytestmark = pytest.mark.once
@@ -140,6 +141,32 @@ def test_floats_of_8_bits_are_stored_times_their_scale(tmp_path, weights, vae, e
     found = np.asarray(ocp.load(tmp_path / "dest")["transformer.blocks.self_attention.q.kernel"])
     want = np.stack([wanted[f"blocks.{n}.self_attn.q.weight"].T for n in range(2)])
     np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+def test_shards_of_a_variant_are_found_by_their_index(tmp_path, weights):
+    transformer = weights["diffusers", "transformer"]
+    names = sorted(transformer)
+    for i in range(2):
+        part = {name: transformer[name] for name in names[i::2]}
+        safetensors.numpy.save_file(part, tmp_path / f"diffusion_pytorch_model.bf16-0000{i + 1}-of-00002.safetensors")
+    where = {name: f"diffusion_pytorch_model.bf16-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(names)}
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.bf16.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    assert sorted(TensorFiles(tmp_path).shapes) == names
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a pointer of Git LFS; get the file"),
+        (b"\n<!DOCTYPE html><html><title>Sign in</title>", "it is a page; the download needs to be logged in"),
+        (b'{"error": "Unauthorized"}', "a server's error message"),
+    ],
+)
+def test_what_was_saved_in_the_place_of_a_file_is_named(tmp_path, content, message):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(TensorFileError, match=f"x.safetensors is no whole safetensors file: .*{message}"):
+        convert.convert(tmp_path / "x.safetensors", tmp_path / "dest")
 
 
 def refused(tmp_path, weights, kind):

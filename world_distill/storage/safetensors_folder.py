@@ -61,8 +61,9 @@ def _files(folder: pathlib.Path) -> Mapping[pathlib.Path, set[str] | None]:
     if not folder.is_dir():
         raise TensorFileError(f"{folder} is no folder")
     for name in NAMES:
-        index = folder / f"{name}.safetensors.index.json"
-        if index.exists():
+        # A variant has its name before the end: `….index.bf16.json`.
+        found = [folder / f"{name}.safetensors.index.json", *sorted(folder.glob(f"{name}.safetensors.index.*.json"))]
+        if index := next((path for path in found if path.exists()), None):
             try:
                 files: dict[pathlib.Path, set[str]] = {}
                 for tensor, file in json.loads(index.read_text())["weight_map"].items():
@@ -91,7 +92,25 @@ def open_tensors(path: str | os.PathLike):
     try:
         return safetensors.safe_open(path, "numpy")
     except (OSError, safetensors.SafetensorError) as error:
-        raise TensorFileError(f"{path} is no whole safetensors file: {error}") from error
+        raise TensorFileError(f"{path} is no whole safetensors file: {_instead(path) or error}") from error
+
+
+_INSTEAD = {
+    b"version https://git-lfs": "it is a pointer of Git LFS; get the file with `git lfs pull` or `hf download`",
+    b"<!doctype html": "it is a page; the download needs to be logged in, or the licence to be accepted",
+    b"<html": "it is a page; the download needs to be logged in, or the licence to be accepted",
+    b'{"error": ': "it is a server's error message; download it again",
+}
+
+
+def _instead(path: str | os.PathLike) -> str:
+    """What a file is that was saved in the place of another, by its first bytes; "" where that is not known."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64).lstrip().lower()
+    except OSError:
+        return ""
+    return next((what for mark, what in _INSTEAD.items() if head.startswith(mark)), "")
 
 
 def read_tensor(file, path: str | os.PathLike, name: str) -> np.ndarray:

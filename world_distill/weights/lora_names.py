@@ -99,6 +99,11 @@ def parse(key: str) -> Key:
     return Key(strip(key), "")
 
 
+def flat(name: str) -> str:
+    """A layer's name with underscores in place of dots: files mix the two (`blocks_22.self_attn.k`)."""
+    return name.replace(".", "_")
+
+
 def refused_kind(key: str) -> tuple[str, str] | None:
     """(kind, reason) of an adapter that is no plain LoRA, by one of its keys; None where the key is another."""
     return next((name for pattern, name in _REFUSED.items() if pattern.fullmatch(key)), None)

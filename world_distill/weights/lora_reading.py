@@ -109,7 +109,7 @@ def read(
     _check_left_out(left_out, without)
     changes = {key: found for key, found in changes.items() if _part_of(found) not in left_out}
 
-    _check_layers(tensors, {key: found.layer for key, found in factors.items()}, model)
+    _check_layers(tensors, {key: lora_names.flat(found.layer) for key, found in factors.items()}, model)
     result = Reading({}, left_out, {}, {}, {}, [])
     flat = _read_factors(tensors, factors, settings, model, scale, result)
     differences = _read_differences(tensors, changes, weights, result)
@@ -178,13 +178,13 @@ def _read_differences(tensors, changes, weights: Mapping[str, _Weight], result: 
 
 
 def _layers(model: LoraModel) -> dict[str, _Layer]:
-    """Every name that a file may have for a layer of the model, without prefixes."""
+    """Every name that a file may have for a layer of the model: without prefixes, and flat."""
     layers = {}
     for path in model.names.keys() & model.shapes.keys():
         for n in range(model.shapes[path][0] if "{n}" in model.names[path][0] else 1):
             theirs, original = (name.format(n=n) for name in model.names[path])
             for name in (theirs, original):
-                layers[name] = layers[name.replace(".", "_")] = _Layer(path, n, theirs)
+                layers[lora_names.flat(name)] = _Layer(path, n, theirs)
     return layers
 
 
@@ -192,7 +192,7 @@ def _sort(keys: Mapping[str, lora_names.Key], layers: Mapping[str, _Layer]) -> d
     """Layer -> names of its tensors, by part: a, b, and alpha where there is one."""
     slots: dict[_Layer, dict[str, str]] = {}
     for key, found in keys.items():
-        slot = slots.setdefault(layers[found.layer], {})
+        slot = slots.setdefault(layers[lora_names.flat(found.layer)], {})
         if found.part in slot:
             raise ValueError(f"it has the same thing under two names, {slot[found.part]} and {key}: remove one")
         slot[found.part] = key
@@ -205,11 +205,11 @@ def _weights(model: LoraModel, changes: Mapping[str, lora_names.Key]) -> dict[st
     """The array that each difference changes."""
     entries = [entry for layout in model.entries.values() for entry in layout]
     tensors = {name: _Weight(entry, n) for entry in entries for n, name in enumerate(entry.names)}
-    by_name = tensors | {name.replace(".", "_"): weight for name, weight in tensors.items()}
+    by_name = {lora_names.flat(name): weight for name, weight in tensors.items()}
     found = {}
     for key, (layer, part) in changes.items():
         ends = {"diff": ("weight", ""), "diff_b": ("bias",), "diff_m": ("modulation", "scale_shift_table")}[part]
-        names = [layer + mark + end if end else layer for end in ends for mark in "._"]
+        names = [lora_names.flat(f"{layer}.{end}" if end else layer) for end in ends]
         weight = next((by_name[name] for name in names if name in by_name), None)
         if weight is None:
             known = "" if entries else " (only linear layers' weights can be adapted here)"
