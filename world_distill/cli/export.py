@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+from typing import Any
 
 from world_distill import console
 from world_distill.cli import arguments
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         comfy = args.format == "merged-comfy"
         summary = export.export_merged(args.workdir, args.out, source=args.source, comfy=comfy, **common)
     else:
-        summary = export.export_lora(args.workdir, args.out, layout=args.format, **common)
+        layout: Any = args.format
+        summary = export.export_lora(args.workdir, args.out, layout=layout, **common)
     console.say(f"{args.out}: {summary['tensors']} tensors, {summary['bytes'] / 1e6:.1f} MB, step {summary['step']}")
     for line in summary.get("unread", ()):
         console.say(f"diffusers does not read this file: {line}; give it one of --format diffusers")

@@ -95,7 +95,7 @@ def init_differences(base: PyTree, pattern: str) -> PyTree:
     Raises:
       ValueError: the pattern matches no weight.
     """
-    flat = flatten_dict(base, sep=".")
+    flat: dict[str, Any] = dict(flatten_dict(base, sep="."))
     found = {path: jnp.zeros(w.shape, jnp.float32) for path, w in flat.items() if re.fullmatch(pattern, path)}
     if not found:
         raise ValueError(f"executor.differences {pattern!r} matches no weight; weights are: {', '.join(sorted(flat))}")

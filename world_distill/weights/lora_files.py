@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,8 +158,8 @@ def combine(executors: Sequence[PyTree], strengths: Sequence[float]) -> PyTree:
     full = ["full" in lora for lora in executors]
     if any(full) and not all(full):
         raise ValueError("LoRA and full weights cannot be added up: merge one of them into the base (export)")
-    parts = [flatten_dict(lora) for lora in executors]
-    found = {}
+    parts: list[dict[tuple, Any]] = [dict(flatten_dict(lora)) for lora in executors]
+    found: dict[tuple, Any] = {}
     for path in dict.fromkeys(path for part in parts for path in part):
         having = [(part[path], strength) for part, strength in zip(parts, strengths, strict=True) if path in part]
         if path[0] not in ("full", DIFFERENCES) and path[-1] == "a":
