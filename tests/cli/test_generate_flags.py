@@ -38,6 +38,19 @@ def test_flags_win_over_the_recipe_and_nothing_changes_without_it(asked):
     assert tuple(other.model.size) == (480, 832) and other.model.frames == 49
 
 
+def test_a_folder_is_a_run_or_a_lora(tmp_path):
+    kinds = {
+        "run": ["config.json"], "empty": [], "peft": ["adapter_model.safetensors", "adapter_config.json"],
+        "diffusers": ["pytorch_lora_weights.safetensors"], "other": ["executor.safetensors"],
+    }  # fmt: skip
+    for name, files in kinds.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    assert {name for name in kinds if generate.is_run(tmp_path / name)} == {"run", "empty"}
+    assert not generate.is_run(tmp_path / "run" / "config.json")
+
+
 def test_strengths_that_do_not_fit_and_unknown_parts_are_explained(asked, capsys):
     assert call("--config", "wan22_5b", "--executor", "a", "--strength", "1", "--strength", "2") == 2
     assert "2 --strength for 1 --executor" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -> TrainState:
-    """A fresh state whose Executor is that of a LoRA file, in diffusers' or ComfyUI's layout.
+    """A fresh state whose Executor is that of a LoRA file or folder (`weights.lora_names`).
 
     Raises:
       UserError: a family or an Executor without LoRA, or other layers or another rank than the config's.

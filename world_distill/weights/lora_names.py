@@ -26,7 +26,16 @@ PREFIXES = {
 }
 
 # Beginnings of keys that belong to another part of a pipeline than the video transformer.
-TEXT_ENCODER = ("text_encoder", "text_encoders.", "lora_te", "conditioner.", "cond_stage_model.", "pipe.text_encoder")
+TEXT_ENCODER = (
+    "text_encoder",
+    "text_encoders.",
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "conditioner.",
+    "cond_stage_model.",
+    "pipe.text_encoder",
+)
 OTHER_TRANSFORMER = ("transformer_2.", "low_noise.", "high_noise.", "diffusion_model_2.")
 # Layers of image-to-video models that see the image through CLIP.
 IMAGE_BRANCH = re.compile(r"(k_img|v_img|norm_k_img|img_emb|add_k_proj|add_v_proj|norm_added_k|image_embedder)([._]|$)")
