@@ -300,6 +300,21 @@ def test_settings_that_shapes_do_not_show_are_compared_when_a_base_is_loaded(tmp
 
 
 @pytest.mark.torch
+def test_a_file_for_comfyui_is_verified_with_diffusers_network(tmp_path, weights, vae, capsys):
+    pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
+    source = save(tmp_path / "x.safetensors", prefixed(weights["original", "transformer"], "model.diffusion_model."))
+    call = ["convert", str(source), str(tmp_path / "dest"), "--vae", str(vae), "--verify"]
+    assert cli.main([*call, "--json", str(tmp_path / "x.json")]) == 0
+    figures = json.loads((tmp_path / "x.json").read_text())["verify"]
+    assert all(0 < figures[key]["relative"] < 5e-4 for key in ("transformer", "vae_encode", "vae_decode"))
+    swapped = dict(weights["original", "transformer"])
+    swapped["blocks.0.self_attn.q.weight"] = swapped["blocks.0.self_attn.k.weight"]
+    save(source, prefixed(swapped, "model.diffusion_model."))
+    assert cli.main(call) == 2
+    assert "does not compute what diffusers computes" in capsys.readouterr().err
+
+
+@pytest.mark.torch
 def test_the_original_names_are_those_that_diffusers_renames():
     pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
     from diffusers.loaders import single_file_utils as theirs

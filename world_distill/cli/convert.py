@@ -60,10 +60,8 @@ def run(args: argparse.Namespace) -> int:
     located = sources.locate(args.source)
     source = located.path
     summary: dict[str, Any] = {}
-    if args.verify and not (source / "transformer").is_dir():
-        raise UserError(f"--verify compares with diffusers, and needs SOURCE in its layout; {source} is in another")
     if there:
-        verify.check_same_model(source, args.dest, args.dtype)
+        verify.check_same_model(source, args.dest, args.dtype, args.vae)
     else:
         summary |= convert.convert(
             source, args.dest, dtype=args.dtype, name=args.source.partition("@")[0], vae=args.vae,
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         size = f"{summary['arrays']} arrays, {summary['gigabytes']:.2f} GB"
         console.say(f"{args.dest}: {size}, family {summary['family']}; use it with --config.base={args.dest}")
     if args.verify:
-        summary["verify"] = verify.compare(source, args.dest)
+        summary["verify"] = verify.compare(source, args.dest, args.vae)
     if args.json:
         atomic.write_json(args.json, summary)
     if args.verify:

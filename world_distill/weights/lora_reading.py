@@ -95,7 +95,8 @@ def read(
     for key in tensors:
         if part := lora_names.other_part(key):
             left_out.setdefault(part, []).append(key)
-    keys = {key: lora_names.parse(key) for key in tensors if not any(key in some for some in left_out.values())}
+    gone = {key for found in left_out.values() for key in found}
+    keys = {key: lora_names.parse(key) for key in tensors if key not in gone}
     if not any(key.part in ("a", "b") or key.part.startswith("diff") for key in keys.values()):
         raise ValueError(f"it holds no LoRA of a video transformer, but {some(tensors) or 'nothing'}")
     if strange := [key for key, found in keys.items() if not found.part]:
@@ -140,8 +141,12 @@ def _read_factors(tensors, factors, settings, model: LoraModel, scale: float, re
         result.strengths[strength] = result.strengths.get(strength, 0) + 1
     if misfits:
         raise ValueError(f"it was made for a model of other sizes: {some(misfits, '; ')}")
-    if not settings and not any("alpha" in found.part for found in factors.values()):
-        result.notes.append("it says no alpha, so alpha is taken to be the rank (strength 1)")
+    # PEFT keeps alpha beside its files; everyone else who writes none means the rank.
+    of_peft = any(key.startswith("base_model.") for key in factors)
+    if of_peft and not settings and not any(found.part == "alpha" for found in factors.values()):
+        result.notes.append(
+            "PEFT wrote it, and adapter_config.json is not beside it, so alpha is taken to be the rank (strength 1)"
+        )
 
     rank, flat = max((a.shape[1] for a, _ in changes.values()), default=0), {}
     for path in sorted({layer.path for layer in changes}):
