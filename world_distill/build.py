@@ -89,8 +89,9 @@ def _make_family(config: FrozenConfigDict, mesh: jax.sharding.Mesh | None) -> Mo
     sizes = {k: v for k, v in config.model.to_dict().items() if k != "family"}
     executor = config.executor
     scale = executor.alpha / executor.rank if executor.rank else 1.0
+    more = {"lora_differences": executor.differences} if executor.differences and executor.rank else {}
     try:
-        family = models.build(config.model.family, **sizes, lora_targets=executor.targets, lora_scale=scale)
+        family = models.build(config.model.family, **sizes, lora_targets=executor.targets, lora_scale=scale, **more)
     except TypeError as error:
         raise UserError(f"config.model does not fit family {config.model.family!r}: {error}") from error
     return family if mesh is None else family.on(mesh)

@@ -6,7 +6,7 @@ A new model, annotator or judge is a class or a module with these members; nothi
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -87,9 +87,12 @@ class Encoders(Protocol):
 class PublishedLayout(Protocol):
     """The layout in which a family's weights are published, that of diffusers."""
 
+    sizes: Mapping[str, Any]  # as in a config's section `model`, with what shapes do not show (heads, eps)
     lora_names: Mapping[str, tuple[str, str]]  # layer -> its names in diffusers and in the original code
+    known_sizes: Mapping[tuple[int, int], str]  # (blocks, width) -> what people call the model of these sizes
+    float32: Mapping[str, str]  # part -> pattern of the paths of its arrays that everyone keeps in float32
 
-    def entries(self) -> dict[str, list[Any]]:
+    def entries(self, naming: Literal["diffusers", "original"] = "diffusers") -> dict[str, list[Any]]:
         """`models.tensor_map.Entry` of every published tensor, by part of the base."""
         ...
 

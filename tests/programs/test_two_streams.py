@@ -199,7 +199,7 @@ def test_clips_are_the_samplers_decoded_frame_after_frame(runs, inputs, tmp_path
         v = family.denoise(base, lora, x, jnp.full(1, t), told)
         x = jax.tree.map(lambda x, v: x + (t_next - t) * v, x, v)  # noqa: B023
     plain = np.asarray(family.codec.decode(base, x))[0].astype(int)
-    request = generate.Request(out=tmp_path / "clips", records=inputs / "data", limit=1, executor=folder)
+    request = generate.Request(out=tmp_path / "clips", records=inputs / "data", limit=1, executors=(folder,))
     kept = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "_write", lambda out, job, clip, *rest: kept.update({job.name: clip}))

@@ -31,6 +31,7 @@ from world_distill.training import run_folder
 from world_distill.training.step_programs import make_programs
 from world_distill.weights import base_model, merged_model
 from world_distill.weights.lora_files import read_lora
+from world_distill.weights.lora_layouts import LoraModel
 
 SMALL = {
     "model.size": (64, 64), "world.size": 64, "model.depth": 2, "sampler.steps": 2, "steps": 2, "save_every": 1,
@@ -212,9 +213,7 @@ def test_a_clip_is_decoded_in_parts_on_many_devices(random):
 @pytest.mark.once
 def test_an_exported_lora_is_an_executor_to_start_from(opened, files, layout):
     path = str(files[layout])
-    found = read_lora(
-        path, opened.family.published.lora_names, opened.family.kernel_shapes(), scale=opened.family.lora_scale
-    )
+    found = read_lora(path, LoraModel.of(opened.family), scale=opened.family.lora_scale).tree
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, jax.device_get(opened.executor))
     config = config_of(**{"executor.start": path})
     state = make_programs(config, opened.mesh).init(opened.base, config.seed)
@@ -344,7 +343,7 @@ def test_lora_of_another_model_is_refused(files):
     config = config_of(**{"model.width": 64})
     family = build.make_family(config)
     with pytest.raises(TensorFileError, match=r"comfy\.safetensors"):
-        read_lora(files["comfy"], family.published.lora_names, family.kernel_shapes(), scale=1.0)
+        read_lora(files["comfy"], LoraModel.of(family), scale=1.0)
 
 
 def test_the_full_size_takes_its_place_on_a_mesh():

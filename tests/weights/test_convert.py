@@ -20,7 +20,7 @@ from world_distill.errors import UserError
 from world_distill.models.tensor_map import assemble
 from world_distill.storage import array_store
 from world_distill.storage.safetensors_folder import TensorFileError
-from world_distill.weights import convert
+from world_distill.weights import convert, published
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOLDENS = pathlib.Path(__file__).parents[1] / "models" / "wan" / "goldens"
@@ -63,7 +63,7 @@ def make_source(folder, *, transformer=TRANSFORMER, vae=VAE, change=lambda weigh
 
 
 def expected(source):
-    _, model = convert.published.describe(source)
+    _, model = published.describe(source)
     trees = {
         "transformer": assemble(model.entries["transformer"], tensors("transformer_3x4x6.npz")),
         "vae": assemble(model.entries["vae"], tensors("vae_2.2.npz")),
@@ -123,7 +123,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_loads(tmp_path, monkeypat
 KILLED = """
 import os, pathlib, signal, sys
 from world_distill.storage import array_store
-from world_distill.weights import convert
+from world_distill.weights import convert, published
 module, name, count = sys.argv[1:4]
 target = {"partial": array_store.ocp.partial, "os": os}[module]
 real, calls = getattr(target, name), []
@@ -224,7 +224,7 @@ def test_a_model_of_two_transformers_is_refused(tmp_path):
     index.write_text(json.dumps({"transformer_2": ["diffusers", "WanTransformer3DModel"]}))
     with pytest.raises(UserError, match="two transformers"):
         convert.convert(source, tmp_path / "dest")
-    index.write_text(json.dumps({"transformer_2": [None, None]}))
+    index.write_text(json.dumps({"transformer_2": [None, None], "expand_timesteps": True}))
     convert.convert(source, tmp_path / "dest")
 
 
@@ -253,12 +253,12 @@ def test_tensors_of_a_type_that_is_not_read_are_named(tmp_path):
     source = make_source(tmp_path / "source")
     shard = source / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
     shapes = {name: x.shape for name, x in safetensors.numpy.load_file(shard).items()}
-    kinds = {name: ("I8" if i else "F8_E4M3", list(shapes[name])) for i, name in enumerate(shapes)}
+    kinds = {name: ("I8" if i else "F8_E8M0", list(shapes[name])) for i, name in enumerate(shapes)}
     write_header(shard, kinds)
     with pytest.raises(UserError) as caught:
         convert.convert(source, tmp_path / "dest", dtype="bfloat16")
     for name, (kind, _) in kinds.items():
-        assert f"transformer: type: {name} is {kind}; F32, F16, BF16 can be read" in str(caught.value)
+        assert f"transformer: type: {name} is {kind}; F32, F16, BF16, F8_E4M3, F8_E5M2 can be read" in str(caught.value)
     assert not list(tmp_path.glob("dest*"))
 
 
@@ -294,7 +294,7 @@ def test_a_name_on_the_hub_is_downloaded_without_its_text_encoder(tmp_path, monk
     assert cli.main(["convert", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "dest"]) == 0
     ((name, patterns),) = asked
     assert name == "Wan-AI/Wan2.2-TI2V-5B-Diffusers" and "model_index.json" in patterns
-    assert {pattern.split("/")[0] for pattern in patterns} == {"model_index.json", "transformer", "vae"}
+    assert {pattern.split("/")[0] for pattern in patterns} == {"model_index.json", "README.md", "transformer", "vae"}
     assert array_store.describe("dest")[1]["source"] == name
 
 

@@ -24,7 +24,8 @@ def base():
 
 def merged(base, lora, dtype=np.float32):
     read = flatten_dict({"transformer": base[0]}, sep=".").__getitem__
-    return dict(_tensors(list(transformer_entries(CONFIG)), read, lora, SCALE, np.dtype(dtype), "transformer"))
+    wanted = [(entry, np.dtype(dtype)) for entry in transformer_entries(CONFIG)]
+    return dict(_tensors(wanted, read, lora, SCALE, "transformer"))
 
 
 def test_an_adapted_layer_has_the_scaled_product_and_the_others_nothing(base):

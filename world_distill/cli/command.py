@@ -35,6 +35,7 @@ VERBS = {
     "encode": "turn images and texts into the records that training reads",
     "inspect": "show the records of a set, with pictures",
     "convert": "turn published PyTorch weights into a checkpoint",
+    "inspect-weights": "say what a file of weights is, and what each tool would do with it",
     "pretrain": "train the sandbox's base model",
     "probe": "before training, ask the judge whether the Demonstrator is better at all",
     "train": "train an Executor: distillation, RL, or both (WMSD)",

@@ -12,12 +12,16 @@ from world_distill.storage import atomic
 DTYPES = ("keep", "float32", "bfloat16")
 
 HELP = """\
-Convert a model in diffusers' layout (a folder of safetensors) to a checkpoint of this project.
+Convert a published model (safetensors) to a checkpoint of this project.
 
-SOURCE is such a folder, or the name of a model on the Hugging Face hub, of which transformer and autoencoder are then
-downloaded. DEST is complete or not there: what an interrupted conversion leaves is cleared away by the next.
-`--config.base=DEST` then trains on it. The transformer is stored in --dtype (default: as published), the autoencoder as
-published.
+SOURCE is a folder in diffusers' layout, the folder of the original repository, a single file for ComfyUI, or the name
+of a model on the Hugging Face hub (NAME, or NAME@REVISION), of which transformer and autoencoder are then downloaded.
+The original layout and ComfyUI keep the autoencoder in a file of its own, which --vae names. 8-bit floats, with or
+without scales, are read and stored in --dtype. GGUF files and pickles are not read.
+
+DEST is complete or not there: what an interrupted conversion leaves is cleared away by the next. It keeps the commit
+and the licence of the source, which exported files name. `--config.base=DEST` then trains on it. The transformer is
+stored in --dtype (default: as published), the autoencoder as published.
 
 --verify runs DEST and diffusers side by side on random inputs, in float32 on the CPU, and fails if they differ. It
 needs the extra `torch`, and memory for either model in float32. Where DEST is there already, it is verified and not
@@ -25,19 +29,27 @@ converted again.
 
   world-distill convert Wan2.2-TI2V-5B-Diffusers weights/wan22-5b --dtype bfloat16
   world-distill convert Wan-AI/Wan2.2-TI2V-5B-Diffusers weights/wan22-5b --verify
+  world-distill convert wan2.2_ti2v_5B_fp16.safetensors weights/wan22-5b --vae wan2.2_vae.safetensors --dtype bfloat16
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="folder with transformer/ and vae/, or OWNER/NAME on the Hugging Face hub")
-    parser.add_argument("dest", type=pathlib.Path, help="folder of the checkpoint; must not exist, but with --verify")
+    parser.add_argument("source", help="folder, file, or OWNER/NAME[@REVISION] on the Hugging Face hub")
+    parser.add_argument("dest", type=_folder, help="folder of the checkpoint; must not exist, but with --verify")
+    parser.add_argument("--vae", type=pathlib.Path, help="file of the autoencoder, where SOURCE keeps it apart")
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the transformer's weights (default: keep)")
     parser.add_argument("--verify", action="store_true", help="compare the checkpoint with diffusers' model")
     arguments.add_json(parser)
 
 
+def _folder(text: str) -> pathlib.Path:
+    if "://" in text:  # a path would make one slash of the two, and then a folder of it
+        raise argparse.ArgumentTypeError(f"{text} is an address; name a folder here, and copy it there afterwards")
+    return pathlib.Path(text)
+
+
 def run(args: argparse.Namespace) -> int:
-    from world_distill.weights import convert, published, verify
+    from world_distill.weights import convert, sources, verify
 
     # What fails at once comes before a download that takes long.
     if args.verify:
@@ -45,16 +57,20 @@ def run(args: argparse.Namespace) -> int:
     there = args.dest.exists()
     if there and not args.verify:
         raise UserError(f"{args.dest} exists already; remove it, or name another folder")
-    source = published.locate(args.source)
+    located = sources.locate(args.source)
+    source = located.path
     summary: dict[str, Any] = {}
     if there:
-        verify.check_same_model(source, args.dest, args.dtype)
+        verify.check_same_model(source, args.dest, args.dtype, args.vae)
     else:
-        summary |= convert.convert(source, args.dest, dtype=args.dtype, name=args.source)
+        summary |= convert.convert(
+            source, args.dest, dtype=args.dtype, name=args.source.partition("@")[0], vae=args.vae,
+            revision=located.revision, license=located.license,
+        )  # fmt: skip
         size = f"{summary['arrays']} arrays, {summary['gigabytes']:.2f} GB"
         console.say(f"{args.dest}: {size}, family {summary['family']}; use it with --config.base={args.dest}")
     if args.verify:
-        summary["verify"] = verify.compare(source, args.dest)
+        summary["verify"] = verify.compare(source, args.dest, args.vae)
     if args.json:
         atomic.write_json(args.json, summary)
     if args.verify:

@@ -8,17 +8,28 @@ from world_distill.cli import arguments
 from world_distill.errors import UserError
 from world_distill.storage import atomic
 
+PARTS = ("biases", "norms", "modulation", "weights", "text-encoder", "image-branch")
+
+RECIPE = "wan22_5b:official"  # the config of --recipe
+
 HELP = """\
 Generate clips from images and texts.
 
 --task is what an Executor is told (or the base, without --executor), --solution what the Demonstrator is told; with
 both, both make a clip from the same noise. --executor is the folder of a run, whose config is used where --config is
-not given, or a LoRA file in diffusers' or ComfyUI's layout. Several images take one text for all, or one each.
-Encoded records (--records) need no text encoder.
+not given, or a LoRA: a file, or a folder that diffusers or PEFT saved (`world-distill inspect-weights` says what a file
+is). Several are added up, each times its --strength. Several images take one text for all, or one each. Encoded records
+(--records) need no text encoder.
+
+--recipe samples as the published model's authors do: UniPC, with the guidance and the negative text of the config's
+section `demonstrator`, and with --config wan22_5b:official where no config is given. A trained Executor needs no
+guidance: give it --guidance 1.
 
   world-distill generate --config wan22_5b --config.base=weights/wan22-5b --executor executor.safetensors \\
       --config.model.text_encoder=Wan2.2-TI2V-5B-Diffusers \\
       --image kitchen.png --task "[hand]: Pick up the cup." --out clips
+  world-distill generate --recipe --config.base=weights/wan22-5b --config.model.text_encoder=Wan2.2-TI2V-5B-Diffusers \\
+      --image kitchen.png --solution "A hand reaches …" --out clips
   world-distill generate --executor runs/wan --records data --name test --limit 16 --out clips
 """
 
@@ -34,15 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", default="test", help="name of the record set (default: test)")
     add("--limit", type=int, default=0, help="take the first N records only (default: all)")
     add("--text", choices=("task", "solution", "both"), default="task", help="text of records (default: task)")
-    add("--executor", type=pathlib.Path, help="folder of a run, or a LoRA file")
+    add("--executor", type=pathlib.Path, action="append", default=[], help="folder of a run, or LoRA; may be repeated")
+    add("--strength", type=float, action="append", default=[], help="of --executor; one, or one for each (default: 1)")
+    add("--without", choices=PARTS, action="append", default=[], help="part of a LoRA to leave out; may be repeated")
     add(
-        "--sampler", choices=("euler", "unipc"), default="euler", help="euler, as in training (default), or Wan's unipc"
+        "--sampler",
+        choices=("euler", "unipc"),
+        help="euler, as in training (default), or Wan's unipc (that of --recipe)",
     )
+    add("--recipe", action="store_true", help="sample as the authors of the published model do")
     add("--steps", type=int, help="sampler steps (default: config.sampler.steps)")
     add("--shift", type=float, help="of the sampler's times (default: config.sampler.shift)")
     add("--sigmas", help="for euler: times with commas between, falling from 1; the 0 at the end is added")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance scale (default: 1, none)")
-    add("--negative", default="", help="what guidance leads away from (default: the empty text)")
+    add("--guidance", type=float, help="classifier-free guidance scale (default: 1, none)")
+    add("--negative", help="what guidance leads away from (default: the empty text)")
     add("--frames", type=int, help="of a clip (default: config.model.frames)")
     add("--size", metavar="HxW", help="height and width in pixels (default: config.model.size)")
     add("--count", type=int, default=1, help="clips of each image and text (default: 1)")
@@ -59,12 +75,20 @@ def run(args: argparse.Namespace) -> int:
         overrides["model.frames"] = str(args.frames)
     if args.size:
         overrides["model.size"] = str(_size(args.size))
-    config = generate.resolve_config(args.config, args.executor, overrides)
+    default = RECIPE if args.recipe and not any(map(generate.is_run, args.executor)) else None
+    config = generate.resolve_config(args.config or default, args.executor, overrides)
+    if args.recipe:
+        told = config.demonstrator
+        recipe = {"sampler": "unipc", "guidance": told.guidance, "negative": told.negative}
+    else:
+        recipe = {"sampler": "euler", "guidance": 1.0, "negative": ""}
+    given = {name: getattr(args, name) for name in recipe if getattr(args, name) is not None}
     request = generate.Request(
         out=args.out, images=tuple(args.image), tasks=tuple(args.task), solutions=tuple(args.solution),
-        records=args.records, name=args.name, text=args.text, limit=args.limit, executor=args.executor,
-        sampler=args.sampler, steps=args.steps or 0, shift=args.shift, times=_times(args.sigmas),
-        guidance=args.guidance, negative=args.negative, count=args.count, batch=args.batch, seed=args.seed,
+        records=args.records, name=args.name, text=args.text, limit=args.limit, executors=tuple(args.executor),
+        strengths=tuple(args.strength), without=tuple(args.without),
+        steps=args.steps or 0, shift=args.shift, times=_times(args.sigmas),
+        **(recipe | given), count=args.count, batch=args.batch, seed=args.seed,
     )  # fmt: skip
     made, kept = generate.generate(request, config)
     console.say(f"{args.out}: {made} clips made, {kept} were there")

@@ -3,7 +3,8 @@
 A LoRA tree mirrors the base's tree down to the layers that it adapts: `{..., "q": {"a": [i r], "b": [r o]}}`, with a
 leading layer axis where the base's layers are stacked. `b` starts at zero, so a fresh Executor *is* the Demonstrator.
 A full Executor is `{"full": differences}` with a leaf for every weight of the base, all zero at first. Both are what
-an optimiser updates, an EMA averages and a checkpoint holds; the base is never copied.
+an optimiser updates, an EMA averages and a checkpoint holds; the base is never copied. Beside factors, an Executor may
+hold full differences of some weights, such as biases: a part of the base's tree under the name `DIFFERENCES`.
 """
 
 import abc
@@ -12,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from world_distill.structs import PyTree
+
+DIFFERENCES = "differences"  # beside factors: full differences of some weights
 
 
 def kernels(base: PyTree, prefix: str = "") -> dict[str, Any]:
@@ -69,7 +72,9 @@ def lora_axes(lora: PyTree, base_axes: PyTree) -> PyTree:
         return {"full": base_axes}
     axes = {}
     for name, value in lora.items():
-        if "a" in value and not isinstance(value["a"], dict):
+        if name == DIFFERENCES:
+            axes[name] = _part_like(value, base_axes)
+        elif "a" in value and not isinstance(value["a"], dict):
             *stack, inputs, outputs = (
                 axis if axis in ("layers", "embed") else "factor" for axis in base_axes[name]["kernel"]
             )
@@ -79,16 +84,46 @@ def lora_axes(lora: PyTree, base_axes: PyTree) -> PyTree:
     return axes
 
 
+def _part_like(part: PyTree, tree: PyTree) -> PyTree:
+    """The leaves of `tree` at the places where `part` has leaves."""
+    return {k: _part_like(v, tree[k]) if isinstance(v, dict) else tree[k] for k, v in part.items()}
+
+
+def init_differences(base: PyTree, pattern: str) -> PyTree:
+    """Full differences, all zero, of the weights whose dotted path matches the pattern: a part of the base's tree.
+
+    Raises:
+      ValueError: the pattern matches no weight.
+    """
+    flat: dict[str, Any] = dict(flatten_dict(base, sep="."))
+    found = {path: jnp.zeros(w.shape, jnp.float32) for path, w in flat.items() if re.fullmatch(pattern, path)}
+    if not found:
+        raise ValueError(f"executor.differences {pattern!r} matches no weight; weights are: {', '.join(sorted(flat))}")
+    return unflatten_dict(found, sep=".")
+
+
 def init_full(base: PyTree) -> PyTree:
     """A full Executor: float32 differences from every weight of the base, all zero."""
     return {"full": jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), base)}
 
 
 def apply_full(base: PyTree, lora: PyTree | None) -> tuple[PyTree, PyTree | None]:
-    """(weights, LoRA) to compute with: a full Executor's differences are added to the base, LoRA is passed on."""
-    if lora is None or "full" not in lora:
+    """(weights, LoRA) to compute with: full differences are added to the base, LoRA's factors are passed on."""
+    if lora is None:
+        return base, None
+    if "full" in lora:
+        return jax.tree.map(lambda w, d: w + d.astype(w.dtype), base, lora["full"]), None
+    if DIFFERENCES not in lora:
         return base, lora
-    return jax.tree.map(lambda w, d: w + d.astype(w.dtype), base, lora["full"]), None
+    factors = {name: value for name, value in lora.items() if name != DIFFERENCES}
+    return _add(base, lora[DIFFERENCES]), factors or None
+
+
+def _add(base: PyTree, part: PyTree) -> PyTree:
+    """The base with differences of some of its weights added, in float32."""
+    if not isinstance(part, dict):
+        return (base.astype(jnp.float32) + part.astype(jnp.float32)).astype(base.dtype)
+    return base | {name: _add(base[name], value) for name, value in part.items()}
 
 
 def merge(base: PyTree, lora: PyTree | None, scale: float) -> PyTree:
@@ -96,10 +131,10 @@ def merge(base: PyTree, lora: PyTree | None, scale: float) -> PyTree:
 
     A full Executor's differences are added as they are. Differentiable in `lora`. Products are made in float32.
     """
+    if lora is not None and ("full" in lora or DIFFERENCES in lora):
+        base, lora = apply_full(base, lora)
     if lora is None:
         return base
-    if "full" in lora:
-        return apply_full(base, lora)[0]
     if "a" in lora and not isinstance(lora["a"], dict):
         change = scale * (lora["a"].astype(jnp.float32) @ lora["b"].astype(jnp.float32))
         return base | {"kernel": (base["kernel"] + change).astype(base["kernel"].dtype)}
@@ -112,10 +147,12 @@ class Adapted(abc.ABC):
     Attributes:
       adapted: part of the base (an outermost key) that the Executor changes; None: all of it.
       lora_targets: pattern of the dotted paths, within that part, of the layers that LoRA adapts.
+      lora_differences: pattern of the weights that get full differences beside LoRA; empty: none.
     """
 
     adapted: str | None
     lora_targets: str
+    lora_differences: str = ""
 
     @abc.abstractmethod
     def init_base(self, key: jax.Array) -> PyTree:
@@ -133,7 +170,10 @@ class Adapted(abc.ABC):
         """An Executor that equals the Demonstrator: LoRA of `rank`, or full differences if `rank` is None."""
         if rank is None:
             return init_full(self.adapted_part(base))
-        return init_lora(key, self.adapted_part(base), rank=rank, targets=self.lora_targets)
+        lora = init_lora(key, self.adapted_part(base), rank=rank, targets=self.lora_targets)
+        if self.lora_differences:
+            lora[DIFFERENCES] = init_differences(self.adapted_part(base), self.lora_differences)
+        return lora
 
     def lora_axes(self, lora: PyTree) -> PyTree:
         """Logical axis names of `init_lora`'s tree."""

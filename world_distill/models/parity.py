@@ -1,7 +1,7 @@
 """How a part of a family's base is held to the published code that it comes from."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +13,13 @@ class PartParity(NamedTuple):
     Attributes:
       inputs: family -> random inputs.
       ours: (family, weights of the part, **inputs) -> results.
-      load: folder of the published model -> the reference's network, float32, on the CPU.
+      load: folder of the part in the reference's layout -> its network, float32, on the CPU.
+      build: (config in the reference's layout, tensors by their original names) -> the same network.
       theirs: (that network, **inputs) -> results of the same names.
     """
 
     inputs: Callable[[Any], dict[str, np.ndarray]]
     ours: Callable[..., dict[str, np.ndarray]]
     load: Callable[[pathlib.Path], Any]
+    build: Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], Any]
     theirs: Callable[..., dict[str, np.ndarray]]

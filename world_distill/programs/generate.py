@@ -35,7 +35,7 @@ from world_distill.storage import atomic, video_files
 from world_distill.structs import Condition, PyTree, Texts
 from world_distill.training import run_folder
 from world_distill.weights import base_model
-from world_distill.weights.lora_files import load_lora
+from world_distill.weights.lora_files import combine, load_lora, lora_file
 
 SHEET_FRAMES = 8  # of a clip on its contact sheet
 
@@ -49,7 +49,9 @@ class Request:
       images: scene images; `tasks` and `solutions` are texts for them, one for all or one each.
       records: folder of encoded records in place of images and texts; `name` is the record set, `text` which text of
         a record is told (task, solution or both), `limit` how many records are taken, 0 for all.
-      executor: folder of a run, or a LoRA file; None is the base.
+      executors: folders of runs, or LoRA files, whose changes are added up; empty is the base.
+      strengths: of the executors, one for all or one each; empty: 1.
+      without: parts of LoRA files that are left out (`weights.lora_names.LEFT_OUT`).
       sampler: euler or unipc.
       steps: of the sampler; 0 takes the config's.
       shift: of the sampler's times; None takes the config's.
@@ -68,7 +70,9 @@ class Request:
     name: str = "test"
     text: str = "task"
     limit: int = 0
-    executor: pathlib.Path | None = None
+    executors: tuple[pathlib.Path, ...] = ()
+    strengths: tuple[float, ...] = ()
+    without: tuple[str, ...] = ()
     sampler: str = "euler"
     steps: int = 0
     shift: float | None = None
@@ -82,6 +86,10 @@ class Request:
     def __post_init__(self):
         if self.guidance < 1:
             raise UserError(f"--guidance {self.guidance}: the scale is at least 1, which is no guidance")
+        if len(self.strengths) not in (0, 1, len(self.executors)):
+            raise UserError(
+                f"{len(self.strengths)} --strength for {len(self.executors)} --executor: give one, or one for each"
+            )
         if self.times and self.sampler != "euler":
             raise UserError("--sigmas is for --sampler euler; unipc makes its own from --steps and --shift")
         if (self.records is None) == (not self.images):
@@ -117,7 +125,7 @@ def generate(request: Request, config) -> tuple[int, int]:
     settings = _settings(request, config)
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)
-    lora, settings["executor"] = _load_executor(request.executor, config, family, mesh)
+    lora, settings["executor"] = _load_executors(request, config, family, mesh)
     base = functools.cache(lambda: base_model.load_base(family, config, mesh))
     rows = request.batch or len(mesh.devices.flat)
     jobs = list(_jobs(request, family, base))
@@ -142,13 +150,13 @@ def generate(request: Request, config) -> tuple[int, int]:
 # ---- What is asked for
 
 
-def resolve_config(config: str | None, executor: pathlib.Path | None, overrides: Mapping[str, Any]) -> Any:
-    """The config named `config`, or else that of the run in folder `executor`, with the overrides.
+def resolve_config(config: str | None, executors: Sequence[pathlib.Path], overrides: Mapping[str, Any]) -> Any:
+    """The config named `config`, or else that of the first run among `executors`, with the overrides.
 
     Raises:
       UserError: neither is given, or an override does not fit.
     """
-    run = executor if executor is not None and executor.is_dir() else None
+    run = next((path for path in executors if is_run(path)), None)
     if config is None:
         if run is None:
             raise UserError("--config is needed: which model is it? (Only the folder of a run brings its own.)")
@@ -189,7 +197,7 @@ def _settings(request: Request, config) -> dict[str, Any]:
 def _jobs(request: Request, family: ModelFamily, base: Callable[[], PyTree]) -> Iterator[Job]:
     """Everything that is asked for, done or not; nothing is encoded before `Job.load`."""
     inputs = _from_records(request, family) if request.records else _from_images(request, family, base)
-    told = "executor" if request.executor else "base"
+    told = "executor" if request.executors else "base"
     names = set()
     for name, kind, prompt, source, load in inputs:
         role = told if kind == "task" else "demonstrator"
@@ -242,21 +250,47 @@ def _negative(request: Request, family: ModelFamily, lengths: Mapping[str, int])
     return pad_negative(states, lengths)
 
 
-def _load_executor(
-    path: pathlib.Path | None, config, family: ModelFamily, mesh: jax.sharding.Mesh
-) -> tuple[PyTree | None, dict[str, Any] | None]:
+def is_run(path: pathlib.Path) -> bool:
+    """Whether a path is taken for the folder of a run, and not for a LoRA."""
+    return path.is_dir() and ((path / "config.json").is_file() or not list(path.glob("*.safetensors")))
+
+
+def _load_executors(
+    request: Request, config, family: ModelFamily, mesh: jax.sharding.Mesh
+) -> tuple[PyTree | None, Any]:
     """(weights, what tells them from any others)."""
-    if path is None:
+    if not request.executors:
         return None, None
-    if path.is_dir():
+    found = [_load_executor(path, request.without, config, family, mesh) for path in request.executors]
+    strengths = request.strengths or (1.0,)
+    strengths = strengths if len(strengths) == len(found) else strengths * len(found)
+    if len(found) == 1 and strengths == (1.0,):
+        return found[0]
+    try:
+        weights = combine([weights for weights, _ in found], strengths)
+    except ValueError as error:
+        raise UserError(f"--executor {', '.join(map(str, request.executors))}: {error}") from error
+    named = [known | {"strength": strength} for (_, known), strength in zip(found, strengths, strict=True)]
+    return weights, named if len(named) > 1 else named[0]
+
+
+def _load_executor(
+    path: pathlib.Path, without: Sequence[str], config, family: ModelFamily, mesh: jax.sharding.Mesh
+) -> tuple[PyTree, dict[str, Any]]:
+    if is_run(path):
         trained = run_folder.read_config(path)
+        scale = build.make_family(trained).lora_scale
         with trained.unlocked():
             trained.model = config.model  # that the Executor fits it is checked when it is read
         lora, step = run_folder.load_executor(trained, mesh, path)
         if lora is None:
             raise UserError(f"{path} has no checkpoint yet: there is no Executor")
+        if "full" not in lora and scale != family.lora_scale:  # trained with another alpha / rank than is used here
+            lora = combine([lora], [scale / family.lora_scale])
         return lora, {"run": str(path), "step": step}
-    return load_lora(path, family, mesh), {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    lora = load_lora(path, family, mesh, without=without)
+    known = {"file": str(path), "sha256": hashlib.sha256(lora_file(path).read_bytes()).hexdigest()}
+    return lora, known | ({"without": sorted(without)} if without else {})
 
 
 # ---- Sampling

@@ -42,6 +42,7 @@ from world_distill.training.collect import Collector
 from world_distill.training.step_programs import make_programs
 from world_distill.weights.base_model import load_base
 from world_distill.weights.lora_files import load_lora, write_lora
+from world_distill.weights.lora_layouts import LoraModel
 
 _AGENT = re.compile(r"\s*\[([^\[\]]+)\]")
 
@@ -309,9 +310,9 @@ class Trainer:
 
 
 def save_lora(
-    model: Model, executor: PyTree, path: str | os.PathLike, *, layout: Literal["diffusers", "comfy"] = "diffusers"
+    model: Model, executor: PyTree, path: str | os.PathLike, *, layout: Literal["diffusers", "comfy"] = "comfy"
 ) -> None:
-    """Writes an Executor (`state.lora_ema`) as a LoRA file for diffusers or ComfyUI.
+    """Writes an Executor (`state.lora_ema`) as a LoRA file: "comfy" for ComfyUI and diffusers, or "diffusers".
 
     Raises:
       UserError: a family without published weights.
@@ -320,7 +321,7 @@ def save_lora(
     if model.family.published is None:
         raise UserError(f"model family {model.family.name} has no published layout to export to")
     host = jax.device_get(executor)
-    write_lora(path, host, model.family.published.lora_names, scale=model.family.lora_scale, layout=layout)
+    write_lora(path, host, LoraModel.of(model.family), scale=model.family.lora_scale, layout=layout)
 
 
 def _condition(rows: Sequence[Told], lengths: Mapping[str, int]) -> Condition:

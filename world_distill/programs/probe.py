@@ -150,7 +150,7 @@ def _executor(config, family: ModelFamily, mesh: jax.sharding.Mesh) -> PyTree | 
     path = config.executor.start
     if not path:
         return None
-    return load_lora(path, family, mesh)
+    return load_lora(path, family, mesh, without=tuple(config.executor.start_without))
 
 
 def _check_judged(probed: Probed, limit: float) -> None:

@@ -42,6 +42,7 @@ from world_distill.training.collect import Collector, TooFewJudgments
 from world_distill.training.prefetch import Experience
 from world_distill.training.step_programs import make_programs
 from world_distill.weights import base_model
+from world_distill.weights.lora_layouts import check_targets
 
 
 def train(
@@ -71,6 +72,8 @@ def train(
     mesh = build.start_devices(config)
     programs = make_programs(config, mesh)
     family, objective, collection = programs.family, programs.objective, programs.rollout_settings
+    if config.executor.rank:
+        check_targets(family)
     folder = run_folder.data_folder(config, workdir)
     reader = RecordReader(folder, config.train_set)
     hosts.agree("config", to_json(config))

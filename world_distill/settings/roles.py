@@ -24,13 +24,18 @@ class ExecutorSettings:
       rank: rank of the LoRA factors; 0 trains full differences from the base.
       alpha: LoRA's product is scaled by alpha / rank.
       targets: pattern of the paths of the layers that LoRA adapts.
-      start: LoRA file, in diffusers' or ComfyUI's layout, to start from; only for published families. Empty: none.
+      differences: pattern of the paths of weights that get full differences beside LoRA, such as
+        `blocks\..*\.bias`, which speed LoRAs change. Empty: none.
+      start: LoRA of diffusers, ComfyUI or PEFT to start from; only for published families. Empty: none.
+      start_without: parts of that file to leave out: biases, norms, modulation, weights, text-encoder, image-branch.
     """
 
     rank: int = 32
     alpha: float = 32.0
     targets: str = r"blocks\..*"
+    differences: str = ""
     start: str = ""
+    start_without: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

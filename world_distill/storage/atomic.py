@@ -30,7 +30,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # it is born readable by its owner alone
+        usual_mode(temporary)  # it is born readable by its owner alone
         temporary.replace(path)
     except BaseException as e:
         if temporary is not None:
@@ -38,6 +38,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         if isinstance(e, OSError):
             e.filename = str(path)  # not the temporary name; a full disk says none at all
         raise
+
+
+def usual_mode(path: pathlib.Path) -> None:
+    """Gives a file the mode that `open` would have given it: what the user's umask leaves of rw-rw-rw-."""
+    umask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _plain(value: Any) -> Any:

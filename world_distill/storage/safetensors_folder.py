@@ -1,10 +1,11 @@
-"""Tensors of a folder of safetensors files, read one at a time."""
+"""Tensors of safetensors files, read one at a time."""
 
 import json
 import os
 import pathlib
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -12,6 +13,8 @@ from world_distill.errors import UserError
 
 # What a tensor may be made of, as the files say it.
 TYPES = ("F32", "F16", "BF16")
+# Types of 8 bits, which numpy does not know; most files keep a scale beside such a tensor.
+FLOATS_8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_lora_weights")
 
 
@@ -20,12 +23,12 @@ class TensorFileError(UserError):
 
 
 class TensorFiles:
-    """Name, shape, type and content of every tensor in a folder: one file, or several with an index.
+    """Name, shape, type and content of every tensor of a file, or of a folder: one file, or several with an index.
 
     Files are opened for each tensor and closed again, so that memory holds no more than what was read.
 
     Args:
-      folder: where the files are.
+      folder: where the files are, or the one file.
 
     Raises:
       TensorFileError: no safetensors there, only pickles, a missing or damaged file.
@@ -48,16 +51,19 @@ class TensorFiles:
 
     def __getitem__(self, name: str) -> np.ndarray:
         with open_tensors(self._file[name]) as file:
-            return file.get_tensor(name)
+            return read_tensor(file, self._file[name], name)
 
 
 def _files(folder: pathlib.Path) -> Mapping[pathlib.Path, set[str] | None]:
     """The folder's files; with an index, the names that each should hold."""
+    if folder.is_file():
+        return {folder: None}
     if not folder.is_dir():
         raise TensorFileError(f"{folder} is no folder")
     for name in NAMES:
-        index = folder / f"{name}.safetensors.index.json"
-        if index.exists():
+        # A variant has its name before the end: `….index.bf16.json`.
+        found = [folder / f"{name}.safetensors.index.json", *sorted(folder.glob(f"{name}.safetensors.index.*.json"))]
+        if index := next((path for path in found if path.exists()), None):
             try:
                 files: dict[pathlib.Path, set[str]] = {}
                 for tensor, file in json.loads(index.read_text())["weight_map"].items():
@@ -86,4 +92,43 @@ def open_tensors(path: str | os.PathLike):
     try:
         return safetensors.safe_open(path, "numpy")
     except (OSError, safetensors.SafetensorError) as error:
-        raise TensorFileError(f"{path} is no whole safetensors file: {error}") from error
+        raise TensorFileError(f"{path} is no whole safetensors file: {_instead(path) or error}") from error
+
+
+_INSTEAD = {
+    b"version https://git-lfs": "it is a pointer of Git LFS; get the file with `git lfs pull` or `hf download`",
+    b"<!doctype html": "it is a page; the download needs to be logged in, or the licence to be accepted",
+    b"<html": "it is a page; the download needs to be logged in, or the licence to be accepted",
+    b'{"error": ': "it is a server's error message; download it again",
+}
+
+
+def _instead(path: str | os.PathLike) -> str:
+    """What a file is that was saved in the place of another, by its first bytes; "" where that is not known."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64).lstrip().lower()
+    except OSError:
+        return ""
+    return next((what for mark, what in _INSTEAD.items() if head.startswith(mark)), "")
+
+
+def read_tensor(file, path: str | os.PathLike, name: str) -> np.ndarray:
+    """A tensor of the open safetensors file at `path`; one of 8-bit floats is float32.
+
+    Raises:
+      TensorFileError: a type that is not read here.
+    """
+    kind = file.get_slice(name).get_dtype()
+    if kind in FLOATS_8:
+        with open(path, "rb") as raw:  # the reader for numpy gives no such types
+            length = int.from_bytes(raw.read(8), "little")
+            entry = json.loads(raw.read(length))[name]
+            start, end = entry["data_offsets"]
+            raw.seek(8 + length + start)
+            bits = np.frombuffer(raw.read(end - start), np.uint8)
+        return bits.view(jnp.dtype(FLOATS_8[kind])).reshape(entry["shape"]).astype(np.float32)
+    try:
+        return file.get_tensor(name)
+    except (safetensors.SafetensorError, AttributeError, TypeError) as error:
+        raise TensorFileError(f"{path}: {name} is of the type {kind}, a type that cannot be read") from error

@@ -1,10 +1,12 @@
 """Weights in one safetensors file, with text metadata."""
 
 import contextlib
+import json
+import math
 import os
 import pathlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,8 +15,10 @@ import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from world_distill.errors import UserError
+from world_distill.storage import atomic
 
 _DTYPES = {"bool", "bfloat16", "float16", "float32", "float64"}
+_FORMAT_TYPES = {"float32": "F32", "bfloat16": "BF16"}  # as the format spells those that are streamed
 _DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
@@ -38,7 +42,7 @@ def save_weights(path: str | os.PathLike, tree: Mapping[str, Any], metadata: Map
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.numpy.save_file(tensors, temporary, metadata=dict(metadata))
-        temporary.chmod(0o644)  # safetensors makes files that others cannot read
+        atomic.usual_mode(temporary)  # safetensors makes files that others cannot read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -47,6 +51,47 @@ def save_weights(path: str | os.PathLike, tree: Mapping[str, Any], metadata: Map
     finally:
         with contextlib.suppress(OSError):  # the folder itself may be what is wrong
             temporary.unlink(missing_ok=True)
+
+
+def stream_weights(
+    path: str | os.PathLike,
+    kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str],
+) -> int:
+    """Writes one safetensors file tensor by tensor, holding one in memory; returns the tensors' bytes.
+
+    Args:
+      path: of the file.
+      kinds: name -> (type, shape) of every tensor, in the order of `tensors`; types of more bytes first, so that each
+        tensor begins at a multiple of its type's bytes.
+      tensors: (name, array).
+      metadata: text to text.
+
+    Raises:
+      ValueError: a tensor that is another than `kinds` says.
+      WeightFileError: the file cannot be written; there may be a part of it.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (kind, shape) in kinds.items():
+        size = math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": _FORMAT_TYPES[kind.name], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for (name, array), (expected, (kind, shape)) in zip(tensors, kinds.items(), strict=True):
+                if (name, array.dtype, array.shape) != (expected, kind, shape):
+                    raise ValueError(f"{name} {array.dtype} {array.shape} is not {expected} {kind} {shape}")
+                file.write(np.ascontiguousarray(array).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise WeightFileError(f"{path}: the weights could not be written ({type(error).__name__}: {error})") from error
+    return end
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:

@@ -9,11 +9,12 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from world_distill import build
@@ -24,6 +25,7 @@ from world_distill.interfaces import Benchmark, ModelFamily
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.memory.kept_clips import KeptClips
 from world_distill.judges.memory.segments import SyncedCache, is_shared
+from world_distill.models.lora import DIFFERENCES
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import diff, from_json, leaves, override, to_json, translate
 from world_distill.settings.rollout import RolloutSettings
@@ -32,6 +34,7 @@ from world_distill.storage.checkpoints import Checkpointer
 from world_distill.structs import PyTree, TrainState
 from world_distill.weights import base_model
 from world_distill.weights.lora_files import read_lora
+from world_distill.weights.lora_layouts import LoraModel
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
 
@@ -116,7 +119,7 @@ def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -> TrainState:
-    """A fresh state whose Executor is that of a LoRA file, in diffusers' or ComfyUI's layout.
+    """A fresh state whose Executor is that of a LoRA file or folder (`weights.lora_names`).
 
     Raises:
       UserError: a family or an Executor without LoRA, or other layers or another rank than the config's.
@@ -124,18 +127,38 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
     """
     if family.published is None or not config.executor.rank:
         raise UserError(f"config.executor.start = {path!r}: only LoRA of a published family can be read from a file")
-    found = read_lora(path, family.published.lora_names, family.kernel_shapes(), scale=family.lora_scale)
-    have, want = ({n: x.shape for n, x in array_store.by_name(tree).items()} for tree in (found, state.lora))
+    found = read_lora(path, LoraModel.of(family), scale=family.lora_scale, without=tuple(config.executor.start_without))
+    for line in found.notes:
+        logging.warning("config.executor.start = %s: %s", path, line)
+    lora = found.tree
+    have, want = ({n: x.shape for n, x in array_store.by_name(tree).items()} for tree in (lora, state.lora))
     if lines := base_model.differences(have, want):
+        flags = " ".join(f"'--config.executor.{key}={value}'" for key, value in fitting_settings(lora).items())
         raise UserError(
-            f"the LoRA in {path} is not of the layers and the rank that config.executor says:\n  " + "\n  ".join(lines)
+            f"the LoRA in {path} is not of the layers and the rank that config.executor says. These flags fit it:\n"
+            f"  {flags}\nWhat differs:\n  " + "\n  ".join(lines)
         )
 
     def placed():  # a copy for each, since the training step gives its buffers away
-        return jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), found, state.lora)
+        return jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), lora, state.lora)
 
     rolled = None if state.lora_rolled is None else placed()
     return dataclasses.replace(state, lora=placed(), lora_ema=placed(), lora_old=placed(), lora_rolled=rolled)
+
+
+def fitting_settings(lora: PyTree) -> dict[str, Any]:
+    """The values of the section `executor` under which training starts from this LoRA."""
+    flat = array_store.by_name({name: value for name, value in lora.items() if name != DIFFERENCES})
+    factors = {path: x for path, x in flat.items() if path.endswith(".a")}
+    rank = next((x.shape[-1] for x in factors.values()), 0)
+    layers = sorted(path.removesuffix(".a") for path in factors)
+    found = {"rank": rank, "alpha": float(rank), "targets": _pattern(layers)}
+    differences = array_store.by_name(lora.get(DIFFERENCES, {}))
+    return found | ({"differences": _pattern(sorted(differences))} if differences else {})
+
+
+def _pattern(paths: Iterable[str]) -> str:
+    return "|".join(path.replace(".", r"\.") for path in paths)
 
 
 def is_free(key: str) -> bool:

@@ -1,6 +1,7 @@
 """The frozen base: from what `config.base` names to arrays on the mesh."""
 
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,11 @@ def base_path(family: ModelFamily, name: str) -> str | pathlib.Path | None:
     return family.shipped_bases.get(name) or name or None
 
 
+def origin(base: str) -> dict[str, Any]:
+    """The metadata of the checkpoint that `config.base` names (`source`, `revision`, `license`); {} of another base."""
+    return array_store.describe(base)[1] if base and pathlib.Path(base).is_dir() else {}
+
+
 def load_base(
     family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh, *, parts: Sequence[str] | None = None
 ) -> PyTree:
@@ -79,6 +85,7 @@ def _load_converted(path: pathlib.Path, family: ModelFamily, expected: PyTree, s
     shapes, metadata = array_store.describe(path)
     _check_family(path, metadata, family)
     _check_weights(path, shapes, expected)
+    _check_settings(path, metadata, family)
     wanted = {
         part: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), expected[part], places)
         for part, places in shardings.items()
@@ -98,6 +105,7 @@ def open_base(family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh) 
     shapes, metadata = array_store.describe(path)
     _check_family(path, metadata, family)
     _check_weights(path, shapes, expected)
+    _check_settings(path, metadata, family)
     wanted = array_store.by_name(expected)
 
     def read(name: str) -> jax.Array:
@@ -111,6 +119,15 @@ def _check_family(path: str | pathlib.Path, metadata: Mapping[str, Any], family:
         raise UserError(
             f"{path} holds a model of family {metadata.get('family')}, config.model.family is {family.name}"
         )
+
+
+def _check_settings(path: str | pathlib.Path, metadata: Mapping[str, Any], family: ModelFamily) -> None:
+    if family.published is None or "model" not in metadata:
+        return
+    # What shapes do not show: with other heads or another eps, the same weights are another network.
+    have, want = (array_store.by_name(json.loads(json.dumps(x))) for x in (metadata["model"], family.published.sizes))
+    if other := [f"config.model.{key} = {want[key]}, not {have[key]}" for key in have if have[key] != want.get(key)]:
+        raise UserError(f"the weights in {path} are of a model with other settings:\n  " + "\n  ".join(other))
 
 
 def _check_weights(path: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...]], expected: PyTree) -> None:

@@ -1,9 +1,10 @@
-"""`world-distill convert`: published weights in diffusers' layout to a checkpoint that any mesh restores.
+"""`world-distill convert`: published weights, in any layout of `sources`, to a checkpoint that any mesh restores.
 
 Tensors are read one at a time, stacked, and written as soon as there are enough of them: memory holds the largest array
 of ours and little more (`tests/benchmarks/convert_memory.py` measures it).
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,70 +14,102 @@ import numpy as np
 from tqdm import tqdm
 
 from world_distill.errors import UserError
-from world_distill.models.tensor_map import Entry, Published, check_names
+from world_distill.models.tensor_map import Entry, check_names
 from world_distill.storage import array_store
-from world_distill.storage.safetensors_folder import TYPES, TensorFiles
-from world_distill.weights import published
+from world_distill.storage.safetensors_folder import FLOATS_8, TYPES
+from world_distill.weights import sources
 
 Cast = Callable[[np.ndarray], np.ndarray]
 
 
-def convert(source: pathlib.Path, dest: pathlib.Path, *, dtype: str = "keep", name: str = "") -> dict[str, Any]:
-    """Writes the checkpoint DEST from the diffusers folder SOURCE.
+def convert(
+    source: pathlib.Path,
+    dest: pathlib.Path,
+    *,
+    dtype: str = "keep",
+    name: str = "",
+    vae: pathlib.Path | None = None,
+    revision: str = "",
+    license: str = "",
+) -> dict[str, Any]:
+    """Writes the checkpoint DEST from the model SOURCE.
 
     Args:
-      source: the folder.
+      source: a folder or a file; see `sources`.
       dest: must not exist; if anything fails, it still does not.
       dtype: of the transformer's weights, keep, float32 or bfloat16.
       name: of the source, kept with the checkpoint (default: the folder's).
+      vae: the autoencoder, where the source keeps it apart.
+      revision: of the source on the hub, kept with the checkpoint.
+      license: of the source, kept too.
 
     Returns:
-      family, sizes (as in a config's section `model`), arrays, gigabytes.
+      family, layout, sizes (as in a config's section `model`), arrays, gigabytes.
 
     Raises:
-      UserError: DEST exists, SOURCE is of no family that is known, or its tensors are not those of its config: all
-        that are missing, not expected or of another shape are listed.
+      UserError: DEST exists, SOURCE is of no layout or family that is known, its tensors are not those of its config
+        (all that are missing, not expected or of another shape are listed), or a tensor holds values that are not
+        finite.
       TensorFileError: files that are missing, damaged, or no safetensors.
     """
     if dest.exists():
         raise UserError(f"{dest} exists already; remove it, or name another folder")
-    family, model = published.describe(source)
-    files, problems = {}, []
-    for part, entries in model.entries.items():
-        files[part] = TensorFiles(source / part)
-        lines = check_names(entries, files[part].shapes)
-        lines = lines or _check_types(entries, files[part].types, mixed=part == "transformer" and dtype != "keep")
+    found = sources.open_source(source, vae)
+    problems = []
+    for part, entries in found.model.entries.items():
+        files = found.files[part]
+        lines = check_names(entries, files.shapes)
+        lines = lines or _check_types(entries, files.types, mixed=part == "transformer" and dtype != "keep")
         problems += [f"{part}: {line}" for line in lines]
     if problems:
         raise UserError(f"the weights in {source} cannot be converted:\n  " + "\n  ".join(problems))
 
-    writer = array_store.Writer(dest, {"family": family, "model": model.sizes, "source": name or source.name})
+    metadata = {
+        "family": found.family, "model": found.model.sizes, "source": name or source.name, "layout": found.layout,
+        "revision": revision, "license": license,
+    }  # fmt: skip
+    writer = array_store.Writer(dest, metadata)
     try:
-        _write(writer, model, files, _caster(dtype))
+        _write(writer, found, _caster(dtype))
         writer.finish()
     except BaseException:  # an interrupt, too
         writer.discard()
         raise
-    return {"family": family, "sizes": model.sizes, "arrays": writer.arrays, "gigabytes": writer.bytes / 1e9}
+    return {
+        "family": found.family, "layout": found.layout, "sizes": found.model.sizes, "arrays": writer.arrays,
+        "gigabytes": writer.bytes / 1e9, "revision": revision,
+    }  # fmt: skip
 
 
-def _write(writer: array_store.Writer, model: Published, files: Mapping[str, TensorFiles], cast: Cast) -> None:
-    with tqdm(total=sum(len(e) for e in model.entries.values()), unit="array", disable=None) as progress:
-        for name, array in model.constants.items():
+def _write(writer: array_store.Writer, found: sources.Source, cast: Cast) -> None:
+    with tqdm(total=sum(len(e) for e in found.model.entries.values()), unit="array", disable=None) as progress:
+        for name, array in found.model.constants.items():
             writer.add(name, array)
-        for part, entries in model.entries.items():
+        for part, entries in found.model.entries.items():
             # The autoencoder is small, and clips show what it loses.
             change = cast if part == "transformer" else lambda x: x
             for entry in entries:
-                writer.add(f"{part}.{entry.path}", entry.gather(lambda name, p=part, c=change: c(files[p][name])))
+                read = functools.partial(_read, found.files[part], part, change)
+                writer.add(f"{part}.{entry.path}", entry.gather(read))
                 progress.update(1)
+
+
+def _read(files: Any, part: str, change: Cast, name: str) -> np.ndarray:
+    tensor = files[name]
+    # One such value makes every frame black, and nothing later would say where it comes from.
+    if not np.isfinite(tensor).all():
+        raise UserError(f"{part}: {name} holds values that are not finite; the file is damaged")
+    return change(tensor)
 
 
 def _check_types(entries: Iterable[Entry], types: Mapping[str, str], *, mixed: bool) -> list[str]:
     """Tensors of a type that is not read, a line each; and unless `mixed`, arrays of ours made of several types."""
+    known = (*TYPES, *FLOATS_8)
     lines = [
-        f"type: {name} is {kind}; {', '.join(TYPES)} can be read" for name, kind in types.items() if kind not in TYPES
+        f"type: {name} is {kind}; {', '.join(known)} can be read" for name, kind in types.items() if kind not in known
     ]
+    if not mixed and (small := [name for name, kind in types.items() if kind in FLOATS_8]):
+        lines.append(f"type: {len(small)} tensors are 8-bit floats, {small[0]} for one; give --dtype bfloat16")
     for entry in entries:
         kinds = {types[name] for name in entry.names}
         if len(kinds) > 1 and kinds <= set(TYPES) and not mixed:

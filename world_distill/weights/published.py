@@ -1,8 +1,7 @@
-"""Where published weights are, which family they belong to, and where each of their tensors goes."""
+"""Published models in diffusers' layout: from the hub, which family they belong to, and where each tensor goes."""
 
 import json
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ class _Reader(NamedTuple):
 
     family: str
     parts: tuple[str, ...]  # folders
-    describe: Callable[..., Published]  # takes the config.json of each part, by its name
+    describe: Callable[..., Published]  # takes the config.json of each part by its name, and `index`
 
 
 # By the class of the transformer in diffusers.
@@ -24,31 +23,30 @@ _READERS = {"WanTransformer3DModel": _Reader("wan", ("transformer", "vae"), wan.
 _PARTS = tuple(dict.fromkeys(part for reader in _READERS.values() for part in reader.parts))
 
 # Of a model on the Hugging Face hub, no more than what is converted; its text encoder is the larger part.
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = (
     "model_index.json",
+    "README.md",  # its licence
     *(f"{part}/*.{kind}" for part in _PARTS for kind in ("safetensors", "json")),
 )
 
 
-def locate(source: str) -> pathlib.Path:
-    """The folder that `source` names; downloaded if it is none here, but looks like a model on the Hugging Face hub.
+def download(name: str, revision: str | None = None) -> pathlib.Path:
+    """The folder of a model on the Hugging Face hub: what is converted of it, at a branch, tag or commit.
 
     Raises:
       UserError: it cannot be had from the hub.
     """
-    path = pathlib.Path(source)
-    if path.exists() or not _HUB_NAME.fullmatch(source):
-        return path
     import huggingface_hub
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+        folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES))
+        return pathlib.Path(folder)
     except Exception as error:  # no network, no such model, no permission: many kinds, and httpx's among them
         why = " ".join(str(error).split())[:300] or type(error).__name__
+        at = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"{source} is no folder here, and the Hugging Face hub gave no model of that name ({why}). Download it"
-            f" where there is a network (`hf download {source}`), and name the folder"
+            f"{name} is no folder here, and the Hugging Face hub gave no model of that name ({why}). Download it"
+            f" where there is a network (`hf download {name}{at}`), and name the folder"
         ) from error
 
 
@@ -58,17 +56,18 @@ def describe(folder: pathlib.Path) -> tuple[str, Published]:
     Raises:
       UserError: no diffusers folder, or of no family that is known, or with parts that are not built here.
     """
-    kind = _read_config(folder / "transformer" / "config.json").get("_class_name")
+    kind = read_config(folder / "transformer" / "config.json").get("_class_name")
     if kind not in _READERS:
         known = ", ".join(sorted(_READERS))
         raise UserError(f"{folder}/transformer is a {kind}; what can be converted: {known}")
-    index = folder / "model_index.json"
-    if index.exists() and any(_read_config(index).get("transformer_2") or ()):
+    file = folder / "model_index.json"
+    index = read_config(file) if file.exists() else None
+    if index and any(index.get("transformer_2") or ()):
         raise UserError(f"{folder} has two transformers, one for the noisier half; such a model is not built here")
     reader = _READERS[kind]
-    configs = {part: _read_config(folder / part / "config.json") for part in reader.parts}
+    configs = {part: read_config(folder / part / "config.json") for part in reader.parts}
     try:
-        model = reader.describe(**configs)
+        model = reader.describe(**configs, index=index)
     except KeyError as error:
         raise UserError(f"{folder}: a config.json of it lacks {error}") from error
     except (TypeError, ValueError) as error:
@@ -76,7 +75,8 @@ def describe(folder: pathlib.Path) -> tuple[str, Published]:
     return reader.family, model
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file's dict. Raises UserError where it is missing or another kind of file."""
     try:
         config = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:

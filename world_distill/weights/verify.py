@@ -17,10 +17,11 @@ from world_distill import models
 from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
+from world_distill.models.parity import PartParity
 from world_distill.models.tensor_map import Entry
 from world_distill.storage import array_store
 from world_distill.structs import PyTree
-from world_distill.weights import base_model, published
+from world_distill.weights import base_model, sources
 
 TOLERANCE = 5e-4  # of the largest value
 
@@ -36,9 +37,10 @@ def check_installed() -> None:
         ) from error
 
 
-def check_same_model(source: pathlib.Path, dest: pathlib.Path, dtype: str) -> None:
+def check_same_model(source: pathlib.Path, dest: pathlib.Path, dtype: str, vae: pathlib.Path | None = None) -> None:
     """Raises a UserError if the checkpoint DEST is no conversion of SOURCE to `dtype` ("keep": any)."""
-    family, model = published.describe(source)
+    found = sources.open_source(source, vae)
+    family, model = found.family, found.model
     _, metadata = array_store.describe(dest)
     # As JSON has it, where tuples are lists.
     if metadata.get("family") != family or metadata.get("model") != json.loads(json.dumps(model.sizes)):
@@ -48,8 +50,8 @@ def check_same_model(source: pathlib.Path, dest: pathlib.Path, dtype: str) -> No
         raise UserError(f"{dest} is there already, and its transformer is {', '.join(sorted(stored))}, not {dtype}")
 
 
-def compare(source: pathlib.Path, dest: pathlib.Path) -> dict[str, Any]:
-    """Largest differences between the checkpoint DEST and diffusers with the folder SOURCE.
+def compare(source: pathlib.Path, dest: pathlib.Path, vae: pathlib.Path | None = None) -> dict[str, Any]:
+    """Largest differences between the checkpoint DEST and diffusers with the model SOURCE.
 
     Returns:
       for every result of the family's comparison (Wan: `transformer`, `vae_encode`, `vae_decode`): `difference`, and
@@ -59,14 +61,16 @@ def compare(source: pathlib.Path, dest: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError, ConvertedError: DEST cannot be read.
     """
-    name, model = published.describe(source)
-    family, parts = models.parity_of(name, model.sizes)
+    opened = sources.open_source(source, vae)
+    family, parts = models.parity_of(opened.family, opened.model.sizes)
+    assert family.published is not None
+    entries = family.published.entries()
     types, results, rounded = array_store.types(dest), {}, []
     for part, parity in parts.items():
         x = parity.inputs(family)
         found = parity.ours(family, _load_ours(family, dest, part), **x)
-        network = parity.load(source)
-        if _round(network, model.entries[part], {k.removeprefix(f"{part}."): v for k, v in types.items()}):
+        network = _load_theirs(opened, source, family, part, parity)
+        if _round(network, entries[part], {k.removeprefix(f"{part}."): v for k, v in types.items()}):
             rounded.append(part)
         expected = parity.theirs(network, **x)
         del network  # before the next part is read
@@ -94,6 +98,17 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     difference = float(np.abs(ours - theirs).max())
     return {"difference": difference, "relative": difference / float(np.abs(theirs).max())}
+
+
+def _load_theirs(
+    opened: sources.Source, source: pathlib.Path, family: ModelFamily, part: str, parity: PartParity
+) -> Any:
+    if opened.layout == "diffusers":
+        return parity.load(source)
+    assert family.published is not None
+    config = family.published.configs(opened.model.constants.__getitem__)[part]
+    names = [name for entry in opened.model.entries[part] for name in entry.names]
+    return parity.build(config, {name: opened.files[part][name] for name in names})
 
 
 def _load_ours(family: ModelFamily, dest: pathlib.Path, part: str) -> PyTree:

@@ -1,22 +1,33 @@
 """The transformer of `make_goldens.py` in our layout, with its weights and inputs."""
 
-import functools
 import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from world_distill.models.functional import Functional
-from world_distill.models.lora import init_lora, kernels
-from world_distill.models.tensor_map import assemble
+from world_distill.models.lora import init_lora
+from world_distill.models.tensor_map import assemble, our_shapes
 from world_distill.models.wan.modeling import WanConfig, WanDiT
-from world_distill.models.wan.published import LORA_NAMES, transformer_entries
-from world_distill.weights.lora_layouts import METADATA_KEY, lora_tree
+from world_distill.models.wan.published import KNOWN_SIZES, LORA_NAMES, transformer_entries
+from world_distill.weights import lora_reading
+from world_distill.weights.lora_layouts import METADATA_KEY, LoraModel
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CONFIG = WanConfig(channels=6, width=32, depth=2, heads=2, mlp=48, text_width=20, time_width=32, remat="none")
+MODEL = LoraModel(
+    LORA_NAMES,
+    {
+        path.removesuffix(".kernel"): shape
+        for path, shape in flatten_dict(our_shapes(transformer_entries(CONFIG)), sep=".").items()
+        if path.endswith(".kernel")
+    },
+    {"diffusers": list(transformer_entries(CONFIG)), "comfy": list(transformer_entries(CONFIG, "original"))},
+    KNOWN_SIZES,
+)
 
 
 def load(name):
@@ -37,13 +48,6 @@ def inputs(arrays):
     return jnp.asarray(x), jnp.asarray(times, jnp.float32), jnp.asarray(arrays["text"])
 
 
-@functools.cache
-def shapes():
-    """Path -> shape of every linear layer's kernel."""
-    made = jax.eval_shape(network(CONFIG).init, jax.random.key(0))
-    return {path: kernel.shape for path, kernel in kernels(made).items()}
-
-
 def random_lora(weights, *, targets, rank=3, seed=0):
     """Factors that are all drawn anew, strong enough to be seen."""
     rng = np.random.default_rng(seed)
@@ -53,7 +57,7 @@ def random_lora(weights, *, targets, rank=3, seed=0):
 
 def tree_of(tensors, scale, **settings):
     """Our factors from tensors by diffusers' names, and PEFT's settings."""
-    return lora_tree(tensors, {METADATA_KEY: json.dumps(settings)}, LORA_NAMES, shapes(), scale=scale)
+    return lora_reading.read(tensors, {METADATA_KEY: json.dumps(settings)}, MODEL, scale=scale).tree
 
 
 def check_gradients(weights, golden, arrays, *, alpha, rank, config=CONFIG):

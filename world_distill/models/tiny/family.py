@@ -93,6 +93,7 @@ class TinyFamily(lora_lib.Adapted):
       fps: frames a second at which clips are shown.
       lora_targets: pattern of the layers that LoRA adapts.
       lora_scale: factor on the product of LoRA's factors (alpha / rank).
+      lora_differences: pattern of the weights that get full differences beside LoRA.
       merge_lora: add that product to the weights before a forward pass, in place of two thin matrix products a layer.
         The same function; faster for small layers and many tokens, and a gradient as large as the weights.
     """
@@ -102,6 +103,7 @@ class TinyFamily(lora_lib.Adapted):
     fps: float = 4.0
     lora_targets: str = r"blocks\..*"
     lora_scale: float = 1.0
+    lora_differences: str = ""
     merge_lora: bool = False
 
     name = "tiny"
@@ -180,6 +182,7 @@ def build(
     merge_lora: bool = False,
     lora_targets: str = r"blocks\..*",
     lora_scale: float = 1.0,
+    lora_differences: str = "",
 ) -> TinyFamily:
     """The family for square clips.
 
@@ -199,6 +202,7 @@ def build(
       merge_lora: add LoRA's product to the weights first, instead of applying the factors one after the other.
       lora_targets: pattern of the paths of the layers that LoRA adapts.
       lora_scale: factor of LoRA's product.
+      lora_differences: pattern of the weights that get full differences beside LoRA; empty: none.
 
     Raises:
       ValueError: `size` is not a multiple of `patch`, or `frames` is not 1 + a multiple of `stride`.
@@ -213,5 +217,10 @@ def build(
         width=width, depth=depth, heads=heads, mlp=mlp, add_scene=add_scene, remat=remat, unroll=unroll,
     )  # fmt: skip
     return TinyFamily(
-        config, TinyCodec(patch, stride), lora_targets=lora_targets, lora_scale=lora_scale, merge_lora=merge_lora
+        config,
+        TinyCodec(patch, stride),
+        lora_targets=lora_targets,
+        lora_scale=lora_scale,
+        lora_differences=lora_differences,
+        merge_lora=merge_lora,
     )

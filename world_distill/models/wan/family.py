@@ -38,6 +38,7 @@ class WanFamily(lora_lib.Adapted):
       text_encoder: see `WanEncoders`.
       lora_targets: pattern of the layers that LoRA adapts.
       lora_scale: factor on the product of LoRA's factors (alpha / rank).
+      lora_differences: pattern of the weights that get full differences beside LoRA.
     """
 
     config: WanConfig
@@ -49,6 +50,7 @@ class WanFamily(lora_lib.Adapted):
     text_encoder: str = ""
     lora_targets: str = r"blocks\..*"
     lora_scale: float = 1.0
+    lora_differences: str = ""
 
     name = "wan"
     adapted = "transformer"
@@ -122,6 +124,7 @@ def build(
     text_encoder: str = "",
     lora_targets: str = r"blocks\..*",
     lora_scale: float = 1.0,
+    lora_differences: str = "",
     **network: Any,
 ) -> WanFamily:
     """The family of Wan2.2-TI2V-5B and its relatives.
@@ -139,6 +142,7 @@ def build(
         "words" for states without weights.
       lora_targets: pattern of the paths of the layers that LoRA adapts.
       lora_scale: factor of LoRA's product.
+      lora_differences: pattern of the weights that get full differences beside LoRA; empty: none.
       **network: sizes of the transformer, as in `WanConfig`.
 
     Raises:
@@ -153,6 +157,7 @@ def build(
     return WanFamily(
         config, WanCodec(codec, jnp.dtype(vae_dtype), piece, rows), size=(size[0], size[1]), frames=frames, fps=fps,
         dtype=jnp.dtype(dtype), text_encoder=text_encoder, lora_targets=lora_targets, lora_scale=lora_scale,
+        lora_differences=lora_differences,
     )  # fmt: skip
 
 

@@ -1,14 +1,18 @@
 """Names and layouts of Wan's weights in diffusers, beside ours."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from world_distill.models.tensor_map import Entry, Published, same, transpose
 from world_distill.models.wan.modeling import WanConfig
 from world_distill.models.wan.vae import VaeConfig
+
+Naming = Literal["diffusers", "original"]
+NAMINGS: tuple[Naming, ...] = ("diffusers", "original")  # the order of the names in the tables below
 
 # What the networks here are built with, key and value in diffusers' config.json; another value is another network.
 _FIXED = {
@@ -18,12 +22,19 @@ _FIXED = {
 }  # fmt: skip
 
 
-def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Published:
-    """What there is to convert, from diffusers' two config.json.
+def describe(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any] | None = None
+) -> Published:
+    """What there is to convert, from diffusers' two config.json, and the pipeline's model_index.json where it is there.
 
     Raises:
       ValueError: a network that is not built here, or sizes that do not fit together.
     """
+    if index is not None and not index.get("expand_timesteps"):
+        raise ValueError(
+            "its model_index.json does not say expand_timesteps, so it takes no clean first frame: a text-to-video"
+            " model would be conditioned otherwise here than it was trained"
+        )
     for part, config in (("transformer", transformer), ("vae", vae)):
         for key, value in _FIXED[part].items():
             if config.get(key, value) != value:
@@ -33,14 +44,10 @@ def describe(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Publishe
         raise ValueError("its input has more channels than its output: such conditioning is not built here")
     if network.channels != codec.channels:
         raise ValueError(f"its transformer has {network.channels} latent channels, its vae {codec.channels}")
-    sizes = {
-        "channels": network.channels, "width": network.width, "depth": network.depth, "heads": network.heads,
-        "mlp": network.mlp, "text_width": network.text_width, "time_width": network.time_width,
-        "patch": network.patch, "eps": network.eps, "vae": dataclasses.asdict(codec),
-    }  # fmt: skip
+    layout = WanPublished(network, codec)
     return Published(
-        sizes=sizes,
-        entries=WanPublished(network, codec).entries(),
+        sizes=dict(layout.sizes),
+        entries=layout.entries(),
         constants={
             f"vae.{ours}": np.array(vae[theirs], np.float32)
             for ours, theirs in (("mean", "latents_mean"), ("std", "latents_std"))
@@ -91,8 +98,29 @@ class WanPublished:
     def lora_names(self) -> Mapping[str, tuple[str, str]]:
         return LORA_NAMES
 
-    def entries(self) -> dict[str, list[Entry]]:
-        return {"transformer": list(transformer_entries(self.network)), "vae": list(vae_entries(self.codec))}
+    @property
+    def sizes(self) -> Mapping[str, Any]:
+        """As in a config's section `model`, with what shapes do not show."""
+        network, codec = self.network, self.codec
+        return {
+            "channels": network.channels, "width": network.width, "depth": network.depth, "heads": network.heads,
+            "mlp": network.mlp, "text_width": network.text_width, "time_width": network.time_width,
+            "patch": network.patch, "eps": network.eps, "vae": dataclasses.asdict(codec),
+        }  # fmt: skip
+
+    @property
+    def float32(self) -> Mapping[str, str]:
+        return FLOAT32
+
+    @property
+    def known_sizes(self) -> Mapping[tuple[int, int], str]:
+        return KNOWN_SIZES
+
+    def entries(self, naming: Naming = "diffusers") -> dict[str, list[Entry]]:
+        return {
+            "transformer": list(transformer_entries(self.network, naming)),
+            "vae": list(vae_entries(self.codec, naming)),
+        }
 
     def configs(self, read: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
         mean, std = (np.asarray(read(f"vae.{name}")) for name in ("mean", "std"))
@@ -124,6 +152,7 @@ def published_configs(
 
 # Linear layers: our path, and its name in diffusers and in the original checkpoints (which ComfyUI uses).
 LORA_NAMES = {
+    "patch": ("patch_embedding", "patch_embedding"),
     "text_in": ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
     "text_out": ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
     "time_in": ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
@@ -141,11 +170,30 @@ LORA_NAMES = {
     "blocks.mlp.up": ("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0"),
     "blocks.mlp.down": ("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2"),
 }
+# The other arrays, in the same way.
+_NORM_NAMES = {
+    "blocks.self_attention.q_norm": ("blocks.{n}.attn1.norm_q.weight", "blocks.{n}.self_attn.norm_q.weight"),
+    "blocks.self_attention.k_norm": ("blocks.{n}.attn1.norm_k.weight", "blocks.{n}.self_attn.norm_k.weight"),
+    "blocks.cross_attention.q_norm": ("blocks.{n}.attn2.norm_q.weight", "blocks.{n}.cross_attn.norm_q.weight"),
+    "blocks.cross_attention.k_norm": ("blocks.{n}.attn2.norm_k.weight", "blocks.{n}.cross_attn.norm_k.weight"),
+    # The original counts the norms of a block in the order of their making, diffusers in that of their use.
+    "blocks.cross_norm.scale": ("blocks.{n}.norm2.weight", "blocks.{n}.norm3.weight"),
+    "blocks.cross_norm.bias": ("blocks.{n}.norm2.bias", "blocks.{n}.norm3.bias"),
+}
+_TABLE_NAMES = {
+    "blocks.table": ("blocks.{n}.scale_shift_table", "blocks.{n}.modulation"),
+    "table": ("scale_shift_table", "head.modulation"),
+}
+# What diffusers keeps in float32 whatever it is asked for: the autoencoder loses sharpness otherwise, and times and
+# modulation all their last digits.
+FLOAT32 = {"transformer": r"time_(in|out)\..*|(blocks\.)?table|blocks\.cross_norm\..*", "vae": ".*"}
+# (blocks, width) of published transformers, for messages about files that were made for another one.
+KNOWN_SIZES = {(30, 1536): "Wan2.1's 1.3B model", (40, 5120): "a 14B model", (30, 3072): "Wan2.2-TI2V-5B"}
 
 
-def transformer_entries(config: WanConfig) -> Iterator[Entry]:
-    """Every array of the transformer."""
-    width, patch, channels = config.width, config.patch, config.channels
+def transformer_entries(config: WanConfig, naming: Naming = "diffusers") -> Iterator[Entry]:
+    """Every array of the transformer, under diffusers' names or those of the original code."""
+    width, patch, channels, which = config.width, config.patch, config.channels, NAMINGS.index(naming)
     sizes = {
         "text_in": (config.text_width, width),
         "time_in": (config.time_width, width),
@@ -154,33 +202,75 @@ def transformer_entries(config: WanConfig) -> Iterator[Entry]:
         "blocks.mlp.up": (width, config.mlp),
         "blocks.mlp.down": (config.mlp, width),
     }
-    for path, (name, _) in LORA_NAMES.items():
+    for path, names in LORA_NAMES.items():
         inputs, outputs = sizes.get(path, (width, width))
-        yield _entry(config, f"{path}.kernel", f"{name}.weight", (outputs, inputs), transpose, transpose)
-        yield _entry(config, f"{path}.bias", f"{name}.bias", (outputs,))
-    for attention, name in (("self_attention", "attn1"), ("cross_attention", "attn2")):
-        for part in ("q", "k"):
-            yield _entry(config, f"blocks.{attention}.{part}_norm", f"blocks.{{n}}.{name}.norm_{part}.weight", (width,))
-    yield _entry(config, "blocks.cross_norm.scale", "blocks.{n}.norm2.weight", (width,))
-    yield _entry(config, "blocks.cross_norm.bias", "blocks.{n}.norm2.bias", (width,))
+        kernel = (f"{path}.kernel", f"{names[which]}.weight")
+        if path == "patch":  # a convolution over patches there, a linear layer over (row, column, channel) here
+            yield _entry(config, *kernel, (width, channels, 1, patch, patch), _unfold, _folder(patch, channels))
+        else:
+            yield _entry(config, *kernel, (outputs, inputs), transpose, transpose)
+        yield _entry(config, f"{path}.bias", f"{names[which]}.bias", (outputs,))
+    for path, names in _NORM_NAMES.items():
+        yield _entry(config, path, names[which], (width,))
     first, again = lambda x: x[0], lambda x: x[None]
-    yield _entry(config, "blocks.table", "blocks.{n}.scale_shift_table", (1, 6, width), first, again)
-    yield _entry(config, "table", "scale_shift_table", (1, 2, width), first, again)
-    # A convolution over patches there, [out, channel, 1, row, column]; a linear layer over (row, column, channel) here.
-    yield _entry(
-        config, "patch.kernel", "patch_embedding.weight", (width, channels, 1, patch, patch),
-        lambda x: x[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-        lambda x: x.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1)[:, :, None],
-    )  # fmt: skip
-    yield _entry(config, "patch.bias", "patch_embedding.bias", (width,))
+    for path, names in _TABLE_NAMES.items():
+        yield _entry(config, path, names[which], (1, 6 if path.startswith("blocks") else 2, width), first, again)
+
+
+def _unfold(x: np.ndarray) -> np.ndarray:
+    """[out, channel, 1, row, column] -> [row column channel, out]."""
+    return x[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+
+def _folder(patch: int, channels: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The way back of `_unfold`."""
+    return lambda x: x.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1)[:, :, None]
 
 
 def _entry(config: WanConfig, path: str, name: str, shape: tuple[int, ...], ours=same, theirs=same) -> Entry:
     return Entry(path, name, shape, ours, theirs, config.depth if "{n}" in name else 0)
 
 
-def vae_entries(config: VaeConfig) -> Iterator[Entry]:
-    """Every array of the autoencoder."""
+def vae_entries(config: VaeConfig, naming: Naming = "diffusers") -> Iterator[Entry]:
+    """Every array of the autoencoder, under diffusers' names or those of the original code."""
+    for entry in _vae_entries(config):
+        yield entry if naming == "diffusers" else dataclasses.replace(entry, name=original_vae_name(entry.name, config))
+
+
+_VAE_RENAMES = (
+    (r"\bmid_block\.resnets\.0\.", "middle.0."),
+    (r"\bmid_block\.attentions\.0\.", "middle.1."),
+    (r"\bmid_block\.resnets\.1\.", "middle.2."),
+    (r"\.norm1\.", ".residual.0."),
+    (r"\.conv1\.", ".residual.2."),
+    (r"\.norm2\.", ".residual.3."),
+    (r"\.conv2\.", ".residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+)
+
+
+def original_vae_name(name: str, config: VaeConfig) -> str:
+    """The original code's name of a tensor of the autoencoder that diffusers calls `name`."""
+    for pattern, text in _VAE_RENAMES:
+        name = re.sub(pattern, text, name)
+    if config.shortcuts:  # 2.2: a list of levels, each a list of blocks with the change of resolution at its end
+        name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"downsamples.\1.downsamples.", name)
+        name = re.sub(r"up_blocks\.(\d+)\.resnets\.", r"upsamples.\1.upsamples.", name)
+        name = re.sub(r"down_blocks\.(\d+)\.downsampler\.", rf"downsamples.\1.downsamples.{config.blocks}.", name)
+        return re.sub(r"up_blocks\.(\d+)\.upsampler\.", rf"upsamples.\1.upsamples.{config.blocks + 1}.", name)
+    # 2.1: one list. diffusers has it so in the encoder, and by level in the decoder.
+    name = name.replace("down_blocks.", "downsamples.")
+    level = lambda match: int(match[1]) * (config.blocks + 2)  # noqa: E731
+    name = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"upsamples.{level(m) + int(m[2])}", name)
+    return re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"upsamples.{level(m) + config.blocks + 1}", name)
+
+
+def _vae_entries(config: VaeConfig) -> Iterator[Entry]:
     levels = len(config.multiples)
     pixels = 3 * config.patch**2
 

@@ -3,8 +3,9 @@
 Ours has channels last, theirs first.
 """
 
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from world_distill.models.parity import PartParity
 from world_distill.models.wan import vae
 from world_distill.models.wan.family import WanFamily, build, codec_sizes
+from world_distill.models.wan.published import original_vae_name, vae_entries
 from world_distill.structs import PyTree
 
 GRID = (3, 4, 6)  # tokens: frames, rows, columns
@@ -27,8 +29,10 @@ def parity(sizes: Mapping[str, Any]) -> tuple[WanFamily, dict[str, PartParity]]:
     small = {"size": (side, side), "frames": 1 + codec.time, "dtype": "float32", "remat": "none"}
     family = build(**{**sizes, **small})
     return family, {
-        "transformer": PartParity(_transformer_inputs, _our_transformer, _load_transformer, _their_transformer),
-        "vae": PartParity(_vae_inputs, _our_vae, _load_vae, _their_vae),
+        "transformer": PartParity(
+            _transformer_inputs, _our_transformer, _load_transformer, _build_transformer, _their_transformer
+        ),
+        "vae": PartParity(_vae_inputs, _our_vae, _load_vae, functools.partial(_build_vae, codec=codec), _their_vae),
     }
 
 
@@ -46,6 +50,34 @@ def _read(name: str, folder: pathlib.Path) -> Any:
 
     kind = getattr(diffusers, name)  # it makes its names when they are asked for
     return kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+
+
+def _build_transformer(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
+    """diffusers' network with tensors of the original layout, under the names that diffusers gives them."""
+    import diffusers
+    from diffusers.loaders import single_file_utils
+
+    renamed = single_file_utils.convert_wan_transformer_to_diffusers(dict(_torch(tensors)))
+    network: Any = diffusers.WanTransformer3DModel.from_config(config)
+    network.load_state_dict(renamed, strict=True)
+    return network.float().eval()
+
+
+def _build_vae(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], codec: vae.VaeConfig) -> Any:
+    """As `_build_transformer`; of 2.2, diffusers has no table of the original names, so the names are ours."""
+    import diffusers
+
+    theirs = {original_vae_name(name, codec): name for entry in vae_entries(codec) for name in entry.names}
+    network: Any = diffusers.AutoencoderKLWan.from_config(config)
+    network.load_state_dict({theirs[name]: x for name, x in _torch(tensors)}, strict=True)
+    return network.float().eval()
+
+
+def _torch(tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    for name, tensor in tensors.items():
+        yield name, torch.from_numpy(np.array(tensor, np.float32))
 
 
 def _normal(*shape: int) -> np.ndarray:

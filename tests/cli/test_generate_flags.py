@@ -1,0 +1,60 @@
+"""How `generate` reads its flags, without generating."""
+
+import pytest
+
+from world_distill import cli
+from world_distill.programs import generate
+from world_distill.weights import lora_names
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `generate` was called with: (request, config)."""
+    calls = []
+    monkeypatch.setattr(generate, "generate", lambda *args: calls.append(args) or (0, 0))
+    return calls
+
+
+def call(*flags):
+    return cli.main(["generate", "--image", "x.png", "--task", "[a]: b.", "--out", "clips", *flags])
+
+
+def test_the_recipe_is_that_of_the_published_model(asked):
+    assert call("--recipe") == 0
+    ((request, config),) = asked
+    assert tuple(config.model.size) == (704, 1280) and (config.model.frames, config.model.fps) == (121, 24.0)
+    assert (config.sampler.steps, config.sampler.shift) == (50, 5.0)
+    assert (request.sampler, request.guidance, request.steps, request.shift) == ("unipc", 5.0, 0, None)
+    assert request.negative == config.demonstrator.negative and request.negative.startswith("色调艳丽")
+
+
+def test_flags_win_over_the_recipe_and_nothing_changes_without_it(asked):
+    assert call("--recipe", "--guidance", "1", "--sampler", "euler", "--size", "480x832", "--steps", "8") == 0
+    assert call("--config", "wan22_5b", "--executor", "a", "--executor", "b", "--strength", "0.5") == 0
+    (first, config), (second, other) = asked
+    assert (first.guidance, first.sampler, first.steps) == (1.0, "euler", 8) and tuple(config.model.size) == (480, 832)
+    assert (second.guidance, second.sampler, second.negative) == (1.0, "euler", "")
+    assert [str(path) for path in second.executors] == ["a", "b"] and second.strengths == (0.5,)
+    assert tuple(other.model.size) == (480, 832) and other.model.frames == 49
+
+
+def test_a_folder_is_a_run_or_a_lora(tmp_path):
+    kinds = {
+        "run": ["config.json"], "empty": [], "peft": ["adapter_model.safetensors", "adapter_config.json"],
+        "diffusers": ["pytorch_lora_weights.safetensors"], "other": ["executor.safetensors"],
+    }  # fmt: skip
+    for name, files in kinds.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    assert {name for name in kinds if generate.is_run(tmp_path / name)} == {"run", "empty"}
+    assert not generate.is_run(tmp_path / "run" / "config.json")
+
+
+def test_strengths_that_do_not_fit_and_unknown_parts_are_explained(asked, capsys):
+    assert call("--config", "wan22_5b", "--executor", "a", "--strength", "1", "--strength", "2") == 2
+    assert "2 --strength for 1 --executor" in capsys.readouterr().err
+    for part in lora_names.LEFT_OUT:
+        assert call("--config", "wan22_5b", "--without", part) == 0
+    with pytest.raises(SystemExit):
+        call("--config", "wan22_5b", "--without", "everything")

@@ -1,0 +1,183 @@
+"""What a file of weights is: kind, base, rank, alpha, layers, and what each tool would do with it.
+
+What ComfyUI and diffusers read was tried with their own loaders (ComfyUI of October 2025, diffusers 0.42).
+"""
+
+import collections
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from world_distill.errors import UserError
+from world_distill.storage import array_store
+from world_distill.storage.safetensors_folder import TensorFiles, open_tensors
+from world_distill.weights import lora_names, lora_reading, sources
+from world_distill.weights.lora_files import holds_lora, open_lora
+from world_distill.weights.lora_layouts import METADATA_KEY, LoraModel, missing_for_diffusers
+
+HEADER = ("base", "base_revision", "project", "step", "sampler", "prompt_form", "license")  # that our export writes
+
+
+def inspect(path: pathlib.Path, model: LoraModel) -> dict[str, Any]:
+    """What is at `path`, as ordered text by name; `kind` is first.
+
+    Args:
+      path: a file or a folder.
+      model: what a LoRA is held against.
+
+    Raises:
+      UserError: nothing is there, or nothing that can be read; of a kind that is known, the message says so.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is not there")
+    if path.is_dir() and (path / "model_index.json").is_file() or (path / "transformer").is_dir():
+        family, found = sources.published.describe(path)
+        return {
+            "kind": "a model in diffusers' layout",
+            "family": family,
+            "sizes": _words(found.sizes),
+            **_convert(path),
+        }
+    if path.is_dir() and not holds_lora(path) and not list(path.glob("*.safetensors")):
+        return _folder(path)
+    if path.is_dir() and not holds_lora(path) and len(list(path.glob("*.safetensors"))) > 1:
+        return _whole(path)
+    sources.check_readable(path)
+    if path.is_file():
+        with open_tensors(path) as file:
+            names = list(file.keys())
+        if not any(lora_names.parse(name).part or lora_names.refused_kind(name) for name in names):
+            return _whole(path)
+    return _lora(path, model)
+
+
+def _folder(path: pathlib.Path) -> dict[str, Any]:
+    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+        return {"kind": "the folder of a run", "here": f"world-distill generate --executor {path}, or export"}
+    try:
+        shapes, metadata = array_store.describe(path)
+    except array_store.ConvertedError:
+        sources.check_readable(path)
+        raise
+    kept = {key: str(metadata[key]) for key in ("family", "source", "revision", "license") if metadata.get(key)}
+    here = {"arrays": str(len(shapes)), "here": f"a base: --config.base={path}"}
+    return {"kind": "a checkpoint of `world-distill convert`", **kept, **here}
+
+
+def _whole(path: pathlib.Path) -> dict[str, Any]:
+    """A model, or a part of one."""
+    files = TensorFiles(path)
+    types = collections.Counter(files.types.values())
+    about = {"tensors": str(len(files.shapes)), "types": ", ".join(f"{n} {kind}" for kind, n in types.most_common())}
+    found = sources.find_part(files, "transformer")
+    if found is None:
+        return {"kind": sources.what_is(files), **about, "here": "not converted"}
+    view, naming = found
+    try:
+        network = sources.original.transformer_config(view.shapes, sources.settings(path), naming)
+    except ValueError as error:
+        return {"kind": "a transformer of Wan", **about, "here": f"not converted: {error}"}
+    sizes = {"blocks": network.depth, "width": network.width, "heads": network.heads, "channels": network.channels}
+    names = f"{'original' if naming == 'original' else 'diffusers'} names" + (view.prefix and f" after {view.prefix}")
+    return {"kind": "a transformer of Wan", "names": names, "sizes": _words(sizes), **about, **_convert(path, files)}
+
+
+def _convert(path: pathlib.Path, files: TensorFiles | None = None) -> dict[str, str]:
+    alone = files is not None and not sources.find_part(files, "vae")
+    small = files is not None and sources.types_8(files)
+    more = " --vae wan2.2_vae.safetensors" * alone + " --dtype bfloat16" * bool(small)
+    return {"here": f"world-distill convert {path} DEST{more}"}
+
+
+def _lora(path: pathlib.Path, model: LoraModel) -> dict[str, Any]:
+    file, tensors, metadata = open_lora(path)
+    keys = {key: lora_names.parse(key) for key in tensors}
+    found: dict[str, Any] = {"kind": "LoRA", "file": str(file)}
+    refused = collections.Counter(kind[0] for key in tensors if (kind := lora_names.refused_kind(key)))
+    if refused:
+        found["kind"] = ", ".join(refused)
+    if sizes := lora_reading.sizes_of({key: tuple(x.shape) for key, x in tensors.items()}):
+        known = model.known_sizes.get(sizes, "no published model that is known here")
+        found["made for"] = f"at least {sizes[0]} blocks of width {sizes[1]}: {known}"
+    ranks = collections.Counter(len(tensors[k]) for k, key in keys.items() if key.part == "a")
+    found["rank"] = ", ".join(f"{rank} ({n} layers)" for rank, n in sorted(ranks.items())) or "none"
+    alphas = collections.Counter(float(np.asarray(tensors[k]).item()) for k, key in keys.items() if key.part == "alpha")
+    settings = "in PEFT's settings" if METADATA_KEY in metadata else "not said, so taken to be the rank"
+    found["alpha"] = ", ".join(f"{a:g} ({n} layers)" for a, n in sorted(alphas.items())) or settings
+    found["layers"] = ", ".join(_layers(key.layer for key in keys.values() if key.part in ("a", "b")))
+    prefixes = {key[: len(key) - len(lora_names.strip(key))] for key in tensors}
+    written = {p: user for p, user in lora_names.PREFIXES.items() if any(x.endswith(p) for x in prefixes)}
+    found["prefix"] = ", ".join(
+        f"{p or 'none'}" + (f" ({written[p]})" if p in written else "") for p in sorted(prefixes)
+    )
+    found |= {key: metadata[key] for key in HEADER if key in metadata}
+    found["here"] = _here(tensors, metadata, model)
+    originals, theirs = _spelled(model)
+    comfy = [key for key in tensors if not _comfy_reads(key, keys[key], originals)]
+    found["ComfyUI"] = _count(comfy, len(tensors))
+    diffusers = [key for key in tensors if not _diffusers_reads(key, keys[key], originals, theirs)]
+    found["diffusers"] = _count(diffusers, len(tensors))
+    layers = {key.layer for k, key in keys.items() if key.part == "a" and k.startswith("diffusion_model.")}
+    if lines := missing_for_diffusers(layers) if layers else []:
+        found["diffusers"] = f"stops with an error: {'; '.join(lines)}"
+    return found
+
+
+def _here(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], model: LoraModel) -> str:
+    """What this project does with the file."""
+    without = sorted({part for key in tensors if (part := lora_names.other_part(key))})
+    try:
+        found = lora_reading.read(tensors, metadata, model, scale=1.0, without=without)
+    except ValueError as error:
+        return f"refused: {error}"
+    held = ", ".join(f"{n} differences of {part}" for part, n in sorted(found.held.items()))
+    flags = "".join(f" --without {part}" for part in without)
+    return f"generate --executor FILE{flags}" + (f"; holds {held}" if held else "")
+
+
+def _spelled(model: LoraModel) -> tuple[set[str], set[str]]:
+    """Names of layers and weights in the original code (with underscores, too), and in diffusers."""
+    sets: list[set[str]] = []
+    for layout in ("comfy", "diffusers"):
+        names = {entry.names[0] for entry in model.entries[layout]}  # of block 0; see `_any_block`
+        sets.append(names | {name.removesuffix(".weight").removesuffix(".bias") for name in names})
+    originals, theirs = sets
+    return originals | {name.replace(".", "_") for name in originals}, theirs
+
+
+def _comfy_reads(key: str, found: lora_names.Key, originals: set[str]) -> bool:
+    layer = found.layer if found.part else re.sub(r"\.(lokr|hada|oft|boft|dora)_\w+$", "", found.layer)
+    prefix = key[: key.find(layer)]
+    known = _any_block(layer) in originals
+    return known and prefix in ("diffusion_model.", "lora_unet_", "lora_unet__") and found.part != "diff_m"
+
+
+def _diffusers_reads(key: str, found: lora_names.Key, originals: set[str], theirs: set[str]) -> bool:
+    prefix = key[: key.find(found.layer)]
+    if prefix == "transformer.":
+        return _any_block(found.layer) in theirs and found.part in ("a", "b")
+    plain = found.part in ("a", "b", "alpha") or (found.part == "diff_b" and "norm" not in found.layer)
+    return prefix in ("diffusion_model.", "lora_unet_") and _any_block(found.layer) in originals and plain
+
+
+def _any_block(layer: str) -> str:
+    """The name of the same layer in block 0: a file may be for a model of more blocks than ours."""
+    return re.sub(r"(?<=blocks[._])\d+", "0", layer, count=1)
+
+
+def _count(lost: Sequence[str], count: int) -> str:
+    if not lost:
+        return f"reads all {count} tensors"
+    return f"reads {count - len(lost)} of {count} tensors, not {lora_reading.some(lost, shown=2)}"
+
+
+def _layers(names) -> list[str]:
+    """Kinds of layers, blocks put together."""
+    return sorted({re.sub(r"(?<=blocks[._])\d+", "N", name) for name in names})
+
+
+def _words(sizes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in sizes.items() if not isinstance(value, Mapping))
