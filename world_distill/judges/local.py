@@ -6,7 +6,7 @@ there gives what the whole gives, which the self-test finds out.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -15,8 +15,9 @@ from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
 from world_distill.judges.answers import SPELLINGS, WORDS, NoVerdict, Reading
 from world_distill.judges.selftest import INTRO, PROBES, probe_clip
+from world_distill.vlm.chat_marks import ForbiddenText
 from world_distill.vlm.frames import chosen_images
-from world_distill.vlm.local import ForbiddenText, LocalVLM, Message
+from world_distill.vlm.local import LocalVLM, Message
 
 # Between log-odds of the same question, from the clip's part alone and from the whole; half precision has steps of
 # 1/8 at logits of 16 to 32.
@@ -84,16 +85,21 @@ class LocalJudge:
         Raises:
           UserError: the model cannot be loaded, or fails its self-test.
         """
+        answers: dict[int, JudgeAnswer] = {}
+        self.ask_each(requests, answers.__setitem__)
+        return [answers[i] for i in range(len(requests))]
+
+    def ask_each(self, requests: Sequence[JudgeRequest], done: Callable[[int, JudgeAnswer], None]) -> None:
+        """Calls `done(number of the request, answer)` for each, clip by clip. Raises as `ask` does."""
         if requests and not self._ids:
             self.check()
         clips: dict[int, list[int]] = {}  # the requests of each array
         for i, request in enumerate(requests):
             clips.setdefault(id(request.clip), []).append(i)
-        answers: dict[int, JudgeAnswer] = {}
         for numbers in clips.values():
             questions = [requests[i].question for i in numbers]
-            answers |= zip(numbers, self._judge(requests[numbers[0]].clip, questions), strict=True)
-        return [answers[i] for i in range(len(requests))]
+            for number, answer in zip(numbers, self._judge(requests[numbers[0]].clip, questions), strict=True):
+                done(number, answer)
 
     def check(self) -> list[str]:
         """Tests the model; one line that says how it is asked.
