@@ -23,7 +23,8 @@ ECHO = "data:image/jpeg;base64," + "A" * 5000
             "body.chat_template_kwargs: not permitted",
         ),
         (
-            '{"error": {"message": "invalid", "details": [{"fieldViolations": [{"field": "seed", "description": "no"}]}]}}',
+            '{"error": {"message": "invalid", '
+            '"details": [{"fieldViolations": [{"field": "seed", "description": "no"}]}]}}',
             "seed: no; invalid",
         ),
         # A gateway's own message says nothing; the one that it passes on does.

@@ -51,8 +51,8 @@ def judge_clips(
 
     Returns:
       Judgment with `scores[question]` [b] float64. An answer with an error, or that is not finite, is NaN there and
-      makes the clip invalid; how many there were, and why the first, is logged. So is a question that nobody may be
-      asked, since a mark of a chat is in its task (`vlm.chat_marks`).
+      makes the clip invalid; how many there were, and why the first, is logged. Nobody is asked about a clip whose task
+      has a mark of a chat in it (`vlm.chat_marks`).
 
     Raises:
       ValueError: lengths differ, no questions, clips are not uint8, or the judge returns another number of answers.
@@ -72,7 +72,7 @@ def judge_clips(
     for i, clip in enumerate(clips):
         for j, name in enumerate(questions):
             try:
-                text = refuse_marks(rubric.render(name, tasks[i], agents[i]))
+                text = refuse_marks(rubric.render(name, refuse_marks(tasks[i]), refuse_marks(agents[i])))
             except ForbiddenText as error:
                 refused.append(f"{error} ({name}, {names[i] or tasks[i]!r})")
                 continue

@@ -125,7 +125,7 @@ async def find_form(client: Client, server: Server, rules: Rules) -> Form:
                 waiting.insert(0, lesser)
         except _AfterSampling as error:
             refusal = error
-            waiting = [other for other in waiting if other.fields.get("temperature") != 0]
+            waiting = [other for other in waiting if other.fields.get("temperature") == 1]
         else:
             if form.ids and not numbered:  # it ignores what it does not know, and gives the likeliest tokens
                 fields = {name: value for name, value in form.fields.items() if name not in _EXACT}

@@ -29,7 +29,7 @@ _MARK = re.compile(
     rf"|\[/?(?-i:{'|'.join(_BRACKETED)})\]"  # [INST] [/INST]
     r"|◁\s*/?\s*\w{1,30}\s*▷"  # ◁think▷: Kimi
     r"|<unused\d{1,4}>"  # MedGemma's thoughts
-    r"|(?:^|(?<=\s))(?-i:USER|ASSISTANT|SYSTEM|###\s?(?:Human|Assistant|System|Instruction|Response)):",  # Vicuna
+    r"|(?<![\w\[])(?-i:USER|ASSISTANT|SYSTEM|###\s?(?:Human|Assistant|System|Instruction|Response)):",  # Vicuna
     re.IGNORECASE,
 )
 _HALF = re.compile("[\ud800-\udfff]")
