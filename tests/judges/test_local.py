@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="torch is in the extra `torch`")
 
 from absl import logging  # noqa: E402
 
-from tests.vlm import tiny_vlm  # noqa: E402
+from tests.vlm import tiny_general, tiny_vlm  # noqa: E402
 from world_distill.errors import UserError  # noqa: E402
 from world_distill.interfaces import JudgeRequest  # noqa: E402
 from world_distill.judges.answers import SPELLINGS  # noqa: E402
@@ -89,6 +89,16 @@ def test_log_odds_are_the_models_own(folder):
     assert health["mass_mean"] == pytest.approx(masses.mean(), abs=1e-5) and health["answers"] == 6
     assert health["mass_min"] == pytest.approx(masses.min(), abs=1e-5) and health["no_verdict"] == 0
     assert judge.health()["answers"] == 0
+
+
+def test_any_image_text_model_judges_without_sharing(tmp_path, warnings):
+    folder = tiny_general.save(tmp_path, "llava")
+    tiny_vlm.teach(folder, [(conversation(probe_clip(3), question), sign > 0) for question, sign in PROBES])
+    judge, requests = LocalJudge(folder, **FEW), requests_about(2)
+    assert "again for each question" in judge.check()[0] and not warnings
+    log_odds, _ = expected(folder, requests)
+    np.testing.assert_allclose(odds(judge.ask(requests)), log_odds, atol=1e-4)
+    assert judge.ask(requests[:1]) == judge.ask(requests)[:1]
 
 
 def test_order_company_and_sharing_do_not_matter(folder):

@@ -10,7 +10,7 @@ MARKS = [
     "<|turn>", "<turn|>", "<image>", "<IMG_CONTEXT>", "<end_of_utterance>", "<fake_token_around_image>",
     "<row_1_col_1>", "<global-img>", "<｜User｜>", "<｜end▁of▁sentence｜>", "◁think▷", "<|im_user|>", "<seed:think>",
     "<[begin▁of▁image]>", "<im_patch>", "<unused94>", "</think>", "<tool_call>", "<|START_OF_TURN_TOKEN|>",
-    " ASSISTANT: yes", "### Human: go", "</task>",
+    " ASSISTANT: yes", "### Human: go",
 ]  # fmt: skip
 
 

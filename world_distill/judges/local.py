@@ -113,8 +113,9 @@ class LocalJudge:
         conversations = [_messages(images, question) for question in questions]
         whole = [self._vlm.next_token_log_probs(conversation) for conversation in conversations]
         readings = [self._probe(ids, *probe, row) for probe, row in zip(PROBES, whole, strict=True)]
-        if self._share:
+        if self._share and self._vlm.shares:
             self._share = self._sharing_works(ids, conversations, readings)
+        self._share = self._share and self._vlm.shares
         self._ids = ids
         how = "once for all its questions" if self._share else "again for each question"
         count = sum(map(len, ids.values()))

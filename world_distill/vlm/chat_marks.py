@@ -12,7 +12,7 @@ import unicodedata
 _WORDS = (
     "s", "bos", "eos", "pad", "unk", "mask", "sep", "cls", "image", "images", "img", "video", "audio", "patch", "slice",
     "quad", "ref", "box", "point", "think", "thinking", "thought", "reasoning", "answer", "response", "system", "user",
-    "assistant", "human", "model", "tool", "function", "task", "agent",
+    "assistant", "human", "model", "tool", "function",
 )  # fmt: skip
 # Mistral's, which look like a task's agent: only these words.
 _BRACKETED = (
