@@ -19,7 +19,7 @@ from world_distill.judges.local import LocalJudge  # noqa: E402
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import load_rubric  # noqa: E402
 from world_distill.judges.selftest import INTRO, PROBES, probe_clip  # noqa: E402
-from world_distill.vlm.frames import chosen_images  # noqa: E402
+from world_distill.vlm.frames import chosen_images, spread_frames  # noqa: E402
 from world_distill.vlm.local import LocalVLM  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -28,8 +28,10 @@ FEW = {"dtype": "float32", "frames": 3, "max_side": 28}
 
 
 def conversation(clip, question):
-    images = chosen_images(clip, frames=FEW["frames"], max_side=FEW["max_side"])
-    content = [{"type": "text", "text": INTRO}, *({"type": "image", "image": i} for i in images)]
+    numbers = spread_frames(len(clip), FEW["frames"])
+    content = [{"type": "text", "text": INTRO}]
+    for number, image in zip(numbers, chosen_images(clip, frames=numbers, max_side=FEW["max_side"]), strict=True):
+        content += [{"type": "text", "text": f"Frame {number + 1} of {len(clip)}:"}, {"type": "image", "image": image}]
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 

@@ -94,7 +94,9 @@ def test_a_clip_is_sent_frames_first_and_its_first_question_goes_ahead():
         bodies = server.bodies
     assert sorted(b["messages"][0]["content"][-1]["text"] for b in bodies[:3]) == ["0 a", "1 a", "2 a"]
     assert {b["messages"][0]["content"][-1]["text"][-1] for b in bodies[3:]} == {"b", "c"}
-    assert [part["type"] for part in bodies[0]["messages"][0]["content"]] == ["text", "image_url", "image_url", "text"]
+    content = bodies[0]["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["text", *["text", "image_url"] * 2, "text"]
+    assert [content[i]["text"] for i in (1, 3)] == ["Frame 1 of 3:", "Frame 3 of 3:"]
 
 
 def test_questions_of_one_clip_stay_on_one_server():

@@ -72,7 +72,7 @@ def judge_clips(
     for i, clip in enumerate(clips):
         for j, name in enumerate(questions):
             try:
-                text = refuse_marks(rubric.render(name, refuse_marks(tasks[i]), refuse_marks(agents[i])))
+                text = refuse_marks(rubric.render(name, refuse_marks(tasks[i]), refuse_marks(agents[i]), len(clip)))
             except ForbiddenText as error:
                 refused.append(f"{error} ({name}, {names[i] or tasks[i]!r})")
                 continue
@@ -121,6 +121,17 @@ def _ask(
         count = len(requests) + len(refused)
         logging.warning("judge %s failed on %d of %d; first: %s", judge.name, len(reasons), count, reasons[0])
     return known
+
+
+def note_other_rubrics(cache: JudgmentCache, rubric: Rubric) -> None:
+    """Logs that a cache holds answers to other versions of the questions, which are not used for these."""
+    others = sorted(cache.rubrics() - {rubric.version})
+    if others:
+        logging.warning(
+            "%s holds answers to other versions of the questions (%s; these are %s): they stay, and are not used. "
+            "--config.judge.rubric=1 asks the questions of releases before this one",
+            cache.path, ", ".join(others), rubric.version,
+        )  # fmt: skip
 
 
 class _Answers:

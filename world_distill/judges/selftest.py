@@ -23,11 +23,11 @@ from world_distill.errors import UserError
 from world_distill.judges.answers import SPELLINGS, WORDS, MalformedAnswer, NoLogProbs, NoVerdict, Reading, read_answer
 from world_distill.vlm.client import Client, Failure, Refused, Server
 from world_distill.vlm.complaints import named_fields
-from world_distill.vlm.frames import data_urls
+from world_distill.vlm.frames import chosen_frames, data_urls, frame_labels
 from world_distill.vlm.options import check_model
 
 PROBES = (("Are these pictures red? Answer yes or no.", 1), ("Are these pictures blue? Answer yes or no.", -1))
-INTRO = "These pictures are the frames of one video, in the order of time."
+INTRO = "These pictures are frames of one video, in the order of time, each after its number."
 _COLOUR = (220, 30, 30)
 _SIDE = 64  # pixels; vision encoders need more than one of their patches
 
@@ -71,11 +71,21 @@ class Rules:
         """One line that changes when an answer may; free of addresses and keys."""
         picture = f"jpeg{self.quality}" if self.quality else "png"
         extra = f" {json.dumps(dict(self.extra), sort_keys=True)}" if self.extra else ""
-        return f"server-1 {self.model} {self.frames}x{self.max_side} {picture} mass>{self.min_mass:g}{extra}"
+        return f"server-2 {self.model} {self.frames}x{self.max_side} {picture} mass>{self.min_mass:g}{extra}"
 
-    def urls(self, clip: np.ndarray) -> list[str]:
-        """Image parts of a clip [F H W 3] uint8."""
-        return data_urls(clip, frames=self.frames, max_side=self.max_side, quality=self.quality)
+    def pictures(self, clip: np.ndarray) -> list[dict[str, Any]]:
+        """The parts of a message that show a clip [F H W 3] uint8."""
+        numbers = chosen_frames(clip, self.frames)
+        urls = data_urls(clip, frames=numbers, max_side=self.max_side, quality=self.quality)
+        parts: list[dict[str, Any]] = []
+        for label, url in zip(frame_labels(clip, numbers), urls, strict=True):
+            parts += [text_part(label), {"type": "image_url", "image_url": {"url": url}}]
+        return parts
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A part of a message."""
+    return {"type": "text", "text": text}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +96,9 @@ class Form:
     ids: Mapping[int, str]
 
 
-def make_body(rules: Rules, form: Form, urls: list[str], question: str) -> dict[str, Any]:
+def make_body(rules: Rules, form: Form, pictures: Sequence[dict[str, Any]], question: str) -> dict[str, Any]:
     """The request: the clip first and the question last, so that the beginning is the same for all questions."""
-    content = [{"type": "text", "text": INTRO}]
-    content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    content += [{"type": "text", "text": question}]
+    content = [text_part(INTRO), *pictures, text_part(question)]
     return (
         {"model": rules.model, "messages": [{"role": "user", "content": content}]}
         | dict(form.fields)
@@ -213,8 +221,9 @@ async def _token_ids(client: Client, server: Server, rules: Rules) -> dict[int, 
 
 async def _probe(client: Client, server: Server, rules: Rules, form: Form) -> bool:
     """Whether tokens come by their numbers. Raises as `find_form` does, Refused, or _AfterSampling."""
-    urls = rules.urls(probe_clip(rules.frames))
-    readings = [await _ask(client, server, rules, form, urls, question) for question, _ in PROBES]
+    pictures = rules.pictures(probe_clip(rules.frames))
+    bodies = [make_body(rules, form, pictures, question) for question, _ in PROBES]
+    readings = [await _ask(client, server, rules, form, body) for body in bodies]
     if all(reading.sampled_only for reading in readings):
         flag = f": start it with {_BEFORE_SAMPLING[server.kind]}" if server.kind in _BEFORE_SAMPLING else ""
         raise _AfterSampling(
@@ -230,9 +239,8 @@ async def _probe(client: Client, server: Server, rules: Rules, form: Form) -> bo
     return all(reading.numbered for reading in readings)
 
 
-async def _ask(client: Client, server: Server, rules: Rules, form: Form, urls: list[str], question: str) -> Reading:
+async def _ask(client: Client, server: Server, rules: Rules, form: Form, body: Mapping[str, Any]) -> Reading:
     where = f"judge server {server.label}: {rules.model}"
-    body = make_body(rules, form, urls, question)
     malformed = ""
     for _ in range(3):
         reply = await client.send_patiently(server, "/chat/completions", body)

@@ -64,7 +64,7 @@ class ServerJudge:
           servers: addresses that end in /v1; all of them serve the model.
           model: its name there.
           api_key_env: environment variable with the API key; None or "" sends none.
-          frames: of a clip that are shown, evenly over time, at most.
+          frames: of a clip that are shown at most: two thirds evenly over time, and those that change most.
           max_side: pixels; larger frames are shrunk.
           quality: of JPEG; 0 sends PNG.
           min_mass: probability that yes and no together need, or the answer does not count.
@@ -167,14 +167,14 @@ class ServerJudge:
 
     async def _judge(self, requests: Sequence[JudgeRequest], numbers: Sequence[int], done: Done) -> None:
         """All questions about one clip."""
-        urls = await asyncio.to_thread(self._rules.urls, requests[numbers[0]].clip)
+        pictures = await asyncio.to_thread(self._rules.pictures, requests[numbers[0]].clip)
 
         async def answer(number: int, preferred: Server | None) -> Server | None:
             question = requests[number].question
             try:
                 refuse_marks(question)
                 reading, server = await self._pool.ask(
-                    lambda server: make_body(self._rules, server.form, urls, question),
+                    lambda server: make_body(self._rules, server.form, pictures, question),
                     lambda server, reply: read_answer(reply, server.form.ids, min_mass=self._rules.min_mass),
                     preferred,
                 )
