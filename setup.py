@@ -89,6 +89,7 @@ setup(
             "README.md",
             "*/README.md",
             "judges/rubric/*.txt",
+            "judges/rubric/*/*.txt",
             "data/annotation/prompt/*.txt",
             "models/tiny/base_*",
             "reports/templates/*",

@@ -22,6 +22,7 @@ from world_distill.devices.compilation import keep_programs
 from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
+from world_distill.judges.rubric import Rubric, load_rubric
 from world_distill.settings import addresses
 
 
@@ -95,6 +96,16 @@ def _make_family(config: FrozenConfigDict, mesh: jax.sharding.Mesh | None) -> Mo
     except TypeError as error:
         raise UserError(f"config.model does not fit family {config.model.family!r}: {error}") from error
     return family if mesh is None else family.on(mesh)
+
+
+def make_rubric(config: ConfigDict, part: str = "judge") -> Rubric:
+    """The questions that a section of the config names, about clips of its model.
+
+    Raises:
+      FileNotFoundError, ValueError: see `load_rubric`.
+    """
+    fps = make_family(config).fps if "model" in config else 0.0  # a config of a judge alone has none
+    return load_rubric(config[part].rubric or None, fps=fps)
 
 
 def text_lengths(family: ModelFamily, config: ConfigDict) -> dict[str, int]:

@@ -196,11 +196,13 @@ class JudgeAnswer:
 
 
 class Judge(Protocol):
-    """A class may have two more methods.
+    """A class may have three more methods.
 
-    `health() -> dict[str, float]` has figures since its last call, which are logged with the step's. `check() ->
-    list[str]` tests it before training, in a line each; it raises UserError if it cannot judge, and an error that is a
-    ConnectionError too if it cannot be reached.
+    `ask_each(requests, done) -> None` is `ask` that calls `done(number of the request, answer)` for each as it comes,
+    from one thread at a time: what was answered is kept, whatever stops the rest. `health() -> dict[str, float]` has
+    figures since its last call, which are logged with the step's. `check() -> list[str]` tests it before training, in a
+    line each; it raises UserError if it cannot judge, and an error that is a ConnectionError too if it cannot be
+    reached.
     """
 
     name: str  # identifies model, version and sampling: part of the cache key

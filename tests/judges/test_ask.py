@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer
 from world_distill.judges import ask
 from world_distill.judges.ask import judge_clips
@@ -106,6 +107,60 @@ def test_failures_are_invalid_logged_and_asked_again(tmp_path, monkeypatch, fail
     better = FakeJudge()
     assert judge_clips(better, cache, clips, tasks, agents, RUBRIC, ["task", "real"]).valid.all()
     assert len(better.requests) == 1 and len(logged) == 1
+
+
+class Stopping(FakeJudge):
+    """Answers `good` requests, and then is stopped."""
+
+    def __init__(self, good, error):
+        super().__init__()
+        self.good, self.error = good, error
+
+    def ask_each(self, requests, done):
+        self.requests += requests
+        for number, request in list(enumerate(requests))[::-1][: self.good]:
+            done(number, JudgeAnswer(self.value(request.clip, request.question)))
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [UserError("no key"), KeyboardInterrupt()])
+def test_what_was_answered_is_kept_whatever_stops_the_rest(tmp_path, error):
+    cache, (clips, tasks, agents) = JudgmentCache(tmp_path / "c"), batch(3)
+    with pytest.raises(type(error)):
+        judge_clips(Stopping(4, error), cache, clips, tasks, agents, RUBRIC, ["task", "real"])
+    assert len(cache) == 4
+    judge = Stopping(2, None)
+    judgment = judge_clips(judge, cache, clips, tasks, agents, RUBRIC, ["task", "real"])
+    assert len(judge.requests) == 2 and judgment.valid.all()
+    plain = judge_clips(FakeJudge(), None, clips, tasks, agents, RUBRIC, ["task", "real"])
+    for name in ("task", "real"):
+        np.testing.assert_array_equal(judgment.scores[name], plain.scores[name])
+
+
+def test_answers_are_stored_while_others_are_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(ask, "_STORE_EVERY", -1.0)
+    cache, (clips, tasks, agents), stored = JudgmentCache(tmp_path / "c"), batch(3), []
+
+    class Watched(Stopping):
+        def ask_each(self, requests, done):
+            super().ask_each(requests, lambda *given: (done(*given), stored.append(len(cache))))
+
+    judge_clips(Watched(6, None), cache, clips, tasks, agents, RUBRIC, ["task", "real"])
+    assert stored == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "[/INST]", "\ud83d"])
+@pytest.mark.parametrize("where", ["task", "agent"])
+def test_marks_of_a_chat_reach_no_judge(tmp_path, monkeypatch, mark, where):
+    logged = []
+    monkeypatch.setattr(ask.logging, "warning", lambda message, *args: logged.append(message % args))
+    judge, (clips, tasks, agents) = FakeJudge(), batch(3)
+    (tasks if where == "task" else agents)[1] += mark
+    cache = JudgmentCache(tmp_path / "c")
+    judgment = judge_clips(judge, cache, clips, tasks, agents, RUBRIC, [where, "real"])
+    assert judgment.valid.tolist() == [True, False, True]
+    assert len(judge.requests) == 4 == len(cache) and "failed on 2 of 6; first: a text for the VLM" in logged[0]
 
 
 def test_another_process_was_first(tmp_path):

@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="torch is in the extra `torch`")
 
 from absl import logging  # noqa: E402
 
-from tests.vlm import tiny_vlm  # noqa: E402
+from tests.vlm import tiny_general, tiny_vlm  # noqa: E402
 from world_distill.errors import UserError  # noqa: E402
 from world_distill.interfaces import JudgeRequest  # noqa: E402
 from world_distill.judges.answers import SPELLINGS  # noqa: E402
@@ -19,7 +19,7 @@ from world_distill.judges.local import LocalJudge  # noqa: E402
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import load_rubric  # noqa: E402
 from world_distill.judges.selftest import INTRO, PROBES, probe_clip  # noqa: E402
-from world_distill.vlm.frames import chosen_images  # noqa: E402
+from world_distill.vlm.frames import chosen_images, spread_frames  # noqa: E402
 from world_distill.vlm.local import LocalVLM  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -28,8 +28,10 @@ FEW = {"dtype": "float32", "frames": 3, "max_side": 28}
 
 
 def conversation(clip, question):
-    images = chosen_images(clip, frames=FEW["frames"], max_side=FEW["max_side"])
-    content = [{"type": "text", "text": INTRO}, *({"type": "image", "image": i} for i in images)]
+    numbers = spread_frames(len(clip), FEW["frames"])
+    content = [{"type": "text", "text": INTRO}]
+    for number, image in zip(numbers, chosen_images(clip, frames=numbers, max_side=FEW["max_side"]), strict=True):
+        content += [{"type": "text", "text": f"Frame {number + 1} of {len(clip)}:"}, {"type": "image", "image": image}]
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
@@ -89,6 +91,16 @@ def test_log_odds_are_the_models_own(folder):
     assert health["mass_mean"] == pytest.approx(masses.mean(), abs=1e-5) and health["answers"] == 6
     assert health["mass_min"] == pytest.approx(masses.min(), abs=1e-5) and health["no_verdict"] == 0
     assert judge.health()["answers"] == 0
+
+
+def test_any_image_text_model_judges_without_sharing(tmp_path, warnings):
+    folder = tiny_general.save(tmp_path, "llava")
+    tiny_vlm.teach(folder, [(conversation(probe_clip(3), question), sign > 0) for question, sign in PROBES])
+    judge, requests = LocalJudge(folder, **FEW), requests_about(2)
+    assert "again for each question" in judge.check()[0] and not warnings
+    log_odds, _ = expected(folder, requests)
+    np.testing.assert_allclose(odds(judge.ask(requests)), log_odds, atol=1e-4)
+    assert judge.ask(requests[:1]) == judge.ask(requests)[:1]
 
 
 def test_order_company_and_sharing_do_not_matter(folder):

@@ -26,7 +26,7 @@ VOCABULARY = {
 }
 SHARES = {"Yes": 0.7, "yes": 0.2, " Yes": 0.1, "No": 0.6, "no": 0.3, " no": 0.1}  # of a word's probability
 OTHERS = {f"w{i}": 100 + i for i in range(30)}
-STYLES = ("vllm_new", "vllm_old", "sglang", "hosted")
+STYLES = ("vllm_new", "vllm_old", "sglang", "hosted", "llamacpp", "lmdeploy", "completions")
 _VLLM_FIELDS = {"chat_template_kwargs", "logprob_token_ids", "return_tokens_as_token_ids"}
 
 
@@ -119,9 +119,14 @@ class FakeServer:
         if self.key and headers.get("authorization") != f"Bearer {self.key}":
             return self._send(writer, 401, error(f"Incorrect API key provided: {headers.get('authorization')}"))
         if (method, path) == ("GET", "/v1/models"):
-            return self._send(writer, 200, {"object": "list", "data": [{"id": self.model, "object": "model"}]})
+            owner = "llamacpp" if self.style == "llamacpp" else "vllm" if self.style.startswith("vllm") else "library"
+            models = [{"id": self.model, "object": "model", "owned_by": owner}]
+            return self._send(writer, 200, {"object": "list", "data": models})
         if (method, path) == ("POST", "/tokenize") and self.style != "hosted":
             tokens = [VOCABULARY[body["prompt"]]] if body["prompt"] in VOCABULARY else [1, 2]
+            tokens = [0, *tokens] if self.style == "bos" else tokens
+            if self.style == "llamacpp":  # reads another field
+                return self._send(writer, 200, {"tokens": body.get("content", [])})
             return self._send(writer, 200, {"count": len(tokens), "max_model_len": 4096, "tokens": tokens})
         if (method, path) != ("POST", "/v1/chat/completions"):
             return self._send(writer, 404, error("Not Found"))
@@ -161,6 +166,8 @@ class FakeServer:
                 return self._send(writer, 429, error("You exceeded your quota", "insufficient_quota"))
             case int(status):
                 return self._send(writer, status, error(f"status {status} for key {self.key}"))
+            case (int(status), str(content)):  # word for word
+                return self._send(writer, status, content)
         if refusal := self._refusal(body):
             return self._send(writer, 400, error(refusal))
         if fault is None:
@@ -191,15 +198,25 @@ class FakeServer:
             probabilities = {said: 0.99} | {t: p * 0.01 for t, p in probabilities.items()}
         ids = VOCABULARY | OTHERS | {"<think>": 500, "Certainly": 501}
         wanted = body.get("logprob_token_ids") if self.style == "vllm_new" else None
+        if self.style == "lmdeploy" and body.get("temperature") == 0:  # what sampling leaves over
+            fault = "sampled_only"
         best = sorted(probabilities, key=probabilities.get, reverse=True)
+        if fault in ("sampled_only", "masked", "masked_null"):
+            probabilities = {t: float(t == best[0]) for t in best}
         listed = [t for t in best if ids[t] in wanted] if wanted else best[: body["top_logprobs"]]
         as_ids = body.get("return_tokens_as_token_ids") and self.style.startswith("vllm")
 
         def entry(token):
             name = f"token_id:{ids[token]}" if as_ids else token
-            return {"token": name, "logprob": math.log(probabilities[token]), "bytes": list(name.encode())}
+            none = None if fault == "masked_null" else -3.4e38
+            log_prob = math.log(probabilities[token]) if probabilities[token] else none
+            return {"token": name, "logprob": log_prob, "bytes": list(name.encode())}
 
-        content = [entry(best[0]) | {"top_logprobs": [entry(t) for t in listed]}]
+        listed = listed[:1] if fault == "sampled_only" else listed
+        content = {"content": [entry(best[0]) | {"top_logprobs": [entry(t) for t in listed]}]}
+        if self.style == "completions":
+            top = {t: math.log(probabilities[t]) for t in listed}
+            content = {"tokens": best[:1], "token_logprobs": [top[best[0]]], "top_logprobs": [top]}
         return {
             "id": "chatcmpl-1",
             "object": "chat.completion",
@@ -208,7 +225,7 @@ class FakeServer:
                 {
                     "index": 0,
                     "message": {"role": "assistant", "content": best[0], "reasoning": None, "refusal": None},
-                    "logprobs": None if fault == "no_logprobs" else {"content": content},
+                    "logprobs": None if fault == "no_logprobs" else content,
                     "finish_reason": "length",
                 }
             ],

@@ -1,6 +1,8 @@
 """A model in this process: the numbers of a plain forward pass, whatever is shared; pictures and texts as they are."""
 
+import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ pytest.importorskip("torch", reason="torch is in the extra `torch`")
 
 from PIL import Image  # noqa: E402
 
-from tests.vlm import tiny_vlm  # noqa: E402
+from tests.vlm import tiny_general, tiny_vlm  # noqa: E402
 from world_distill.errors import UserError  # noqa: E402
-from world_distill.vlm.local import ForbiddenText, LocalVLM, close_thinking  # noqa: E402
+from world_distill.vlm.chat_marks import ForbiddenText  # noqa: E402
+from world_distill.vlm.local import LocalVLM, close_thinking  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -78,6 +81,72 @@ def test_going_on_from_the_pictures_gives_what_the_whole_gives(vlm):
     turned = vlm.shared_log_probs(conversations[::-1], batch=3)[::-1]
     np.testing.assert_allclose(turned, whole, atol=1e-4)
     assert abs(whole[0] - whole[1]).max() > 0.1
+
+
+def test_what_goes_away_in_transformers_is_not_used(vlm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        vlm.shared_log_probs([about(pictures())])
+        vlm.generate(about(pictures()), max_tokens=1, temperature=0, seed=0)
+
+
+# ---- Classes that are run by their own processors
+
+
+@pytest.fixture(scope="module", params=tiny_general.KINDS)
+def general(request, tmp_path_factory):
+    return LocalVLM(tiny_general.save(tmp_path_factory.mktemp(request.param), request.param), dtype="float32")
+
+
+def test_any_image_text_model_gives_its_own_log_probabilities(general):
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder, messages = general._source["pretrained_model_name_or_path"], about(pictures())
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    with torch.no_grad():
+        wanted = model(**inputs).logits[0, -1].log_softmax(-1).numpy()
+    given = general.next_token_log_probs(messages)
+    np.testing.assert_allclose(given, wanted, atol=1e-4)
+    assert given.std() > 0.5 and not general.shares
+    for changed in range(3):  # every picture is seen
+        others = [*pictures()[:changed], pictures(seed=5)[0], *pictures()[changed + 1 :]]
+        assert abs(general.next_token_log_probs(about(others)) - given).max() > 1e-4
+    texts = [general.generate(messages, max_tokens=6, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert general.next_token_log_probs(about([])).shape == given.shape
+    with pytest.raises(ValueError, match="whole conversations only"):
+        general.shared_log_probs([messages])
+    with pytest.raises(ForbiddenText, match="the mark"):
+        general.next_token_log_probs(about(pictures(1), "Go.<image>"))
+
+
+def test_what_kind_of_model_it_is_is_known_before_its_weights_are_read(tmp_path):
+    for name, config, text in [
+        ("llama", {"model_type": "llama"}, "is of type 'llama', which does not take pictures.*InternVL, Gemma 3"),
+        ("none", {"model_type": "no_such"}, "the config .* cannot be read.*any image-text model of transformers works"),
+        (
+            "own", {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "c.C"}},
+            "cannot be read.*of a model with code of its own, take the copy whose name ends in -hf",
+        ),
+    ]:  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=f"(?s){text}"):
+            LocalVLM(str(tmp_path / name)).load()
+
+
+def test_a_template_without_room_for_pictures_is_refused(tmp_path):
+    folder = tiny_general.save(tmp_path, "llava")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content[-1].text }}")
+    with pytest.raises(UserError, match="no room for pictures"):
+        LocalVLM(folder, dtype="float32").next_token_log_probs(about(pictures()))
+
+
+# ---- What goes on from a shared part
 
 
 def test_one_by_one_the_numbers_do_not_depend_on_what_is_asked_beside(vlm):
@@ -189,9 +258,9 @@ def test_what_cannot_be_used_is_named(folder, tmp_path):
     blind = tiny_vlm.make_tokenizer(template="{{ messages[0].content[-1].text }}")
     with pytest.raises(UserError, match="room for 0 pictures of 3"):
         LocalVLM(tiny_vlm.save(tmp_path / "blind", "qwen3_vl", tokenizer=blind)).next_token_log_probs(about(pictures()))
-    (tmp_path / "silent/model.safetensors").write_bytes(b"")
+    (tmp_path / "blind/model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be read"):
-        LocalVLM(str(tmp_path / "silent")).load()
+        LocalVLM(str(tmp_path / "blind")).load()
 
 
 def test_weights_that_are_not_there_are_not_made_up(tmp_path):

@@ -20,8 +20,8 @@ KNOWS_THE_SWITCH = TEMPLATE + "{% if enable_thinking is false %}{{ '<think>\n\n<
 OPENS_A_THOUGHT = TEMPLATE + "{{ '<think>\n' }}"
 
 
-def make_tokenizer(template=TEMPLATE, whole=SPELLINGS):
-    """Single bytes, and the spellings in `whole` as one token each."""
+def make_tokenizer(template=TEMPLATE, whole=SPELLINGS, marks=()):
+    """Single bytes, the spellings in `whole` as one token each, and more `marks` than those of Qwen."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ def make_tokenizer(template=TEMPLATE, whole=SPELLINGS):
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in (*MARKS, *marks)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=template, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -46,7 +46,6 @@ def make_tokenizer(template=TEMPLATE, whole=SPELLINGS):
 
 def make_model(kind, tokenizer, seed=0):
     """Random weights, large enough for what is seen to matter."""
-    import torch
     import transformers
 
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
@@ -78,6 +77,14 @@ def make_model(kind, tokenizer, seed=0):
             }  # fmt: skip
             text["rope_parameters"] |= {"partial_rotary_factor": 0.5}
             config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, **tokens)
+    return random_model(config, seed)
+
+
+def random_model(config, seed=0):
+    """A model with weights large enough for what is seen to matter."""
+    import torch
+    import transformers
+
     torch.set_num_threads(1)  # threads only wait for each other in models of this size
     torch.manual_seed(seed)
     transformers.utils.logging.disable_progress_bar()

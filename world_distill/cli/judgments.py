@@ -93,7 +93,6 @@ def _rejudge(args: argparse.Namespace, cache: "JudgmentCache") -> dict[str, Any]
     from world_distill import build
     from world_distill.judges.memory.kept_clips import KeptClips
     from world_distill.judges.memory.transfer import config_of
-    from world_distill.judges.rubric import load_rubric
     from world_distill.programs import rejudge
     from world_distill.settings.loading import load_config, override
 
@@ -104,7 +103,7 @@ def _rejudge(args: argparse.Namespace, cache: "JudgmentCache") -> dict[str, Any]
         raise UserError(f"{folder} holds no config.json: --config says which judge to ask")
     override(config, args.overrides)
     clips = KeptClips(args.clips or folder / "judged_clips")
-    judge, rubric = build.make(config, "judge"), load_rubric(config.judge.rubric or None)
+    judge, rubric = build.make(config, "judge"), build.make_rubric(config)
     result = rejudge.rejudge(cache, clips, judge, rubric)
     console.say(rejudge.text(result, limit=args.flips))
     return result

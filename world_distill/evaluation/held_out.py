@@ -24,7 +24,7 @@ from world_distill.errors import UserError
 from world_distill.interfaces import Judge
 from world_distill.judges.ask import judge_clips
 from world_distill.judges.memory.cache import JudgmentCache
-from world_distill.judges.rubric import Rubric, load_rubric
+from world_distill.judges.rubric import Rubric
 from world_distill.storage.metric_log import read_log
 
 
@@ -149,8 +149,8 @@ def make_held_out(
     """
     if not config.held_out.factory:
         return None
-    judge, rubric = build.make(config, "held_out"), load_rubric(config.held_out.rubric or None)
-    reward_rubric = load_rubric(config.judge.rubric or None)
+    judge, rubric = build.make(config, "held_out"), build.make_rubric(config, "held_out")
+    reward_rubric = build.make_rubric(config)
     if reward is not None and judge.name == reward.name and rubric.version == reward_rubric.version:
         raise UserError(
             "config.held_out is the reward's own judge with the same questions, which would only confirm itself: "

@@ -23,6 +23,7 @@ SPELLINGS = {w: tuple(gap + form for form in (w, w.title(), w.upper()) for gap i
 _ID = "token_id:"  # how vLLM writes a token as its number
 _MARKS = str.maketrans("▁Ġ", "  ")  # how vocabularies write a leading space
 _LEAST_REST = 1e-4  # of 1, below which what is left is rounding
+_NONE = -200.0  # log-probability that no model gives to one of its 20 likeliest tokens: a mark for none
 
 
 class NoLogProbs(MalformedAnswer):
@@ -31,11 +32,22 @@ class NoLogProbs(MalformedAnswer):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """One answer: its log-odds, the mass of yes and no, and whether one of the words was bounded and not given."""
+    """One answer.
+
+    Attributes:
+      log_odds: of yes over no.
+      mass: probability of yes and no together.
+      bounded: one of the words was not given, and its probability is a bound.
+      sampled_only: one token has all the probability, and the others have none: this is what sampling took, or a filter
+        before it left over, and not what the model would say.
+      numbered: tokens were given by their numbers.
+    """
 
     log_odds: float
     mass: float
     bounded: bool
+    sampled_only: bool = False
+    numbered: bool = False
 
 
 def read_answer(text: str, ids: Mapping[int, str], *, min_mass: float) -> Reading:
@@ -56,6 +68,8 @@ def read_answer(text: str, ids: Mapping[int, str], *, min_mass: float) -> Readin
     others = first.get("top_logprobs") or []
     if not isinstance(others, list):
         raise MalformedAnswer("top_logprobs is not a list")
+    # JSON has no minus infinity: some servers write null for it.
+    others = [e | {"logprob": -1e4} if isinstance(e, dict) and e.get("logprob", 0) is None else e for e in others]
     tokens = list(dict.fromkeys(map(_token, others)))
     sampled = _token(first)  # which the list may or may not repeat
     if sampled[0] not in {token for token, _ in tokens}:
@@ -73,20 +87,36 @@ def read_answer(text: str, ids: Mapping[int, str], *, min_mass: float) -> Readin
         begun = str(said(choice) or sampled[0])[:40]
         raise NoVerdict(f"the answer began with {begun!r}: yes and no have a probability of {mass:.2g} together")
     # A probability of exactly 0 is what a server writes that leaves tokens out.
-    least = min(math.exp(log_prob) for _, log_prob in tokens if math.exp(log_prob) > 0)
+    least = min((math.exp(log_prob) for _, log_prob in tokens if log_prob > _NONE), default=1.0)
     bound = min(least, max(1 - total, _LEAST_REST))
     log_odds = math.log(sums["yes"] or bound) - math.log(sums["no"] or bound)
-    return Reading(log_odds, mass, bounded=not all(sums.values()))
+    certain = [log_prob for _, log_prob in tokens if log_prob > _NONE]
+    return Reading(
+        log_odds, mass, bounded=not all(sums.values()), sampled_only=len(certain) == 1 and certain[0] > -1e-9,
+        numbered=sampled[0].startswith(_ID),
+    )  # fmt: skip
 
 
 def _first_token(choice: dict[str, Any]) -> dict[str, Any]:
     log_probs = choice.get("logprobs")
     content = log_probs.get("content") if isinstance(log_probs, dict) else None
+    if content is None and isinstance(log_probs, dict) and log_probs.get("tokens"):
+        content = _of_completions(log_probs)
     if not content:
         raise NoLogProbs("a reply without log-probabilities")
     if not (isinstance(content, list) and isinstance(content[0], dict)):
         raise MalformedAnswer("logprobs.content is not a list of tokens")
     return content[0]
+
+
+def _of_completions(log_probs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first token from the form of `/completions`, which some servers give for chats, too."""
+    tokens, values, tops = (log_probs.get(name) for name in ("tokens", "token_logprobs", "top_logprobs"))
+    if not (isinstance(tokens, list) and isinstance(values, list) and values):
+        raise MalformedAnswer("logprobs.tokens without logprobs.token_logprobs")
+    top = tops[0] if isinstance(tops, list) and tops and isinstance(tops[0], dict) else {}
+    listed = [{"token": token, "logprob": value} for token, value in top.items()]
+    return [{"token": tokens[0], "logprob": values[0], "top_logprobs": listed}]
 
 
 def _token(entry: Any) -> tuple[str, float]:

@@ -1,15 +1,19 @@
 """From clips to a `Judgment`, through the memory of judgments."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
 
-from world_distill.interfaces import Judge, JudgeRequest
+from world_distill.interfaces import Judge, JudgeAnswer, JudgeRequest
 from world_distill.judges.memory.cache import JudgmentCache, clip_digest, make_key
 from world_distill.judges.memory.entries import About
 from world_distill.judges.rubric import Rubric
 from world_distill.structs import Judgment
+from world_distill.vlm.chat_marks import ForbiddenText, refuse_marks
+
+_STORE_EVERY = 5.0  # seconds; what was answered since is lost if the process is killed
 
 
 def check_judge(judge: Judge | None) -> list[str]:
@@ -47,12 +51,14 @@ def judge_clips(
 
     Returns:
       Judgment with `scores[question]` [b] float64. An answer with an error, or that is not finite, is NaN there and
-      makes the clip invalid; how many there were, and why the first, is logged.
+      makes the clip invalid; how many there were, and why the first, is logged. Nobody is asked about a clip whose task
+      has a mark of a chat in it (`vlm.chat_marks`).
 
     Raises:
       ValueError: lengths differ, no questions, clips are not uint8, or the judge returns another number of answers.
       KeyError: a question that the rubric does not have.
       CacheError: the cache's file fails.
+      Exception: what stops the judge. Answers that it gave before are in the cache.
     """
     clips = np.asarray(clips)
     names: Sequence[str | None] = [None] * len(clips) if records is None else records
@@ -61,18 +67,23 @@ def judge_clips(
     requests: dict[str, JudgeRequest] = {}  # by key, clip by clip: a judge can then share the video's part of the work
     about: dict[str, About] = {}
     keys = np.empty((len(clips), len(questions)), object)
+    refused: list[str] = []
     digests, version = [clip_digest(clip) for clip in clips], rubric.version
     for i, clip in enumerate(clips):
         for j, name in enumerate(questions):
-            text = rubric.render(name, tasks[i], agents[i])
+            try:
+                text = refuse_marks(rubric.render(name, refuse_marks(tasks[i]), refuse_marks(agents[i]), len(clip)))
+            except ForbiddenText as error:
+                refused.append(f"{error} ({name}, {names[i] or tasks[i]!r})")
+                continue
             key = keys[i, j] = make_key(digests[i], text, judge.name)
             requests.setdefault(key, JudgeRequest(clip=clip, question=text))
             about.setdefault(key, About(digests[i].hex(), name, text, tasks[i], agents[i], names[i], version))
     known = cache.get_many(list(requests)) if cache is not None else {}
     asked = [key for key in requests if key not in known]
-    if asked:
-        known |= _ask(judge, cache, {key: requests[key] for key in asked}, about)
-    scores = np.array([[known.get(key, np.nan) for key in row] for row in keys], np.float64)
+    if asked or refused:
+        known |= _ask(judge, cache, {key: requests[key] for key in asked}, about, refused)
+    scores = np.array([[np.nan if key is None else known.get(key, np.nan) for key in row] for row in keys], np.float64)
     if cache is not None and cache.keep is not None:
         for digest, clip, row in zip(digests, clips, scores, strict=True):
             if np.isfinite(row).any():
@@ -86,20 +97,65 @@ def judge_clips(
 
 
 def _ask(
-    judge: Judge, cache: JudgmentCache | None, requests: dict[str, JudgeRequest], about: dict[str, About]
+    judge: Judge,
+    cache: JudgmentCache | None,
+    requests: dict[str, JudgeRequest],
+    about: dict[str, About],
+    refused: Sequence[str],
 ) -> dict[str, float]:
-    """The judge's finite answers by key, stored."""
-    answers = judge.ask(list(requests.values()))
-    if len(answers) != len(requests):
-        raise ValueError(f"judge {judge.name} returned {len(answers)} answers to {len(requests)} requests")
-    good, reasons = {}, []
-    for key, answer in zip(requests, answers, strict=True):
-        if answer.error is None and answer.log_odds is not None and np.isfinite(answer.log_odds):
-            good[key] = float(answer.log_odds)
+    """The judge's finite answers by key, stored; `refused` says why others were not asked."""
+    keys, answers, known = list(requests), _Answers(judge, cache, about), {}
+    try:
+        if (ask_each := getattr(judge, "ask_each", None)) is not None:
+            ask_each(list(requests.values()), lambda number, answer: answers.take(keys[number], answer))
         else:
-            reasons.append(answer.error or f"log-odds {answer.log_odds}")
+            given = judge.ask(list(requests.values())) if requests else []
+            if len(given) != len(requests):
+                raise ValueError(f"judge {judge.name} returned {len(given)} answers to {len(requests)} requests")
+            for key, answer in zip(keys, given, strict=True):
+                answers.take(key, answer)
+    finally:
+        known = answers.store()
+    reasons = [*refused, *answers.reasons]
     if reasons:
-        logging.warning("judge %s failed on %d of %d; first: %s", judge.name, len(reasons), len(requests), reasons[0])
-    if cache is None or not good:
-        return good
-    return cache.put_many(good, judge_name=judge.name, about=about)
+        count = len(requests) + len(refused)
+        logging.warning("judge %s failed on %d of %d; first: %s", judge.name, len(reasons), count, reasons[0])
+    return known
+
+
+def note_other_rubrics(cache: JudgmentCache, rubric: Rubric) -> None:
+    """Logs that a cache holds answers to other versions of the questions, which are not used for these."""
+    others = sorted(cache.rubrics() - {rubric.version})
+    if others:
+        logging.warning(
+            "%s holds answers to other versions of the questions (%s; these are %s): they stay, and are not used. "
+            "--config.judge.rubric=1 asks the questions of releases before this one",
+            cache.path, ", ".join(others), rubric.version,
+        )  # fmt: skip
+
+
+class _Answers:
+    """Answers as they come; finite ones are stored every few seconds."""
+
+    def __init__(self, judge: Judge, cache: JudgmentCache | None, about: dict[str, About]):
+        self.reasons: list[str] = []  # why there is no answer
+        self._judge, self._cache, self._about = judge, cache, about
+        self._new: dict[str, float] = {}
+        self._known: dict[str, float] = {}
+        self._stored = time.monotonic()
+
+    def take(self, key: str, answer: JudgeAnswer) -> None:
+        if answer.error is None and answer.log_odds is not None and np.isfinite(answer.log_odds):
+            self._new[key] = float(answer.log_odds)
+        else:
+            self.reasons.append(answer.error or f"log-odds {answer.log_odds}")
+        if time.monotonic() - self._stored > _STORE_EVERY:
+            self.store()
+
+    def store(self) -> dict[str, float]:
+        """All that is known so far, by key: another process may have been first to store an answer."""
+        if self._new and self._cache is not None:
+            self._new = self._cache.put_many(self._new, judge_name=self._judge.name, about=self._about)
+        self._known |= self._new
+        self._new, self._stored = {}, time.monotonic()
+        return self._known

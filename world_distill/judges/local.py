@@ -6,7 +6,7 @@ there gives what the whole gives, which the self-test finds out.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -14,9 +14,10 @@ from absl import logging
 from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
 from world_distill.judges.answers import SPELLINGS, WORDS, NoVerdict, Reading
-from world_distill.judges.selftest import INTRO, PROBES, probe_clip
-from world_distill.vlm.frames import chosen_images
-from world_distill.vlm.local import ForbiddenText, LocalVLM, Message
+from world_distill.judges.selftest import INTRO, PROBES, probe_clip, text_part
+from world_distill.vlm.chat_marks import ForbiddenText
+from world_distill.vlm.frames import chosen_frames, chosen_images, frame_labels
+from world_distill.vlm.local import LocalVLM, Message
 
 # Between log-odds of the same question, from the clip's part alone and from the whole; half precision has steps of
 # 1/8 at logits of 16 to 32.
@@ -52,7 +53,7 @@ class LocalJudge:
           dtype: "bfloat16", "float16" or "float32".
           device: as PyTorch calls it; empty: a GPU if PyTorch sees one.
           device_map: "auto" spreads the layers over all GPUs.
-          frames: of a clip that are shown, evenly over time, at most.
+          frames: of a clip that are shown at most: two thirds evenly over time, and those that change most.
           max_side: pixels; larger frames are shrunk.
           min_mass: probability that yes and no together need, or the answer does not count.
           batch: questions about one clip that are computed at once. With 1 an answer depends on its clip and its
@@ -73,7 +74,7 @@ class LocalJudge:
         self._ids: dict[str, list[int]] = {}  # of the words; known once the model has passed its test
         self._masses: list[float] = []
         self._no_verdict = 0
-        self.name = f"local-1 {self._vlm.name} {frames}x{max_side} mass>{min_mass:g}"
+        self.name = f"local-2 {self._vlm.name} {frames}x{max_side} mass>{min_mass:g}"
 
     def __repr__(self) -> str:
         return f"LocalJudge({self.name!r})"
@@ -84,16 +85,21 @@ class LocalJudge:
         Raises:
           UserError: the model cannot be loaded, or fails its self-test.
         """
+        answers: dict[int, JudgeAnswer] = {}
+        self.ask_each(requests, answers.__setitem__)
+        return [answers[i] for i in range(len(requests))]
+
+    def ask_each(self, requests: Sequence[JudgeRequest], done: Callable[[int, JudgeAnswer], None]) -> None:
+        """Calls `done(number of the request, answer)` for each, clip by clip. Raises as `ask` does."""
         if requests and not self._ids:
             self.check()
         clips: dict[int, list[int]] = {}  # the requests of each array
         for i, request in enumerate(requests):
             clips.setdefault(id(request.clip), []).append(i)
-        answers: dict[int, JudgeAnswer] = {}
         for numbers in clips.values():
             questions = [requests[i].question for i in numbers]
-            answers |= zip(numbers, self._judge(requests[numbers[0]].clip, questions), strict=True)
-        return [answers[i] for i in range(len(requests))]
+            for number, answer in zip(numbers, self._judge(requests[numbers[0]].clip, questions), strict=True):
+                done(number, answer)
 
     def check(self) -> list[str]:
         """Tests the model; one line that says how it is asked.
@@ -103,12 +109,12 @@ class LocalJudge:
         """
         ids = self._token_ids()
         questions = [question for question, _ in PROBES]
-        images = chosen_images(probe_clip(self._frames), frames=self._frames, max_side=self._max_side)
-        conversations = [_messages(images, question) for question in questions]
+        conversations = self._conversations(probe_clip(self._frames), questions)
         whole = [self._vlm.next_token_log_probs(conversation) for conversation in conversations]
         readings = [self._probe(ids, *probe, row) for probe, row in zip(PROBES, whole, strict=True)]
-        if self._share:
+        if self._share and self._vlm.shares:
             self._share = self._sharing_works(ids, conversations, readings)
+        self._share = self._share and self._vlm.shares
         self._ids = ids
         how = "once for all its questions" if self._share else "again for each question"
         count = sum(map(len, ids.values()))
@@ -125,12 +131,11 @@ class LocalJudge:
 
     def _judge(self, clip: np.ndarray, questions: Sequence[str]) -> list[JudgeAnswer]:
         """Answers about one clip."""
-        images = chosen_images(clip, frames=self._frames, max_side=self._max_side)
         answers: dict[int, JudgeAnswer] = {}
         sound = {}
-        for i, question in enumerate(questions):
+        for i, conversation in enumerate(self._conversations(clip, questions)):
             try:
-                sound[i] = self._vlm.checked(_messages(images, question))
+                sound[i] = self._vlm.checked(conversation)
             except ForbiddenText as error:
                 answers[i] = JudgeAnswer(None, str(error))
         for i, row in zip(sound, self._log_probs(list(sound.values())), strict=True):
@@ -143,6 +148,15 @@ class LocalJudge:
                 self._masses.append(reading.mass)
                 answers[i] = JudgeAnswer(reading.log_odds)
         return [answers[i] for i in range(len(questions))]
+
+    def _conversations(self, clip: np.ndarray, questions: Sequence[str]) -> list[list[Message]]:
+        """What is asked about a clip: the frames first, so that the beginning is the same for all questions."""
+        numbers = chosen_frames(clip, self._frames)
+        images = chosen_images(clip, frames=numbers, max_side=self._max_side)
+        parts: list[dict[str, object]] = [text_part(INTRO)]
+        for label, image in zip(frame_labels(clip, numbers), images, strict=True):
+            parts += [text_part(label), {"type": "image", "image": image}]
+        return [[{"role": "user", "content": [*parts, text_part(question)]}] for question in questions]
 
     def _log_probs(self, conversations: Sequence[Sequence[Message]]) -> Iterable[np.ndarray]:
         if self._share and conversations:
@@ -202,10 +216,3 @@ class LocalJudge:
         if gap > self._rounding:
             logging.warning("judge %s: a clip is seen again for each question (%.3g apart)", self._vlm.name, gap)
         return gap <= self._rounding
-
-
-def _messages(images: Sequence[object], question: str) -> list[Message]:
-    """The clip first and the question last, so that the beginning is the same for all questions."""
-    pictures = [{"type": "image", "image": image} for image in images]
-    intro, last = ({"type": "text", "text": text} for text in (INTRO, question))
-    return [{"role": "user", "content": [intro, *pictures, last]}]

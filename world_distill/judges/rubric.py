@@ -1,7 +1,11 @@
 """The yes/no questions that a judge is asked about a clip, as text files that anybody can edit.
 
-A folder holds one file a question, NAME.txt, in which `{task}` and `{agent}` stand for the task's text and its agent;
-a brace that is meant is written twice. The package's own folder has `task`, `agent` and `consistency`.
+A folder holds one file a question, NAME.txt, in which `{task}` and `{agent}` stand for the task's text and its agent,
+and `{length}` for a sentence that tells how long the clip is; a brace that is meant is written twice.
+
+The package has the questions `task`, `agent` and `consistency`, in two versions. Version 2 says that text in the frames
+is no evidence, sets the task apart from the question, and tells the clip's length. Answers are kept by the text of
+their question: those to version 1 stay in a cache, and count as another rubric's.
 """
 
 import dataclasses
@@ -9,17 +13,27 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import string
 from collections.abc import Mapping
 
-FIELDS = ("task", "agent")
+FIELDS = ("task", "agent", "length")
+_OWN = pathlib.Path(__file__).with_suffix("")
+VERSIONS = {"1": _OWN / "1", "2": _OWN}  # the package's own; the last is the default
+_BREAK = re.compile(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rubric:
-    """Question templates by name. Raises ValueError for none, an empty one, or fields other than `FIELDS`."""
+    """Question templates by name. Raises ValueError for none, an empty one, or fields other than `FIELDS`.
+
+    Attributes:
+      questions: the templates.
+      fps: frames a second of the clips that are asked about; 0: not known.
+    """
 
     questions: Mapping[str, str]
+    fps: float = 0.0
 
     def __post_init__(self):
         if not self.questions:
@@ -51,22 +65,28 @@ class Rubric:
         """12 hex digits that change when a name or a template does."""
         return hashlib.sha256(json.dumps(dict(self.questions), sort_keys=True).encode()).hexdigest()[:12]
 
-    def render(self, name: str, task: str, agent: str) -> str:
-        """The full text of a question. Braces in `task` and `agent` are plain text. KeyError names the questions."""
+    def render(self, name: str, task: str, agent: str, frames: int = 0) -> str:
+        """The full text of a question about a clip of so many frames (0: not known). KeyError names the questions.
+
+        Braces in `task` and `agent` are plain text, and they stay on one line: none can leave its place.
+        """
         if name not in self.questions:
             raise KeyError(f"no question {name!r}; the rubric has {', '.join(self.names)}")
         # One pass over the template: what is put in is not looked at again.
-        return self.questions[name].format(task=task, agent=agent).strip()
+        task, agent = _BREAK.sub(" ", task), _BREAK.sub(" ", agent)
+        return self.questions[name].format(task=task, agent=agent, length=_length(frames, self.fps)).strip()
 
 
-def load_rubric(path: str | os.PathLike | None = None) -> Rubric:
-    """The rubric in folder `path`, or the package's own.
+def load_rubric(path: str | os.PathLike | None = None, *, fps: float = 0.0) -> Rubric:
+    """The rubric in folder `path`, or one of the package's own: a number of `VERSIONS`, or the newest for None.
+
+    `fps` is that of the clips (see `Rubric`).
 
     Raises:
       FileNotFoundError: no such folder, or no NAME.txt in it.
       ValueError: a file is not UTF-8 text, or not a template (see `Rubric`); the message names the file or question.
     """
-    folder = pathlib.Path(__file__).with_suffix("") if path is None else pathlib.Path(path)
+    folder = _OWN if path is None else VERSIONS.get(str(path), pathlib.Path(path))
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise FileNotFoundError(f"{folder}: no rubric there (a folder with one NAME.txt a question)")
@@ -77,6 +97,15 @@ def load_rubric(path: str | os.PathLike | None = None) -> Rubric:
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 text ({error})") from error
     try:
-        return Rubric(questions)
+        return Rubric(questions, fps)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _length(frames: int, fps: float) -> str:
+    """A sentence on a clip's length; "" if it is not known."""
+    if not frames:
+        return ""
+    if not fps:
+        return f"The video has {frames} frames."
+    return f"The video has {frames} frames, {fps:g} a second, and lasts {frames / fps:.1f} seconds."

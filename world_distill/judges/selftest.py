@@ -5,12 +5,15 @@
     3. pictures of one colour, as many as a clip will have: "are they red?" must be yes, "are they blue?" no, by the
        first token, which a model that thinks first, or a server without log-probabilities, does not give
 
-Servers differ in the fields that they take, so the third is asked with ever fewer of them until it is not refused.
+The second is a hint: a server that cannot say is asked all the same. Servers differ in the fields that they take. A
+field that a refusal names is left out; where none is named, the third is asked with ever fewer until it is not refused.
+Some servers give probabilities after sampling, which at temperature 0 are 1 and 0. They are asked at temperature 1 as
+well, since only the first token's probabilities are read, and never the token that was drawn.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,12 @@ from absl import logging
 from world_distill.errors import UserError
 from world_distill.judges.answers import SPELLINGS, WORDS, MalformedAnswer, NoLogProbs, NoVerdict, Reading, read_answer
 from world_distill.vlm.client import Client, Failure, Refused, Server
-from world_distill.vlm.frames import data_urls
+from world_distill.vlm.complaints import named_fields
+from world_distill.vlm.frames import chosen_frames, data_urls, frame_labels
 from world_distill.vlm.options import check_model
 
 PROBES = (("Are these pictures red? Answer yes or no.", 1), ("Are these pictures blue? Answer yes or no.", -1))
-INTRO = "These pictures are the frames of one video, in the order of time."
+INTRO = "These pictures are frames of one video, in the order of time, each after its number."
 _COLOUR = (220, 30, 30)
 _SIDE = 64  # pixels; vision encoders need more than one of their patches
 
@@ -67,11 +71,21 @@ class Rules:
         """One line that changes when an answer may; free of addresses and keys."""
         picture = f"jpeg{self.quality}" if self.quality else "png"
         extra = f" {json.dumps(dict(self.extra), sort_keys=True)}" if self.extra else ""
-        return f"server-1 {self.model} {self.frames}x{self.max_side} {picture} mass>{self.min_mass:g}{extra}"
+        return f"server-2 {self.model} {self.frames}x{self.max_side} {picture} mass>{self.min_mass:g}{extra}"
 
-    def urls(self, clip: np.ndarray) -> list[str]:
-        """Image parts of a clip [F H W 3] uint8."""
-        return data_urls(clip, frames=self.frames, max_side=self.max_side, quality=self.quality)
+    def pictures(self, clip: np.ndarray) -> list[dict[str, Any]]:
+        """The parts of a message that show a clip [F H W 3] uint8."""
+        numbers = chosen_frames(clip, self.frames)
+        urls = data_urls(clip, frames=numbers, max_side=self.max_side, quality=self.quality)
+        parts: list[dict[str, Any]] = []
+        for label, url in zip(frame_labels(clip, numbers), urls, strict=True):
+            parts += [text_part(label), {"type": "image_url", "image_url": {"url": url}}]
+        return parts
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A part of a message."""
+    return {"type": "text", "text": text}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +96,9 @@ class Form:
     ids: Mapping[int, str]
 
 
-def make_body(rules: Rules, form: Form, urls: list[str], question: str) -> dict[str, Any]:
+def make_body(rules: Rules, form: Form, pictures: Sequence[dict[str, Any]], question: str) -> dict[str, Any]:
     """The request: the clip first and the question last, so that the beginning is the same for all questions."""
-    content = [{"type": "text", "text": INTRO}]
-    content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    content += [{"type": "text", "text": question}]
+    content = [text_part(INTRO), *pictures, text_part(question)]
     return (
         {"model": rules.model, "messages": [{"role": "user", "content": content}]}
         | dict(form.fields)
@@ -103,36 +115,82 @@ async def find_form(client: Client, server: Server, rules: Rules) -> Form:
     """
     await check_model(client, server, rules.model, "judge")
     ids = await _token_ids(client, server, rules)
-    refusal = None
-    for form in _forms(ids):
+    refusal: Exception | None = None
+    waiting, tried = _forms(ids), []
+    while waiting:
+        form = waiting.pop(0)
+        if form in tried:
+            continue
+        tried.append(form)
         try:
-            await _probe(client, server, rules, form)
+            numbered = await _probe(client, server, rules, form)
         except Refused as error:
-            if error.status not in (400, 422):
+            if not error.of_one_request or error.status == 413:
                 raise
             refusal = error
+            _refuse_extra(error, rules.extra)
+            if lesser := _without(form, named_fields(error.words, list(form.fields))):
+                waiting.insert(0, lesser)
+        except _AfterSampling as error:
+            refusal = error
+            waiting = [other for other in waiting if other.fields.get("temperature") == 1]
         else:
+            if form.ids and not numbered:  # it ignores what it does not know, and gives the likeliest tokens
+                fields = {name: value for name, value in form.fields.items() if name not in _EXACT}
+                form = Form(fields, {})
             logging.info("judge: %s is asked with %s", server.label, ", ".join(sorted(form.fields)))
             return form
     raise UserError(
         f"{refusal}\n  This is the answer to {rules.frames} small pictures and a question, asked for log-probabilities"
-        " in several ways: the server has to take that many images (vLLM: --limit-mm-per-prompt) and logprobs; one "
-        "that gives none cannot judge"
-    )
+        " in several ways: the server has to take that many images and give logprobs; one that gives none cannot judge"
+    ) from None
+
+
+_BEFORE_SAMPLING = {"vllm": "--logprobs-mode raw_logprobs"}
+_EXACT = ("logprob_token_ids", "return_tokens_as_token_ids")
 
 
 def _forms(ids: Mapping[int, str]) -> list[Form]:
-    """From the most that a server may know to the least."""
+    """From the most that a server may know to the least, and then at temperature 1."""
     plain = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
     fewer = plain | {"top_logprobs": 5}
     newer = {"max_completion_tokens": 1, "logprobs": True, "top_logprobs": 20}
     no_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+    drawn = {"temperature": 1, "top_p": 1}
     forms = [Form(fields, {}) for fields in (plain | no_thinking, fewer | no_thinking, plain, fewer, newer)]
+    forms += [Form(fields | drawn, {}) for fields in (plain | no_thinking, plain, fewer)]
     if ids:
-        # Servers that do not know logprob_token_ids ignore it, and give the likeliest tokens.
-        exact = {"logprob_token_ids": sorted(ids), "return_tokens_as_token_ids": True}
+        exact = dict(zip(_EXACT, (sorted(ids), True), strict=True))
         forms.insert(0, Form(plain | no_thinking | exact, ids))
     return forms
+
+
+def _without(form: Form, named: Sequence[str]) -> Form | None:
+    """The form without the field that a refusal names first, or with another value of it; None if none is left."""
+    for name in named:
+        if name == "logprobs":  # without it there is no answer
+            continue
+        fields = {key: value for key, value in form.fields.items() if key != name}
+        if name == "top_logprobs":
+            if form.fields[name] <= 5:
+                continue
+            fields[name] = 5
+        elif name == "max_tokens":
+            fields["max_completion_tokens"] = 1
+        ids = {} if name in _EXACT else form.ids
+        return Form({key: value for key, value in fields.items() if ids or key not in _EXACT}, ids)
+    return None
+
+
+def _refuse_extra(error: Refused, extra: Mapping[str, Any]) -> None:
+    """Raises UserError if the refusal names a field that the user has put in."""
+    if named := named_fields(error.words, list(extra)):
+        where = "judge.options.extra"
+        raise UserError(f"{error}\n  The field {named[0]!r} comes from {where}: leave it out there") from None
+
+
+class _AfterSampling(Exception):
+    """The server's probabilities are those after sampling."""
 
 
 async def _token_ids(client: Client, server: Server, rules: Rules) -> dict[int, str]:
@@ -144,33 +202,45 @@ async def _token_ids(client: Client, server: Server, rules: Rules) -> dict[int, 
             body = {"model": rules.model, "prompt": spelling, "add_special_tokens": False}
             try:
                 tokens = json.loads(await client.send_patiently(server, f"{root}/tokenize", body))["tokens"]
+                # llama.cpp reads its text from another field, and makes no tokens of none.
+                if not tokens or not all(type(token) is int for token in tokens):
+                    return {}
                 if len(tokens) == 1:
-                    ids[int(tokens[0])] = word
+                    ids[tokens[0]] = word
             except (Refused, Failure, ValueError, KeyError, TypeError, RecursionError):
                 return {}
     missing = set(WORDS) - set(ids.values())
-    if missing:
+    # A server that makes several of every spelling puts a mark before each: it cannot say either.
+    if len(missing) == 1:
         raise UserError(
-            f"judge server {server.label}: {' and '.join(sorted(missing))} is more than one token for {rules.model}: "
+            f"judge server {server.label}: {missing.pop()} is more than one token for {rules.model}: "
             "its first token does not answer; take another model"
         )
     return ids
 
 
-async def _probe(client: Client, server: Server, rules: Rules, form: Form) -> None:
-    urls = rules.urls(probe_clip(rules.frames))
-    for question, sign in PROBES:
-        reading = await _ask(client, server, rules, form, urls, question)
+async def _probe(client: Client, server: Server, rules: Rules, form: Form) -> bool:
+    """Whether tokens come by their numbers. Raises as `find_form` does, Refused, or _AfterSampling."""
+    pictures = rules.pictures(probe_clip(rules.frames))
+    bodies = [make_body(rules, form, pictures, question) for question, _ in PROBES]
+    readings = [await _ask(client, server, rules, form, body) for body in bodies]
+    if all(reading.sampled_only for reading in readings):
+        flag = f": start it with {_BEFORE_SAMPLING[server.kind]}" if server.kind in _BEFORE_SAMPLING else ""
+        raise _AfterSampling(
+            f"judge server {server.label}: {rules.model} gives probabilities after sampling: one token has all, the "
+            f"others none, and every answer would be as certain as the next{flag}"
+        )
+    for (question, sign), reading in zip(PROBES, readings, strict=True):
         if reading.log_odds * sign <= 0:
             raise UserError(
                 f"judge server {server.label}: {rules.model} answered {question!r} about red pictures with log-odds "
                 f"{reading.log_odds:.2f}: it does not see them, or does not follow; take another model"
             )
+    return all(reading.numbered for reading in readings)
 
 
-async def _ask(client: Client, server: Server, rules: Rules, form: Form, urls: list[str], question: str) -> Reading:
+async def _ask(client: Client, server: Server, rules: Rules, form: Form, body: Mapping[str, Any]) -> Reading:
     where = f"judge server {server.label}: {rules.model}"
-    body = make_body(rules, form, urls, question)
     malformed = ""
     for _ in range(3):
         reply = await client.send_patiently(server, "/chat/completions", body)
@@ -189,4 +259,4 @@ async def _ask(client: Client, server: Server, rules: Rules, form: Form, urls: l
             ) from error
         except MalformedAnswer as error:
             malformed = client.clean(str(error))[:300]
-    raise Failure(f"{server.label}: {malformed}, three times")
+    raise Failure(f"{server.label}: {malformed}, three times", own=True)

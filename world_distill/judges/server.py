@@ -2,21 +2,29 @@
 
 The score is log p(yes) - log p(no) of the first answer token (`answers`). A clip's first question goes ahead, and the
 others follow once it is answered, to the same server: it has the clip's part of the work then (prefix caching).
+
+A server that has passed its self-test and refuses a request refuses that one: a filter held a clip back, or a question
+is too long. It has no answer, and the others keep theirs. Where one question after another is refused, all stops.
 """
 
 import asyncio
 import concurrent.futures
 import math
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
 from world_distill.judges.answers import NoVerdict, Reading, read_answer
 from world_distill.judges.selftest import Form, Rules, find_form, make_body
-from world_distill.vlm.client import Client, Failure, Limits, Server
+from world_distill.vlm.chat_marks import ForbiddenText, refuse_marks
+from world_distill.vlm.client import Client, Failure, Limits, Refused, Server
 from world_distill.vlm.options import api_key, extra_fields
 from world_distill.vlm.pool import GaveUp, Pool
+
+_MOST_REFUSED = 8  # different questions one after the other, without an answer between them
+
+Done = Callable[[int, JudgeAnswer], None]
 
 
 class NoServer(UserError, ConnectionError):
@@ -56,7 +64,7 @@ class ServerJudge:
           servers: addresses that end in /v1; all of them serve the model.
           model: its name there.
           api_key_env: environment variable with the API key; None or "" sends none.
-          frames: of a clip that are shown, evenly over time, at most.
+          frames: of a clip that are shown at most: two thirds evenly over time, and those that change most.
           max_side: pixels; larger frames are shrunk.
           quality: of JPEG; 0 sends PNG.
           min_mass: probability that yes and no together need, or the answer does not count.
@@ -82,7 +90,8 @@ class ServerJudge:
         self._pool = Pool(self._client, lambda server: find_form(self._client, server, self._rules))
         self.name = self._rules.version
         self._masses: list[float] = []
-        self._no_verdict = self._bounded = 0
+        self._no_verdict = self._bounded = self._refusals = 0
+        self._refused: set[str] = set()  # questions since the last answer
 
     def __repr__(self) -> str:
         return f"ServerJudge({self.name!r})"
@@ -91,9 +100,16 @@ class ServerJudge:
         """One answer a request, in order; what could not be answered has an error instead.
 
         Raises:
-          UserError: a server refuses what will not change by asking again, or fails its self-test.
+          UserError: a server fails its self-test, refuses the key or the model, or one question after another.
         """
-        return _run(self._ask(requests)) if requests else []
+        answers: dict[int, JudgeAnswer] = {}
+        self.ask_each(requests, answers.__setitem__)
+        return [answers[i] for i in range(len(requests))]
+
+    def ask_each(self, requests: Sequence[JudgeRequest], done: Done) -> None:
+        """Calls `done(number of the request, answer)` for each as it is answered. Raises as `ask` does."""
+        if requests:
+            _run(self._ask(requests, done))
 
     def check(self) -> list[str]:
         """Tests every server; one line for each.
@@ -105,14 +121,14 @@ class ServerJudge:
         return _run(self._check())
 
     def health(self) -> dict[str, float]:
-        """Since the last call: answers, mass of yes and no, how many had no verdict or were bounded, retries."""
+        """Since the last call: answers, mass of yes and no, retries; counts of no verdict, refused and bounded."""
         masses, self._masses = self._masses, []
         figures = {
             "answers": len(masses), "mass_mean": sum(masses) / len(masses) if masses else math.nan,
             "mass_min": min(masses, default=math.nan), "no_verdict": self._no_verdict, "bounded": self._bounded,
-            "retries": self._pool.retries,
+            "refused": self._refusals, "retries": self._pool.retries,
         }  # fmt: skip
-        self._no_verdict = self._bounded = self._pool.retries = 0
+        self._no_verdict = self._bounded = self._refusals = self._pool.retries = 0
         return figures
 
     async def _check(self) -> list[str]:
@@ -125,13 +141,12 @@ class ServerJudge:
                     how = f"token numbers of {len(form.ids)} spellings" if form.ids else "its likeliest tokens"
                     lines.append(f"{server.label}: {self._rules.model}, read by {how}")
                 except Failure as failure:
-                    lines.append(f"cannot be reached: {failure}")
+                    lines.append(f"{'fails its self-test' if failure.own else 'cannot be reached'}: {failure}")
         if not any(server.form for server in self._pool.servers):
             raise NoServer("no judge server: " + "; ".join(lines) + " (launch/serve_judge.sh starts one)")
         return lines
 
-    async def _ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
-        answers: dict[int, JudgeAnswer] = {}
+    async def _ask(self, requests: Sequence[JudgeRequest], done: Done) -> None:
         clips: dict[int, list[int]] = {}  # the requests of each array
         for i, request in enumerate(requests):
             clips.setdefault(id(request.clip), []).append(i)
@@ -139,7 +154,7 @@ class ServerJudge:
 
         async def work() -> None:
             for numbers in waiting:
-                await self._judge(requests, numbers, answers)
+                await self._judge(requests, numbers, done)
 
         async with self._pool.session():
             workers = [asyncio.create_task(work()) for _ in range(min(len(clips), self._pool.limits.concurrency))]
@@ -149,32 +164,50 @@ class ServerJudge:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
-        return [answers[i] for i in range(len(requests))]
 
-    async def _judge(
-        self, requests: Sequence[JudgeRequest], numbers: Sequence[int], answers: dict[int, JudgeAnswer]
-    ) -> None:
+    async def _judge(self, requests: Sequence[JudgeRequest], numbers: Sequence[int], done: Done) -> None:
         """All questions about one clip."""
-        urls = await asyncio.to_thread(self._rules.urls, requests[numbers[0]].clip)
+        pictures = await asyncio.to_thread(self._rules.pictures, requests[numbers[0]].clip)
 
         async def answer(number: int, preferred: Server | None) -> Server | None:
             question = requests[number].question
             try:
+                refuse_marks(question)
                 reading, server = await self._pool.ask(
-                    lambda server: make_body(self._rules, server.form, urls, question),
+                    lambda server: make_body(self._rules, server.form, pictures, question),
                     lambda server, reply: read_answer(reply, server.form.ids, min_mass=self._rules.min_mass),
                     preferred,
                 )
-            except (GaveUp, NoVerdict) as error:
-                self._no_verdict += isinstance(error, NoVerdict)
-                answers[number] = JudgeAnswer(None, self._client.clean(str(error)))
+            except (GaveUp, NoVerdict, ForbiddenText) as error:
+                if isinstance(error, NoVerdict):  # which is an answer
+                    self._no_verdict += 1
+                    self._refused.clear()
+                done(number, JudgeAnswer(None, self._client.clean(str(error))))
                 return preferred
-            answers[number] = JudgeAnswer(self._take(reading).log_odds)
+            except Refused as error:
+                self._count_refusal(question, error)
+                done(number, JudgeAnswer(None, self._client.clean(str(error))))
+                return preferred
+            self._refused.clear()
+            done(number, JudgeAnswer(self._take(reading).log_odds))
             return server
 
         first, *others = numbers
         server = await answer(first, None)
         await asyncio.gather(*(answer(number, server) for number in others))
+
+    def _count_refusal(self, question: str, error: Refused) -> None:
+        """Raises the refusal again where it is not about this question alone."""
+        if not error.of_one_request:
+            raise error
+        self._refusals += 1
+        # All clips of a task share its questions: one task that is too long says nothing of the others.
+        self._refused.add(question)
+        if len(self._refused) >= _MOST_REFUSED:
+            raise UserError(
+                f"the judge's server refused {len(self._refused)} different questions one after the other; the last: "
+                f"{error}"
+            ) from None
 
     def _take(self, reading: Reading) -> Reading:
         self._masses.append(reading.mass)

@@ -26,7 +26,6 @@ from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
 from world_distill.devices.sharding import batch_sharding
 from world_distill.interfaces import ModelFamily
-from world_distill.judges.rubric import load_rubric
 from world_distill.programs import prepare, pretrain
 from world_distill.training import run_folder
 from world_distill.training.collect import Collector, draw_tasks
@@ -44,7 +43,7 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     base = base_model.load_base(family, config, mesh)
     state = programs.init(base, config.seed)
     judge = build.make(config, "judge")
-    reader, rubric = RecordReader(data, "train"), load_rubric(config.judge.rubric or None)
+    reader, rubric = RecordReader(data, "train"), build.make_rubric(config)
     lengths = build.text_lengths(family, config)
     negative = load_negative(reader, programs.guidance, lengths, mesh)
     collector = Collector(programs, judge=judge, cache=None, rubric=rubric, negative=negative)

@@ -185,6 +185,7 @@ def judge(
     told: Told | Sequence[Told],
     *,
     rubric: str = "",
+    fps: float = 0.0,
     cache: JudgmentCache | None = None,
 ) -> Judgment:
     """The judge's answers about clips [b F H W 3] uint8, with `scores` by question: log p(yes) - log p(no) [b].
@@ -194,6 +195,7 @@ def judge(
       clips: of `rollout`.
       told: the tasks of the clips; one for all, or one each.
       rubric: folder of question files; empty: those that ship with the package.
+      fps: frames a second of the clips, from which the questions tell how long they are; 0: they tell frames alone.
       cache: where answers are looked up and stored; None asks about everything.
 
     Raises:
@@ -202,7 +204,7 @@ def judge(
     rows = [told] * len(clips) if isinstance(told, Told) else list(told)
     if any(row.role != "task" for row in rows):
         raise ValueError("a judge is asked about the task: give what model.tell(image, task=...) made")
-    questions = load_rubric(rubric or None)
+    questions = load_rubric(rubric or None, fps=fps)
     tasks, agents = [row.text for row in rows], [row.agent for row in rows]
     return judge_clips(judge, cache, clips, tasks, agents, questions, questions.names)
 
@@ -251,7 +253,8 @@ class Trainer:
             raise ValueError(f"objective.rl = {rl} with rewards {', '.join(settings.questions)} needs a judge")
         scales = Guidance.of(config)
         self._collector = Collector(
-            self.programs, judge=judge if rl != "none" else None, cache=cache, rubric=load_rubric(rubric or None),
+            self.programs, judge=judge if rl != "none" else None, cache=cache,
+            rubric=load_rubric(rubric or None, fps=model.family.fps),
             negative=model.negative(scales.negative) if scales.used else None,
         )  # fmt: skip
 

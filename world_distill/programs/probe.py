@@ -18,7 +18,7 @@ from world_distill.evaluation.scoring import Evaluator
 from world_distill.interfaces import Judge, ModelFamily
 from world_distill.judges.ask import check_judge, judge_clips
 from world_distill.judges.memory.cache import JudgmentCache
-from world_distill.judges.rubric import Rubric, load_rubric
+from world_distill.judges.rubric import Rubric
 from world_distill.structs import PyTree, Texts
 from world_distill.training import run_folder
 from world_distill.training.collect import TooFewJudgments
@@ -53,7 +53,7 @@ def probe(
     family = build.make_family(config, mesh)
     if problem := scene_problem(reader[0].scene, family.encoders.scenes):
         raise UserError(f"{reader.index_path}: {problem}")
-    judge, rubric = build.make(config, "judge"), load_rubric(config.judge.rubric or None)
+    judge, rubric = build.make(config, "judge"), build.make_rubric(config)
     for line in check_judge(judge):
         console.say(f"judge: {line}")
     base, lora = base_model.load_base(family, config, mesh), _executor(config, family, mesh)

@@ -51,11 +51,12 @@ def rejudge(cache: JudgmentCache, clips: KeptClips, judge: Judge, rubric: Rubric
     with tqdm(total=len(groups), unit="clip", disable=not sys.stderr.isatty()) as progress:
         for start in range(0, len(groups), _CLIPS):
             part = groups[start : start + _CLIPS]
-            for group, scores in zip(part, _scores(part, first, cache, clips, judge, rubric, questions), strict=True):
+            found = _scores(part, first, cache, clips, judge, rubric, questions)
+            for group, (scores, frames) in zip(part, found, strict=True):
                 invalid += sum(not np.isfinite(value) for value in scores.values())
                 for entry in first[group]:
                     name = entry.about.question
-                    if name in scores and np.isfinite(scores[name]) and not _is_same(entry, judge, rubric):
+                    if name in scores and np.isfinite(scores[name]) and not _is_same(entry, judge, rubric, frames):
                         pairs[name, entry.judge].append((entry, _answer(entry, judge, scores[name])))
             progress.update(len(part))
     return {
@@ -77,13 +78,13 @@ def _scores(
     judge: Judge,
     rubric: Rubric,
     questions: list[str],
-) -> list[dict[str, float]]:
-    """The judge's log-odds by question, for each group."""
+) -> list[tuple[dict[str, float], int]]:
+    """(the judge's log-odds by question, frames of the clip) for each group."""
     loaded: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
     for i, (digest, *_) in enumerate(groups):
         clip = clips.load(digest)
         loaded[clip.shape].append((i, clip))
-    scores: list[dict[str, float]] = [{} for _ in groups]
+    scores: list[tuple[dict[str, float], int]] = [({}, 0)] * len(groups)
     for same_shape in loaded.values():
         rows = [i for i, _ in same_shape]
         judgment = judge_clips(
@@ -92,14 +93,15 @@ def _scores(
             records=[first[groups[i]][0].about.record for i in rows],
         )  # fmt: skip
         for position, i in enumerate(rows):
-            scores[i] = {name: float(values[position]) for name, values in judgment.scores.items()}
+            found = {name: float(values[position]) for name, values in judgment.scores.items()}
+            scores[i] = found, len(same_shape[position][1])
     return scores
 
 
-def _is_same(entry: Entry, judge: Judge, rubric: Rubric) -> bool:
+def _is_same(entry: Entry, judge: Judge, rubric: Rubric, frames: int) -> bool:
     about = entry.about
     assert about.question is not None and about.task is not None and about.agent is not None  # else it is not compared
-    return entry.judge == judge.name and about.text == rubric.render(about.question, about.task, about.agent)
+    return entry.judge == judge.name and about.text == rubric.render(about.question, about.task, about.agent, frames)
 
 
 def _answer(entry: Entry, judge: Judge, log_odds: float) -> Entry:

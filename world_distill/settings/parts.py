@@ -73,7 +73,7 @@ class JudgeSettings:
     Attributes:
       factory: address of the judge; a config whose `objective.rl` is none does not ask it.
       options: keyword arguments of the factory.
-      rubric: folder of question files. Empty: those that ship with the package.
+      rubric: folder of question files, or the number of a version that ships with the package: 1 or 2. Empty: 2.
       cache: file of the answers. Empty: WORKDIR/judgments.sqlite. An address (gs://...) or a folder/ is shared by
         processes.
       keep_clips: share of the judged clips, 0 to 1, that are kept in WORKDIR, to be judged again.
@@ -93,7 +93,7 @@ class HeldOutSettings:
     Attributes:
       factory: address of the judge. Empty: none.
       options: keyword arguments of the factory.
-      rubric: folder of question files. Empty: those that ship with the package.
+      rubric: folder of question files, or the number of a version that ships with the package: 1 or 2. Empty: 2.
     """
 
     factory: str = ""

@@ -16,18 +16,30 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from world_distill.errors import UserError
+from world_distill.vlm.complaints import advice, is_final, is_page, server_words
 from world_distill.vlm.tokens import TokenBudget, used_tokens
 
 _PASSING = {408, 409, 425, 429}  # and 5xx
+_OF_ONE_REQUEST = {400, 413, 422, 500, 501}  # a filter, a text too long, a picture that cannot be read
 _CONNECT = 20.0  # seconds until a server takes a connection
 
 
 class Refused(UserError):
-    """The server does not take this request, nor will it the next time."""
+    """The server does not take this request, nor will it the next time.
 
-    def __init__(self, message: str, status: int):
+    Attributes:
+      status: of HTTP.
+      words: the server's own.
+    """
+
+    def __init__(self, message: str, status: int, words: str = ""):
         super().__init__(message)
-        self.status = status
+        self.status, self.words = status, words
+
+    @property
+    def of_one_request(self) -> bool:
+        """Whether it is about this request and not about all, from a server that has passed its self-test."""
+        return self.status in _OF_ONE_REQUEST
 
 
 class Failure(Exception):
@@ -94,6 +106,7 @@ class Server:
         self.password = parts.password
         self.label = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
         self.form: Any = None  # how it is asked; the self-test finds out
+        self.kind = ""  # "vllm", "llamacpp", ... where its list of models says so
         self.in_flight = 0
         self.failures = 0  # running
         self.marked = self.answered = self.down_until = 0.0  # last counted failure, last answer, end of the pause
@@ -202,19 +215,26 @@ class Client:
         await asyncio.sleep(start - now)
 
     def _status_error(self, server: Server, error: Any) -> Exception:
-        status, text = error.status_code, self.clean(f"{error.message}")[:500]
+        status, body = error.status_code, error.response.text
+        words = self.clean(server_words(body))
+        text = words or "no words with it"
         # A quota that is used up has the status of too many requests, but will not come back by itself.
-        if status >= 500 or (status in _PASSING and "insufficient_quota" not in f"{error.body}"):
+        passing = status in _PASSING and "insufficient_quota" not in body
+        # Some servers report with status 500 what they will never do.
+        if passing or (status >= 500 and status != 501 and not (status == 500 and is_final(words))):
             reason = f"{server.label}: status {status}: {text[:200]}"
             return Failure(reason, wait=_asked_wait(error), alive=status in _PASSING, own=status == 500)
-        advice = {
+        page = "this is no answer of a model's server: a gateway or a proxy stands between, or the address is another's"
+        told = page if is_page(body) else advice(words, server.kind)
+        told = told or {
             401: "the API key is missing or wrong: name its environment variable in api_key_env",
             403: "this API key may not use the model",
             404: "the address does not end in /v1 as it should, or the model has another name",
+            405: "the address does not end in /v1 as it should",
             413: "the request is too large: fewer frames, or a smaller max_side",
             429: "the account's quota is used up",
         }.get(status, "the server does not take such a request: see its message")
-        return Refused(f"VLM server {server.label} refused with status {status}: {text}\n  {advice}", status)
+        return Refused(f"VLM server {server.label} refused with status {status}: {text}\n  {told}", status, words)
 
 
 def _asked_wait(error: Any) -> float:

@@ -1,8 +1,9 @@
 """A vision-language model in this process, run by transformers: what it would say next, and what it says.
 
-Qwen2.5-VL, Qwen3-VL and Qwen3.5, which take pictures in the same way: the chat template leaves one token for a picture,
-which becomes as many as the picture has patches. Pictures are cut up by Pillow and not by torchvision, so that they
-are the same wherever the model runs.
+Any image-text model of transformers. Its own processor makes the inputs of a chat. The families of
+Qwen2-VL to Qwen3.5 take pictures in one way: the chat template leaves one token for a picture, which becomes as many as
+the picture has patches. For them the part of a conversation up to its last picture can be computed once and gone on
+from. Pictures are cut up by Pillow and not by torchvision, so that they are the same wherever the model runs.
 
 Messages are a chat's, with parts {"type": "text", "text": str} and {"type": "image", "image": PIL image}. Models that
 could think before they answer are kept from it.
@@ -10,24 +11,20 @@ could think before they answer are kept from it.
 
 import copy
 import dataclasses
-import hashlib
-import json
-import pathlib
+import inspect
 import threading
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from world_distill.errors import UserError
+from world_distill.vlm.chat_marks import ForbiddenText, find_mark, refuse_marks
+from world_distill.vlm.local_files import SHARING, check_kind, identity
 
 Message = Mapping[str, Any]
 DTYPES = ("bfloat16", "float16", "float32")
-_ENDS = 1 << 20  # bytes of each end of a weight file that tell it from others
-
-
-class ForbiddenText(ValueError):
-    """A text holds one of the marks that order a chat: it could pass for another speaker, or for a picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +62,18 @@ class LocalVLM:
             )
         self._source = {"pretrained_model_name_or_path": model} | ({"revision": revision} if revision else {})
         self._dtype, self._device, self._device_map = dtype, device, device_map
-        self.name = f"{_identity(model, self._source)} {dtype}"
+        self.name = f"{identity(model, self._source)} {dtype}"
         self._lock = threading.RLock()
         self._model: Any = None
 
     def __repr__(self) -> str:
         return f"LocalVLM({self.name!r})"
+
+    @property
+    def shares(self) -> bool:
+        """Whether `shared_log_probs` can be called."""
+        self.load()
+        return self._processor is None
 
     def load(self) -> None:
         """Reads the weights, once.
@@ -89,10 +92,8 @@ class LocalVLM:
           ForbiddenText: see there.
         """
         with self._lock:
-            self.load()
-            prompt = self._encode(messages)
-            vision = self._see(prompt.images)
-            return self._log_probs(self._forward(self._expand(prompt.ids, vision), vision).logits)[0, -1]
+            inputs = self._ready(messages)
+            return self._log_probs(self._forward(inputs, use_cache=False).logits)[0, -1]
 
     def shared_log_probs(self, conversations: Sequence[Sequence[Message]], *, batch: int = 1) -> np.ndarray:
         """Log-probabilities [n vocab] float32 for conversations that are the same up to their last picture.
@@ -102,10 +103,11 @@ class LocalVLM:
 
         Raises:
           ForbiddenText: see there.
-          ValueError: they differ before the last picture, or there is none.
+          ValueError: they differ before the last picture, or there is none, or this class cannot go on from a part.
         """
         with self._lock:
-            self.load()
+            if not self.shares:
+                raise ValueError(f"{self.name} computes whole conversations only")
             prompts = [self._encode(messages) for messages in conversations]
             images = prompts[0].images
             if any(list(map(id, p.images)) != list(map(id, images)) for p in prompts):
@@ -115,7 +117,8 @@ class LocalVLM:
             cut = 1 + max((i for i, token in enumerate(ids[0]) if token == self._image_token), default=-1)
             if not cut or any(row[:cut] != ids[0][:cut] for row in ids):
                 raise ValueError("these conversations have no common beginning up to their last picture")
-            cache = self._forward(ids[0][:cut], vision).past_key_values
+            out = self._forward(self._inputs(ids[0][:cut], vision), use_cache=True)
+            cache = out[_cache_name(self._model)]
             start = cut + int(self._model.model.rope_deltas.max())  # positions of pictures are fewer than their tokens
             rests = [row[cut:] for row in ids]
             parts = [self._continue(cache, rests[i : i + batch], start) for i in range(0, len(rests), batch)]
@@ -130,27 +133,28 @@ class LocalVLM:
         import torch
 
         with self._lock:
-            self.load()
-            prompt = self._encode(messages)
-            vision = self._see(prompt.images)
-            ids = self._expand(prompt.ids, vision)
+            inputs = self._ready(messages)
             how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {
                 "do_sample": False, "temperature": None, "top_p": None, "top_k": None,
             }  # fmt: skip
             devices = range(torch.cuda.device_count()) if self._model.device.type == "cuda" else ()
             with torch.inference_mode(), torch.random.fork_rng(devices):
                 torch.manual_seed(seed)
-                inputs = self._inputs(ids, vision)
-                ones = torch.ones_like(inputs["input_ids"])
-                tokens = self._model.generate(**inputs, attention_mask=ones, max_new_tokens=max_tokens, **how)
-            return self._tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True).strip()
+                inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
+                tokens = self._model.generate(**inputs, max_new_tokens=max_tokens, **how)
+            # Marks of thoughts are special tokens of some models: the parser needs them.
+            answer = self._tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
+            return self._without_ends(answer).strip()
 
     def checked(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The same messages. Raises ForbiddenText (see there)."""
         self.load()
         for part in _parts(messages):
+            if part["type"] != "text":
+                continue
+            refuse_marks(part["text"])
             for mark in self._marks:
-                if part["type"] == "text" and mark in part["text"]:
+                if mark in part["text"]:
                     raise ForbiddenText(f"a text for the VLM has the mark {mark!r} in it")
         return messages
 
@@ -173,42 +177,80 @@ class LocalVLM:
                 "a VLM in process needs torch, which is in the extra `torch`: pip install -e '.[torch]'"
             ) from error
         from safetensors import SafetensorError
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
         where = self._source["pretrained_model_name_or_path"]
+        kind = check_kind(self._source)
         # Without a map the weights are read into main memory first.
         placed = {"device_map": self._device_map} if self._device_map else {}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(**self._source)
-            self._images = AutoImageProcessor.from_pretrained(**self._source, backend="pil")
+            if kind in SHARING:
+                self._processor = None
+                self._images = AutoImageProcessor.from_pretrained(**self._source, backend="pil")
+            else:
+                self._processor = AutoProcessor.from_pretrained(**self._source, backend="pil")
+            if not self._template():
+                raise UserError(f"the VLM {where} has no chat template: take the instruction-tuned model")
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 **self._source, dtype=getattr(torch, self._dtype), output_loading_info=True, **placed
             )
             model, found = loaded
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-            raise UserError(f"the VLM {where} cannot be read: {error}") from error
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError) as error:
+            missing = "" if kind in SHARING or find_spec("torchvision") else (
+                "\n  Processors of many classes need torchvision, which is not installed: pip install torchvision"
+            )  # fmt: skip
+            raise UserError(f"the VLM {where} cannot be read: {error}{missing}") from error
         if found["missing_keys"]:  # transformers draws these at random and says so in its log only
             raise UserError(f"the VLM {where} lacks weights: {', '.join(sorted(found['missing_keys'])[:10])}")
         self._image_token = getattr(model.config, "image_token_id", None)
-        if self._image_token is None or not hasattr(getattr(model, "model", None), "rope_deltas"):
-            raise UserError(f"the VLM {where} is a {type(model).__name__}: Qwen2.5-VL, Qwen3-VL and Qwen3.5 are known")
-        if not self._tokenizer.chat_template:
-            raise UserError(f"the VLM {where} has no chat template: take the instruction-tuned model")
         if not self._device_map:
             model.to(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._marks = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+        # Added tokens that are no marks: line breaks, HTML.
+        added = [token for token in self._tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        self._marks = [token.content for token in added if token.special or find_mark(token.content)]
         self._model = model.eval().requires_grad_(False)
+
+    def _template(self) -> str:
+        return str(getattr(self._processor, "chat_template", None) or self._tokenizer.chat_template or "")
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        """The conversation as the model reads it, up to where its answer begins."""
+        writer = self._processor if getattr(self._processor, "chat_template", None) else self._tokenizer
+        text = writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return close_thinking(text, self._template())
+
+    def _ready(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """The model's inputs for a whole conversation."""
+        self.load()
+        if self._processor is None:
+            prompt = self._encode(messages)
+            vision = self._see(prompt.images)
+            return self._inputs(self._expand(prompt.ids, vision), vision)
+        text, images = self._text(self.checked(messages)), _images(messages)
+        if images and text == self._text(_without_images(messages)):
+            raise UserError(f"{self.name}: its chat template has no room for pictures")
+        # The template writes the first token itself, or the tokenizer does: never both.
+        first = self._tokenizer.bos_token
+        made = self._processor(
+            text=[text], images=[images] if images else None, return_tensors="pt",
+            add_special_tokens=not (first and text.startswith(first)),
+        )  # fmt: skip
+        return dict(made.to(self._model.device, self._model.dtype))
+
+    def _without_ends(self, answer: str) -> str:
+        """An answer without the marks that end it."""
+        ends = {self._tokenizer.eos_token, self._tokenizer.pad_token, "<|im_end|>", "<end_of_turn>", "<|eot_id|>"}
+        for end in ends - {None}:
+            answer = answer.replace(end, "")
+        return answer
 
     def _encode(self, messages: Sequence[Message]) -> _Prompt:
         """Token numbers, with one for each picture, and the pictures."""
-        text = close_thinking(
-            self._tokenizer.apply_chat_template(
-                self.checked(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
-            ),
-            str(self._tokenizer.chat_template),
-        )
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
-        images = [part["image"] for part in _parts(messages) if part["type"] == "image"]
+        ids = self._tokenizer(self._text(self.checked(messages)), add_special_tokens=False).input_ids
+        images = _images(messages)
         if (left := ids.count(self._image_token)) != len(images):
             raise UserError(f"{self.name}: its chat template has room for {left} pictures of {len(images)}")
         return _Prompt(ids, images)
@@ -235,11 +277,12 @@ class LocalVLM:
             return {"input_ids": tokens}
         return {"input_ids": tokens, "mm_token_type_ids": (tokens == self._image_token).int(), **vision}
 
-    def _forward(self, ids: Sequence[int], vision: Mapping[str, Any]) -> Any:
+    def _forward(self, inputs: Mapping[str, Any], *, use_cache: bool) -> Any:
         import torch
 
+        fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
         with torch.inference_mode():
-            return self._model(**self._inputs(ids, vision), use_cache=True, logits_to_keep=1)
+            return self._model(**inputs, use_cache=use_cache, **fewer)
 
     def _continue(self, cache: Any, rests: Sequence[Sequence[int]], start: int) -> np.ndarray:
         """Log-probabilities [n vocab] behind each rest, from the position `start`; the cache stays as it is."""
@@ -256,7 +299,7 @@ class LocalVLM:
         lasts = sorted({len(rest) - 1 for rest in rests})
         with torch.inference_mode():
             logits = self._model(
-                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,
+                input_ids=tokens, position_ids=positions, use_cache=True, **{_cache_name(self._model): cache},
                 logits_to_keep=torch.tensor(lasts, device=device),
             ).logits  # fmt: skip
         rows = [lasts.index(len(rest) - 1) for rest in rests]
@@ -271,6 +314,19 @@ def _parts(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
     return [part for message in messages for part in message["content"]]
 
 
+def _images(messages: Sequence[Message]) -> list[Any]:
+    return [part["image"] for part in _parts(messages) if part["type"] == "image"]
+
+
+def _without_images(messages: Sequence[Message]) -> list[Message]:
+    return [m | {"content": [part for part in m["content"] if part["type"] != "image"]} for m in map(dict, messages)]
+
+
+def _cache_name(model: Any) -> str:
+    """What transformers calls the cache: `past_key_values` before 5.2x, and after that `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def close_thinking(prompt: str, template: str) -> str:
     """A prompt behind which the answer follows at once.
 
@@ -283,34 +339,3 @@ def close_thinking(prompt: str, template: str) -> str:
     if "<think>" in template and "enable_thinking" not in template:
         return prompt + empty
     return prompt
-
-
-def _identity(model: str, source: Mapping[str, Any]) -> str:
-    """A model's name with what tells its weights from others."""
-    folder = pathlib.Path(model)
-    if folder.is_dir():
-        try:
-            kind = json.loads((folder / "config.json").read_text())["model_type"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is no model in transformers' layout (config.json: {error!r})") from error
-        return f"{kind}@{_digest(folder)}"
-    from transformers import AutoConfig
-
-    try:
-        commit = AutoConfig.from_pretrained(**source)._commit_hash
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the VLM {model} is neither a folder nor a model on the hub: {error}") from error
-    return f"{model}@{(commit or source.get('revision', 'unknown'))[:12]}"
-
-
-def _digest(folder: pathlib.Path) -> str:
-    """12 hex digits of all small files, and of sizes and both ends of the weights."""
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".jinja", ".txt", ".safetensors", ".bin")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_ENDS) if file.suffix in (".safetensors", ".bin") else stream.read())
-            stream.seek(max(0, size - _ENDS))
-            digest.update(stream.read())
-    return digest.hexdigest()[:12]

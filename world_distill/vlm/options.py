@@ -7,6 +7,7 @@ from typing import Any
 
 from world_distill.errors import UserError
 from world_distill.vlm.client import Client, Refused, Server
+from world_distill.vlm.complaints import server_kind
 
 
 def api_key(variable: str | None, part: str) -> str | None:
@@ -26,9 +27,13 @@ def extra_fields(extra: Mapping[str, Any] | str, part: str) -> dict[str, Any]:
 
 
 async def check_model(client: Client, server: Server, model: str, part: str) -> None:
-    """Raises UserError if the server lists its models and this is none of them; Failure, Refused as `send` does."""
+    """Raises UserError if the server lists its models and this is none of them; Failure, Refused as `send` does.
+
+    Notes the server's kind.
+    """
     try:
         reply = json.loads(await client.send(server, "/models"))
+        server.kind = server_kind(reply)
         names = [entry["id"] for entry in reply["data"]]
     except Refused as error:
         if error.status in (401, 403):

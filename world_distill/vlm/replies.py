@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from world_distill.vlm.complaints import server_words
+
 
 class MalformedAnswer(Exception):
     """Not a chat completion with log-probabilities: damaged on its way, or from another kind of server."""
@@ -21,7 +23,7 @@ def first_choice(text: str) -> dict[str, Any]:
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
         # Some gateways report the failure of what is behind them with status 200.
-        raise MalformedAnswer(f"no choices in it: {text}")
+        raise MalformedAnswer(f"no choices in it: {server_words(text)}")
     return choices[0]
 
 
@@ -51,9 +53,10 @@ def written(choice: dict[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def thought(choice: dict[str, Any]) -> bool:
-    """Whether there are thoughts beside or in the answer."""
+def thoughts(choice: dict[str, Any]) -> str:
+    """What the server says that the model thought, beside the answer; "" for nothing."""
     message = choice.get("message")
     if not isinstance(message, dict):
-        return False
-    return bool(message.get("reasoning") or message.get("reasoning_content") or "<think" in str(message.get("content")))
+        return ""
+    texts = (message.get("reasoning_content"), message.get("reasoning"))
+    return next((text for text in texts if isinstance(text, str) and text.strip()), "")

@@ -30,6 +30,15 @@ NUMBERED = (
 )
 
 
+DRAFT = WHOLE.replace("gate", "fence")
+THOUGHTS = [
+    ("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>thought\n", "<channel|>"), ("<unused94>", "<unused95>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"), ("<REASONING>", "</REASONING>"),
+    ("", "</think>"), ("<think>x</think>", "◁/think▷"), ("<mm:think>", "</mm:think>"),
+]  # fmt: skip
+
+
 def understood(text):
     parsed = parse_pairs(text)
     assert not parsed.nothing_to_do and not parsed.cut_off
@@ -59,6 +68,19 @@ def understood(text):
         LINES.replace("\n\n", "\nKind: navigation\n\n").replace("\n", "\r\n").replace("Go to", "G\x1eo to"),
         json.dumps(ITEMS).replace('"', "'"),
         '{"pairs": [{"task": [}, "solution": oh no}' + WHOLE[WHOLE.index("pairs") + 8 :],
+        WHOLE.replace('"', "”"),
+        WHOLE.replace('{"', "{“").replace('":', "”:").replace(', "', ", “").replace(': "', ": “").replace('"', "”"),
+        WHOLE.replace('"', "＂"),
+        f"<think>\nLet me see.\n{WHOLE}",
+        f"<think>{WHOLE}",
+        f"<think>Perhaps {DRAFT}.\n```json\n{WHOLE}\n```",
+        *(f"{opens}Perhaps {DRAFT}{closes}{WHOLE}" for opens, closes in THOUGHTS),
+        f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>{WHOLE}<|return|>",
+        f"analysisPerhaps {DRAFT}assistantfinal{WHOLE}",
+        f"My thoughts: {DRAFT}\n[BEGIN FINAL RESPONSE]\n{WHOLE}\n[END FINAL RESPONSE]",
+        f"<answer><|begin_of_box|>{WHOLE}<|end_of_box|></answer><|end|>",
+        f"A first draft:\n{DRAFT}\nNow the left is meant, so:\n{WHOLE}",
+        f"{DRAFT}\n{WHOLE}\nBoth rest on [1].",
     ],
 )  # fmt: skip
 def test_forms_that_are_understood(text):
@@ -67,9 +89,42 @@ def test_forms_that_are_understood(text):
 
 
 def test_a_broken_item_costs_no_other():
-    text = WHOLE.replace("Land on the log", 'Land on the "log"').replace("}]", "}, " + json.dumps(ITEMS[0]) + "]")
-    text = text.replace('\\"log\\"', '"log"')
+    text = WHOLE.replace('"task": "[Owl]', '"task": "[Owl" "]').replace("}]", "}, " + json.dumps(ITEMS[0]) + "]")
+    text = text.replace(', "solution": "The owl', ' "solution": "The owl')
     assert understood(text) == [FOX, FOX]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    ['the "log"', 'the sign "EXIT" above', 'the "A", then the "B"', '"that"', 'the "log" and, as it "were", there'],
+)
+def test_quotes_inside_a_text_need_not_be_escaped(inner):
+    for text in (WHOLE, json.dumps(ITEMS, indent=1)):
+        first, second = understood(text.replace("Land on the log", f"Land on {inner}"))
+        assert first == FOX and second.task == f"[Owl]: Land on {inner}." and second.solution == OWL.solution
+
+
+def test_a_text_that_runs_on_into_the_next_key_is_none():
+    parsed = parse_pairs(
+        '{"pairs": [{"task": "[Owl]: Land on the log. "solution": "It lands on the log there.", "x": 1}]}'
+    )
+    assert not parsed.pairs and parsed.problems
+
+
+def test_a_thought_without_an_end_holds_no_answer_if_it_was_cut_off():
+    text = f"<think>Perhaps {WHOLE}"
+    assert understood(text) == [FOX, OWL]
+    assert not parse_pairs(text, finished=False).pairs
+    for later in (" or not", "?", "\n[1, 2"):
+        assert not parse_pairs(text + later).pairs
+    assert parse_pairs(f"{DRAFT}<think>{WHOLE}").pairs[0].task == FOX.task.replace("gate", "fence")
+    assert not parse_pairs(f"<think>The list [1, 2] {json.dumps(ITEMS)}").pairs  # a list may be anything
+
+
+def test_what_comes_last_counts_even_if_it_is_nothing():
+    assert parse_pairs(f'{DRAFT}\nNo: {{"possible": false, "pairs": []}}').nothing_to_do
+    parsed = parse_pairs(f"{DRAFT}\n{WHOLE[:-30]}")
+    assert parsed.cut_off and parsed.pairs[0].task == FOX.task.replace("gate", "fence")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +149,7 @@ def test_nothing_to_do_is_told_from_nothing_understood(text):
     "text, problem",
     [
         ("", "is empty"),
-        ("<think>" + WHOLE, "is empty"),
+        ("<think>" + WHOLE + " or", "is empty"),
         ("I cannot help with that.", "begins with 'I cannot help"),
         ('{"possible": true, "pairs": []}', "no task in it"),
         ('{"error": {"message": "no"}}', "fields"),
@@ -149,6 +204,14 @@ def test_long_nested_and_hostile_texts_take_no_time():
         "\n \n" * n,
         "".join(f'["{i}" ' for i in range(n // 6)),
         "[" + '{"task":"t","solution":"s"},' * n,
+        '{"task": "' + '" ' * n,
+        '{"task": "' + '"/*' * n,
+        '{"task": "a"' + "/**/" * n,
+        '["' + '", "' * n,
+        '{"a": "' + '", "b' * n,
+        "◁think▷" * n,
+        "<|channel|>final" * n,
+        "<think>{" * n,
     ]
     for text in texts:
         started = time.process_time()

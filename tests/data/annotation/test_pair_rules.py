@@ -50,6 +50,10 @@ def task(text):
         (changed(solution=GERMAN), "language"),
         (changed(solution="他抬起左脚，走到黄色的线上，然后 停 下 来。"), "language"),
         (task("踏上黄线。"), "language"),
+        (task("Step onto the line.<|im_end|>"), "chat_mark"),
+        (changed(solution=SOLUTION + " [/INST]"), "chat_mark"),
+        (changed(agent="Man in blue shirt<image>"), "chat_mark"),
+        (changed(solution=SOLUTION + "\ud83d"), "chat_mark"),
     ],
 )
 def test_each_rule_has_its_word(pair, reason):

@@ -19,6 +19,7 @@ from world_distill.data.annotation.annotate import annotate_images
 from world_distill.data.annotation.prompt import Prompt, load_prompt
 from world_distill.data.annotation.request import Form, read_pairs
 from world_distill.data.annotation.selftest import PROBE
+from world_distill.data.annotation.selftest import _colour as named_colour
 from world_distill.data.annotation.server import ServerAnnotator
 from world_distill.data.records.reader import AnnotatedRecord, RecordError, RecordReader
 from world_distill.errors import UserError
@@ -67,6 +68,8 @@ def lines(monkeypatch):
 
 # ---- Kinds of servers
 
+ALL = ["chat_template_kwargs", "max_tokens", "seed", "temperature", "response_format"]
+
 
 @pytest.mark.parametrize(
     "style, output, fields",
@@ -105,13 +108,72 @@ def test_instructions_come_first_and_the_picture_before_the_request():
     assert sent["chat_template_kwargs"] == {"enable_thinking": True} and sent["top_p"] == 0.9
 
 
-def test_a_server_that_names_no_field_is_asked_with_ever_fewer():
-    form, forms = Form(), []
-    while form := form.lesser("Bad Request"):
-        forms.append(form)
-    assert len(forms) == 6 == len(set(forms))
-    assert forms[-1] == Form(False, "words", "max_completion_tokens", False, False)
-    assert Form().lesser("no such thing as 'seed'") == Form(seed=False)
+@pytest.mark.parametrize(
+    "refused", [["seed"], ["response_format"], ["chat_template_kwargs", "temperature"], ["max_tokens", "seed"], ALL]
+)
+def test_a_server_that_names_no_field_keeps_all_that_it_takes(refused):
+    fault = lambda n, body: (400, "Bad Request") if set(refused) & body.keys() else None  # noqa: E731
+    with AnnotationServer(fault=fault) as server:
+        annotator = annotator_of(server)
+        annotator.check()
+        annotator.close()
+        sent = server.bodies[-1]
+        (image,) = has_tasks(1)
+        annotator.annotate(image, max_pairs=3, seed=7)
+        sent = server.bodies[-1]
+        annotator.close()
+    others = {"max_completion_tokens"} if "max_tokens" in refused else set()
+    others |= {"structured_outputs"} if "response_format" in refused else set()
+    assert sent.keys() == ({"model", "messages"} | set(ALL)) - set(refused) | others
+
+
+@pytest.mark.parametrize(
+    "refusal, form",
+    [
+        ('[{"error": {"code": 400, "message": "unknown name: seed"}}]', Form(seed=False)),
+        (
+            '{"detail": [{"loc": ["body", "chat_template_kwargs"], "msg": "extra inputs are not permitted"}]}',
+            Form(thinking=False),
+        ),
+        ('{"message": "Unsupported parameter: \'temperature\'"}', Form(temperature=False)),
+        ('data: {"error": {"message": "json_schema is not supported"}}', Form(output="structured_outputs")),
+    ],
+)
+def test_only_the_field_that_is_meant_is_left_out(refusal, form):
+    refused = []
+    fault = lambda n, body: (400, refusal) if not n else refused.append(n)  # noqa: E731
+    with AnnotationServer(fault=fault) as server:
+        annotator = annotator_of(server)
+        annotator.check()
+        annotator.close()
+    assert annotator._pool.servers[0].form == form and len(refused) == 2
+
+
+def test_a_server_without_any_form_is_refused_in_its_own_words():
+    with AnnotationServer(fault=lambda n, body: (422, '{"detail": "context length of 512"}')) as server:
+        with pytest.raises(UserError, match="(?s)context length of 512.*vLLM: --max-model-len.*max_tokens has to fit"):
+            annotator_of(server).check()
+        assert server.chats == 3
+    with AnnotationServer(fault=lambda n, body: (500, '{"error": "image input is not supported"}')) as server:
+        started = time.monotonic()
+        with pytest.raises(UserError, match="image input is not supported"):
+            annotator_of(server).check()
+        assert server.chats == 3 and time.monotonic() - started < 2
+    with AnnotationServer(fault=lambda n, body: (400, "unknown name: min_p")) as server:
+        with pytest.raises(UserError, match="'min_p' comes from annotator.options.extra"):
+            annotator_of(server, extra={"min_p": 0.1}).check()
+
+
+@pytest.mark.parametrize(
+    "said, colour",
+    [
+        ('{"scene": "red"}', "red"), ("Sure: it is red or blue? {\"scene\": \"A reddish square.\"}", "red"),
+        ('{"scene": "It is not blue but red."}', "red"), ('{"scene": "This isn\'t red; blue."}', "blue"),
+        ('{"scene": "red or blue"}', None), ('{"scene": "covered"}', None), ("plain blue []", "blue"),
+    ],
+)  # fmt: skip
+def test_a_colour_among_other_words(said, colour):
+    assert named_colour(said) == colour
 
 
 # ---- Self-test
@@ -392,7 +454,7 @@ def test_the_key_is_sent_and_seen_nowhere(monkeypatch, caplog, tmp_path):
 
 
 def read(message, **fields):
-    return read_pairs(json.dumps({"choices": [{"message": message} | fields]}), str)
+    return read_pairs(json.dumps({"choices": [{"message": message} | fields]}), str, load_prompt())
 
 
 def test_only_what_is_written_is_read():
@@ -405,3 +467,41 @@ def test_only_what_is_written_is_read():
 def test_an_answer_of_the_longest_length_counts_as_cut_off():
     lines = {"content": "[Fox]: Run to the gate.\nDescription: The fox runs to the"}
     assert read(lines, finish_reason="length").cut_off and not read(lines, finish_reason="stop").cut_off
+
+
+PAIR = {
+    "task": "[Man in blue]: Close the door.", "kind": "interaction",
+    "solution": "The man in blue turns and pulls the door shut with his right hand; the camera remains fixed.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_an_answer_that_was_taken_for_a_thought_is_read_if_it_was_finished(field):
+    answer = json.dumps({"pairs": [PAIR]})
+    for text in (answer, f"Let me see.\n{answer}"):
+        (pair,) = read({"content": None, field: text}, finish_reason="stop").pairs
+        assert pair.task == PAIR["task"]
+    for text, finish in ((answer, "length"), (f"{answer} Is that right?", "stop"), (PAIR["task"], "stop")):
+        assert not read({"content": None, field: text}, finish_reason=finish).pairs
+    assert read({"content": "[]", field: answer}, finish_reason="stop").nothing_to_do
+
+
+def test_the_prompts_own_example_is_no_answer():
+    example = load_prompt().format.partition("for another picture:")[2]
+    parsed = read({"content": example})
+    assert not parsed.pairs and not parsed.nothing_to_do and "repeat the prompt's own example" in parsed.problems[0]
+    (shown,) = json.loads(example)["pairs"]
+    changed = PAIR | {"solution": shown["solution"].upper().replace("'", "\u2019")}
+    assert not read({"content": json.dumps({"pairs": [changed]})}).pairs
+    both = read({"content": json.dumps({"pairs": [shown, PAIR]})})
+    assert [pair.task for pair in both.pairs] == [PAIR["task"]] and len(both.problems) == 1
+
+
+def test_a_model_that_repeats_the_example_is_asked_again():
+    example = load_prompt().format.partition("for another picture:")[2]
+    body = json.dumps({"choices": [{"message": {"content": example}, "finish_reason": "stop"}]})
+    (image,) = has_tasks(1)
+    with AnnotationServer(fault=after_the_test((200, body))) as server:
+        annotator = annotator_of(server)
+        assert ask(annotator, image) == expected(image) and annotator.health()["retries"] == 1
+        annotator.close()

@@ -24,7 +24,7 @@ from absl import logging
 from world_distill.data.annotation.asking import Questions
 from world_distill.data.annotation.data_card import FILTERED, DataCard, Findings
 from world_distill.data.annotation.journal import Journal
-from world_distill.data.annotation.pair_rules import check_pair, task_key
+from world_distill.data.annotation.pair_rules import CHAT_MARK, check_pair, has_mark, task_key
 from world_distill.data.images.decode import as_kept, decode_image, shrink
 from world_distill.data.images.filters import Filters
 from world_distill.data.images.ordered import map_ordered
@@ -230,7 +230,8 @@ def _choose(pairs: list[TaskPair], max_pairs: int, validate: bool, counts: colle
     """The pairs of one image that go into the data set; `counts` learns what became of the others."""
     kept, tasks = [], set()
     for pair in pairs:
-        reason = check_pair(pair) if validate else None
+        # Marks of a chat are refused whatever is validated: they would reach text encoders and judges.
+        reason = check_pair(pair) if validate else CHAT_MARK if has_mark(pair) else None
         if reason is None and validate and task_key(pair.task) in tasks:
             reason = "repeated"
         if reason is None and len(kept) == max_pairs:

@@ -3,7 +3,7 @@
 import numpy as np
 from absl import logging
 
-from world_distill.data.annotation.pair_parsing import parse_pairs
+from world_distill.data.annotation.pair_parsing import parse_pairs, without_example
 from world_distill.data.annotation.prompt import load_prompt
 from world_distill.errors import UserError
 from world_distill.interfaces import AnnotationError, TaskPair
@@ -86,7 +86,7 @@ class LocalAnnotator:
             text = self._vlm.generate(
                 messages, max_tokens=self._max_tokens, temperature=self._temperature, seed=seed + 1_000_003 * attempt
             )
-            parsed = parse_pairs(text)
+            parsed = without_example(parse_pairs(text), self._prompt)
             if (parsed.pairs or parsed.nothing_to_do) and not parsed.cut_off:
                 return list(parsed.pairs)
             unusable.append(parsed)

@@ -1,8 +1,11 @@
-"""JSON as language models write it: in prose, fenced, with comments and commas too many, or cut off.
+"""JSON as language models write it: in prose, fenced, with comments and commas too many, other quotes, or cut off.
 
 Read character by character into lists, dicts, texts, numbers, booleans and None; nothing is evaluated. What was cut off
 is left out: of a list, the item that is not whole; of an object, the value that is not. An object or a list that was
 itself cut off is kept with what it has, if it has a name or is the outermost.
+
+A quote inside a text should be escaped, and often is not: `"the sign "EXIT" above"`. So a quote ends a value only where
+what follows could follow a value.
 """
 
 import re
@@ -16,8 +19,20 @@ _OPENS = re.compile(r"[{\[]")
 _NUMBER = re.compile(r"[-+]?(?:\d[\d_]{0,40})?(?:\.\d{0,40})?(?:[eE][-+]?\d{1,3})?")
 _WORD = re.compile(r"[^\W\d][\w-]{0,60}")
 _SKIP = re.compile(r"\s+|//[^\n]*|#[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
-_PLAIN = {'"': re.compile(r'[^"\\]+'), "'": re.compile(r"[^'\\]+"), "“": re.compile(r"[^”\\]+")}
-_CLOSES = {'"': '"', "'": "'", "“": "”"}
+# Which quotes may close a text that each opens. Models mix them up.
+_CLOSES = {
+    '"': '"', "'": "'", "“": "”“\"", "”": "”“\"", "„": "“”\"", "‘": "’‘'", "’": "’'", "«": "»", "»": "«", "＂": "＂",
+}  # fmt: skip
+_PLAIN = {opening: re.compile(rf"[^{closing}\\]+") for opening, closing in _CLOSES.items()}
+_GAP = r"(?>\s+|//[^\n]{0,300}\n|/\*.{0,300}?\*/|\#[^\n]{0,300}\n){0,100}+"
+# What may follow a value: its container ends, the text ends, or the next item or key begins.
+_AFTER_VALUE = re.compile(
+    rf"{_GAP}(?:[\]}}]|\Z|,{_GAP}(?:[\]}}{{\[]|\Z|-?\d|(?:true|false|null)\b|[\w-]{{1,60}}\s*:"
+    rf"|(?P<quote>[{''.join(_CLOSES)}])))",
+    re.DOTALL | re.IGNORECASE,
+)
+_NEXT_KEY = re.compile(rf"[\w .-]{{1,60}}[{''.join(_CLOSES)}]\s*:")
+_SWALLOWED = re.compile(rf"[{''.join(_CLOSES)}]\s*:\s*[{''.join(_CLOSES)}\[{{]")
 _CONSTANTS = {"true": True, "false": False, "null": None, "none": None, "nan": None}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
@@ -52,16 +67,19 @@ class _Reader:
 
     def __init__(self, text: str, at: int):
         self.text, self.at = text, at
+        self._in_object: list[bool] = []  # for each container that is open
 
     def value(self, depth: int) -> tuple[Any, bool]:
         """(value, whether it is whole) from here. Raises _NoJSON."""
         c = self._peek()
         if depth > _DEPTH:
             raise _NoJSON
-        if c == "{":
-            return self._object(depth)
-        if c == "[":
-            return self._list(depth)
+        if c in ("{", "["):
+            self._in_object.append(c == "{")
+            try:
+                return self._object(depth) if c == "{" else self._list(depth)
+            finally:
+                self._in_object.pop()
         if c in _CLOSES:
             return self._string()
         return self._bare()
@@ -104,7 +122,7 @@ class _Reader:
             elif not c:
                 return found, False
             else:
-                key, whole = self._string() if c in _CLOSES else self._key()
+                key, whole = self._string(key=True) if c in _CLOSES else self._key()
                 if whole and self._expect(":") == ":":
                     self.at += 1
                     if not self._peek():
@@ -145,21 +163,37 @@ class _Reader:
         self.at = match.end()
         return number, self.at < len(self.text)
 
-    def _string(self) -> tuple[str, bool]:
+    def _string(self, *, key: bool = False) -> tuple[str, bool]:
         opening = self.text[self.at]
         closing, plain = _CLOSES[opening], _PLAIN[opening]
         self.at += 1
-        parts = []
+        parts, start, inner = [], self.at, False
         while self.at < len(self.text):
             if match := plain.match(self.text, self.at):
                 parts.append(match[0])
                 self.at = match.end()
-            elif self.text[self.at] == closing:
+            elif self.text[self.at] in closing:
                 self.at += 1
-                return "".join(parts), True
+                if key or self._ends_value():
+                    # A text that goes on over the next key is none: a comma or a quote is missing.
+                    if inner and _SWALLOWED.search(self.text, start, self.at):
+                        raise _NoJSON
+                    return "".join(parts), True
+                parts.append(self.text[self.at - 1])
+                inner = True
             else:
                 parts.append(self._escape())
         return "".join(parts), False
+
+    def _ends_value(self) -> bool:
+        """Whether the quote before this place ends a value, and does not stand inside of it."""
+        match = _AFTER_VALUE.match(self.text, self.at)
+        if match is None:
+            return False
+        if match["quote"] is None or not self._in_object[-1]:
+            return True
+        # In an object a key follows the comma; in a sentence anything.
+        return _NEXT_KEY.match(self.text, match.end()) is not None or match.end() >= len(self.text)
 
     def _escape(self) -> str:
         c = self.text[self.at + 1 : self.at + 2]

@@ -5,17 +5,22 @@
     [agent]: ...
     Description: ...                                                                              as plain text
 
-Thoughts (`<think>...</think>`) are left out first. Texts are data: they are cleaned of control characters and put on
-one line a paragraph, and never looked at for anything else. Whether a pair is of use is for `pair_rules` to say.
+Thoughts are left out first (`thoughts`). A model may write drafts: of objects with a list of pairs the last whole one
+counts. Where a thought was never closed, the object with pairs that ends it is the answer. Texts are data: they are
+cleaned of control characters and put on one line a paragraph, and never looked at for anything else. Whether a pair is
+of use is for `pair_rules` to say.
 """
 
 import dataclasses
+import json
 import re
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
 from world_distill.data.annotation.loose_json import find_values
+from world_distill.data.annotation.prompt import Prompt
+from world_distill.data.annotation.thoughts import split_thoughts
 from world_distill.data.field_names import without_label
 from world_distill.interfaces import TaskPair
 
@@ -33,7 +38,6 @@ _KIND = ("kind", "task_kind", "type", "task_type", "category", "skill", "label")
 _POSSIBLE = ("possible", "feasible", "suitable", "anything_to_do", "has_tasks", "is_suitable")
 _LISTS = ("pairs", "task_pairs", "tasks", "items", "results", "task_solution_pairs")
 
-_THINKING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)\b[^<>]{0,40}>", re.IGNORECASE)
 _BRACKETS = re.compile(r"\[([^\[\]\n]{1,200})\][ ]*:[ ]*(\S[^\n]*)")
 _LEAD = r"^[\s>#*_\-•\d.)(]*"  # a bullet, a number, emphasis
 _TASK_LINE = re.compile(
@@ -61,14 +65,21 @@ class Parsed:
     problems: tuple[str, ...]
 
 
-def parse_pairs(text: str) -> Parsed:
-    """Reads a VLM's answer; never raises."""
-    text = without_thoughts(text).strip()[:_LONGEST]
+def parse_pairs(text: str, *, finished: bool = True) -> Parsed:
+    """Reads a VLM's answer; never raises.
+
+    Args:
+      text: the answer, thoughts included.
+      finished: the model ended it, and not the limit of its length: only then an unclosed thought may end in an answer.
+    """
+    text = answer_part(text, finished=finished)
     found, said_empty, cut_off, problems = [], False, False, []
-    for value, whole in find_values(text):
-        if not whole and not _is_about_pairs(value):
-            continue  # a bracket in prose
-        cut_off |= not whole
+    values = [(value, whole) for value, whole in find_values(text) if whole or _is_about_pairs(value)]  # no prose
+    cut_off = not all(whole for _, whole in values)
+    drafts = [(value, whole) for value, whole in values if _lists_pairs(value, 0)]
+    if len(drafts) > 1:
+        values = [next((draft for draft in reversed(drafts) if draft[1]), drafts[-1])]
+    for value, whole in values:
         said_empty |= whole and _says_nothing(value)
         for item in _items(value, 0):
             pair, problem = _read_item(item)
@@ -84,16 +95,26 @@ def parse_pairs(text: str) -> Parsed:
     return Parsed(tuple(found[:_MOST]), said_empty and not found, cut_off, tuple(problems))
 
 
-def without_thoughts(text: str) -> str:
-    """The text without what the model thought before or while it answered."""
-    kept, start, inside = [], 0, False
-    for tag in _THINKING.finditer(text):
-        if tag[1]:
-            start, inside = tag.end(), False  # begun or not: some templates open the thoughts themselves
-        elif not inside:
-            kept.append(text[start : tag.start()])
-            inside = True
-    return "\n".join(kept if inside else [*kept, text[start:]])
+def without_example(parsed: Parsed, prompt: Prompt) -> Parsed:
+    """Without the pairs that repeat the prompt: small models write its example about any picture."""
+    pairs = tuple(pair for pair in parsed.pairs if not prompt.repeated(pair))
+    if pairs == parsed.pairs:
+        return parsed
+    problem = f"{len(parsed.pairs) - len(pairs)} tasks that repeat the prompt's own example"
+    return dataclasses.replace(parsed, pairs=pairs, problems=(*parsed.problems, problem))
+
+
+def answer_part(text: str, *, finished: bool = True) -> str:
+    """The part of a VLM's text that is its answer; "" if there is none."""
+    answer, open_thought = split_thoughts(text)
+    answer = answer.strip()[:_LONGEST]
+    if answer or not open_thought or not finished:
+        return answer
+    thought = open_thought[-_LONGEST:].strip().removesuffix("```").rstrip()
+    if not thought.endswith(("}", "]")):
+        return ""
+    values = [value for value, whole in find_values(thought) if whole and _lists_pairs(value, 0)]
+    return json.dumps(values[-1]) if values else ""
 
 
 def clean(text: str) -> str:
@@ -126,6 +147,19 @@ def _says_nothing(value: Any) -> bool:
 def _is_about_pairs(value: Any) -> bool:
     return any(isinstance(item, dict) for item in _items(value, 0)) or (
         isinstance(value, dict) and bool(_plain_keys(value).keys() & {*_LISTS, *_POSSIBLE, *_TASK, *_SOLUTION})
+    )
+
+
+def _lists_pairs(value: Any, depth: int) -> bool:
+    """Whether there is a list of pairs in an object, by its name, be it an empty one."""
+    if depth > _DEPTH:
+        return False
+    if isinstance(value, list):
+        return any(_lists_pairs(item, depth + 1) for item in value)
+    if not isinstance(value, dict):
+        return False
+    return isinstance(_first(_plain_keys(value), _LISTS, list), list) or any(
+        _lists_pairs(inner, depth + 1) for inner in value.values()
     )
 
 

@@ -4,7 +4,7 @@ The task says what is to be reached, the solution how it is seen to happen. A ta
 the Executor what it is to learn; so a run of words, or most triples of words, that stand in both count as a leak.
 
 The rules are about form and are meant to let through whatever might be right: a task that is none, or that cannot be
-done, is for judges and for people to find.
+done, is for judges and for people to find. One rule is about safety: no text may hold a mark that orders a chat.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import re
 import unicodedata
 
 from world_distill.interfaces import TaskPair
+from world_distill.vlm.chat_marks import find_mark
 
 _TASK = re.compile(r"\[([^\[\]\n]+)\]:[ ]*(\S[^\n]*)")
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -64,10 +65,18 @@ class Rules:
 
 
 DEFAULT = Rules()
+CHAT_MARK = "chat_mark"  # the one rule that holds where all others are waived
+
+
+def has_mark(pair: TaskPair) -> bool:
+    """Whether a text of the pair holds what no text for a VLM may hold (`vlm.chat_marks`)."""
+    return any(find_mark(text) is not None for text in (pair.task, pair.solution, pair.agent))
 
 
 def check_pair(pair: TaskPair, rules: Rules = DEFAULT) -> str | None:
     """Why a task and its solution are of no use, as one word for counting; None if they are fine."""
+    if has_mark(pair):
+        return CHAT_MARK
     match = _TASK.fullmatch(pair.task.strip())
     if match is None:
         return "task_format"

@@ -6,13 +6,18 @@ the length of a clip, and a brace that is meant is written twice; `format.txt` i
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import string
 
+from world_distill.interfaces import TaskPair
+
 FIELDS = ("max_pairs", "seconds")
+_LEAST_REPEATED = 4  # words; fewer may stand in a prompt by chance
 _FILES = ("instructions", "format", "request")
 
 
@@ -41,6 +46,15 @@ class Prompt:
         """What is sent before the picture: the same for all pictures, so that a server's prefix cache holds it."""
         return f"{_filled(self.instructions, max_pairs, seconds)}\n\n{self.format.strip()}"
 
+    def repeated(self, pair: TaskPair) -> bool:
+        """Whether the task or the solution of a pair stands in the prompt word for word, as its example does."""
+        texts = [_plain(text) for text in (pair.task, pair.solution)]
+        return any(len(text.split()) >= _LEAST_REPEATED and f" {text} " in self._words for text in texts)
+
+    @functools.cached_property
+    def _words(self) -> str:
+        return f" {_plain(f'{self.instructions} {self.format} {self.request}')} "
+
     def after(self, *, max_pairs: int, seconds: float) -> str:
         """What is sent after the picture."""
         return _filled(self.request, max_pairs, seconds)
@@ -61,6 +75,11 @@ def load_prompt(path: str | os.PathLike | None = None) -> Prompt:
         return Prompt(*((folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in _FILES))
     except ValueError as error:  # also what is not UTF-8
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _plain(text: str) -> str:
+    """Letters and digits alone: JSON, line breaks and quotes make no difference."""
+    return re.sub(r"[\W_]+", " ", text.casefold()).strip()
 
 
 def _check_fields(name: str, text: str) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from world_distill.data.annotation.pair_parsing import Parsed, parse_pairs
+from world_distill.data.annotation.pair_parsing import Parsed, parse_pairs, without_example
 from world_distill.data.annotation.prompt import Prompt
 from world_distill.errors import UserError
+from world_distill.vlm.complaints import named_fields
 from world_distill.vlm.frames import data_urls
-from world_distill.vlm.replies import first_choice, written
+from world_distill.vlm.replies import first_choice, thoughts, written
 
 _TEXT = {"type": "string"}
 _PAIR = {"task": _TEXT, "solution": _TEXT, "kind": _TEXT}
@@ -46,20 +47,32 @@ class Form:
     seed: bool = True
     temperature: bool = True
 
-    def lesser(self, refusal: str) -> "Form | None":
-        """The next form to try after this refusal; None if there is none left."""
-        steps = []  # words by which a server may complain about a field, and what to do then
+    def lesser(self, words: str) -> "Form | None":
+        """The form without the field that a refusal in these words names; None if it names none that can go."""
+        steps: dict[str, dict[str, Any]] = {}  # what to do about each field
         if self.thinking:
-            steps.append((("chat_template",), {"thinking": False}))
-        if self.output in OUTPUTS:
-            words = ("response_format", "json_schema", "structured_outputs", "schema", "grammar")
-            steps.append((words, {"output": OUTPUTS[self.output]}))
+            steps |= dict.fromkeys(("chat_template_kwargs", "enable_thinking"), {"thinking": False})
+        if self.output == "json_schema":
+            steps |= dict.fromkeys(("response_format", "json_schema"), {"output": OUTPUTS[self.output]})
+        if self.output == "structured_outputs":
+            steps |= dict.fromkeys(("structured_outputs", "guided_json"), {"output": OUTPUTS[self.output]})
         if self.length == "max_tokens":
-            steps.append((("max_tokens",), {"length": "max_completion_tokens"}))
-        steps += [((name,), {name: False}) for name in ("seed", "temperature") if getattr(self, name)]
-        named = [change for words, change in steps if any(word in refusal for word in words)]
-        change = next(iter(named or [change for _, change in steps]), None)
-        return dataclasses.replace(self, **change) if change else None
+            steps["max_tokens"] = {"length": "max_completion_tokens"}
+        steps |= {name: {name: False} for name in ("seed", "temperature") if getattr(self, name)}
+        named = named_fields(words, steps)
+        return dataclasses.replace(self, **steps[named[0]]) if named else None
+
+    def without_schema(self) -> "Form | None":
+        """The form that asks for JSON in the next way; None if words are all that is left."""
+        return dataclasses.replace(self, output=OUTPUTS[self.output]) if self.output in OUTPUTS else None
+
+
+LEAST = Form(thinking=False, output="words", seed=False, temperature=False)
+# What is added to it, the most useful first.
+MORE: tuple[dict[str, Any], ...] = (
+    {"output": "json_schema"}, {"output": "structured_outputs"}, {"thinking": True}, {"seed": True},
+    {"temperature": True},
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +148,25 @@ class Settings:
         return {"model": self.model, "messages": [{"role": "user", "content": content}]} | fields | dict(self.extra)
 
 
-def read_pairs(reply: str, clean: Callable[[str], str]) -> Parsed:
-    """Reads the body of a reply. Raises MalformedAnswer if there is no answer in it, or the model declines."""
+def read_pairs(reply: str, clean: Callable[[str], str], prompt: Prompt) -> Parsed:
+    """Reads the body of a reply to `prompt`.
+
+    Raises MalformedAnswer if there is no answer in it, or the model declines.
+    """
     choice = first_choice(reply)
-    parsed = parse_pairs(clean(written(choice)))
+    text, finished = text_of(choice)
+    parsed = without_example(parse_pairs(clean(text), finished=finished), prompt)
     if choice.get("finish_reason") == "length":
         return dataclasses.replace(parsed, cut_off=True)
     return parsed
+
+
+def text_of(choice: dict[str, Any]) -> tuple[str, bool]:
+    """(what was written, whether the model ended it by itself).
+
+    Some servers take a whole answer for a thought: where nothing else was written, it is given as an unclosed one.
+    """
+    text, finished = written(choice), choice.get("finish_reason") != "length"
+    if not text.strip() and choice.get("finish_reason") == "stop" and (reasoning := thoughts(choice)):
+        text = f"<think>{reasoning}"
+    return text, finished

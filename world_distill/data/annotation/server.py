@@ -24,7 +24,6 @@ from world_distill.vlm.options import api_key, extra_fields
 from world_distill.vlm.pool import GaveUp, Pool
 from world_distill.vlm.replies import MalformedAnswer
 
-_OF_ONE_PICTURE = (400, 413, 422)  # refusals, by a server that has passed its test
 _SEEDS = 2**31
 
 
@@ -155,7 +154,7 @@ class ServerAnnotator:
             return settings.body(server.form, url, before=before, after=after, seed=number)
 
         def read(server: Server, reply: str) -> Parsed:
-            parsed = read_pairs(reply, self._client.clean)
+            parsed = read_pairs(reply, self._client.clean, settings.prompt)
             if parsed.cut_off or not (parsed.pairs or parsed.nothing_to_do):
                 unusable.append(parsed)
                 raise MalformedAnswer("an answer that is cut off" if parsed.cut_off else "; ".join(parsed.problems))
@@ -170,7 +169,7 @@ class ServerAnnotator:
             self._counts["partial"] += 1
             logging.warning("annotator: %d pairs of an answer that is cut off; max_tokens?", len(parsed.pairs))
         except Refused as error:
-            if error.status not in _OF_ONE_PICTURE:
+            if not error.of_one_request:
                 raise
             raise self._failure(error) from None
         return self._take(parsed)
@@ -194,7 +193,7 @@ class ServerAnnotator:
                 await self._pool.prepare(server)
                 lines.append(f"{server.label}: {self._settings.model}, asked for {server.form.output}")
             except Failure as failure:
-                lines.append(f"cannot be reached: {failure}")
+                lines.append(f"{'fails its self-test' if failure.own else 'cannot be reached'}: {failure}")
         if not any(server.form for server in self._pool.servers):
             raise Unreachable("no annotator server: " + "; ".join(lines) + " (launch/serve_judge.sh starts one)")
         return lines

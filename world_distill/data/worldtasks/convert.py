@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from world_distill.data.annotation.pair_rules import check_pair
+from world_distill.data.annotation.pair_rules import CHAT_MARK, check_pair, has_mark
 from world_distill.data.images import kinds
 from world_distill.data.images.decode import as_kept, decode_image, shrink
 from world_distill.data.images.files import File
@@ -181,10 +181,13 @@ class TaskImport:
         return record
 
     def _rule(self, item: Item) -> str | None:
-        """The rule that a task breaks, if those are left out."""
+        """The rule that a task breaks, if those are left out; a mark of a chat is left out always."""
+        pair = TaskPair(item.task, item.solution, item.agent, item.kind)
+        if has_mark(pair):
+            return CHAT_MARK
         if not item.solution:
             return None
-        rule = check_pair(TaskPair(item.task, item.solution, item.agent, item.kind))
+        rule = check_pair(pair)
         if rule is None:
             return None
         self.broken_rules[rule] += 1

@@ -146,6 +146,12 @@ class JudgmentCache:
             after = rows[-1][0]
             yield from (as_entry(row) for row in rows)
 
+    def rubrics(self) -> set[str]:
+        """Versions of the rubrics whose questions were answered, as far as they are known."""
+        with self._open() as db:
+            query = "SELECT texts.text FROM texts WHERE texts.id IN (SELECT DISTINCT rubric FROM judgments)"
+            return {text for (text,) in db.execute(query)}
+
     def sync(self) -> None:
         """Brings this cache together with others, where it has any (`segments.SyncedCache`)."""
 
