@@ -36,9 +36,9 @@ def quickstart(config, workdir: pathlib.Path) -> dict:
     stage(3, "held-out tasks: base, Demonstrator, Executor")
     results = score(workdir)
     stage(4, "report")
-    page = report.build(workdir)
+    report.build(workdir)
     console.say("\n" + markdown(results["rows"]) + "\n")
-    console.say(f"{workdir / 'results.json'}\n{page}\n{time.perf_counter() - started:.0f} s in all")
+    console.say(f"{console.duration(time.perf_counter() - started)} in all")
     return results
 
 

@@ -1,0 +1,75 @@
+"""The parser of a verb's flags: argparse's, with errors that say what was probably meant."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from world_distill.errors import UserError, did_you_mean
+
+_CHOICE = re.compile(r"argument (?P<flag>.+): invalid choice: '(?P<word>.*)' \(choose from (?P<words>.+)\)")
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse` parser whose errors are one line, with a suggestion, and name the call that explains the verb."""
+
+    def __init__(self, name: str, help_text: str = "", **options: Any):
+        """`name` is the verb, `help_text` its explanation."""
+        super().__init__(
+            prog=f"world-distill {name}".strip(), description=help_text.strip(), allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter, **options,
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with exit code 2. The usage, often ten lines, would hide the message."""
+        if found := _CHOICE.fullmatch(message):
+            words = [word.strip("'\" ") for word in found["words"].split(",")]
+            message = f"{found['flag']} {found['word']}: {did_you_mean(found['word'], words)}"
+            if message.endswith("?"):
+                message += f" (there are {', '.join(words)})"
+        sys.stderr.write(f"error: {message} (world-distill {self.prog.partition(' ')[2]} --help explains the flags)\n")
+        sys.exit(2)
+
+    def parse(self, flags: list[str], keys: Callable[[argparse.Namespace], Mapping[str, Any]]) -> argparse.Namespace:
+        """The flags' values. `keys` gives the values of the config that they name, by key; {} where there is none."""
+        args, unknown = self.parse_known_args(flags)
+        if unknown:
+            values = [word for word in unknown if not word.startswith("-")]
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+            name, equals, value = flag.partition("=")
+            hint = self._meant(name, value if equals else (values or [""])[0], args, keys)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}" if hint else
+                       f"unrecognized arguments: {' '.join(unknown)}")  # fmt: skip
+        return args
+
+    def _meant(self, flag: str, value: str, args: argparse.Namespace, keys: Callable) -> str:
+        """What was probably meant by a flag that does not exist: a key of the config, or another flag."""
+        if not flag.startswith("-"):
+            return ""
+        flags = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
+        word = flag.lstrip("-").replace("-", "_")
+        try:
+            known = keys(args)
+        except UserError:  # it is said when the config is read
+            known = {}
+        same = [key for key in known if key.rpartition(".")[2] == word or key == word]
+        if same:
+            # The likeliest first: of the verb's own section, of the whole run, of other stages.
+            rank = {key: self._rank(key) for key in same}
+            best = [key for key in same if rank[key] == min(rank.values())]
+            shown = " or ".join(f"--config.{key}={value or known[key]}" for key in best)
+            return f"a value of the config is set with {shown}"
+        near = difflib.get_close_matches(flag, flags, n=1)
+        if near:
+            return f"did you mean {near[0]}?"
+        near = difflib.get_close_matches(word, [key.rpartition(".")[2] for key in known], n=1, cutoff=0.75)
+        meant = [key for key in known if near and key.rpartition(".")[2] == near[0]]
+        return f"did you mean --config.{meant[0]}={value or known[meant[0]]}?" if meant else ""
+
+    def _rank(self, key: str) -> int:
+        section = key.partition(".")[0] if "." in key else ""
+        if section == self.prog.partition(" ")[2]:
+            return 0
+        return 3 if section in ("pretrain", "scenes", "ablation", "clips") else 2 if section else 1
