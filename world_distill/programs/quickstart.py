@@ -7,7 +7,7 @@ import json
 import pathlib
 import time
 
-from world_distill import console
+from world_distill import build, console
 from world_distill.data.records.reader import RecordReader
 from world_distill.evaluation.scoring import markdown
 from world_distill.programs import prepare, train
@@ -17,6 +17,7 @@ from world_distill.reports.run_data import clip_path
 from world_distill.storage import atomic
 from world_distill.storage.video_files import save_strip
 from world_distill.training import run_folder
+from world_distill.weights import base_model
 
 CLIPS = 24  # test tasks whose clips are kept for the report
 
@@ -30,6 +31,9 @@ def quickstart(config, workdir: pathlib.Path) -> dict:
 
     stage(1, "scenes, tasks and solutions")
     run_folder.check_folder(config, workdir)
+    mesh = build.start_devices(config)
+    base_model.load_base(build.make_family(config, mesh), config, mesh)  # one that is missing is missed now
+    run_folder.claim_folder(config, workdir)
     prepare.make_records(config, run_folder.data_folder(config, workdir), say=console.say)
     stage(2, f"training: {config.steps} steps")
     train.train(config, workdir)
