@@ -25,6 +25,8 @@ EXTRAS = {
         "ftfy>=6.3",
     ],
     "colab": ["ipywidgets>=8", "matplotlib>=3.9"],
+    # world-distill completion bash, zsh or tcsh.
+    "completion": ["shtab>=1.7"],
     # The type checker, to be run where the extra `torch` is installed, too.
     "types": ["pyright[nodejs]==1.1.414"],  # another version may see other mistakes
     "test": [
