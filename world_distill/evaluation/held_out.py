@@ -135,9 +135,8 @@ def markdown(roles: Mapping[str, Mapping[str, float]]) -> str:
         for question in [name for name in found if "/" not in name and name != "invalid"]:
             names = (question, *(f"{question}/{name}" for name in ("log_odds", "reward", "correlation", "gap")))
             forms = (console.percent, *4 * ("{:.3f}".format,))
-            cells = [
-                f(found[n]) if np.isfinite(found.get(n, np.nan)) else "–" for n, f in zip(names, forms, strict=True)
-            ]
+            pairs = zip(forms, (found.get(name, np.nan) for name in names), strict=True)
+            cells = [form(value) if np.isfinite(value) else "–" for form, value in pairs]
             lines.append(f"| {role} | {question} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import world_distill
-from world_distill.devices.hosts import VARIABLES
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 HUB = "https://huggingface.co"
@@ -59,8 +58,8 @@ class Finding(NamedTuple):
 
 def line(finding: Finding) -> str:
     """A finding for a terminal."""
-    rest = f"\n{'':9}{'':14}-> {finding.remedy}" if finding.remedy else ""
-    return f"{finding.state:<9}{finding.name:<14}{finding.says}{rest}"
+    rest = f"\n{'':9}{'':18}-> {finding.remedy}" if finding.remedy else ""
+    return f"{finding.state:<9}{finding.name:<18}{finding.says}{rest}"
 
 
 def findings(*, offline: bool = False) -> Iterator[Finding]:
@@ -77,11 +76,7 @@ def findings(*, offline: bool = False) -> Iterator[Finding]:
 
 def python() -> Iterator[Finding]:
     """The interpreter and the package."""
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        yield Finding(PROBLEM, "python", version, "Python 3.11 or newer is needed: python3.11 -m venv .venv")
-    else:
-        yield Finding(OK, "python", f"{version}, {sys.executable}")
+    yield Finding(OK, "python", f"{platform.python_version()}, {sys.executable}")
     where = pathlib.Path(world_distill.__file__).parent
     yield Finding(OK, "world-distill", f"{world_distill.__version__}, {where}")
     if sys.prefix == sys.base_prefix and "COLAB_RELEASE_TAG" not in os.environ:
@@ -208,13 +203,13 @@ def memory() -> Iterator[Finding]:
 
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < 1024:
-        yield Finding(
-            NOTE, "open files", f"at most {files} at once: large record sets have more shards", "ulimit -n 4096"
-        )
+        yield Finding(NOTE, "open files", f"at most {files} at once: large sets have more shards", "ulimit -n 4096")
 
 
 def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Settings of the environment that change what JAX does."""
+    from world_distill.devices.hosts import VARIABLES  # imports JAX, which may not start
+
     given = [name for name in VARIABLES if environment.get(name)]
     if given and len(given) < len(VARIABLES):
         missing = ", ".join(name for name in VARIABLES if name not in given)
@@ -240,7 +235,7 @@ def hub(address: str = HUB, seconds: float = 5.0) -> Iterator[Finding]:
         reason = getattr(error, "reason", None) or error
         yield Finding(
             NOTE, "hub", f"{address} does not answer ({reason})",
-            "published weights need it, the sandbox does not; behind a proxy set HTTPS_PROXY, with a mirror HF_ENDPOINT",
+            "only published weights need it; behind a proxy set HTTPS_PROXY, with a mirror HF_ENDPOINT",
         )  # fmt: skip
         return
     yield Finding(OK, "hub", f"{address} answers")

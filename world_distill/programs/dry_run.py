@@ -48,9 +48,7 @@ def dry_run(config, workdir: pathlib.Path, *, say: Callable[[str], None] = conso
     seconds = result["step_seconds"] * left if "step_seconds" in result else None
     say(f"memory: {_memory(result, devices)}")
     say(f"time: {_time(result, seconds, left)}")
-    say(
-        f"disk: {bytes_ * (config.keep + 1) / 2**30:.2f} GiB at most for {config.keep} checkpoints, beside clips and logs"
-    )
+    say(f"disk: {bytes_ * (config.keep + 1) / 2**30:.2f} GiB for {config.keep} checkpoints, beside clips and logs")
     more = {"steps": left, "records": len(inputs.reader), "state_bytes": bytes_, "seconds": seconds}
     return result | more
 
@@ -85,9 +83,8 @@ def _memory(result: dict[str, Any], devices: list[Any]) -> str:
 def _time(result: dict[str, Any], seconds: float | None, steps: int) -> str:
     compiling = console.duration(sum(phase["compile_seconds"] for phase in result["phases"]))
     if seconds is None:
-        kind = result["kind"]
-        return f"{compiling} to compile; no peak of {kind} is known, so the first steps of the run will say how long they take"
+        return f"{compiling} to compile; no peak of {result['kind']} is known: the first steps of the run say the rest"
     return (
-        f"{compiling} to compile, then {console.duration(seconds)} for {steps} steps, predicted at 40 % of the devices' peak,"
-        " without the judge's time and evaluations"
+        f"{compiling} to compile, then {console.duration(seconds)} for {steps} steps, predicted at"
+        f" {console.percent(result['utilisation'])} of the devices' peak, without the judge's time and evaluations"
     )
