@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     run = ("--workdir", args.workdir)
     console.finish(
         f"scored {', '.join(roles)} on {result['rows'][0]['n']} tasks", args.workdir / "evaluation.json", page,
-        then=[("report", *run), ("export", *run, "--out", "executor.safetensors")],
+        then=[("report", *run)],
     )  # fmt: skip
     if args.json:
         atomic.write_json(args.json, result)

@@ -1,6 +1,8 @@
 """`world-distill train`."""
 
 import argparse
+import pathlib
+from typing import Any
 
 from world_distill import console
 from world_distill.cli import arguments
@@ -54,23 +56,22 @@ def run(args: argparse.Namespace) -> int:
     row = summary["validation"]
     if row is not None:
         console.say(f"validation: {said(row)}")
-    run_dir = ("--workdir", args.workdir)
-    then = [("evaluate", *run_dir)] if config.benchmark.factory else []
-    then += [
-        (
-            "generate",
-            "--executor",
-            args.workdir,
-            "--image",
-            "PICTURE.png",
-            "--task",
-            "[agent]: What to do.",
-            "--out",
-            "clips",
-        )
-    ]
-    then += [("export", *run_dir, "--out", "executor.safetensors"), ("report", *run_dir)]
-    console.finish(f"trained an Executor to step {summary['steps']}", args.workdir, then=then)
+    console.finish(f"trained an Executor to step {summary['steps']}", args.workdir, then=_next(config, args.workdir))
     if args.json:
         atomic.write_json(args.json, summary)
     return 0
+
+
+def _next(config: Any, workdir: pathlib.Path) -> list[tuple]:
+    """What one may do with a trained Executor: calls that work as they stand."""
+    from world_distill import build
+    from world_distill.training import run_folder
+
+    of_run = ("--workdir", workdir)
+    records = ("--records", run_folder.data_folder(config, workdir), "--name", config.train_set, "--limit", 8)
+    calls: list[tuple] = [("generate", "--executor", workdir, *records, "--out", workdir / "clips_of_training")]
+    if config.benchmark.factory:
+        calls.insert(0, ("evaluate", *of_run))
+    if build.make_family(config).published is not None:
+        calls.append(("export", *of_run, "--out", "executor.safetensors"))
+    return [*calls, ("report", *of_run)]
