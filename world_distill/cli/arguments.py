@@ -162,8 +162,8 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         key, equals, value = word.removeprefix("--config.").partition("=")
         if not equals:
             value = next(words, "--")
-            if value.startswith("--"):
-                raise UserError(f"{word} needs a value: {word}=VALUE")
+            if value.startswith(("--", "=")):
+                raise UserError(f"{word} needs a value: {word}=VALUE, without spaces around the =")
         overrides[key] = value
     return rest, overrides
 

@@ -4,12 +4,28 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from world_distill.errors import UserError, did_you_mean
 
 _CHOICE = re.compile(r"argument (?P<flag>.+): invalid choice: '(?P<word>.*)' \(choose from (?P<words>.+)\)")
+
+
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+_QUOTES = "\u201c\u201d\u201e\u2018\u2019\u201a"
+
+
+def pasted(words: Sequence[str]) -> str:
+    """What a command has that is of typography and not of a shell, as it comes from web pages; "" if nothing is."""
+    for word in words:
+        if word[:1] and (word[0] in _DASHES or (word[0] == "-" and word[1:2] and word[1] in _DASHES)):
+            return f"{word}: the dash is one of typography, as web pages have it; type --{word.lstrip('-' + _DASHES)}"
+        if word and not word.strip():
+            return "a lone space: a backslash that continues a line has to be the last character of that line"
+        if word.startswith("--") and any(quote in word for quote in _QUOTES):
+            return f"{word}: the quotes are those of typography, as web pages have them; type ' or \""
+    return ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,6 +50,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, flags: list[str], keys: Callable[[argparse.Namespace], Mapping[str, Any]]) -> argparse.Namespace:
         """The flags' values. `keys` gives the values of the config that they name, by key; {} where there is none."""
+        if problem := pasted(flags):
+            self.error(problem)
         args, unknown = self.parse_known_args(flags)
         if unknown:
             values = [word for word in unknown if not word.startswith("-")]

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import pathlib
 import types
 import typing
@@ -224,7 +225,11 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
     if kind is bool and text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
     try:
-        if kind in (int, float, str):
+        if kind is str and text.startswith("~/"):
+            return os.path.expanduser(text)  # a shell leaves the ~ behind a = as it is
+        if kind is int:
+            return _whole(text)
+        if kind in (float, str):
             return kind(text)
         if kind in (tuple, list):
             if _is_schedule(key) and (value := _number(text)) is not None:
@@ -258,6 +263,16 @@ def _is_schedule(key: str) -> bool:
     section_, _, name = key.rpartition(".")
     fields = getattr(defaults.SECTIONS.get(section_), "__dataclass_fields__", {})
     return name in fields and fields[name].type == Schedule
+
+
+def _whole(text: str) -> int:
+    """A whole number, also as 1e3. Raises ValueError for any other."""
+    try:
+        return int(text)
+    except ValueError:
+        if (value := _number(text)) is None or not value.is_integer():
+            raise
+        return int(value)
 
 
 def _number(text: str) -> float | None:
