@@ -1,5 +1,6 @@
 """The main job at test size: what it writes, that it goes on after an interruption, that the seed matters."""
 
+import html
 import json
 import shutil
 
@@ -54,8 +55,10 @@ def test_the_notebook_goes_on_with_a_run_that_was_trained(base, whole, tmp_path)
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder, ignore=shutil.ignore_patterns("results.json", "report.html", "clips"))
     cells = execute("quickstart", tmp_path, workdir=str(folder), settings={**SMALL, "base": base, "steps": 2})
-    assert any("demonstrator" in table and "executor" in table for table in shown(cells, "text/markdown"))
-    assert (folder / "report.html").exists() and shown(cells, "image/gif")
+    assert any("Demonstrator" in table and "Executor" in table for table in shown(cells, "text/markdown"))
+    assert shown(cells, "image/gif")
+    [page] = [page for page in shown(cells, "text/html") if "<iframe" in page]
+    assert html.escape((folder / "report.html").read_text()) in page
     assert json.loads((folder / "results.json").read_text())["rows"] == whole[1]["rows"]
 
 
