@@ -88,6 +88,11 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
+def size(bytes_: float) -> str:
+    """An amount of memory or disk for people: "345 MiB", "12.3 GiB"."""
+    return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.3g} MiB"
+
+
 def duration(seconds: float) -> str:
     """A time for people: "45 s", "12 min", "3 h 20 min", "2 d 4 h"."""
     seconds = max(round(seconds), 0)

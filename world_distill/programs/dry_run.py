@@ -37,18 +37,18 @@ def dry_run(config, workdir: pathlib.Path, *, say: Callable[[str], None] = conso
     say(f"records: {len(inputs.reader)} tasks in {inputs.reader.index_path}")
     say(f"validation: {_validation(inputs, config)}")
     say(f"judge: {inputs.judge.name if inputs.judge else 'none, since objective.rl = none'}")
-    say(f"weights: {config.base or 'none named'}, {_gib(inputs.base):.2f} GiB over all devices")
+    say(f"weights: {config.base or 'none named'}, {console.size(_bytes(inputs.base))} over all devices")
     say(f"{left} steps of {rows} rollouts" + (f", after step {done}" if done else ""))
 
     devices = list(mesh.devices.flat)
     result = plan.summary(config, devices, plan.make_plan(config, devices, PHASES, say=say), 0.4)
     for line in plan.describe(result):
         say(line)
-    bytes_ = sum(x.size * getattr(x.dtype, "itemsize", 4) for x in jax.tree.leaves(programs.state))
+    bytes_ = _bytes(programs.state)
     seconds = result["step_seconds"] * left if "step_seconds" in result else None
     say(f"memory: {_memory(result, devices)}")
     say(f"time: {_time(result, seconds, left)}")
-    say(f"disk: {bytes_ * (config.keep + 1) / 2**30:.2f} GiB for {config.keep} checkpoints, beside clips and logs")
+    say(f"disk: {console.size(bytes_ * (config.keep + 1))} for {config.keep} checkpoints, beside clips and logs")
     more = {"steps": left, "records": len(inputs.reader), "state_bytes": bytes_, "seconds": seconds}
     return result | more
 
@@ -66,18 +66,17 @@ def _newest(folder: epath.Path) -> int:
     return max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
 
 
-def _gib(tree: Any) -> float:
-    return sum(x.nbytes for x in jax.tree.leaves(tree)) / 2**30
+def _bytes(tree: Any) -> int:
+    return sum(x.size * getattr(x.dtype, "itemsize", 4) for x in jax.tree.leaves(tree))
 
 
 def _memory(result: dict[str, Any], devices: list[Any]) -> str:
-    need = max(((phase["peak"] or 0.0) + phase["beside"] for phase in result["phases"]), default=0.0)
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0) / 2**30
+    need = max(((phase["peak"] or 0.0) + phase["beside"] for phase in result["phases"]), default=0.0) * 2**30
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
     if devices[0].platform == "cpu":  # which all devices share
-        need *= len(devices)
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        return f"{need:.2f} GiB at the peak, of {limit:.1f} GiB of this machine"
-    return f"{need:.2f} GiB at the peak of a device" + (f", which has {limit:.1f} GiB" if limit else "")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return f"{console.size(need * len(devices))} at the peak, of {console.size(machine)} of this machine"
+    return f"{console.size(need)} at the peak of a device" + (f", which has {console.size(limit)}" if limit else "")
 
 
 def _time(result: dict[str, Any], seconds: float | None, steps: int) -> str:
