@@ -147,7 +147,7 @@ class Progress:
         if self._draws:
             bar = self._open()
             bar.set_description_str("", refresh=False)
-            bar.set_postfix_str(_fitting(figures or {}, _columns() - 70), refresh=False)
+            bar.set_postfix_str(_fitting(figures or {}, _columns() - 58), refresh=False)
             bar.update(step)
         elif self._shown and step and self._due(now):
             self._last_line = now

@@ -9,6 +9,7 @@ import contextlib
 import logging as python_logging
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -130,19 +131,24 @@ def start_logging(level: str) -> None:
     """Sends absl's log to stderr from `level` on. Programs silence it on processes other than 0."""
     from absl import logging
 
-    logging.use_absl_handler()
     logging.set_verbosity(level)
     logging.set_stderrthreshold(level)
+    root = python_logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, _Sentences)]:
+        root.removeHandler(handler)
     # Whoever looks for a mistake wants the time and the line; anyone else, a sentence.
-    if level in ("warning", "error"):
-        logging.get_absl_handler().setFormatter(_Plain())
+    if level in ("debug", "info"):
+        logging.use_absl_handler()
+    else:
+        root.removeHandler(logging.get_absl_handler())
+        root.addHandler(_Sentences())
 
 
-class _Plain(python_logging.Formatter):
-    """A log's line as a sentence: "warning: ..."."""
+class _Sentences(python_logging.Handler):
+    """Writes a log's line as a sentence: "warning: ..."."""
 
-    def format(self, record: python_logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+    def emit(self, record: python_logging.LogRecord) -> None:
+        sys.stderr.write(f"{record.levelname.lower()}: {record.getMessage()}\n")
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -79,12 +79,10 @@ class Parser(argparse.ArgumentParser):
             best = [key for key in same if rank[key] == min(rank.values())]
             shown = " or ".join(f"--config.{key}={value or known[key]}" for key in best)
             return f"a value of the config is set with {shown}"
-        near = difflib.get_close_matches(flag, flags, n=1)
-        if near:
-            return f"did you mean {near[0]}?"
-        near = difflib.get_close_matches(word, [key.rpartition(".")[2] for key in known], n=1, cutoff=0.75)
-        meant = [key for key in known if near and key.rpartition(".")[2] == near[0]]
-        return f"did you mean --config.{meant[0]}={value or known[meant[0]]}?" if meant else ""
+        meant = {text: text for text in flags}
+        meant |= {f"--{key.rpartition('.')[2]}": f"--config.{key}={value or known[key]}" for key in reversed(known)}
+        near = difflib.get_close_matches(f"--{word}", meant, n=1)
+        return f"did you mean {meant[near[0]]}?" if near else ""
 
     def _rank(self, key: str) -> int:
         section = key.partition(".")[0] if "." in key else ""
