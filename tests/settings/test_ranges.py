@@ -22,7 +22,7 @@ from world_distill.settings.objective import Objective
         ("save_every", "0", "at least 1"),
         ("pretrain.log_every", "0", "at least 1"),
         ("evaluate_every", "-1", "at least 0"),
-        ("seed", "-1", "at least 0 and below 4.29497e+09"),
+        ("seed", "-1", "at least 0 and below 4294967296"),
         ("sampler.steps", "0", "at least 1"),
         ("sampler.shift", "0", "above 0"),
         ("sampler.shift", "nan", "above 0, not nan"),

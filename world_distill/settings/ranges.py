@@ -33,8 +33,8 @@ class Range:
         return math.isfinite(value) and above and below
 
     def __str__(self) -> str:
-        low = f"{'above' if self.open_least else 'at least'} {self.least:g}"
-        high = f"{'below' if self.open_most else 'at most'} {self.most:g}"
+        low = f"{'above' if self.open_least else 'at least'} {self.least:.12g}"
+        high = f"{'below' if self.open_most else 'at most'} {self.most:.12g}"
         parts = ([low] if self.least > -math.inf else []) + ([high] if self.most < math.inf else [])
         text = " and ".join(parts) or "a finite number"
         return text if self.also is None else f"{text}, or {self.also:g}"
