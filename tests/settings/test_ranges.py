@@ -111,6 +111,14 @@ def test_a_value_that_is_not_understood_is_refused_with_the_form(key, text, mess
         load_config("sandbox", {key: text})
 
 
+@pytest.mark.parametrize(
+    ("spec", "meant"), [("sandbox:wmds", "wmsd"), ("wan22_5b:debgu", "debug"), ("sandboks", "sandbox")]
+)
+def test_a_variant_or_config_that_is_not_there_says_which_was_meant(spec, meant):
+    with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+        load_config(spec)
+
+
 def test_only_what_is_set_now_is_checked_on_a_config_that_was_kept():
     config = load_config("sandbox")
     with config.unlocked():
