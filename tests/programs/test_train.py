@@ -443,7 +443,7 @@ def test_a_folder_belongs_to_a_run_from_its_first_step_on(inputs, tmp_path):
     run_folder.claim_folder(other, tmp_path)  # nothing was trained: it ended while the first step was compiled
     assert run_folder.read_config(tmp_path).rollout.group == 4
     for begun in ("metrics.jsonl", "results.json", "data/scenes/train/0.png", "checkpoints/2/state"):
-        folder = tmp_path / begun.replace("/", "-")
+        folder = tmp_path / f"run with {begun.replace('/', '-')}"
         run_folder.claim_folder(one, folder)
         (folder / begun).parent.mkdir(parents=True, exist_ok=True)
         (folder / begun).write_text("{}\n")

@@ -71,11 +71,12 @@ def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = Tru
     """
     run_folder.check_folder(config, workdir)
     mesh = build.start_devices(config)
-    programs = make_programs(config, mesh)
-    family, settings = programs.family, programs.rollout_settings
+    family = build.make_family(config, mesh)
     reader, validation = _records(config, workdir)
     for records in filter(None, (reader, validation)):
         check_fit(records, family)
+    programs = make_programs(config, mesh)
+    settings = programs.rollout_settings
     hosts.agree("config", to_json(config))
     hosts.agree("set of records", reader.fingerprint)
     lengths = build.text_lengths(family, config)
