@@ -161,9 +161,10 @@ def video() -> Iterator[Finding]:
         yield Finding(NOTE, "video", "PyAV is missing: clips cannot be MP4 files", "pip install -e '.[vlm]'")
         return
     import av
+    from av.codec import Codec
 
     try:
-        av.codec.Codec("libx264", "w")
+        Codec("libx264", "w")
     except Exception as error:  # of a class that PyAV's versions name differently
         yield Finding(
             PROBLEM, "video", f"PyAV {av.__version__} cannot write H.264 ({error})",
