@@ -128,7 +128,7 @@ class Progress:
         self._shown, self._bar = shown, None
         self._last_line = time.monotonic()
         self._first: tuple[float, int] | None = None  # when the first unit was done, and how many were then
-        self._draws = shown and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._draws = shown and _can_draw()
 
     def __enter__(self) -> "Progress":
         return self
@@ -195,6 +195,16 @@ class Progress:
                 bar_format="{desc}{n_fmt}/{total_fmt} |{bar:14}| {elapsed}<{remaining}, {rate_fmt}{postfix}",
             )  # fmt: skip
         return self._bar
+
+
+def _can_draw() -> bool:
+    """Whether stderr is a terminal that a bar can be drawn on. That of some containers has no columns."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # no file of the system: a notebook's, or a test's
+        return True
 
 
 def _columns() -> int:

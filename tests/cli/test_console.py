@@ -1,6 +1,7 @@
 """What people read at a terminal: results, progress with and without a terminal, and how figures are written."""
 
 import io
+import os
 import re
 import sys
 
@@ -110,6 +111,17 @@ def test_a_short_job_off_a_terminal_and_a_process_that_is_not_to_speak_say_nothi
         progress.note("compiling rollout")
         progress.at(3)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("why", ["dumb", "no columns", "a file"])
+def test_what_no_bar_can_be_drawn_on_gets_lines(why, monkeypatch, clock, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: why != "a file", raising=False)
+    monkeypatch.setattr("sys.stderr.fileno", lambda: 2, raising=False)
+    monkeypatch.setenv("TERM", "dumb" if why == "dumb" else "xterm")
+    monkeypatch.setattr(console.os, "get_terminal_size", lambda fd: os.terminal_size((0, 0)))
+    with console.Progress("step", 3, every=1) as progress:
+        progress.at(1)
+    assert capsys.readouterr().out == "step 1/3\n"
 
 
 @pytest.mark.parametrize("columns", [100, 80, 160])
