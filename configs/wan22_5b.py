@@ -16,7 +16,7 @@ Variants, `--config wan22_5b:VARIANT`:
 
 from ml_collections import ConfigDict
 
-from world_distill.config import UserError, default_config, parse_arg
+from world_distill.config import UserError, default_config, did_you_mean, parse_arg
 
 VARIANTS = ("distill", "wmsd", "official", "debug", "mid")
 # The negative prompt of the published model's configuration (sample_neg_prompt). In English: garish colours,
@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config of a variant; see the module's text."""
     variant = parse_arg(arg, variant="distill").variant
     if variant not in VARIANTS:
-        raise UserError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)}")
+        raise UserError(f"unknown variant {variant!r}; {did_you_mean(variant, VARIANTS)}")
     c = default_config()
     # Sizes as published; see `world_distill.models.wan`.
     c.model = ConfigDict({

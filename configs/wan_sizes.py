@@ -11,7 +11,7 @@ Variants, `--config wan_sizes:VARIANT`, all with the settings of `wan22_5b:wmsd`
 
 from ml_collections import ConfigDict
 
-from world_distill.config import UserError, load_config, override, parse_arg
+from world_distill.config import UserError, did_you_mean, load_config, override, parse_arg
 
 _CLIP = {"model.size": (512, 768), "model.frames": 61}
 VARIANTS = {
@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config of a variant; see the module's text."""
     variant = parse_arg(arg, variant="13b").variant
     if variant not in VARIANTS:
-        raise UserError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)}")
+        raise UserError(f"unknown variant {variant!r}; {did_you_mean(variant, VARIANTS)}")
     c = load_config("wan22_5b:wmsd")
     override(c, VARIANTS[variant])
     return c

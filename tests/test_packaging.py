@@ -66,7 +66,7 @@ def test_base_install_is_without_torch_and_has_what_is_imported(metadata):
 
     required, extras = names(metadata["install_requires"]), metadata["extras_require"]
     assert not required & {"torch", "diffusers", "peft", "accelerate", "torchvision"}
-    assert set(extras) == {"tpu", "cuda12", "cuda13", "vlm", "data", "torch", "colab", "types", "test"}
+    assert set(extras) == {"tpu", "cuda12", "cuda13", "vlm", "data", "torch", "colab", "completion", "types", "test"}
     modules = {"PIL": "pillow", "orbax": "orbax_checkpoint", "absl": "absl_py", "tensorboardX": "tensorboardx"}
     for path in (ROOT / "world_distill").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:  # what is imported inside functions may be an extra's

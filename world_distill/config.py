@@ -9,6 +9,7 @@ return c
 """
 
 from world_distill.errors import UserError as UserError
+from world_distill.errors import did_you_mean as did_you_mean
 from world_distill.settings.defaults import default_config as default_config
 from world_distill.settings.loading import load_config as load_config
 from world_distill.settings.loading import override as override

@@ -64,7 +64,7 @@ def make_run(folder: pathlib.Path, width: int, depth: int) -> int:
     """Writes a run folder with a converted base and one checkpoint; returns the bytes of an Executor."""
     sizes = {"model.width": width, "model.depth": depth, "model.heads": width // 128, "model.mlp": 4 * width}
     config = load_config("wan22_5b:debug", sizes | {"executor.rank": 0, "base": str(folder / "base")})
-    run_folder.check_folder(config, folder)
+    run_folder.claim_folder(config, folder)
     mesh = build.start_devices(config)
     programs = make_programs(config, mesh)
     base = jax.jit(programs.family.init_base)(jax.random.key(0))

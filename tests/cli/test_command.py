@@ -1,13 +1,17 @@
 """The command line: help, verbs, flags, and what an error looks like from outside."""
 
 import argparse
+import importlib
+import inspect
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 import types
 
 import pytest
+from absl import logging
 
 from world_distill import cli
 from world_distill.cli import arguments, command
@@ -113,9 +117,18 @@ def test_runs_as_a_module():
     assert done.returncode == 2 and done.stderr == "error: unknown verb 'trian'; did you mean 'train'?\n"
 
 
-def test_no_verb_is_a_call_for_help(capsys):
-    assert cli.main([]) == 0
+@pytest.mark.parametrize("argv", [[], ["help"], ["-h"], ["--help"]])
+def test_no_verb_is_a_call_for_help(capsys, argv):
+    assert cli.main(argv) == 0
     assert "usage: world-distill VERB" in capsys.readouterr().out
+
+
+def test_help_of_a_verb_by_its_name_and_the_short_flag_of_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["help", "fake"])
+    assert stop.value.code == 0 and "usage: world-distill fake" in capsys.readouterr().out
+    assert error(capsys, "help", "fak") == "unknown verb 'fak'; did you mean 'fake'?"
+    assert cli.main(["-V"]) == 0 and capsys.readouterr().out.startswith("world-distill ")
 
 
 def test_help_of_a_verb_teaches(capsys):
@@ -127,16 +140,17 @@ def test_help_of_a_verb_teaches(capsys):
     assert "--log-level" in out and "(default: runs/fake)" in out
 
 
-def test_help_of_a_verb_loads_no_jax():
+def test_help_of_a_verb_loads_nothing_heavy():
     code = """
 import sys
+heavy = {"jax", "torch", "tensorboardX", "transformers", "PIL", "orbax", "grain", "tqdm", "ml_collections"}
 from world_distill.cli import command
 for name in command.VERBS:
     try:
         command.main([name, "--help"])
     except SystemExit:
         pass
-    assert "jax" not in sys.modules, name
+    assert not heavy & set(sys.modules), (name, heavy & set(sys.modules))
 """
     done = call("-c", code)
     assert done.returncode == 0, done.stderr
@@ -146,8 +160,8 @@ for name in command.VERBS:
 
 
 def test_config_overrides_in_both_forms(capsys, config):
-    got = settings(capsys, f"--config={config}:tall", "--config.train.steps=5", "--config.seed", "-3")
-    assert got == {"seed": -3, "train": {"steps": 5, "arg": "tall"}, "workdir": "runs/fake"}
+    got = settings(capsys, f"--config={config}:tall", "--config.seed=3", "--config.train.steps", "-5")
+    assert got == {"seed": 3, "train": {"steps": -5, "arg": "tall"}, "workdir": "runs/fake"}
 
 
 def test_last_override_counts_and_values_may_hold_anything(capsys, config):
@@ -178,6 +192,97 @@ def test_abbreviated_and_unknown_flags_are_refused(capsys, config):
             cli.main(["fake", "--config", config, flag])
         assert stop.value.code == 2
         assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "4"], "a value of the config is set with --config.train.steps=4"),
+        (["--steps=4"], "--config.train.steps=4"),
+        (["--stepz", "4"], "did you mean --config.train.steps=4?"),
+        (["--sed", "4"], "did you mean --seed?"),
+        (["--seed", "-1"], "argument --seed: must be at least 0"),
+        (["—seed", "4"], "the dash is one of typography, as web pages have it; type --seed"),
+        (["-–seed", "4"], "type --seed"),
+        (["--do=“nothing”"], "the quotes are those of typography"),
+        ([" ", "--seed", "3"], "a backslash that continues a line has to be the last character"),
+        (["--log-level", "wraning"], "--log-level wraning: did you mean 'warning'? (there are debug, info"),
+    ],
+)
+def test_a_flag_that_is_not_there_says_what_was_meant(capsys, config, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fake", "--config", config, *flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and "world-distill fake --help" in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--config.train.steps", "=", "4"], ["--config.train.steps", "=4"]])
+def test_spaces_around_the_sign_are_named(capsys, config, flags):
+    assert "without spaces around the =" in error(capsys, "fake", "--config", config, *flags)
+
+
+def test_a_home_folder_behind_an_equals_sign_is_the_home_folder(capsys, config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert settings(capsys, "--config", config, "--workdir=~/runs/mine")["workdir"] == "/home/me/runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "--config", "wan22_5b:debug", "--topology", "local", "--phases", "decod"], "did you mean 'decode'?"),
+        (["evaluate", "--workdir", "x", "--roles", "bas"], "did you mean 'base'?"),
+        (["pretrain", "--config", "wan22_5b:debug", "--workdir", "x"], "section 'pretrain', which this config has not"),
+        (["scenes", "--config", "wan22_5b", "--out", "x"], "section 'scenes'"),
+        (["quickstart", "--config", "wan22_5b", "--workdir", "x"], "section 'scenes'"),
+        (["pretrain", "--workdir", "x", "--config.pretrain.log_every=0"], "pretrain.log_every must be at least 1"),
+        (["train", "--config", "sandbox", "--workdir", "x", "--config.steps=-4"], "steps must be at least 1"),
+    ],
+)
+def test_a_wrong_choice_or_value_ends_a_verb_before_it_does_anything(capsys, tmp_path, argv, message):
+    before = set(tmp_path.iterdir())
+    assert message in error(capsys, *argv)
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "--out", "x", "--steps", "0"], ["generate", "--out", "x", "--count", "0"],
+        ["scenes", "--out", "x", "--count", "0"], ["evaluate", "--workdir", "x", "--limit", "-1"],
+        ["benchmark", "--repeats", "0"], ["probe", "--workdir", "x", "--clips", "0"],
+        ["plan", "--config", "sandbox", "--topology", "local", "--utilisation", "0"],
+        ["generate", "--out", "x", "--guidance", "0.5"], ["judgments", "x", "--flips", "-1"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_number_out_of_its_range_is_refused_by_the_flag(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2 and " must be " in capsys.readouterr().err
+
+
+# Verbs whose last lines say what they made, where and what comes next.
+FINISHING = set(command.VERBS) - {"completion"}
+
+
+@pytest.mark.parametrize("name", sorted(FINISHING))
+def test_a_verb_ends_with_what_it_made(name):
+    source = inspect.getsource(importlib.import_module(f"world_distill.cli.{name.replace('-', '_')}"))
+    # The verbs that bring data and weights in and out have lines of their own, of the same kind.
+    assert "console.finish(" in source or "console.say(" in source
+
+
+def test_completion_knows_verbs_flags_and_choices(capsys):
+    pytest.importorskip("shtab")
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in ("quickstart", "import-tasks", "--workdir", "merged", "doctor"))
+
+
+def test_completion_without_its_package_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert error(capsys, "completion", "zsh") == "shtab is not installed; install it: pip install shtab"
 
 
 def test_overrides_stop_at_two_dashes():
@@ -230,8 +335,21 @@ def test_bugs_keep_their_traceback(config):
         cli.main(["fake", "--config", config, "--do", "bug"])
 
 
-def test_interrupt(config):
-    assert cli.main(["fake", "--config", config, "--do", "interrupt"]) == 130
+def test_ctrl_c_says_how_to_go_on_where_a_verb_does(config, capsys, monkeypatch):
+    call = ["fake", "--config", config, "--do", "interrupt"]
+    assert cli.main(call) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+    monkeypatch.setattr(command, "RESUMES", {"fake"})
+    assert cli.main([*call, "--workdir", "my runs"]) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[1] == "stopped; the same command goes on from here:"
+    assert shlex.split(said[2]) == ["world-distill", *call, "--workdir", "my runs"]
+
+
+def test_a_warning_is_a_sentence_and_not_a_line_of_absl(config, capfd):
+    arguments.start_logging("warning")
+    logging.warning("clips %s", "flicker")
+    assert capfd.readouterr().err == "warning: clips flicker\n"
 
 
 def test_config_is_required_unless_it_has_a_default():
@@ -243,16 +361,10 @@ def test_config_is_required_unless_it_has_a_default():
 
 
 def test_the_bar_starts_where_the_work_does(monkeypatch):
-    bars = []
-    plain = arguments.tqdm
-
-    def on_a_terminal(**options):
-        assert options.pop("disable") is None
-        bars.append(plain(**options, disable=False))
-        return bars[0]
-
-    monkeypatch.setattr(arguments, "tqdm", on_a_terminal)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     with arguments.progress_bar("record") as show:
         for done in (4, 6, 9):
             show(done, 10)
-    assert (bars[0].initial, bars[0].n, bars[0].total) == (4, 9, 10)
+        bar = show.__self__._bar
+    assert (bar.initial, bar.n, bar.total) == (4, 9, 10)

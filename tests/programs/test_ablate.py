@@ -68,7 +68,7 @@ def test_orderings_hold_are_reversed_or_not_resolved():
     both = {name: seeds * 2 for name, seeds in pool.items()}
     line = ablate.compare(Ordering("high", "low", "all", "claim"), both)
     assert line["by_seed"] == pytest.approx([exact, exact]) and line["n"] == 400
-    assert ablate.sentence(line).endswith(f"; by seed {exact:+.3f}, {exact:+.3f})")
+    assert ablate.sentence(line).endswith(f"; by seed {100 * exact:+.1f}, {100 * exact:+.1f})")
 
 
 def test_ablation_runs_and_continues(tmp_path, monkeypatch):

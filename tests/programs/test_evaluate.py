@@ -60,7 +60,7 @@ def test_breakdown_and_table():
     assert breakdown("x", VERDICTS, "agent")[0]["agent"] == 0.75  # the rate, not the name
     text = markdown(rows, first=("group", "name"))
     assert text.splitlines()[0].startswith("| group | name | task |")
-    assert "| push | x | 0.000 [0.000, 0.658] |" in text
+    assert "| push | x | 0.0 % [0.0, 65.8] |" in text
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,9 @@ def test_roles_are_what_their_names_say(parts):
     config, mesh, family, base, reader = parts
     told = Told()
     opened = types.SimpleNamespace(
-        config=config, data=reader.index_path.parent, base=base, executor="weights", step=7, evaluator=lambda _: told
-    )
+        config=config, data=reader.index_path.parent, base=base, executor="weights", step=7, evaluator=lambda _: told,
+        family=family,
+    )  # fmt: skip
     found = evaluate.evaluate_roles(opened, roles=("base", "demonstrator", "executor"), split="test")
     assert told.calls == [(None, "task"), (None, "solution"), ("weights", "task")]
     assert [row["name"] for row in found["rows"]] == list(found["verdicts"]) == ["base", "demonstrator", "executor"]
@@ -196,4 +197,4 @@ def test_training_validates_the_slow_average(parts, tmp_path, monkeypatch):
 
 def test_unknown_roles_are_named(tmp_path, capsys):
     assert cli.main(["evaluate", "--workdir", str(tmp_path), "--roles", "teacher"]) == 2
-    assert "--roles: unknown teacher; there are base, demonstrator, executor" in capsys.readouterr().err
+    assert "--roles teacher: 'teacher' is unknown; there are base, demonstrator, executor" in capsys.readouterr().err

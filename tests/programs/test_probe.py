@@ -210,7 +210,6 @@ def test_a_judge_without_answers_stops_it(folder, tmp_path, capsys, monkeypatch)
     [
         (("--keep", "b", "--limit", "3"), "looks at all tasks"),
         (("--keep", "train"), "would replace the records"),
-        (("--clips", "0"), "at least 1"),
         (("--config.model.patch=3",), "scenes are {'video': (1, 5, 5, 432)}, and this model"),
     ],
 )

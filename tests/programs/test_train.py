@@ -27,6 +27,7 @@ from world_distill.devices.profiler import Profiler
 from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer
 from world_distill.programs import train
+from world_distill.settings.loading import load_config
 from world_distill.settings.objective import Phase
 from world_distill.storage.checkpoints import Checkpointer
 from world_distill.storage.metric_log import MetricLog
@@ -414,6 +415,60 @@ def test_missing_records_name_the_file_and_the_verb(inputs, tmp_path):
         config.data = str(tmp_path / "nothing")
     with pytest.raises(RecordError, match="nothing"):
         train.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base": "nothing.safetensors"}, {"judge.rubric": "nowhere"}, {"held_out.factory": "no:thing"},
+        {"executor.start": "nothing.safetensors"}, {"judge.factory": "world_distill:nothing"}, {"text_length": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_call_that_fails_leaves_the_folder_to_the_corrected_one(inputs, tmp_path, wrong):
+    with pytest.raises((UserError, ValueError, OSError)):
+        train.train(small_config(inputs, **wrong), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    run_folder.check_folder(small_config(inputs), tmp_path)
+
+
+def test_a_folder_belongs_to_a_run_from_its_first_step_on(inputs, tmp_path):
+    one, other = small_config(inputs), small_config(inputs, **{"rollout.group": 4})
+    run_folder.claim_folder(one, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    run_folder.claim_folder(other, tmp_path)  # nothing was trained: it ended while the first step was compiled
+    assert run_folder.read_config(tmp_path).rollout.group == 4
+    for begun in ("metrics.jsonl", "results.json", "data/scenes/train/0.png", "checkpoints/2/state"):
+        folder = tmp_path / f"run with {begun.replace('/', '-')}"
+        run_folder.claim_folder(one, folder)
+        (folder / begun).parent.mkdir(parents=True, exist_ok=True)
+        (folder / begun).write_text("{}\n")
+        with pytest.raises(UserError, match=r"rollout\.group"):
+            run_folder.check_folder(other, folder)
+
+
+def test_records_of_another_family_are_named_before_anything_is_compiled(inputs, tmp_path):
+    config = load_config("wan22_5b:debug", {"data": str(inputs / "data")})
+    with pytest.raises(RecordError, match=r"encoded for model family 'tiny', and this config has 'wan'"):
+        train.train(config, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_validation_records_that_are_missing_are_missed_at_once(inputs, tmp_path):
+    shutil.copytree(inputs / "data", tmp_path / "data", ignore=shutil.ignore_patterns("validation.json"))
+    config = small_config(inputs, evaluate_every=2)
+    with config.unlocked():
+        config.data = str(tmp_path / "data")
+    with pytest.raises(RecordError, match=r"evaluate_every = 2 looks at validation records.*--validation 0\.02"):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_run_that_is_done_says_what_would_be_more(whole, capsys, tmp_path):
+    config, folder = whole("distill")
+    shutil.copytree(folder, tmp_path / "run")
+    train.train(config, tmp_path / "run")
+    assert "is trained to step 4: for more, raise --config.steps" in capsys.readouterr().out
 
 
 def test_the_set_to_learn_from_is_a_setting(inputs, tmp_path):

@@ -1,6 +1,7 @@
 """The log of a run: one line a step, and what is left of it when a run goes on."""
 
 import math
+import sys
 
 from world_distill.storage import metric_log
 
@@ -26,3 +27,15 @@ def test_a_run_that_goes_on_drops_what_lies_behind_its_checkpoint(tmp_path):
             log.write(step, {"loss": 10.0 * first + step})
         log.close()
     assert [line["loss"] for line in metric_log.read_log(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 23.0, 24.0]
+
+
+def test_a_log_imports_no_torch(tmp_path, monkeypatch):
+    class Watch:
+        def find_spec(self, name, path=None, target=None):
+            assert name.partition(".")[0] != "torch"
+
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch", "tensorboardX")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Watch(), *sys.meta_path])
+    metric_log.MetricLog(tmp_path, 0).close()
+    assert "torch" not in sys.modules and "tensorboardX" in sys.modules

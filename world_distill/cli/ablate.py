@@ -52,7 +52,12 @@ def run(args: argparse.Namespace) -> int:
     console.say()
     for line in result["orderings"]:
         console.say(ablate.sentence(line))
-    console.say(f"\n{args.workdir / 'ablation.html'}")
+    console.say()
+    held = [line["outcome"] for line in result["orderings"]]
+    console.finish(
+        f"{held.count('holds')} of {len(held)} claims hold", args.workdir / "ablation.json",
+        args.workdir / "ablation.html",
+    )  # fmt: skip
     if args.json:
         atomic.write_json(args.json, result)
     return 0

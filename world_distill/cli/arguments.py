@@ -6,17 +6,45 @@ is not a flag of argparse: `take_overrides` collects it first, and `config_from`
 
 import argparse
 import contextlib
+import logging as python_logging
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
-from world_distill.errors import UserError
+from world_distill import console
+from world_distill.errors import UserError, did_you_mean
+from world_distill.settings import ranges
 
 HELP_CONFIG = "--help-config"  # `command` looks for it before it parses the other flags
 LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def number(allowed: ranges.Range, kind: type = int) -> Callable[[str], Any]:
+    """The `type` of a flag that takes a number of a range, of `settings.ranges`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, {allowed}, not {text!r}") from error
+        if not allowed.holds(value):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
+        return value
+
+    return parse
+
+
+# Types of flags that take a number.
+COUNT = number(ranges.ONE)
+LIMIT = number(ranges.SOME)
+SEED = number(ranges.SEED)
+PART = number(ranges.PART, float)
+SHARE = number(ranges.SHARE, float)
+SCALE = number(ranges.SCALE, float)
+POSITIVE = number(ranges.POSITIVE, float)
 
 
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -50,7 +78,12 @@ def _local_folder(text: str) -> pathlib.Path:
             f"{text} is an address, and this is a folder of a file system. To keep what matters in a bucket, take a"
             f" folder and set --config.checkpoints={text} (and --config.judge.cache={text.rstrip('/')}/judgments)"
         )
-    return pathlib.Path(text)
+    return path(text)
+
+
+def path(text: str) -> pathlib.Path:
+    """The `type` of a flag that takes a path. A shell leaves the ~ of `--out=~/clips` as it is."""
+    return pathlib.Path(text).expanduser()
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +91,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         metavar="PATH",
-        type=pathlib.Path,
+        type=path,
         help="also write the figures to this file, as JSON",
     )
 
@@ -68,10 +101,23 @@ def add_seed(parser: argparse.ArgumentParser, default: int | None = None) -> Non
     parser.add_argument(
         "--seed",
         metavar="N",
-        type=int,
+        type=SEED,
         default=default,
         help="seed of all that is random in this run" + _default(default),
     )
+
+
+def chosen(flag: str, text: str, allowed: Iterable[str]) -> tuple[str, ...]:
+    """The words of a flag that takes some of those allowed, with commas between; all of them for "".
+
+    Raises:
+      UserError: a word that is not allowed; the message says which one it is like.
+    """
+    allowed = tuple(allowed)
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    if unknown := [word for word in words if word not in allowed]:
+        raise UserError(f"{flag} {text}: {unknown[0]!r} is unknown; {did_you_mean(unknown[0], allowed)}")
+    return words or allowed
 
 
 def add_logging(parser: argparse.ArgumentParser) -> None:
@@ -85,9 +131,24 @@ def start_logging(level: str) -> None:
     """Sends absl's log to stderr from `level` on. Programs silence it on processes other than 0."""
     from absl import logging
 
-    logging.use_absl_handler()
     logging.set_verbosity(level)
     logging.set_stderrthreshold(level)
+    root = python_logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, _Sentences)]:
+        root.removeHandler(handler)
+    # Whoever looks for a mistake wants the time and the line; anyone else, a sentence.
+    if level in ("debug", "info"):
+        logging.use_absl_handler()
+    else:
+        root.removeHandler(logging.get_absl_handler())
+        root.addHandler(_Sentences())
+
+
+class _Sentences(python_logging.Handler):
+    """Writes a log's line as a sentence: "warning: ..."."""
+
+    def emit(self, record: python_logging.LogRecord) -> None:
+        sys.stderr.write(f"{record.levelname.lower()}: {record.getMessage()}\n")
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -107,26 +168,29 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         key, equals, value = word.removeprefix("--config.").partition("=")
         if not equals:
             value = next(words, "--")
-            if value.startswith("--"):
-                raise UserError(f"{word} needs a value: {word}=VALUE")
+            if value.startswith(("--", "=")):
+                raise UserError(f"{word} needs a value: {word}=VALUE, without spaces around the =")
         overrides[key] = value
     return rest, overrides
 
 
-def config_from(args: argparse.Namespace) -> Any:
+def config_from(args: argparse.Namespace, *, needs: Sequence[str] = (), verb: str = "this verb") -> Any:
     """The locked ConfigDict that `--config`, its overrides and `--seed` describe.
 
+    `needs` are sections that most configs do not have and that this verb reads.
+
     Raises:
-      UserError: see `load_config`; or `--seed` and `--config.seed` were both given.
+      UserError: see `load_config`; or `--seed` and `--config.seed` were both given; or a section is missing.
     """
-    from world_distill.errors import UserError
-    from world_distill.settings.loading import load_config
+    from world_distill.settings.loading import load_config, need
 
     overrides = dict(args.overrides)
     if getattr(args, "seed", None) is not None:
         if "seed" in overrides:
             raise UserError("give either --seed or --config.seed, not both")
         overrides["seed"] = str(args.seed)
+    if needs:  # before the overrides, which may be of just these sections
+        need(load_config(args.config), *needs, what=verb)
     return load_config(args.config, overrides)
 
 
@@ -173,12 +237,6 @@ def parse_steps(text: str) -> frozenset[int]:
 
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of (done, all) that draws a bar on a terminal; what is done at its first call costs no time."""
-    with tqdm(unit=unit, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            if bar.total is None:
-                bar.total, bar.initial, bar.n = total, done, done
-            bar.update(done - bar.n)
-
-        yield show
+    """A function of (done, all) that shows progress; what is done at its first call costs no time."""
+    with console.Progress(unit) as progress:
+        yield progress.at

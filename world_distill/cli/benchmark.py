@@ -21,7 +21,7 @@ training run: records are made in a temporary folder.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser, default="sandbox")
-    parser.add_argument("--repeats", type=int, default=7, help="times that every part runs (default: 7)")
+    parser.add_argument("--repeats", type=arguments.COUNT, default=7, help="times that every part runs (default: 7)")
     arguments.add_json(parser)
 
 
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if "pretraining" in result:
         base = result["pretraining"]
         console.say(f"{'pretraining':>13}  {base['seconds']:8.3f} s  {base['samples_per_second']:8.1f} samples/s")
-    console.say(f"{'loop':>13}  {100 * result['overhead']:7.1f} % of a step is none of the parts")
+    console.say(f"{'loop':>13}  {console.percent(result['overhead']):>9} of a step is none of the parts")
+    console.finish("measured; nothing is kept but --json", *([args.json] if args.json else []))
     if args.json:
         atomic.write_json(args.json, result)
     return 0

@@ -14,7 +14,6 @@ to stop and saved, 130 interrupted.
 """
 
 import argparse
-import difflib
 import importlib
 import sys
 import traceback
@@ -24,7 +23,8 @@ from collections.abc import Callable, Sequence
 import world_distill
 from world_distill import console, errors
 from world_distill.cli import arguments
-from world_distill.errors import UserError
+from world_distill.cli.parser import Parser
+from world_distill.errors import UserError, did_you_mean
 
 # Verb -> one line about it, in the order in which a project calls them. Verb `a-b` is the module `cli/a_b.py`.
 VERBS = {
@@ -47,7 +47,13 @@ VERBS = {
     "ablate": "train the paper's variants and compare them",
     "plan": "say whether a config fits a TPU slice, without having one",
     "benchmark": "measure the speed of every part of the loop",
+    "doctor": "check this installation, in words with remedies",
+    "completion": "print what completes verbs and flags in your shell",
 }
+# Verbs that go on where they stopped when they are called again.
+RESUMES = {
+    "quickstart", "annotate", "encode", "pretrain", "probe", "train", "generate", "evaluate", "judgments", "ablate",
+}  # fmt: skip
 
 _OVERVIEW = """\
 usage: world-distill VERB [flags]
@@ -57,8 +63,8 @@ World Model Self-Distillation: teach a video model to solve tasks, with no video
 verbs:
 {verbs}
 
-  world-distill VERB --help     explains a verb, its flags and its results
-  world-distill --version
+  world-distill help VERB       explains a verb, its flags and its results
+  world-distill --version       or -V
 
 start here:
   world-distill quickstart
@@ -74,22 +80,25 @@ settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code. Help and flag errors raise SystemExit."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, VERBS))
         lines = [f"  {name:<{width}}  {summary}" for name, summary in VERBS.items()]
         console.say(_OVERVIEW.format(verbs="\n".join(lines)).rstrip())
         return 0
-    if argv[0] == "--version":
+    if argv[0] in ("-V", "--version"):
         console.say(f"world-distill {world_distill.__version__}")
         return 0
     name, *flags = argv
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the verbs are {', '.join(VERBS)}"
-        return _fail(f"unknown verb {name!r}; {hint}")
+        near = did_you_mean(name, VERBS)
+        return _fail(f"unknown verb {name!r}; {near.replace('there are', 'the verbs are', 1)}")
     try:
         return _run(name, flags)
     except KeyboardInterrupt:
+        goes_on = f"; the same command goes on from here:\n  {console.command(*argv)}" if name in RESUMES else ""
+        sys.stderr.write(f"\nstopped{goes_on}\n")
         return 130
     except Exception as e:
         errors.report_failure()
@@ -109,30 +118,42 @@ def members(name: str) -> tuple[str, Callable, Callable]:
     return module.HELP, module.add_arguments, module.run
 
 
-def _module(name: str) -> str:
-    return f"world_distill.cli.{name.replace('-', '_')}"
+def parser_of(name: str) -> tuple[Parser, Callable]:
+    """The parser of a verb's flags, and its `run`.
 
-
-def _run(name: str, flags: list[str]) -> int:
-    flags, overrides = arguments.take_overrides(flags)
+    Raises:
+      UserError: this installation lacks the verb's module.
+    """
     try:
         help_text, add_arguments, run = members(name)
     except ModuleNotFoundError as e:
         if e.name != _module(name):
             raise
         raise UserError(f"the verb {name!r} is not part of this installation") from e
-    parser = argparse.ArgumentParser(
-        prog=f"world-distill {name}",
-        description=help_text.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(name, help_text)
     add_arguments(parser)
     arguments.add_logging(parser)
+    return parser, run
+
+
+def _keys(args: argparse.Namespace) -> dict:
+    """The values of the config that the flags name, by key, to say which of them was meant."""
+    from world_distill.settings.loading import leaves, load_config
+
+    return leaves(load_config(args.config)) if getattr(args, "config", None) else {}
+
+
+def _module(name: str) -> str:
+    return f"world_distill.cli.{name.replace('-', '_')}"
+
+
+def _run(name: str, flags: list[str]) -> int:
+    flags, overrides = arguments.take_overrides(flags)
+    parser, run = parser_of(name)
     asked = [key for key, value in overrides.items() if value == "?"]
     if asked or arguments.HELP_CONFIG in flags:
         return _explain_config(name, parser, flags, overrides, asked)
-    args = parser.parse_args(flags)
+    args = parser.parse(flags, _keys)
     if overrides and not hasattr(args, "config"):
         raise UserError(f"{name} reads no config, so --config.{next(iter(overrides))} means nothing")
     args.overrides = overrides

@@ -4,7 +4,6 @@ import argparse
 
 from world_distill import console
 from world_distill.cli import arguments
-from world_distill.errors import UserError
 from world_distill.storage import atomic
 
 ROLES = ("base", "demonstrator", "executor")
@@ -30,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_workdir(parser)
     parser.add_argument("--split", default="test", help="record set to score on (default: test)")
     parser.add_argument("--roles", default=",".join(ROLES), help=f"which of {', '.join(ROLES)} (default: all)")
-    parser.add_argument("--limit", type=int, default=0, help="look at the first N tasks only (default: all)")
+    parser.add_argument(
+        "--limit", type=arguments.LIMIT, default=0, help="look at the first N tasks only (default: all)"
+    )
     arguments.add_json(parser)
     parser.set_defaults(config=None)  # takes --config.KEY, for what may change after training
 
@@ -39,15 +40,18 @@ def run(args: argparse.Namespace) -> int:
     from world_distill.devices import hosts
     from world_distill.programs import evaluate
 
-    roles = tuple(args.roles.split(","))
-    if unknown := set(roles) - set(ROLES):
-        raise UserError(f"--roles: unknown {', '.join(sorted(unknown))}; there are {', '.join(ROLES)}")
+    roles = arguments.chosen("--roles", args.roles, ROLES)
     result = evaluate.evaluate(args.workdir, args.overrides, roles=roles, split=args.split, limit=args.limit)
     if not hosts.is_main():
         return 0
     console.say(evaluate.tables(result))
     page = evaluate.write(args.workdir, result)
-    console.say(f"\n{page}")
+    console.say()
+    run = ("--workdir", args.workdir)
+    console.finish(
+        f"scored {', '.join(roles)} on {result['rows'][0]['n']} tasks", args.workdir / "evaluation.json", page,
+        then=[("report", *run)],
+    )  # fmt: skip
     if args.json:
         atomic.write_json(args.json, result)
     return 0

@@ -1,7 +1,6 @@
 """`world-distill generate`."""
 
 import argparse
-import pathlib
 
 from world_distill import console
 from world_distill.cli import arguments
@@ -37,15 +36,15 @@ guidance: give it --guidance 1.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", metavar="FILE.py[:ARG]", help="config of model and sampler (default: that of the --executor run)")
-    add("--out", type=pathlib.Path, required=True, help="folder for the clips; an interrupted call continues there")
-    add("--image", type=pathlib.Path, action="append", default=[], help="scene image; may be repeated")
+    add("--out", type=arguments.path, required=True, help="folder for the clips; an interrupted call continues there")
+    add("--image", type=arguments.path, action="append", default=[], help="scene image; may be repeated")
     add("--task", action="append", default=[], help="task, `[agent]: imperative.`; one, or one for each image")
     add("--solution", action="append", default=[], help="solution for the Demonstrator; one, or one for each image")
-    add("--records", type=pathlib.Path, help="folder of encoded records, in place of images and texts")
+    add("--records", type=arguments.path, help="folder of encoded records, in place of images and texts")
     add("--name", default="test", help="name of the record set (default: test)")
-    add("--limit", type=int, default=0, help="take the first N records only (default: all)")
+    add("--limit", type=arguments.LIMIT, default=0, help="take the first N records only (default: all)")
     add("--text", choices=("task", "solution", "both"), default="task", help="text of records (default: task)")
-    add("--executor", type=pathlib.Path, action="append", default=[], help="folder of a run, or LoRA; may be repeated")
+    add("--executor", type=arguments.path, action="append", default=[], help="folder of a run, or LoRA; repeatable")
     add("--strength", type=float, action="append", default=[], help="of --executor; one, or one for each (default: 1)")
     add("--without", choices=PARTS, action="append", default=[], help="part of a LoRA to leave out; may be repeated")
     add(
@@ -54,16 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="euler, as in training (default), or Wan's unipc (that of --recipe)",
     )
     add("--recipe", action="store_true", help="sample as the authors of the published model do")
-    add("--steps", type=int, help="sampler steps (default: config.sampler.steps)")
-    add("--shift", type=float, help="of the sampler's times (default: config.sampler.shift)")
+    add("--steps", type=arguments.COUNT, help="sampler steps (default: config.sampler.steps)")
+    add("--shift", type=arguments.POSITIVE, help="of the sampler's times (default: config.sampler.shift)")
     add("--sigmas", help="for euler: times with commas between, falling from 1; the 0 at the end is added")
-    add("--guidance", type=float, help="classifier-free guidance scale (default: 1, none)")
+    add("--guidance", type=arguments.SCALE, help="classifier-free guidance scale (default: 1, none)")
     add("--negative", help="what guidance leads away from (default: the empty text)")
-    add("--frames", type=int, help="of a clip (default: config.model.frames)")
+    add("--frames", type=arguments.COUNT, help="of a clip (default: config.model.frames)")
     add("--size", metavar="HxW", help="height and width in pixels (default: config.model.size)")
-    add("--count", type=int, default=1, help="clips of each image and text (default: 1)")
-    add("--batch", type=int, default=0, help="clips made at once (default: one a device)")
-    add("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add("--count", type=arguments.COUNT, default=1, help="clips of each image and text (default: 1)")
+    add("--batch", type=arguments.LIMIT, default=0, help="clips made at once (default: one a device)")
+    add("--seed", type=arguments.SEED, default=0, help="of the noise (default: 0)")
     arguments.add_json(parser)
 
 
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         **(recipe | given), count=args.count, batch=args.batch, seed=args.seed,
     )  # fmt: skip
     made, kept = generate.generate(request, config)
-    console.say(f"{args.out}: {made} clips made, {kept} were there")
+    console.finish(f"{made} clips made, {kept} were there", args.out)
     if args.json:
         atomic.write_json(args.json, {"made": made, "kept": kept})
     return 0

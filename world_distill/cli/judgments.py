@@ -42,12 +42,19 @@ Answers go into the cache, so that an interrupted call goes on where it stopped.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="run folder, cache file, or shared address (gs://…, folder/)")
-    parser.add_argument("--export", metavar="FILE", type=pathlib.Path, help="write all judgments as JSONL or Parquet")
+    parser.add_argument("--export", metavar="FILE", type=arguments.path, help="write all judgments as JSONL or Parquet")
     parser.add_argument("--merge", metavar="CACHE", nargs="+", default=[], help="take over the answers of these caches")
     parser.add_argument("--rejudge", action="store_true", help="have the config's judge judge the kept clips again")
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="for --rejudge (default: the config of the run PATH)")
-    parser.add_argument("--clips", metavar="DIR", type=pathlib.Path, help="kept clips (default: judged_clips by PATH)")
-    parser.add_argument("--flips", type=int, default=10, help="disagreements to list for each question (default: 10)")
+    parser.add_argument(
+        "--clips", metavar="DIR", type=arguments.path, help="kept clips (default: judged_clips by PATH)"
+    )
+    parser.add_argument(
+        "--flips",
+        type=arguments.LIMIT,
+        default=10,
+        help="disagreements to list for each question (default: 10)",
+    )
     arguments.add_json(parser)
 
 
@@ -58,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.overrides and not args.rejudge:
         raise UserError("--config.KEY is for --rejudge")
     result: dict[str, Any] = {"path": args.path}
-    writes = bool(args.merge) or args.rejudge
+    writes, where = bool(args.merge) or args.rejudge, args.path
     with transfer.open_caches(args.path, writes=writes, creates=bool(args.merge)) as cache:
         for other in args.merge:
             merged = transfer.merge(cache, other)
@@ -66,14 +73,18 @@ def run(args: argparse.Namespace) -> int:
             _say_merged(merged)
         if args.rejudge:
             result["rejudged"] = _rejudge(args, cache)
+            made = "had the kept clips judged again"
         elif args.export:
             count = transfer.export(cache.entries(), args.export)
-            console.say(f"{count} judgments in {args.export}")
+            made, where = f"exported {count} judgments", args.export
             result |= {"exported": count, "file": args.export}
         else:
             result |= agreement.overview(cache)
             result["hit_rate"] = agreement.hit_rate(pathlib.Path(args.path))
             console.say(agreement.text(result, limit=args.flips))
+            made = "took over the answers of other caches" if args.merge else "counted the answers; nothing is changed"
+    again = ("judgments", args.path, "--rejudge", "--config.judge.options.model=OTHER")
+    console.finish(made, where, then=[] if args.rejudge else [again])
     if args.json:
         atomic.write_json(args.json, result)
     return 0

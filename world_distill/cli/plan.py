@@ -1,10 +1,11 @@
 """`world-distill plan`."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from world_distill import console
 from world_distill.cli import arguments
-from world_distill.errors import UserError
 from world_distill.storage import atomic
 
 LOCAL = "local"  # in place of a topology: the devices of this machine
@@ -32,8 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology", required=True,
         help=f"generation and chips, such as v5e:2x4, v5p:4x4x4, v6e:8x8; {LOCAL}: this machine's devices (GPUs)",
     )  # fmt: skip
-    parser.add_argument("--slices", type=int, default=1, help="slices of that topology, joined by DCN (default: 1)")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that times assume (0.4)")
+    parser.add_argument(
+        "--slices",
+        type=arguments.COUNT,
+        default=1,
+        help="slices of that topology, joined by DCN (default: 1)",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=arguments.PART,
+        default=0.4,
+        help="share of the peak that times assume (0.4)",
+    )
     parser.add_argument("--phases", default="", help="only these, comma-separated (and those that they need)")
     parser.add_argument("--search", action="store_true", help="try mesh shapes, micro-batches and remat policies")
     arguments.add_json(parser)
@@ -42,11 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from world_distill.programs import plan
 
-    if not 0 < args.utilisation <= 1:
-        raise UserError(f"--utilisation {args.utilisation:g}: a share, above 0 and at most 1")
     config = arguments.config_from(args)
     devices = plan.topology(args.topology, args.slices)
-    only = tuple(filter(None, args.phases.split(",")))
+    only = arguments.chosen("--phases", args.phases, plan.PHASES)
     if args.search:
         result = plan.search(config, devices, only, args.utilisation, say=console.say)
     else:
@@ -54,6 +63,21 @@ def run(args: argparse.Namespace) -> int:
         result = plan.summary(config, devices, phases, args.utilisation)
         for line in plan.describe(result):
             console.say(line)
+    _finish(args, result)
     if args.json:
         atomic.write_json(args.json, result)
     return 0 if result["fits"] else 1
+
+
+def _finish(args: argparse.Namespace, result: dict) -> None:
+    where = [args.json] if args.json else []
+    train = ("train", "--config", args.config, *_flags(args.overrides), "--workdir", "runs/mine")
+    if args.search and result["fits"]:
+        train = (*train[:-2], *_flags(result["tried"][-1]["change"]), *train[-2:])
+    again = ("plan", "--config", args.config, *_flags(args.overrides), "--topology", args.topology, "--search")
+    then = [train] if result["fits"] else [] if args.search else [again]
+    console.finish(f"planned {args.config} for {args.topology}", *where, then=then)
+
+
+def _flags(changes: Mapping[str, Any]) -> list[str]:
+    return [f"--config.{key}={value}" for key, value in changes.items()]

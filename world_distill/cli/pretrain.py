@@ -1,6 +1,7 @@
 """`world-distill pretrain`."""
 
 import argparse
+import math
 
 from world_distill import console
 from world_distill.cli import arguments
@@ -29,14 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from world_distill.programs import pretrain
 
-    config = arguments.config_from(args)
+    config = arguments.config_from(args, needs=("pretrain", "clips"), verb="pretrain")
     changed = [f"--config.{key}={value}" for key, value in args.overrides.items()]
     command = " ".join(["world-distill pretrain --config", args.config, *changed, f"--seed {config.seed}"])
     summary = pretrain.pretrain(config, args.workdir, command=command)
-    console.say(f"wrote {summary['weights']}: loss {summary['loss']:.4f} after {summary['steps']} steps")
-    console.say(
-        f"next: world-distill train --config {args.config} --config.base={summary['weights']} --workdir runs/mine"
-    )
+    loss = "" if math.isnan(summary["loss"]) else f", loss {summary['loss']:.4f}"  # it was trained before
+    console.finish(
+        f"pretrained for {summary['steps']} steps{loss}", summary["weights"],
+        then=[("train", "--config", args.config, f"--config.base={summary['weights']}", "--workdir", "runs/mine")],
+    )  # fmt: skip
     if args.json:
         atomic.write_json(args.json, summary)
     return 0

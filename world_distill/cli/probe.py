@@ -37,10 +37,16 @@ tells little about one task: take --clips 4 or more. To train on it: --config.tr
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser, default="sandbox")
     arguments.add_workdir(parser)
-    parser.add_argument("--data", type=pathlib.Path, help="folder of the encoded records (default: config.data)")
+    parser.add_argument("--data", type=arguments.path, help="folder of the encoded records (default: config.data)")
     parser.add_argument("--name", default="train", help="name of the record set (default: train)")
-    parser.add_argument("--limit", type=int, help=f"tasks to look at; 0: all (default: {SAMPLE}, and all with --keep)")
-    parser.add_argument("--clips", type=int, default=1, help="clips a task, of each of the two (default: 1)")
+    parser.add_argument(
+        "--limit",
+        type=arguments.LIMIT,
+        help=f"tasks to look at; 0: all (default: {SAMPLE}, and all with --keep)",
+    )
+    parser.add_argument(
+        "--clips", type=arguments.COUNT, default=1, help="clips a task, of each of the two (default: 1)"
+    )
     parser.add_argument("--keep", metavar="NAME", help="write the tasks on which the Demonstrator is better")
     arguments.add_seed(parser)
     arguments.add_json(parser)
@@ -64,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
     if args.keep:
         found["kept"] = probe.keep_better(probed, reader, folder, args.keep)
         console.say(", ".join(f"{name}: {count}" for name, count in found["kept"].items()))
-        console.say(f"next: world-distill train --config {args.config} --config.train_set={args.keep} ...")
+    train = ["train", "--config", args.config, f"--config.data={folder}", "--workdir", args.workdir]
+    if args.keep:
+        train.insert(-2, f"--config.train_set={args.keep}")
+    console.finish(f"compared {found['tasks']} tasks", *([args.json] if args.json else []), then=[train])
     if args.json:
         atomic.write_json(args.json, found)
     return 0
@@ -74,8 +83,6 @@ def _check(args: argparse.Namespace, folder: pathlib.Path | None) -> pathlib.Pat
     """The folder of the records. Raises UserError where it is not given, or flags do not go together."""
     if folder is None:
         raise UserError("--data is needed: the folder of the encoded records (`world-distill encode`)")
-    if args.clips < 1 or (args.limit or 0) < 0:
-        raise UserError("--clips is at least 1, --limit at least 0")
     if args.keep and args.limit:
         raise UserError("--keep looks at all tasks: leave --limit out")
     if args.keep == args.name:

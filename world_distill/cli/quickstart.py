@@ -2,6 +2,7 @@
 
 import argparse
 
+from world_distill import console
 from world_distill.cli import arguments
 from world_distill.storage import atomic
 
@@ -29,7 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from world_distill.programs import quickstart
 
-    results = quickstart.quickstart(arguments.config_from(args), args.workdir)
+    config = arguments.config_from(args, needs=("scenes",), verb="quickstart")
+    results = quickstart.quickstart(config, args.workdir)
+    console.finish(
+        f"compared base, Demonstrator and Executor on {results['rows'][0]['n']} held-out tasks",
+        args.workdir / "results.json", args.workdir / "report.html",
+        then=[("generate", "--executor", args.workdir, "--records", args.workdir / "data", "--out", "clips")],
+    )  # fmt: skip
     if args.json:
         atomic.write_json(args.json, results)
     return 0

@@ -1,7 +1,6 @@
 """`world-distill report`."""
 
 import argparse
-import pathlib
 
 from world_distill import console
 from world_distill.cli import arguments
@@ -20,13 +19,13 @@ The page is a single file that opens from disk, on a phone too. It shows what th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_workdir(parser)
-    parser.add_argument("--out", metavar="PATH", type=pathlib.Path, help="the page (default: WORKDIR/report.html)")
-    parser.add_argument("--gifs", metavar="DIR", type=pathlib.Path, help="also write every clip there, as GIF")
+    parser.add_argument("--out", metavar="PATH", type=arguments.path, help="the page (default: WORKDIR/report.html)")
+    parser.add_argument("--gifs", metavar="DIR", type=arguments.path, help="also write every clip there, as GIF")
     parser.add_argument(
-        "--mp4", metavar="DIR", type=pathlib.Path, help="also write every clip there, as MP4 (extra: vlm)"
+        "--mp4", metavar="DIR", type=arguments.path, help="also write every clip there, as MP4 (extra: vlm)"
     )
     parser.add_argument(
-        "--sheet", metavar="PATH", type=pathlib.Path, help="also write one PNG with all frames of all clips"
+        "--sheet", metavar="PATH", type=arguments.path, help="also write one PNG with all frames of all clips"
     )
     parser.add_argument("--tasks", metavar="IDS", default="", help="comma-separated records that the sheet is to show")
     arguments.add_json(parser)
@@ -38,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
 
     contents = read(args.workdir)
     path = report.build(args.workdir, args.out)
-    console.say(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     for folder, suffix in ((args.gifs, "gif"), (args.mp4, "mp4")):
         if folder is not None:
             console.say(f"{clip_cards.export(contents, folder, suffix)} clips in {folder}")
     if args.sheet is not None:
         clip_cards.export_sheet(contents, args.sheet, tuple(filter(None, args.tasks.split(","))))
-        console.say(str(args.sheet))
+        console.say(f"all frames in {args.sheet}")
+    console.finish(f"one page of {path.stat().st_size / 1e6:.1f} MB, to be opened in a browser", path)
     if args.json:
         atomic.write_json(args.json, report.figures(contents) | {"page": path})
     return 0

@@ -1,10 +1,10 @@
 """`world-distill scenes`."""
 
 import argparse
-import pathlib
 
 from world_distill import console
 from world_distill.cli import arguments
+from world_distill.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 
@@ -20,8 +20,8 @@ call annotate on them.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser, default="sandbox")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the images")
-    parser.add_argument("--count", type=int, help="how many (default: config.scenes.SPLIT)")
+    parser.add_argument("--out", type=arguments.path, required=True, help="folder for the images")
+    parser.add_argument("--count", type=arguments.COUNT, help="how many (default: config.scenes.SPLIT)")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which stream of scenes (default: train)")
     arguments.add_seed(parser)
 
@@ -29,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from world_distill import build
 
-    config = arguments.config_from(args)
+    config = arguments.config_from(args, needs=("scenes",), verb="scenes")
     count = config.scenes[args.split] if args.count is None else args.count
+    if not count:
+        raise UserError(f"config.scenes.{args.split} is 0", remedy="say how many to draw", command="--count 400")
     make_scenes = build.make_partial(config, "scenes")
     paths = make_scenes(str(args.out), count, split=args.split, seed=config.seed)
-    console.say(
-        f"wrote {len(paths)} images to {args.out}; next: world-distill annotate --config {args.config}"
-        f" --images {args.out} --out data"
-    )
+    then = ("annotate", "--config", args.config, "--images", args.out, "--out", "data", "--name", args.split)
+    console.finish(f"drew {len(paths)} images", args.out, then=[then])
     return 0

@@ -46,13 +46,17 @@ _PATIENCE = 1.0  # seconds; the clock is that much behind a device that has ende
 class Clock:
     """Measures the steps of a loop: `program` makes its programs known, `turn` and `away` say what the loop does."""
 
-    def __init__(self, *, devices: int, tokens: int, started: float):
+    def __init__(
+        self, *, devices: int, tokens: int, started: float, first_call: Callable[[str], None] = lambda name: None
+    ):
         """
         Args:
           devices: of all processes.
           tokens: of all clips of a step.
           started: `time.perf_counter()` when training was called.
+          first_call: is told the name of a program that is called for the first time, and so compiled.
         """
+        self._first_call = first_call
         self._devices, self._tokens, self.started = devices, tokens, started
         chip = chips.chip(jax.local_devices()[0].device_kind)
         self._peak = chip.tflops * 1e12 * devices if chip else None
@@ -86,6 +90,7 @@ class Clock:
             with jax.profiler.TraceAnnotation(name):
                 if counts is None:
                     self._compiles.expect()
+                    self._first_call(name)
                     jaxpr = function.trace(*args).jaxpr  # which the call uses again
                     counts = flops.count(jaxpr), flops.count(jaxpr, remat=False)
                 given, compiled = time.perf_counter(), self._compiles.seconds

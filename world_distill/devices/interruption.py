@@ -6,8 +6,9 @@ from types import FrameType
 from typing import Any
 
 import jax
-from absl import logging
 from jax.experimental import multihost_utils
+
+from world_distill import console
 
 
 class Preempted(Exception):
@@ -40,7 +41,8 @@ class Interruption:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        logging.warning("%s: saving after this step; once more ends at once", signal.Signals(number).name)
+        told = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        console.warn(f"\n{told}: saving after this step; once more ends at once")
         self._caught = number
         for caught, handler in self._before.items():
             signal.signal(caught, handler)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from world_distill.console import percent
 from world_distill.core.metrics import rank_correlation
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.memory.entries import Entry
@@ -97,7 +98,7 @@ def text(result: Mapping[str, Any], *, limit: int) -> str:
     for row in result["by_question"]:
         quartiles = " ".join(f"{v:+.2f}" for v in row["quartiles"])
         rows.append(
-            [row["judge"], row["question"], str(row["count"]), f"{row['yes']:.3f}", f"{row['undecided']:.3f}",
+            [row["judge"], row["question"], str(row["count"]), percent(row["yes"]), percent(row["undecided"]),
              f"{row['mean']:+.2f}", f"{row['std']:.2f}", quartiles]
         )  # fmt: skip
     lines = [f"{result['judgments']} judgments", "", table(rows)]
@@ -116,8 +117,8 @@ def agreement_text(row: Mapping[str, Any], *, limit: int) -> str:
     before, after = row["yes"]
     correlation = "–" if not np.isfinite(row["correlation"]) else f"{row['correlation']:.3f}"
     lines = [
-        f"  {row['count']} clips, same sign {row['same_sign']:.3f}, rank correlation {correlation}, "
-        f"yes {before:.3f} and {after:.3f}, {len(row['flips'])} flips"
+        f"  {row['count']} clips, same sign {percent(row['same_sign'])}, rank correlation {correlation}, "
+        f"yes {percent(before)} and {percent(after)}, {len(row['flips'])} flips"
     ]
     for flip in row["flips"][:limit]:
         lines.append(f"    {flip['one']:+7.2f} {flip['other']:+7.2f}  {flip['clip'][:12]}  {flip['task']}")

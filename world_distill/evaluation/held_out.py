@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from world_distill import build
+from world_distill import build, console
 from world_distill.core.metrics import rank_correlation
 from world_distill.devices import hosts
 from world_distill.errors import UserError
@@ -134,7 +134,9 @@ def markdown(roles: Mapping[str, Mapping[str, float]]) -> str:
     for role, found in roles.items():
         for question in [name for name in found if "/" not in name and name != "invalid"]:
             names = (question, *(f"{question}/{name}" for name in ("log_odds", "reward", "correlation", "gap")))
-            cells = [f"{found[n]:.3f}" if np.isfinite(found.get(n, np.nan)) else "–" for n in names]
+            forms = (console.percent, *4 * ("{:.3f}".format,))
+            pairs = zip(forms, (found.get(name, np.nan) for name in names), strict=True)
+            cells = [form(value) if np.isfinite(value) else "–" for form, value in pairs]
             lines.append(f"| {role} | {question} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from world_distill import console
 from world_distill.core.metrics import bootstrap_difference
 
 ROLES = ("demonstrator", "executor")
@@ -124,10 +125,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         if row["group"] not in shown:
             continue
         cells = [_plain(row["group"]), row["question"]]
-        for figure, form in (("rate", "{:.3f}"), ("log_odds", "{:+.2f}")):
-            cells += [form.format(row[role][figure]) for role in ROLES]
-            signed = form.replace("{:.", "{:+.")
-            middle, low, high = (signed.format(value) for value in row["difference"][figure])
+        for figure, form, change in (("rate", console.percent, console.points), ("log_odds", *2 * ("{:+.2f}".format,))):
+            cells += [form(row[role][figure]) for role in ROLES]
+            middle, low, high = map(change, row["difference"][figure])
             cells.append(f"{middle} [{low}, {high}]")
         lines.append("| " + " | ".join([*cells, str(row["tasks"])]) + " |")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from world_distill import console
 from world_distill.core import metrics
 from world_distill.data.records.batches import Role, TaskBatch, fixed_batches
 from world_distill.data.records.negative import load_negative
@@ -29,6 +30,8 @@ from world_distill.settings.guidance import Guidance
 from world_distill.structs import PyTree, Texts
 
 QUESTIONS = ("task", "agent", "consistency")
+# How tables call measures and roles, as the report and README.md do; files for programs have the keys.
+NAMES = {"all": "all three", "demonstrator": "Demonstrator", "executor": "Executor"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +201,15 @@ def summarise(name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return row
 
 
+def said(row: Mapping[str, Any]) -> str:
+    """A row's rates as one line: "task 97.9 %, ..."."""
+    return ", ".join(f"{NAMES.get(m, m)} {_rate(row[m])}" for m in (*QUESTIONS, "average", "all"))
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else console.percent(value)
+
+
 def breakdown(name: str, verdicts: Sequence[Verdict], by: str) -> list[dict[str, Any]]:
     """One row for each value of the verdicts' field `by` ("kind" or "agent"), with the value as `group`."""
     values = sorted({getattr(v, by) for v in verdicts})
@@ -207,15 +219,15 @@ def breakdown(name: str, verdicts: Sequence[Verdict], by: str) -> list[dict[str,
 def markdown(rows: Sequence[dict[str, Any]], first: Sequence[str] = ("name",)) -> str:
     """A Markdown table of rows from `summarise`, with 95 % intervals."""
     columns = (*QUESTIONS, "average", "all")
-    lines = ["| " + " | ".join((*first, *columns, "n")) + " |"]
+    lines = ["| " + " | ".join((*first, *(NAMES.get(c, c) for c in columns), "n")) + " |"]
     lines.append("|" + "---|" * (len(first) + len(columns) + 1))
     for row in rows:
-        cells = [str(row[f]) for f in first]
+        cells = [NAMES.get(str(row[f]), str(row[f])) for f in first]
         for column in columns:
             if row[column] is None:
                 cells.append("–")
                 continue
             low, high = row["ci95"][column]
-            cells.append(f"{row[column]:.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(console.percent_interval(row[column], low, high))
         lines.append("| " + " | ".join([*cells, str(row["n"])]) + " |")
     return "\n".join(lines)

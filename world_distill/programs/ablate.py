@@ -280,13 +280,13 @@ def sentence(line: Mapping[str, Any]) -> str:
     low, high = line["ci95"]
     return (
         f"{line['outcome']}: {line['claim']} ({line['better']} - {line['worse']}, {line['metric']}: "
-        f"{line['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{_seeds(line)})"
+        f"{console.points(line['difference'])} [{console.points(low)}, {console.points(high)}] points{_seeds(line)})"
     )
 
 
 def _seeds(line: Mapping[str, Any]) -> str:
     """The seeds' own differences, where there are several."""
-    found = ["–" if d is None else f"{d:+.3f}" for d in line["by_seed"]]
+    found = ["–" if d is None else console.points(d) for d in line["by_seed"]]
     return f"; by seed {', '.join(found)}" if len(found) > 1 else ""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from world_distill import build
+from world_distill.data.records.fit import check_fit
 from world_distill.data.records.reader import RecordReader
 from world_distill.evaluation import held_out
 from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summarise
@@ -77,6 +78,7 @@ def evaluate_roles(
     """
     config = opened.config
     reader = RecordReader(opened.data, split)
+    check_fit(reader, opened.family)
     evaluator = opened.evaluator(build.make(config, "benchmark"))
     verdicts: dict[str, list[Verdict]] = {}
     audited: dict[str, dict[str, float]] = {}

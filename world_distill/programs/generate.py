@@ -16,14 +16,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import world_distill
-from world_distill import build
+from world_distill import build, console
 from world_distill.core import flow
 from world_distill.data.images.decode import read_image
 from world_distill.data.records.batches import Arrays, pad, scene_problem, stack_scenes
 from world_distill.data.records.encoder_calls import fit_image, scene_arrays, text_states
+from world_distill.data.records.fit import check_fit
 from world_distill.data.records.negative import pad_negative
 from world_distill.data.records.reader import EncodedRecord, RecordReader
 from world_distill.devices.sharding import batch_sharding
@@ -134,7 +134,9 @@ def generate(request: Request, config) -> tuple[int, int]:
         return 0, len(jobs)
     lengths = build.text_lengths(family, config)
     sample = _sampler(family, mesh, settings, lengths, _negative(request, family, lengths))
-    with tqdm(total=len(waiting), unit="clip", disable=None) as progress:
+    written = 0
+    with console.Progress("clip", len(waiting)) as progress:
+        progress.note("compiling the sampler")
         for role in dict.fromkeys(job.role for job in waiting):
             of_role = [job for job in waiting if job.role == role]
             for start in range(0, len(of_role), rows):
@@ -143,7 +145,8 @@ def generate(request: Request, config) -> tuple[int, int]:
                 clips = sample(base(), lora if role == "executor" else None, filled, request.seed)
                 for job, clip in zip(batch, clips, strict=False):
                     _write(request.out, job, clip, settings, family.fps)
-                    progress.update(1)
+                    written += 1
+                    progress.at(written)
     return len(waiting), len(jobs) - len(waiting)
 
 
@@ -214,6 +217,8 @@ def _from_records(request: Request, family: ModelFamily) -> Iterator[tuple]:
     kinds = ("task", "solution") if request.text == "both" else (request.text,)
     for i in range(min(request.limit or len(reader), len(reader))):
         record = reader[i]
+        if i == 0:
+            check_fit(reader, family)
         if problem := scene_problem(record.scene, family.encoders.scenes):
             raise UserError(f"{reader.index_path}: {problem}")
         source = {"records": str(request.records), "name": request.name, "id": record.id}

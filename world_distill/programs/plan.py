@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from world_distill import build
+from world_distill import build, console
 from world_distill.devices import chips, flops
 from world_distill.devices.sharding import batch_sharding, make_mesh, replicated, rows_or_whole
-from world_distill.errors import UserError
+from world_distill.errors import UserError, did_you_mean
 from world_distill.settings import objective
 from world_distill.settings.loading import override
 from world_distill.settings.rollout import RolloutSettings
@@ -33,6 +33,7 @@ from world_distill.training.step_programs import Programs, make_programs
 from world_distill.weights import base_model
 
 LOCAL = "local"
+PHASES = ("rollout", "demonstrator", "update", "decode", "encode")  # names of what `make_plan` compiles
 GIB = 2**30
 _COLLECTIVE = re.compile(
     r" = .+? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((?:.*channel_id=(\d+))?"
@@ -89,7 +90,13 @@ def topology(name: str, slices: int = 1) -> list[Any]:
 
 
 def make_plan(config, devices: list[Any], only: tuple[str, ...] = (), *, say=lambda text: None) -> list[Phase]:
-    """Every phase of a step, compiled for the devices; one that is refused ends those that need its result."""
+    """Every phase of a step, compiled for the devices; one that is refused ends those that need its result.
+
+    Raises:
+      UserError: `only` names something that is none of `PHASES`.
+    """
+    if unknown := [name for name in only if name not in PHASES]:
+        raise UserError(f"no phase {unknown[0]!r}; {did_you_mean(unknown[0], PHASES)}")
     found = []
     for phase in _phases(config, devices, only):
         say(f"{phase.name}: {'does not fit' if phase.problem else 'compiled'} in {phase.compile_seconds:.0f} s")
@@ -289,7 +296,7 @@ def describe(result: dict[str, Any]) -> list[str]:
         )
     if "step_seconds" in result and result["fits"]:
         lines.append(
-            f"predicted, at {result['utilisation']:.0%} of {chip['tflops']:g} TFLOP/s a chip: "
+            f"predicted, at {console.percent(result['utilisation'])} of {chip['tflops']:g} TFLOP/s a chip: "
             f"{result['step_seconds']:.3g} s a step, {result['judge_requests_per_second']:.1f} judge requests a second"
         )
     if chip:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from world_distill import build
 from world_distill.data.annotation.annotate import annotate_images
 from world_distill.data.images.filters import Filters
+from world_distill.data.records import fit
 from world_distill.data.records.encode import encode_records
 from world_distill.data.records.negative import keep_negative
 from world_distill.data.records.reader import RecordError, RecordReader
-from world_distill.data.records.record_format import SCENE
 from world_distill.data.records.splits import Splits, check_names
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import section
@@ -73,19 +73,8 @@ class Encoder:
     ) -> dict[str, int]:
         """`encode_records` with these encoders; its other `options` and its counts."""
         encoders = self._family.encoders
-        metadata = dict(metadata or {}) | {
-            "family": self._family.name,
-            "weights": pathlib.Path(base_model.base_path(self._family, self._config.base) or "").name,
-            "text_encoder": self._text_encoder,
-            # height x width
-            "image_size": "x".join(map(str, encoders.image_size)) if encoders.image_size else "as annotated",
-        }
-        for key, array in encoders.scenes.items():
-            # The name and the value that records of version 1 have: h w c of the one latent frame.
-            legacy = key == SCENE and array.shape[0] == 1
-            metadata["scene" if legacy else f"scene.{key}"] = "x".join(
-                map(str, array.shape[1:] if legacy else array.shape)
-            )
+        weights = pathlib.Path(base_model.base_path(self._family, self._config.base) or "").name
+        metadata = {**(metadata or {}), **fit.identity(self._family), "weights": weights}
         return encode_records(
             reader, folder, name=name, encode_scene=lambda images: encoders.scene(self._codec, images),
             encode_text=encoders.text, size=encoders.image_size, scenes=encoders.scenes, metadata=metadata,

@@ -10,6 +10,7 @@ import numpy as np
 
 from world_distill import build, console
 from world_distill.data.records.batches import Role, TaskBatch, fixed_batches, scene_problem
+from world_distill.data.records.fit import check_fit
 from world_distill.data.records.negative import read_negative, write_negative
 from world_distill.data.records.reader import RecordReader, write_records
 from world_distill.errors import UserError
@@ -57,6 +58,7 @@ def probe(
     for line in check_judge(judge):
         console.say(f"judge: {line}")
     base, lora = base_model.load_base(family, config, mesh), _executor(config, family, mesh)
+    check_fit(reader, family)
     evaluator = run_folder.make_evaluator(config, family, mesh, None)
     chosen = sample_of(len(reader), limit, config.seed)
     batches = fixed_batches(reader, config.evaluate_batch, lengths=build.text_lengths(family, config), indices=chosen)

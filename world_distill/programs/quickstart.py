@@ -7,7 +7,7 @@ import json
 import pathlib
 import time
 
-from world_distill import console
+from world_distill import build, console
 from world_distill.data.records.reader import RecordReader
 from world_distill.evaluation.scoring import markdown
 from world_distill.programs import prepare, train
@@ -17,6 +17,7 @@ from world_distill.reports.run_data import clip_path
 from world_distill.storage import atomic
 from world_distill.storage.video_files import save_strip
 from world_distill.training import run_folder
+from world_distill.weights import base_model
 
 CLIPS = 24  # test tasks whose clips are kept for the report
 
@@ -30,15 +31,18 @@ def quickstart(config, workdir: pathlib.Path) -> dict:
 
     stage(1, "scenes, tasks and solutions")
     run_folder.check_folder(config, workdir)
+    mesh = build.start_devices(config)
+    base_model.load_base(build.make_family(config, mesh), config, mesh)  # one that is missing is missed now
+    run_folder.claim_folder(config, workdir)
     prepare.make_records(config, run_folder.data_folder(config, workdir), say=console.say)
     stage(2, f"training: {config.steps} steps")
     train.train(config, workdir)
     stage(3, "held-out tasks: base, Demonstrator, Executor")
     results = score(workdir)
     stage(4, "report")
-    page = report.build(workdir)
+    report.build(workdir)
     console.say("\n" + markdown(results["rows"]) + "\n")
-    console.say(f"{workdir / 'results.json'}\n{page}\n{time.perf_counter() - started:.0f} s in all")
+    console.say(f"{console.duration(time.perf_counter() - started)} in all")
     return results
 
 

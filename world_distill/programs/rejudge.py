@@ -1,12 +1,10 @@
 """Judging kept clips again with another judge or other wordings, and comparing with what was said at first."""
 
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from world_distill import console
 from world_distill.errors import UserError
@@ -48,7 +46,7 @@ def rejudge(cache: JudgmentCache, clips: KeptClips, judge: Judge, rubric: Rubric
         console.say(f"judge: {line}")
     pairs: dict[tuple[str, str], list[tuple[Entry, Entry]]] = defaultdict(list)
     invalid, groups = 0, list(first)
-    with tqdm(total=len(groups), unit="clip", disable=not sys.stderr.isatty()) as progress:
+    with console.Progress("clip", len(groups)) as progress:
         for start in range(0, len(groups), _CLIPS):
             part = groups[start : start + _CLIPS]
             found = _scores(part, first, cache, clips, judge, rubric, questions)
@@ -58,7 +56,7 @@ def rejudge(cache: JudgmentCache, clips: KeptClips, judge: Judge, rubric: Rubric
                     name = entry.about.question
                     if name in scores and np.isfinite(scores[name]) and not _is_same(entry, judge, rubric, frames):
                         pairs[name, entry.judge].append((entry, _answer(entry, judge, scores[name])))
-            progress.update(len(part))
+            progress.at(start + len(part))
     return {
         "judge": judge.name,
         "rubric": rubric.version,

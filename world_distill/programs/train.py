@@ -10,38 +10,27 @@ its folder, it continues from the newest checkpoint, bit for bit as if it had no
 
 import pathlib
 import shutil
-import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
-from tqdm import tqdm
 
-from world_distill import build, console
-from world_distill.data.records.batches import task_batches
-from world_distill.data.records.negative import load_negative
-from world_distill.data.records.reader import RecordReader
+from world_distill import console
 from world_distill.devices import hosts
 from world_distill.devices.clock import UPDATE, Clock
 from world_distill.devices.interruption import Interruption
 from world_distill.devices.profiler import Profiler
 from world_distill.errors import UserError
-from world_distill.evaluation.held_out import audit, make_held_out
+from world_distill.evaluation.held_out import audit
 from world_distill.evaluation.scoring import QUESTIONS, summarise
-from world_distill.interfaces import Judge
-from world_distill.judges.ask import check_judge, note_other_rubrics
-from world_distill.settings.loading import to_json
+from world_distill.programs.run_inputs import open_inputs
 from world_distill.storage.checkpoints import Checkpointer, make_metadata
 from world_distill.storage.metric_log import MetricLog
 from world_distill.training import run_folder
 from world_distill.training.balance import Balance
 from world_distill.training.collect import Collector, TooFewJudgments
 from world_distill.training.prefetch import Experience
-from world_distill.training.step_programs import make_programs
-from world_distill.weights import base_model
-from world_distill.weights.lora_layouts import check_targets
 
 
 def train(
@@ -67,23 +56,9 @@ def train(
       Preempted: SIGTERM; what was trained is saved.
     """
     started = time.perf_counter()
-    # Devices, model, data -------------------------------------------------------------------------------------------
-    mesh = build.start_devices(config)
-    programs = make_programs(config, mesh)
+    inputs = open_inputs(config, workdir)
+    mesh, programs, base, tasks, cache = inputs.mesh, inputs.programs, inputs.base, inputs.tasks, inputs.cache
     family, objective, collection = programs.family, programs.objective, programs.rollout_settings
-    if config.executor.rank:
-        check_targets(family)
-    folder = run_folder.data_folder(config, workdir)
-    reader = RecordReader(folder, config.train_set)
-    hosts.agree("config", to_json(config))
-    hosts.agree("set of records", reader.fingerprint)
-    run_folder.check_folder(config, workdir)
-    judge = build.make(config, "judge") if collection.questions and objective.rl != "none" else None
-    _test(judge)
-    lengths = build.text_lengths(programs.family, config)
-    negative = load_negative(reader, programs.guidance, lengths, mesh)
-    base = base_model.load_base(family, config, mesh)
-    tasks = task_batches(reader, tasks_per_step=collection.tasks, seed=config.seed, lengths=lengths)
 
     # State: the newest checkpoint, or a fresh Executor --------------------------------------------------------------
     metadata = make_metadata(run_folder.fixed_settings(config))
@@ -96,6 +71,7 @@ def train(
             restored = source.restore_latest(programs.state)
         if restored is None:
             raise UserError(f"{stem} holds no checkpoint to branch off")
+        workdir.mkdir(parents=True, exist_ok=True)
         shutil.copy(stem / "metrics.jsonl", workdir)
     if restored is None:
         state = programs.init(base, config.seed)
@@ -105,30 +81,21 @@ def train(
         state, iterator_state, _ = restored
         tasks.set_state(iterator_state)
     first = int(state.step)
-    if restored is not None:
+    if first >= config.steps:
+        console.say(f"{workdir} is trained to step {first}: for more, raise --config.steps")
+    elif restored is not None:
         console.say(f"continuing {workdir} after step {first}")
     profiler = Profiler(workdir / "profile", profile, first=first + 1, last=config.steps)
-
-    # Parts of a step ------------------------------------------------------------------------------------------------
-    cache = run_folder.open_cache(config, workdir) if judge is not None or config.held_out.factory else None
-    rubric = build.make_rubric(config)
-    if cache is not None and judge is not None:
-        note_other_rubrics(cache, rubric)
-    collector = Collector(programs, judge=judge, cache=cache, rubric=rubric, negative=negative)
-    evaluator = validation = None
-    if config.evaluate_every:
-        evaluator = run_folder.make_evaluator(config, family, mesh, build.make(config, "benchmark"))
-        validation = RecordReader(folder, "validation")
-        evaluator.negative(validation, "task")  # one that is missing is missed now
-    held_out = make_held_out(config, collection.questions, judge, cache)
-    _test(held_out and held_out.judge)
+    collector = Collector(programs, judge=inputs.judge, cache=cache, rubric=inputs.rubric, negative=inputs.negative)
+    evaluator, validation, held_out = inputs.evaluator, inputs.validation, inputs.held_out
+    run_folder.claim_folder(config, workdir)
 
     # The loop -------------------------------------------------------------------------------------------------------
     log = MetricLog(workdir, first) if hosts.is_main() else None
     row = None
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
-    progress = tqdm(
-        total=config.steps, initial=first, unit="step", disable=not (sys.stderr.isatty() and hosts.is_main())
+    progress = console.Progress(
+        "step", config.steps, done=first, every=config.log_every, shown=hosts.is_main() and first < config.steps
     )
     waiting: list[tuple] = []
 
@@ -149,15 +116,14 @@ def train(
         if log is None:
             return
         log.write(step, values)
-        progress.update(1)
-        progress.set_postfix(_short(values))
-        if step % config.log_every == 0 or step == config.steps:
-            text = "  ".join(f"{n} {v}" for n, v in _short(values).items())
-            (console.say if progress.disable else logging.debug)(f"step {step}/{config.steps}  {text}")
+        progress.at(step, figures=_short(values))
 
     balance = Balance()
     rows = collection.tasks * collection.group
-    clock = Clock(devices=mesh.devices.size, tokens=rows * family.tokens, started=started)
+    clock = Clock(
+        devices=mesh.devices.size, tokens=rows * family.tokens, started=started,
+        first_call=lambda name: progress.note(f"compiling {name}"),
+    )  # fmt: skip
     collector.clock(clock.program)
     updates = {
         phase: clock.program(UPDATE, f, lambda out: out[1]["train/lora_norm"]) for phase, f in programs.update.items()
@@ -218,15 +184,6 @@ def train(
     return {"steps": config.steps, "seconds": time.perf_counter() - started, "validation": row}
 
 
-def _test(judge: Judge | None) -> None:
-    """Tests a judge that can be, before anything slow is begun; one that cannot be reached may still come up."""
-    try:
-        for line in check_judge(judge):
-            console.say(f"judge: {line}")
-    except ConnectionError as error:
-        logging.warning("%s; going on: what is cached needs no judge, and for the rest it will be waited for", error)
-
-
 def _short(values: dict[str, float]) -> dict[str, str]:
     """The few figures of a progress line."""
     names = {
@@ -242,4 +199,9 @@ def _short(values: dict[str, float]) -> dict[str, str]:
         "mfu": "speed/mfu",
         "goodput": "speed/goodput",
     }
-    return {short: f"{values[name]:.3g}" for short, name in names.items() if name in values}
+    rates = ("task", "agent", "consistency", "mfu", "goodput")
+    return {
+        short: console.percent(values[name]) if short in rates else f"{values[name]:.3g}"
+        for short, name in names.items()
+        if name in values
+    }

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
+from world_distill import console
+
 Points = Sequence[tuple[float, float | None]]
 
 _UNPRINTABLE = re.compile("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -61,8 +63,8 @@ def escape(text: object) -> str:
 
 
 def percent(value: float) -> str:
-    """0.6391 as 63.9 %, with a space that does not break."""
-    return f"{100 * value:.1f}\u00a0%"
+    """0.6391 as 63.9 %, as `console.percent` writes it, with a space that does not break."""
+    return console.percent(value).replace(" ", "\u00a0")
 
 
 def number(value: float) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import pathlib
 import types
 import typing
@@ -20,8 +21,9 @@ from typing import Any, TypeVar
 
 from ml_collections import config_dict
 
-from world_distill.errors import UserError
-from world_distill.settings import addresses, defaults, old_configs
+from world_distill.errors import SettingError, UserError
+from world_distill.settings import addresses, defaults, old_configs, ranges
+from world_distill.settings.objective import Schedule
 
 ConfigDict = config_dict.ConfigDict
 T = TypeVar("T")
@@ -51,6 +53,7 @@ def load_config(spec: str, overrides: Mapping[str, Any] | Iterable[str] = ()) ->
 
     Raises:
       UserError: no such file, no `get_config` in it, an unknown key, or a value of the wrong type.
+      SettingError: a value out of its range (`settings.ranges`), of an override or of the file.
     """
     name, _, arg = spec.partition(":")
     path = _find(name)
@@ -59,7 +62,41 @@ def load_config(spec: str, overrides: Mapping[str, Any] | Iterable[str] = ()) ->
     to_json(config)  # raises on a leaf that could not be written down, before any work is done
     config.lock()
     override(config, overrides)
+    _check_ranges(leaves(config))
     return config
+
+
+def need(config: ConfigDict, *sections: str, what: str) -> None:
+    """Refuses a config without the sections that a stage reads; most configs have no such stage.
+
+    Raises:
+      UserError: a section is missing; `what` is what reads it.
+    """
+    if missing := [name for name in sections if name not in config]:
+        having = [name for name, path in packaged_configs().items() if set(sections) <= _sections(path)]
+        raise UserError(
+            f"{what} reads the config's section {missing[0]!r}, which this config has not",
+            remedy="take a config that has it, such as", command=f"--config {(having or ['sandbox'])[0]}",
+        )  # fmt: skip
+
+
+def _sections(path: pathlib.Path) -> set[str]:
+    try:
+        return set(_call_get_config(path, ""))
+    except UserError:
+        return set()
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    """Raises SettingError, naming all of them, for values out of their ranges, with their defaults."""
+    found = []
+    for key, value in values.items():
+        if text := ranges.problem(key, value):
+            section_, _, name = key.rpartition(".")
+            usual = getattr(defaults.SECTIONS.get(section_), name, None)  # the default of a dataclass's field
+            found.append(f"config key {text}" + ("" if usual is None else f" (default: --config.{key}={usual})"))
+    if found:
+        raise SettingError("\n  ".join(found))
 
 
 def _use_current_addresses(config: ConfigDict) -> None:
@@ -152,6 +189,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any] | Iterable[str]) -
         except TypeError as e:
             expected = kind.__name__
             raise UserError(f"config key {key}: expected {expected}, got {value!r}") from e
+    _check_ranges({key: leaves(config)[key] for key in overrides})
 
 
 def _split(item: str) -> tuple[str, str]:
@@ -187,14 +225,22 @@ def _parse(key: str, text: str, current: Any, kind: type) -> Any:
     if kind is bool and text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
     try:
-        if kind in (int, float, str):
+        if kind is str and text.startswith("~/"):
+            return os.path.expanduser(text)  # a shell leaves the ~ behind a = as it is
+        if kind is int:
+            return _whole(text)
+        if kind in (float, str):
             return kind(text)
         if kind in (tuple, list):
+            if _is_schedule(key) and (value := _number(text)) is not None:
+                return ((0, value),)  # the same from the first step on
             return _parse_sequence(text, current or ())
         if kind is type(None):
             return _literal_or_text(text)
     except (ValueError, SyntaxError) as e:
         like = f", like {current!r}" if kind in (tuple, list) else ""
+        if _is_schedule(key):
+            like = ": a number, or points ((step, value), ...)" + like
         raise UserError(f"config key {key}: expected {kind.__name__}{like}, got {text!r}") from e
     raise UserError(f"config key {key}: expected {kind.__name__}, got {text!r}")
 
@@ -210,6 +256,30 @@ def _parse_sequence(text: str, current: Iterable[Any]) -> tuple:
     if len(kinds) == 1 and not {type(item) for item in items} <= kinds:
         raise ValueError("items of another type")
     return items
+
+
+def _is_schedule(key: str) -> bool:
+    """Whether a key holds (step, value) points, for which a number may stand."""
+    section_, _, name = key.rpartition(".")
+    fields = getattr(defaults.SECTIONS.get(section_), "__dataclass_fields__", {})
+    return name in fields and fields[name].type == Schedule
+
+
+def _whole(text: str) -> int:
+    """A whole number, also as 1e3. Raises ValueError for any other."""
+    try:
+        return int(text)
+    except ValueError:
+        if (value := _number(text)) is None or not value.is_integer():
+            raise
+        return int(value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _literal_or_text(text: str) -> Any:

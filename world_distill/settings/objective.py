@@ -1,11 +1,12 @@
 """Settings of a training step, and in which steps which loss has a weight."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from world_distill.settings import ranges
 
 Schedule = float | tuple[tuple[float, float], ...]
 
@@ -61,7 +62,7 @@ class Objective:
         up as min(ema_decay, (1 + n) / (10 + n)).
 
     Raises:
-      ValueError: a value out of its range.
+      SettingError: a value out of its range (`settings.ranges`).
     """
 
     rl: str = "awm"
@@ -92,32 +93,7 @@ class Objective:
     ema_decay: float = 0.98
 
     def __post_init__(self):
-        for field, allowed in {
-            "rl": ("awm", "nft", "flow_grpo", "none"),
-            "anchor_states": ("visited", "renoised"),
-            "anchor_loss": ("mse", "decoupled"),
-            "awm_weighting": ("uniform", "t", "t2", "huber", "ghuber"),
-            "awm_old": ("current", "start", "ema"),
-            "nft_old": ("start", "ema"),
-        }.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"objective.{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        for field, least in {"updates": 1, "minibatches": 1, "draws": 1, "tied": 0, "micro_batch": 0}.items():
-            if getattr(self, field) < least:
-                raise ValueError(f"objective.{field} must be at least {least}, got {getattr(self, field)}")
-        positive = ("awm_power", "awm_clip", "awm_ratio_temperature", "nft_beta", "grpo_clip")
-        for field in positive:
-            if not 0 < getattr(self, field) < math.inf:
-                raise ValueError(f"objective.{field} must be a positive number, got {getattr(self, field)}")
-        for field in ("rl_weight", "beta_d", "beta_old", "beta_base", "grpo_beta", "old_slope"):
-            worst = min(value for _, value in _points(getattr(self, field)))
-            if not 0 <= worst < math.inf:
-                raise ValueError(f"objective.{field} must not be negative, got {worst}")
-        for field in ("old_maximum", "ema_decay"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"objective.{field} is a decay, at least 0 and below 1, got {getattr(self, field)}")
-        if not 0 < self.keep_fraction <= 1:
-            raise ValueError(f"objective.keep_fraction is a share, above 0 and at most 1, got {self.keep_fraction}")
+        ranges.check("objective", self)
 
     def phase(self, step: int) -> Phase:
         """Which losses have a weight in training step `step`."""

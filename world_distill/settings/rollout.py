@@ -1,9 +1,10 @@
 """Settings of the rollouts of a training step: how many, by whom, and how rewards become advantages."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Literal
+
+from world_distill.settings import ranges
 
 DISTILL = "distill"  # the reward of Eq. 9, which no judge gives
 WEIGHTS = {"task": 1.0, "agent": 1.0, "consistency": 1.0, DISTILL: 0.0}  # lambdas of Eq. 10, by default
@@ -35,7 +36,7 @@ class RolloutSettings:
       negative_scale: factor on negative advantages; below 1 is steadier and learns less from failures.
 
     Raises:
-      ValueError: a value out of its range.
+      SettingError: a value out of its range (`settings.ranges`).
     """
 
     tasks: int = 8
@@ -56,27 +57,7 @@ class RolloutSettings:
     negative_scale: float = 1.0
 
     def __post_init__(self):
-        if self.role not in ("executor", "demonstrator"):
-            raise ValueError(f"rollout.role must be executor or demonstrator, got {self.role!r}")
-        if self.tasks < 1 or self.group < 1:
-            raise ValueError(f"rollout.tasks and rollout.group are at least 1, got {self.tasks} and {self.group}")
-        if self.staleness not in (0, 1) or not 0 <= self.max_invalid <= 1:
-            raise ValueError(
-                f"rollout.staleness is 0 or 1 and rollout.max_invalid 0 to 1, got {self.staleness}, {self.max_invalid}"
-            )
-        for field in ("normalise", "std"):
-            if getattr(self, field) not in ("batch", "group", "none"):
-                raise ValueError(f"rollout.{field} must be batch, group or none, got {getattr(self, field)!r}")
-        amounts = {f"weights.{name}": weight for name, weight in self.weights.items()}
-        amounts |= {name: getattr(self, name) for name in ("clip", "std_floor", "negative_scale", "micro_batch")}
-        for name, value in amounts.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"rollout.{name} must not be negative, got {value}")
-        if self.min_valid < 1 or not 0 <= self.distill_min_time < 1:
-            raise ValueError(
-                "rollout.min_valid is at least 1 and rollout.distill_min_time a time from 0 to below 1, got "
-                f"{self.min_valid}, {self.distill_min_time}"
-            )
+        ranges.check("rollout", self)
 
     @property
     def questions(self) -> tuple[str, ...]:

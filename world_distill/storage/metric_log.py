@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +28,7 @@ class MetricLog:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         temporary.replace(self.path)
         self._file = self.path.open("a")
-        from tensorboardX import SummaryWriter  # it imports torch, where there is one
-
-        self._board = SummaryWriter(str(folder / "tensorboard" / name), purge_step=step + 1)
+        self._board = _summary_writer()(str(folder / "tensorboard" / name), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Logs figures of a finished step. Figures that are not finite are null in the file and gaps in TensorBoard."""
@@ -43,6 +43,19 @@ class MetricLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def _summary_writer() -> Any:
+    """The class of tensorboardX, imported without torch: that takes seconds, and only its tensors would need it."""
+    hides = "torch" not in sys.modules
+    if hides:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails, which tensorboardX expects
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hides:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def read_log(path: pathlib.Path) -> list[dict]:

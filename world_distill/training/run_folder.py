@@ -200,7 +200,7 @@ def open_cache(config, workdir: pathlib.Path) -> JudgmentCache:
 
 
 def check_folder(config, workdir: pathlib.Path) -> None:
-    """Writes the config into a new folder; refuses the folder of another run.
+    """Refuses the folder of another run. A folder in which nothing was trained yet is no run's.
 
     Raises:
       UserError: the folder's config differs in what is trained, every differing key is named; or the config holds a
@@ -213,14 +213,34 @@ def check_folder(config, workdir: pathlib.Path) -> None:
             f"config.{secret[0]} holds an address with a password, which config.json and checkpoints would keep: leave "
             "it out, and name the environment variable that holds the key in api_key_env"
         )
-    if path.exists():
+    if path.exists() and _has_begun(workdir):
         lines = [line for line in diff(from_json(path.read_text()), config) if not is_free(line.partition(":")[0])]
         if lines:
             raise UserError(
                 f"{workdir} holds a run of another config; take another --workdir, or the same settings:\n  "
                 + "\n  ".join(lines)
             )
-    atomic.write_text(path, to_json(config) + "\n")
+
+
+def claim_folder(config, workdir: pathlib.Path) -> None:
+    """Writes config.json: from now on, the folder is this run's. To be called when all that the run reads is open.
+
+    Raises:
+      UserError: see `check_folder`.
+    """
+    check_folder(config, workdir)
+    atomic.write_text(workdir / "config.json", to_json(config) + "\n")
+
+
+def _has_begun(workdir: pathlib.Path) -> bool:
+    """Whether more than a config lies in a folder; earlier versions wrote that before they had looked at anything."""
+    log, saved = workdir / "metrics.jsonl", workdir / "checkpoints"
+    made = (workdir / "data" / "scenes", workdir / "results.json")  # by `quickstart`, from this config
+    return (
+        (log.exists() and log.stat().st_size > 0)
+        or (saved.is_dir() and any(saved.iterdir()))
+        or any(path.exists() for path in made)
+    )
 
 
 @contextlib.contextmanager

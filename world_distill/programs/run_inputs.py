@@ -1,0 +1,141 @@
+"""What a training run reads, opened before the run claims its folder: the quick things first, then the weights.
+
+A call with a wrong path or another model's records ends here, in seconds, and leaves the folder free for the right one.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from world_distill import build, console
+from world_distill.data.records.batches import TaskBatches, task_batches
+from world_distill.data.records.fit import check_fit
+from world_distill.data.records.negative import load_negative
+from world_distill.data.records.reader import RecordError, RecordReader
+from world_distill.devices import hosts
+from world_distill.evaluation.held_out import HeldOut, make_held_out
+from world_distill.evaluation.scoring import Evaluator
+from world_distill.interfaces import Judge
+from world_distill.judges.ask import check_judge, note_other_rubrics
+from world_distill.judges.memory.cache import JudgmentCache
+from world_distill.judges.rubric import Rubric
+from world_distill.settings.loading import to_json
+from world_distill.structs import PyTree, Texts
+from world_distill.training import run_folder
+from world_distill.training.step_programs import Programs, make_programs
+from world_distill.weights import base_model
+from world_distill.weights.lora_layouts import check_targets
+
+
+@dataclasses.dataclass
+class RunInputs:
+    """The parts of a run before its first step.
+
+    Attributes:
+      mesh: devices.
+      programs: compiled when they are called.
+      reader: the records to learn from.
+      tasks: draws of them.
+      base: the frozen weights, on the mesh.
+      negative: states of the text that guidance leads away from, if any guidance is on.
+      judge: who rewards; None without RL.
+      rubric: the judge's questions.
+      held_out: a second judge that is asked at evaluation only; None: none.
+      cache: the judges' answers; None where nobody is asked, or where nothing may be written.
+      evaluator: what samples and scores validation tasks; None: never.
+      validation: records for that.
+    """
+
+    mesh: jax.sharding.Mesh
+    programs: Programs
+    reader: RecordReader
+    tasks: TaskBatches
+    base: PyTree
+    negative: Texts | None
+    judge: Judge | None
+    rubric: Rubric
+    held_out: HeldOut | None
+    cache: JudgmentCache | None
+    evaluator: Evaluator | None
+    validation: RecordReader | None
+
+
+def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = True) -> RunInputs:
+    """Opens all that a run reads. Writes nothing into its folder but, with `writes`, the cache of judgments.
+
+    Raises:
+      UserError: the folder is another run's, or settings do not fit together.
+      RecordError: records that are missing, damaged, or of another model.
+    """
+    run_folder.check_folder(config, workdir)
+    mesh = build.start_devices(config)
+    family = build.make_family(config, mesh)
+    if config.executor.rank:
+        check_targets(family)
+    reader, validation = _records(config, workdir)
+    for records in filter(None, (reader, validation)):
+        check_fit(records, family)
+    programs = make_programs(config, mesh)
+    settings = programs.rollout_settings
+    hosts.agree("config", to_json(config))
+    hosts.agree("set of records", reader.fingerprint)
+    lengths = build.text_lengths(family, config)
+    tasks = task_batches(reader, tasks_per_step=settings.tasks, seed=config.seed, lengths=lengths)
+    negative = load_negative(reader, programs.guidance, lengths, mesh)
+    rubric = build.make_rubric(config)
+
+    judge = build.make(config, "judge") if settings.questions and programs.objective.rl != "none" else None
+    asked = judge is not None or config.held_out.factory
+    cache = run_folder.open_cache(config, workdir) if asked and writes else None
+    if cache is not None and judge is not None:
+        note_other_rubrics(cache, rubric)
+    try:
+        held_out = make_held_out(config, settings.questions, judge, cache)
+        _test(judge)
+        _test(held_out and held_out.judge)
+        evaluator = None
+        if validation is not None:
+            evaluator = run_folder.make_evaluator(config, family, mesh, build.make(config, "benchmark"))
+            evaluator.negative(validation, "task")  # one that is missing is missed now
+        base = base_model.load_base(family, config, mesh)
+    except BaseException:
+        if cache is not None:
+            cache.close()
+        raise
+    return RunInputs(
+        mesh, programs, reader, tasks, base, negative, judge=judge, rubric=rubric, held_out=held_out, cache=cache,
+        evaluator=evaluator, validation=validation,
+    )  # fmt: skip
+
+
+def _records(config: ConfigDict, workdir: pathlib.Path) -> tuple[RecordReader, RecordReader | None]:
+    """The records to learn from, and those to look at meanwhile."""
+    folder = run_folder.data_folder(config, workdir)
+    try:
+        reader = RecordReader(folder, config.train_set)
+    except RecordError as error:
+        raise RecordError(
+            f"{error}. Records come from `world-distill encode`; --config.data says in which folder they are, and"
+            " --config.train_set which of its sets is learnt from"
+        ) from error
+    if not config.evaluate_every:
+        return reader, None
+    try:
+        return reader, RecordReader(folder, "validation")
+    except RecordError as error:
+        raise RecordError(
+            f"config.evaluate_every = {config.evaluate_every} looks at validation records, and {error}. Split some off"
+            " (`world-distill encode --validation 0.02`), or take --config.evaluate_every=0"
+        ) from error
+
+
+def _test(judge: Judge | None) -> None:
+    """Tests a judge that can be, before anything slow is begun; one that cannot be reached may still come up."""
+    try:
+        for line in check_judge(judge):
+            console.say(f"judge: {line}")
+    except ConnectionError as error:
+        logging.warning("%s; going on: what is cached needs no judge, and for the rest it will be waited for", error)
