@@ -2,8 +2,9 @@
 
 A request is repeated, on any server that is up, after what may pass by itself and after a damaged answer; with a wait
 that doubles each time, is drawn at random from its upper half, and is never shorter than the server asks for
-(Retry-After). A refusal is passed on: whoever asks knows whether it is about this request alone. A server that fails three times running is
-left alone, then tried with one request at a time. While all are down, requests wait, and the log says so once a minute.
+(Retry-After). A refusal is passed on: whoever asks knows whether it is about this request alone. A server that fails
+three times running is left alone, then tried with one request at a time. While all are down, requests wait, and the log
+says so once a minute.
 """
 
 import asyncio
