@@ -10,8 +10,8 @@
 #
 # One server a host or device scales best: name all of them in judge.options.servers.
 #
-# Other servers: SGLang (`python -m sglang.launch_server`) takes the same requests. A hosted model can judge if it takes
-# pictures and gives logprobs of the first token; most that think before they answer give none. Then
+# Other servers: world_distill/judges/README.md says which of them can judge. A hosted model can if it takes pictures
+# and gives logprobs of the first token; most that think before they answer give none. Then
 #   --config.judge.options.servers=https://HOST/v1 --config.judge.options.model=NAME
 #   --config.judge.options.api_key_env=NAME_OF_THE_VARIABLE_WITH_THE_KEY
 # The judge tests each server before it asks it about clips, and says what is missing.

@@ -11,7 +11,7 @@ from world_distill.judges import ask
 from world_distill.judges.ask import judge_clips
 from world_distill.judges.memory.cache import JudgmentCache, clip_digest
 from world_distill.judges.memory.entries import About
-from world_distill.judges.rubric import Rubric
+from world_distill.judges.rubric import Rubric, load_rubric
 
 
 def clip(seed=0, frames=2):
@@ -161,6 +161,25 @@ def test_marks_of_a_chat_reach_no_judge(tmp_path, monkeypatch, mark, where):
     judgment = judge_clips(judge, cache, clips, tasks, agents, RUBRIC, [where, "real"])
     assert judgment.valid.tolist() == [True, False, True]
     assert len(judge.requests) == 4 == len(cache) and "failed on 2 of 6; first: a text for the VLM" in logged[0]
+
+
+def test_answers_to_another_version_of_the_questions_stay_and_are_told(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(ask.logging, "warning", lambda message, *args: logged.append(message % args))
+    cache, (clips, tasks, agents) = JudgmentCache(tmp_path / "c"), batch(2)
+    ask.note_other_rubrics(cache, load_rubric())
+    judge_clips(FakeJudge(), cache, clips, tasks, agents, load_rubric("1"), ["task"])
+    ask.note_other_rubrics(cache, load_rubric("1"))
+    assert not logged
+    ask.note_other_rubrics(cache, load_rubric())
+    assert load_rubric("1").version in logged[0] and "judge.rubric=1" in logged[0]
+    judge = FakeJudge()
+    judge_clips(judge, cache, clips, tasks, agents, load_rubric(), ["task"])
+    again = FakeJudge()
+    judge_clips(again, cache, clips, tasks, agents, load_rubric("1"), ["task"])
+    assert len(judge.requests) == 2 and not again.requests and cache.rubrics() == {
+        load_rubric("1").version, load_rubric().version,
+    }  # fmt: skip
 
 
 def test_another_process_was_first(tmp_path):

@@ -19,7 +19,7 @@ from world_distill.judges.local import LocalJudge  # noqa: E402
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import load_rubric  # noqa: E402
 from world_distill.judges.selftest import INTRO, PROBES, probe_clip  # noqa: E402
-from world_distill.vlm.frames import chosen_images, spread_frames  # noqa: E402
+from world_distill.vlm.frames import chosen_frames, chosen_images  # noqa: E402
 from world_distill.vlm.local import LocalVLM  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -28,7 +28,7 @@ FEW = {"dtype": "float32", "frames": 3, "max_side": 28}
 
 
 def conversation(clip, question):
-    numbers = spread_frames(len(clip), FEW["frames"])
+    numbers = chosen_frames(clip, FEW["frames"])
     content = [{"type": "text", "text": INTRO}]
     for number, image in zip(numbers, chosen_images(clip, frames=numbers, max_side=FEW["max_side"]), strict=True):
         content += [{"type": "text", "text": f"Frame {number + 1} of {len(clip)}:"}, {"type": "image", "image": image}]
@@ -117,7 +117,7 @@ def test_order_company_and_sharing_do_not_matter(folder):
 def test_what_happens_at_the_end_counts_as_well(folder, frame):
     (request,) = requests_about(1, ["done?"])
     clip = request.clip.copy()
-    clip[frame] = 255 - clip[frame]
+    clip[frame] = 255
     judge = LocalJudge(folder, **FEW)
     a, b = odds(judge.ask([request, JudgeRequest(clip, "done?")]))
     assert abs(a - b) > 1e-3

@@ -282,7 +282,7 @@ def test_one_question_of_many_clips_is_refused_and_all_goes_on():
     assert [answer.log_odds is None for answer in answers] == [i < 60 for i in range(64)]
 
 
-def test_it_stops_where_one_question_after_another_is_refused_and_keeps_what_was_answered(tmp_path):
+def test_it_stops_where_one_question_after_another_is_refused_and_keeps_what_was_answered():
     requests, taken = requests_about(30, ["q"]), {}
     with FakeServer(fault=lambda n, body: FILTERED if n >= 2 + 10 else None) as server:
         judge = judge_of(server, concurrency=1)

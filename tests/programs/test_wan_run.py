@@ -403,7 +403,7 @@ def test_judge_and_annotator_are_made_from_the_config_and_an_empty_factory_is_re
         "wan22_5b:wmsd", {"judge.options.frames": 8, "judge.options.servers": "http://a/v1,http://b/v1"}
     )
     judge = build.make(config, "judge")
-    assert isinstance(judge, ServerJudge) and judge.name.startswith("server-1 Qwen/Qwen3.5-27B 8x448")
+    assert isinstance(judge, ServerJudge) and judge.name.startswith("server-2 Qwen/Qwen3.5-27B 8x448")
     annotator = build.make(config, "annotator")
     assert isinstance(annotator, ServerAnnotator) and annotator.name.startswith("server-1 Qwen/Qwen3.5-27B prompt-")
     with pytest.raises(UserError, match="config.benchmark.factory names nothing"):

@@ -127,7 +127,7 @@ async def find_form(client: Client, server: Server, rules: Rules) -> Form:
         except Refused as error:
             if not error.of_one_request or error.status == 413:
                 raise
-            refusal = error
+            refusal = refusal if isinstance(refusal, _AfterSampling) else error
             _refuse_extra(error, rules.extra)
             if lesser := _without(form, named_fields(error.words, list(form.fields))):
                 waiting.insert(0, lesser)
@@ -168,7 +168,7 @@ def _forms(ids: Mapping[int, str]) -> list[Form]:
 def _without(form: Form, named: Sequence[str]) -> Form | None:
     """The form without the field that a refusal names first, or with another value of it; None if none is left."""
     for name in named:
-        if name == "logprobs":  # without it there is no answer
+        if name in ("logprobs", "max_completion_tokens"):  # without them there is no answer, or one without an end
             continue
         fields = {key: value for key, value in form.fields.items() if key != name}
         if name == "top_logprobs":

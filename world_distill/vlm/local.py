@@ -219,8 +219,11 @@ class LocalVLM:
     def _text(self, messages: Sequence[Message]) -> str:
         """The conversation as the model reads it, up to where its answer begins."""
         writer = self._processor if getattr(self._processor, "chat_template", None) else self._tokenizer
-        text = writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        return close_thinking(text, self._template())
+        template = self._template()
+        # Processors complain about what their template does not know.
+        thinking = {"enable_thinking": False} if "enable_thinking" in template else {}
+        text = writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking)
+        return close_thinking(text, template)
 
     def _ready(self, messages: Sequence[Message]) -> dict[str, Any]:
         """The model's inputs for a whole conversation."""

@@ -2,8 +2,9 @@
 
 A request is repeated, on any server that is up, after what may pass by itself and after a damaged answer; with a wait
 that doubles each time, is drawn at random from its upper half, and is never shorter than the server asks for
-(Retry-After). Refusals stop everything: the next request would fare alike. A server that fails three times running is
-left alone, then tried with one request at a time. While all are down, requests wait, and the log says so once a minute.
+(Retry-After). A refusal is passed on: whoever asks knows whether it is about this request alone. A server that fails
+three times running is left alone, then tried with one request at a time. While all are down, requests wait, and the log
+says so once a minute.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from typing import Any
 
 from absl import logging
 
-from world_distill.vlm.client import Client, Failure, Server
+from world_distill.vlm.client import Client, Failure, Refused, Server
 from world_distill.vlm.replies import MalformedAnswer, NoVerdict
 
 _DOWN_AFTER = 3  # failures running
@@ -91,7 +92,11 @@ class Pool:
             sent = time.monotonic()
             try:
                 await self.prepare(server)
-                reply = await self.client.send(server, "/chat/completions", body(server))
+                try:
+                    reply = await self.client.send(server, "/chat/completions", body(server))
+                except Refused:  # which is an answer, too
+                    self._succeeded(server)
+                    raise
                 try:
                     result = read(server, reply)
                 except MalformedAnswer as error:
