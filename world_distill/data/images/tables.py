@@ -156,7 +156,9 @@ class _Parquet(_Table):
                     self._close()
                     self._stream, self._next = self._pictures(), 0
                 while self._next <= first:
-                    at, batch = next(self._stream)
+                    at, batch = next(self._stream, (0, None))
+                    if batch is None:  # it has ended too early, or at damage before
+                        raise EOFError("its pictures end before this row")
                     self._next = at + _BATCH
                     self._batches[at] = batch
                     while len(self._batches) > _BATCHES:
@@ -206,6 +208,7 @@ class _Arrow(_Table):
         is_file = source.read(6) == b"ARROW1"  # the file format; `datasets` writes the stream format
         source.seek(0)
         self._table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(source).read_all()
+        self._table.validate(full=True)  # places in the file are trusted from here on, and wrong ones end the program
         self.column = _picture_column(self._table.schema)
 
     def fields(self) -> Iterator[dict[str, Any]]:
