@@ -326,28 +326,23 @@ def test_cells_that_hold_pictures_or_paths(tmp_path, pa, column, kind):
 
 
 def test_damaged_tables_are_named_and_end_no_program(tmp_path, pa):
-    import pyarrow.parquet as pq
-
-    data, chance = table(pa, 20), random.Random(0)
+    data, chance, path, refused = table(pa, 20), random.Random(0), tmp_path / "a.arrow", 0
     buffer = io.BytesIO()
     with pa.ipc.new_stream(buffer, data.schema) as writer:
         writer.write_table(data)
-    pq.write_table(data, tmp_path / "whole.parquet")
-    for name, whole in {"a.arrow": buffer.getvalue(), "a.parquet": (tmp_path / "whole.parquet").read_bytes()}.items():
-        refused = 0
-        for _ in range(60):
-            damaged = bytearray(whole)
-            for _ in range(3):
-                damaged[chance.randrange(len(damaged))] = chance.randrange(256)
-            (tmp_path / name).write_bytes(damaged)
-            try:
-                for image in find_images(tmp_path / name):
-                    image.read()
-            except ImageError as error:
-                assert name in str(error)
-                refused += 1
-            (tmp_path / name).unlink()
-        assert refused > 5
+    for _ in range(60):
+        damaged = bytearray(buffer.getvalue())
+        for _ in range(3):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            for image in find_images(path):
+                image.read()
+        except ImageError as error:
+            assert path.name in str(error)
+            refused += 1
+        path.unlink()
+    assert refused > 5
 
 
 def test_a_saved_data_set_is_read_without_its_caches(tmp_path, pa):
