@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         with arguments.progress_bar("task") as show:
             card = importing.write(args.out, f"{args.name}_annotated", args.shards, progress=show)
     except ValueError:
-        console.say(describe(schema.report()))
+        console.say("\n".join(filter(None, (describe(schema.report()), unused.line()))))
         raise
     console.say(describe(card["schema"], card))
     if line := unused.line():
