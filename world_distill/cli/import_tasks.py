@@ -25,8 +25,8 @@ licence, url, author, tasks (a row's list), and response.
 
 Pictures are looked for beside the rows, in images/, train/ and bench/, then by the end of their path anywhere in the
 folder and its archives: rows may have paths of another machine. --image-root names another folder to look in. None
-outside of it is read, not by a link either, but for a snapshot in the hub's cache. A task is `[agent]: what to do`; one
-that names no agent is not used, unless --agent says who. Tasks that cannot be used are listed in
+outside of it is read, not by a link either, but for a snapshot in the hub's cache. A task is `[agent]: what to do`;
+one that names no agent is not used, unless --agent says who. Tasks that cannot be used are listed in
 NAME_annotated.unusable.jsonl, with line, reason and keys; pairs that break a rule of `annotate` are counted, and left
 out with --strict. Then call encode. Called again, or after an interruption, it writes the same bytes.
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         with arguments.progress_bar("task") as show:
             card = importing.write(args.out, f"{args.name}_annotated", args.shards, progress=show)
     except ValueError:
-        console.say(describe(schema.report()))
+        console.say("\n".join(filter(None, (describe(schema.report()), unused.line()))))
         raise
     console.say(describe(card["schema"], card))
     if line := unused.line():

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 import tarfile
 import zipfile
 
@@ -322,6 +323,26 @@ def test_cells_that_hold_pictures_or_paths(tmp_path, pa, column, kind):
             writer.write_table(data)
     files, metadata, _ = found(path)
     assert list(files.values()) == [b"0"] and list(metadata.values()) == [{"n": "1"}]
+
+
+def test_damaged_tables_are_named_and_end_no_program(tmp_path, pa):
+    data, chance, path, refused = table(pa, 20), random.Random(0), tmp_path / "a.arrow", 0
+    buffer = io.BytesIO()
+    with pa.ipc.new_stream(buffer, data.schema) as writer:
+        writer.write_table(data)
+    for _ in range(60):
+        damaged = bytearray(buffer.getvalue())
+        for _ in range(3):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            for image in find_images(path):
+                image.read()
+        except ImageError as error:
+            assert path.name in str(error)
+            refused += 1
+        path.unlink()
+    assert refused > 5
 
 
 def test_a_saved_data_set_is_read_without_its_caches(tmp_path, pa):

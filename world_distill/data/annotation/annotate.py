@@ -115,8 +115,9 @@ def annotate_images(
         kept = {digest: pairs for digest, pairs in kept.items() if pairs}
         licences = {digest: seen.accepted[digest].metadata.get("licence", licence) for digest in kept}
         skipped = [] if unused is None else unused.lines
-        for source, rejection in seen.rejected if unused is not None else ():
-            unused.add(source.name, rejection.reason)
+        if unused is not None:
+            for source, rejection in seen.rejected:
+                unused.add(source.name, rejection.reason)
 
         def record_of(read: tuple[str, bytes]) -> list[AnnotatedRecord]:
             digest, data = read

@@ -31,7 +31,7 @@ def _transform(profile: bytes) -> tuple[Any, str]:
     from PIL import Image, ImageCms
 
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = _OF_MODE.get(source.profile.xcolor_space)
         if mode is None:
             return None, ""

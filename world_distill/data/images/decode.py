@@ -118,6 +118,9 @@ def as_kept(data: bytes, pixels: np.ndarray) -> bytes:
     Places, cameras, comments and whatever follows the picture are left out.
     """
     plain = without_tags(data)
-    if plain is not None and np.array_equal(decode_png(plain), pixels):
-        return plain
+    try:
+        if plain is not None and np.array_equal(decode_png(plain), pixels):
+            return plain
+    except ImageError:  # it needs what was taken out
+        pass
     return encode_png(pixels)

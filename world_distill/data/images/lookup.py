@@ -71,14 +71,14 @@ class ImageLookup:
         if self._is_local and (not foreign or wanted.startswith("/")):
             for start in self._starts:
                 found = self._at(start, wanted)
-                if isinstance(found, FileImage):
+                if found is not None and not isinstance(found, str):
                     return found
                 outside |= found == OUTSIDE
         if ".." not in parts[-1:] and (found := self._ending(parts)):
             return found[0].source if len({place.real for place in found}) == 1 else self._nearest(found)
         return OUTSIDE if outside else MISSING
 
-    def _at(self, start: str, wanted: str) -> FileImage | str | None:
+    def _at(self, start: str, wanted: str) -> ImageSource | str | None:
         for end in ("",) if is_image(wanted) else ("", *SUFFIXES):
             path = pathlib.Path(start, wanted + end)
             try:

@@ -127,7 +127,10 @@ class _Parquet(_Table):
         """Whether no cell of a row group has bytes: the rows have paths only."""
         if self._leaf is None:
             return True
-        statistics = parquet.metadata.row_group(group).column(leaves.index(self._leaf)).statistics
+        column = parquet.metadata.row_group(group).column(leaves.index(self._leaf))
+        if column.total_uncompressed_size > 100 * self._counts[group]:
+            return False  # more than a null or a repeated cell takes
+        statistics = column.statistics
         return statistics is not None and bool(statistics.has_null_count) and statistics.num_values == 0
 
     def fields(self) -> Iterator[dict[str, Any]]:
@@ -156,7 +159,9 @@ class _Parquet(_Table):
                     self._close()
                     self._stream, self._next = self._pictures(), 0
                 while self._next <= first:
-                    at, batch = next(self._stream)
+                    at, batch = next(self._stream, (0, None))
+                    if batch is None:  # it has ended too early, or at damage before
+                        raise EOFError("its pictures end before this row")
                     self._next = at + _BATCH
                     self._batches[at] = batch
                     while len(self._batches) > _BATCHES:
@@ -206,11 +211,11 @@ class _Arrow(_Table):
         is_file = source.read(6) == b"ARROW1"  # the file format; `datasets` writes the stream format
         source.seek(0)
         self._table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(source).read_all()
+        self._table.validate(full=True)  # places in the file are trusted from here on, and wrong ones end the program
         self.column = _picture_column(self._table.schema)
 
     def fields(self) -> Iterator[dict[str, Any]]:
-        import pyarrow.compute as compute
-
+        pyarrow = needs_pyarrow(self.file.path)
         table = self._table
         for field in self._table.schema:
             if _is_picture(field.type):
@@ -218,7 +223,8 @@ class _Arrow(_Table):
                 cells = table.column(at)
                 paths = None
                 if field.name == self.column and _is_struct(field.type) and field.type.get_field_index("path") >= 0:
-                    paths = compute.struct_field(cells, "path")
+                    parts = [chunk.field("path") for chunk in cells.chunks]
+                    paths = pyarrow.chunked_array(parts, field.type.field("path").type)
                 table = table.remove_column(at) if paths is None else table.set_column(at, field.name, paths)
         for batch in table.to_batches(max_chunksize=1024):
             for row in batch.to_pylist():
