@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def exported(folder, out):
-    assert cli.main(["export", "--workdir", str(folder), "--out", str(out)]) == 0
+    assert cli.main(["export", "--workdir", str(folder), "--format", "diffusers", "--out", str(out)]) == 0
     return safetensors.numpy.load_file(out)
 
 

@@ -233,7 +233,7 @@ def test_parts_that_are_not_here_are_named_and_left_out_when_told(tmp_path, base
         reading(path)
     found = reading(path, without=(part,))
     assert_changes(base, found.tree, weights_of(expected()))
-    assert found.left_out == {part: list(more)}
+    assert {name: set(keys) for name, keys in found.left_out.items()} == {part: set(more)}
     with pytest.raises(TensorFileError, match="no LoRA of a video transformer"):
         reading(save(tmp_path / "y.safetensors", more), without=(part,))
 
