@@ -130,6 +130,13 @@ def _text(key, value):
     return info
 
 
+def test_what_a_drawn_picture_shows_stays_with_it():
+    drawn = data("PNG", pnginfo=_text("scene", "[1]"))
+    assert Image.open(io.BytesIO(as_kept(drawn, decode_png(drawn)))).text == {"scene": "[1]"}
+    told = data("PNG", pnginfo=_text("scenery", "[1]"))
+    assert Image.open(io.BytesIO(as_kept(told, decode_png(told)))).text == {}
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpegs_without_their_tags_have_the_same_pixels(mode, progressive):

