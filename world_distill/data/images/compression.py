@@ -102,10 +102,14 @@ class _Forward(io.RawIOBase):
         super().close()
 
 
+class MissingExtraError(ImageError):
+    """A file is whole, but the package that reads it is not installed; the message names the extra."""
+
+
 def needs_pyarrow(where: str) -> Any:
-    """The package pyarrow. Raises ImageError, naming the extra, without it."""
+    """The package pyarrow. Raises MissingExtraError without it."""
     try:
         import pyarrow
     except ImportError as error:
-        raise ImageError(f"{where}: is read with pyarrow: pip install 'world-distill[data]'") from error
+        raise MissingExtraError(f"{where}: is read with pyarrow: pip install 'world-distill[data]'") from error
     return pyarrow

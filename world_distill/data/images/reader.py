@@ -22,7 +22,7 @@ from typing import Any
 from world_distill.data import field_names
 from world_distill.data.images import kinds
 from world_distill.data.images.archives import SIDE_FILES, fields_of, in_archive
-from world_distill.data.images.compression import DAMAGE
+from world_distill.data.images.compression import DAMAGE, MissingExtraError
 from world_distill.data.images.decode import clean_text
 from world_distill.data.images.files import File, find_files, is_address
 from world_distill.data.images.lookup import MISSING, WORDS, ImageLookup
@@ -69,6 +69,7 @@ def read_rows(files: Sequence[File], unused: Unused, *, skip_bad: bool = False) 
     """What the files say of pictures, in order: first the rows, then archives, tables and pictures as they come.
 
     Raises ImageError for a file that is damaged, unless `skip_bad`: of that one, what comes before the damage counts.
+    Raises MissingExtraError for a file whose package is not installed.
     """
     sides = side_files(files)
     passed = {side for found in sides.values() for side in found.values()}
@@ -79,6 +80,8 @@ def read_rows(files: Sequence[File], unused: Unused, *, skip_bad: bool = False) 
             yield from _rows_of(file, sides.get(file, {}), unused, skip_bad)
         except (ImageError, *DAMAGE) as error:
             text = str(error) if isinstance(error, ImageError) else f"{file.path}: damaged or cut off ({error})"
+            if isinstance(error, MissingExtraError):
+                raise  # nothing is wrong with the file, which may be the whole data set
             if not skip_bad:
                 raise ImageError(text) from error
             unused.skip(file.name, "container", text.removeprefix(f"{file.path}: "), "damaged or cut off")
@@ -122,7 +125,7 @@ def for_images(files: Sequence[File], unused: Unused) -> list[File]:
         metadata = kinds.base_name(file.name).partition(".")[0] == _METADATA
         if kinds.is_image(file.name) or kinds.is_archive(file.name) or (kind is not None and (file.given or metadata)):
             taken.append(file)
-        elif kind == "parquet" and _stem(file) in archives and not has_pictures(file):
+        elif kind == "parquet" and _stem(file) in archives and not _has_pictures(file):
             continue  # img2dataset's, which says again what the archive beside it has
         elif kind == "parquet" or (kind == "arrow" and _belongs(file, arrows)):
             taken.append(file)
@@ -280,6 +283,13 @@ def _arrows_of_sets(files: Sequence[File]) -> dict[str, set[str]]:
 def _belongs(file: File, sets: Mapping[str, set[str]]) -> bool:
     base = os.path.basename(file.path)
     return base in sets[file.folder] if file.folder in sets else not base.startswith("cache-")
+
+
+def _has_pictures(file: File) -> bool:
+    try:
+        return has_pictures(file)
+    except ImageError:  # damaged, or pyarrow is missing; neither matters for what is said again
+        return False
 
 
 def _is_unnamed_picture(file: File) -> bool:
