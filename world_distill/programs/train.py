@@ -31,7 +31,7 @@ from world_distill.errors import UserError
 from world_distill.evaluation.held_out import audit, make_held_out
 from world_distill.evaluation.scoring import QUESTIONS, summarise
 from world_distill.interfaces import Judge
-from world_distill.judges.ask import check_judge, note_other_rubrics
+from world_distill.judges.ask import begun_rubric, check_judge, note_other_rubrics
 from world_distill.settings.loading import to_json
 from world_distill.storage.checkpoints import Checkpointer, make_metadata
 from world_distill.storage.metric_log import MetricLog
@@ -110,6 +110,8 @@ def train(
     cache = run_folder.open_cache(config, workdir) if judge is not None or config.held_out.factory else None
     rubric = build.make_rubric(config)
     if cache is not None and judge is not None:
+        if restored is not None and not config.judge.rubric and not config.judge.cache:
+            rubric = begun_rubric(cache, rubric)  # the reward's wording is part of what is trained
         note_other_rubrics(cache, rubric)
     collector = Collector(programs, judge=judge, cache=cache, rubric=rubric, negative=negative)
     evaluator = validation = None
