@@ -10,7 +10,7 @@
 `ask` ends with code 0 if judge and annotator do what `--judge` and `--annotator` say: pass, or are refused with these
 words. A server that passes is asked about clips as well: again for the same answers, about a clip with a mark of a chat
 in its task, and with a question that is too long for any context. `--record FILE` keeps every reply of the server, one
-JSON object a line: what is new among them becomes a case of the tests that replay them.
+JSON object a line; `tests/vlm/recorded/` has some, which `tests/vlm/test_recorded.py` replays.
 
 What each kind is known to do: vLLM passes as both; `transformers serve` gives no log-probabilities and passes as the
 annotator; llama.cpp with a text model refuses pictures with status 500.

@@ -171,12 +171,16 @@ def test_answers_to_another_version_of_the_questions_stay_and_are_told(tmp_path,
     judge_clips(FakeJudge(), cache, clips, tasks, agents, load_rubric("1"), ["task"])
     ask.note_other_rubrics(cache, load_rubric("1"))
     assert not logged
+    new = load_rubric(fps=8.0)
+    assert ask.begun_rubric(cache, new) == load_rubric("1", fps=8.0)  # a run of an earlier release
     ask.note_other_rubrics(cache, load_rubric())
     assert load_rubric("1").version in logged[0] and "judge.rubric=1" in logged[0]
     judge = FakeJudge()
     judge_clips(judge, cache, clips, tasks, agents, load_rubric(), ["task"])
     again = FakeJudge()
     judge_clips(again, cache, clips, tasks, agents, load_rubric("1"), ["task"])
+    assert ask.begun_rubric(JudgmentCache(tmp_path / "d"), new) is new
+    assert ask.begun_rubric(cache, new).version == load_rubric("1").version
     assert len(judge.requests) == 2 and not again.requests and cache.rubrics() == {
         load_rubric("1").version, load_rubric().version,
     }  # fmt: skip

@@ -9,7 +9,7 @@ from absl import logging
 from world_distill.interfaces import Judge, JudgeAnswer, JudgeRequest
 from world_distill.judges.memory.cache import JudgmentCache, clip_digest, make_key
 from world_distill.judges.memory.entries import About
-from world_distill.judges.rubric import Rubric
+from world_distill.judges.rubric import Rubric, load_rubric
 from world_distill.structs import Judgment
 from world_distill.vlm.chat_marks import ForbiddenText, refuse_marks
 
@@ -121,6 +121,15 @@ def _ask(
         count = len(requests) + len(refused)
         logging.warning("judge %s failed on %d of %d; first: %s", judge.name, len(reasons), count, reasons[0])
     return known
+
+
+def begun_rubric(cache: JudgmentCache, rubric: Rubric) -> Rubric:
+    """The questions that a resumed run goes on with: the package's `rubric`, or version 1 if it began with that."""
+    first, entry = load_rubric("1", fps=rubric.fps), next(iter(cache.entries(part=1)), None)
+    if entry is None or entry.about.rubric != first.version:
+        return rubric
+    logging.info("this run goes on with version 1 of the questions (%s), as it began", first.version)
+    return first
 
 
 def note_other_rubrics(cache: JudgmentCache, rubric: Rubric) -> None:

@@ -153,7 +153,7 @@ class LocalJudge:
         """What is asked about a clip: the frames first, so that the beginning is the same for all questions."""
         numbers = chosen_frames(clip, self._frames)
         images = chosen_images(clip, frames=numbers, max_side=self._max_side)
-        parts: list[dict[str, object]] = [text_part(INTRO)]
+        parts: list[Message] = [text_part(INTRO)]
         for label, image in zip(frame_labels(clip, numbers), images, strict=True):
             parts += [text_part(label), {"type": "image", "image": image}]
         return [[{"role": "user", "content": [*parts, text_part(question)]}] for question in questions]

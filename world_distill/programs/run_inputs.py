@@ -19,7 +19,7 @@ from world_distill.devices import hosts
 from world_distill.evaluation.held_out import HeldOut, make_held_out
 from world_distill.evaluation.scoring import Evaluator
 from world_distill.interfaces import Judge
-from world_distill.judges.ask import check_judge, note_other_rubrics
+from world_distill.judges.ask import check_judge
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import Rubric
 from world_distill.settings.loading import to_json
@@ -42,7 +42,7 @@ class RunInputs:
       base: the frozen weights, on the mesh.
       negative: states of the text that guidance leads away from, if any guidance is on.
       judge: who rewards; None without RL.
-      rubric: the judge's questions.
+      rubric: the judge's questions; a run that began with others goes on with those.
       held_out: a second judge that is asked at evaluation only; None: none.
       cache: the judges' answers; None where nobody is asked, or where nothing may be written.
       evaluator: what samples and scores validation tasks; None: never.
@@ -90,8 +90,6 @@ def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = Tru
     judge = build.make(config, "judge") if settings.questions and programs.objective.rl != "none" else None
     asked = judge is not None or config.held_out.factory
     cache = run_folder.open_cache(config, workdir) if asked and writes else None
-    if cache is not None and judge is not None:
-        note_other_rubrics(cache, rubric)
     try:
         held_out = make_held_out(config, settings.questions, judge, cache)
         _test(judge)

@@ -24,6 +24,7 @@ from world_distill.devices.profiler import Profiler
 from world_distill.errors import UserError
 from world_distill.evaluation.held_out import audit
 from world_distill.evaluation.scoring import QUESTIONS, summarise
+from world_distill.judges.ask import begun_rubric, note_other_rubrics
 from world_distill.programs.run_inputs import open_inputs
 from world_distill.storage.checkpoints import Checkpointer, make_metadata
 from world_distill.storage.metric_log import MetricLog
@@ -86,7 +87,12 @@ def train(
     elif restored is not None:
         console.say(f"continuing {workdir} after step {first}")
     profiler = Profiler(workdir / "profile", profile, first=first + 1, last=config.steps)
-    collector = Collector(programs, judge=inputs.judge, cache=cache, rubric=inputs.rubric, negative=inputs.negative)
+    rubric = inputs.rubric
+    if cache is not None and inputs.judge is not None:
+        if restored is not None and not config.judge.rubric and not config.judge.cache:
+            rubric = begun_rubric(cache, rubric)  # the reward's wording is part of what is trained
+        note_other_rubrics(cache, rubric)
+    collector = Collector(programs, judge=inputs.judge, cache=cache, rubric=rubric, negative=inputs.negative)
     evaluator, validation, held_out = inputs.evaluator, inputs.validation, inputs.held_out
     run_folder.claim_folder(config, workdir)
 

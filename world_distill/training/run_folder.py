@@ -43,7 +43,6 @@ _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
 FREE_KEYS = (
     "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch",
     "encode_batch", "ablation", "checkpoints", "held_out", "judge.cache", "judge.keep_clips",
-    "judge.rubric",  # a release may bring a new version of the questions: a run can go on with the one that it had
 )  # fmt: skip
 
 

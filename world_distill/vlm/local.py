@@ -64,6 +64,7 @@ class LocalVLM:
         self._dtype, self._device, self._device_map = dtype, device, device_map
         self.name = f"{identity(model, self._source)} {dtype}"
         self._lock = threading.RLock()
+        self._processor: Any = None  # of a class that is not in `SHARING`
         self._model: Any = None
 
     def __repr__(self) -> str:
