@@ -54,22 +54,24 @@ def _read(name: str, folder: pathlib.Path) -> Any:
 
 def _build_transformer(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
     """diffusers' network with tensors of the original layout, under the names that diffusers gives them."""
-    import diffusers
     from diffusers.loaders import single_file_utils
 
     renamed = single_file_utils.convert_wan_transformer_to_diffusers(dict(_torch(tensors)))
-    network: Any = diffusers.WanTransformer3DModel.from_config(config)
-    network.load_state_dict(renamed, strict=True)
-    return network.float().eval()
+    return _fill("WanTransformer3DModel", config, renamed)
 
 
 def _build_vae(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], codec: vae.VaeConfig) -> Any:
     """As `_build_transformer`; of 2.2, diffusers has no table of the original names, so the names are ours."""
+    theirs = {original_vae_name(name, codec): name for entry in vae_entries(codec) for name in entry.names}
+    return _fill("AutoencoderKLWan", config, {theirs[name]: x for name, x in _torch(tensors)})
+
+
+def _fill(name: str, config: Mapping[str, Any], weights: Mapping[str, Any]) -> Any:
+    """diffusers' network of that name with these weights; names that do not fit are an error."""
     import diffusers
 
-    theirs = {original_vae_name(name, codec): name for entry in vae_entries(codec) for name in entry.names}
-    network: Any = diffusers.AutoencoderKLWan.from_config(config)
-    network.load_state_dict({theirs[name]: x for name, x in _torch(tensors)}, strict=True)
+    network = getattr(diffusers, name).from_config(dict(config))
+    network.load_state_dict(weights, strict=True)
     return network.float().eval()
 
 
