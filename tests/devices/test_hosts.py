@@ -150,6 +150,7 @@ def test_each_process_reads_the_tasks_of_its_own_rollouts(inputs, two):
     for text, own in zip(two[1], (slice(count // 2), slice(count // 2, None)), strict=True):
         read = [int(found) for found in re.findall(r"read train (\d+)", text)]
         assert read == [size[name] for step in ids for name in step[own]]
+        assert len(re.findall(r"read validation", text)) == 2 * (STEPS // 2)  # of four clips, at every evaluation
 
 
 @pytest.mark.parametrize("rows, ways", [(8, 4), (8, 8), (4, 8)])
