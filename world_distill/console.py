@@ -88,9 +88,18 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
-def size(bytes_: float) -> str:
-    """An amount of memory or disk for people: "345 MiB", "12.3 GiB"."""
-    return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.3g} MiB"
+def memory(count: float) -> str:
+    """Bytes of memory for people, in the units of accelerators: "345 MiB", "12.3 GiB"."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+def disk(count: float) -> str:
+    """Bytes on a disk for people, in the units of disks: "1.5 kB", "215 GB"."""
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while count >= 999.5 and unit != "TB":
+        count, unit = count / 1000, next(units)
+    return f"{count:.0f} {unit}" if count >= 99.5 or unit == "B" else f"{count:.3g} {unit}"
 
 
 def duration(seconds: float) -> str:

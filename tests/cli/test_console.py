@@ -23,6 +23,14 @@ def test_a_rate_has_its_interval_behind_it_and_a_difference_its_sign():
 
 
 @pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (99_600, "100 kB"), (2e11, "200 GB"), (3e15, "3000 TB")],
+)
+def test_sizes_on_a_disk_are_written_for_people(count, text):
+    assert console.disk(count) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.2, "0 s"), (99, "99 s"), (100, "2 min"), (5400, "90 min"), (12_000, "3 h 20 min"), (190_000, "2 d 4 h")],
 )

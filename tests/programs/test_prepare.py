@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from world_distill import cli
-from world_distill.cli.encode import TimeLeft
 from world_distill.data.images.png import encode_png
 from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordReader, write_records
 from world_distill.programs import prepare
@@ -106,14 +105,6 @@ def test_texts_that_are_too_long_for_the_config_are_left_out(capsys, folder):
     said, counts = encode(capsys, folder, "--config.text_length=1")  # words
     assert counts["left_out"] == 3 and f"left out 3 records: {folder}/train.left_out.jsonl says which and why" in said
     assert RecordReader(folder, "train").longest_texts["text"]["length"] == 1
-
-
-def test_the_time_that_is_left():
-    left = TimeLeft()
-    assert [left.after(done, 1000, now) for done, now in ((0, 0), (10, 100), (20, 105), (30, 110))][:3] == [None] * 3
-    assert left.after(40, 1000, 115) is None  # said at the fourth call
-    assert left.after(150, 1000, 170) == "150 of 1000 tasks done, 2 a second: about 7 min left"
-    assert left.after(990, 1000, 590) is None  # not worth saying
 
 
 @pytest.mark.parametrize(

@@ -102,10 +102,8 @@ def run(args: argparse.Namespace) -> int:
         console.say(f"{name}: {count}")
     if line := unused.line():
         console.say(line)
-    console.say(
-        f"wrote {args.out / args.name}_annotated; next: world-distill encode --config {args.config}"
-        f" --records {args.out} --name {args.name}"
-    )
     if args.json:
         atomic.write_json(args.json, counts)
+    encode = ("encode", "--config", args.config, "--records", args.out, "--name", args.name)
+    console.finish("wrote tasks and solutions", f"{args.out / args.name}_annotated", then=[encode])
     return 0

@@ -67,8 +67,6 @@ def run(args: argparse.Namespace) -> int:
             source, args.dest, dtype=args.dtype, name=args.source.partition("@")[0], vae=args.vae,
             revision=located.revision, license=located.license,
         )  # fmt: skip
-        size = f"{summary['arrays']} arrays, {summary['gigabytes']:.2f} GB"
-        console.say(f"{args.dest}: {size}, family {summary['family']}; use it with --config.base={args.dest}")
     if args.verify:
         summary["verify"] = verify.compare(source, args.dest, args.vae)
     if args.json:
@@ -81,4 +79,10 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.dest} does not compute what diffusers computes from {source}: {', '.join(failed)} off by more"
                 f" than {verify.TOLERANCE} of the largest value. Do not use it"
             )
+    size = (
+        f"{summary['arrays']} arrays, {summary['gigabytes']:.2f} GB, family {summary['family']}"
+        if summary.get("arrays")
+        else "compared"
+    )
+    console.finish(size, f"{args.dest}; use it with --config.base={args.dest}")
     return 0

@@ -1,10 +1,7 @@
 """`world-distill encode`."""
 
 import argparse
-import contextlib
 import pathlib
-import time
-from collections.abc import Callable, Iterator
 
 from world_distill import console
 from world_distill.cli import arguments
@@ -37,9 +34,6 @@ or for records that were encoded without one, call it again in the same way: the
   world-distill encode --config sandbox --records data --name train --validation 0.02
   world-distill encode --config sandbox --records data --name train --shard 0/4     # and 1/4, 2/4, 3/4 elsewhere
 """
-
-_SAY_AGAIN = 60.0  # seconds between two lines about the time that is left, at least
-_WORTH_SAYING = 10.0  # seconds that are left
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,15 +72,14 @@ def run(args: argparse.Namespace) -> int:
     reader = RecordReader(args.records, f"{args.name}_annotated")
     counts = prepare.Encoder(config).encode_split(
         reader, args.records, name=args.name, splits=splits, shards=shards, only=only, batch=batch,
-        scene_dtype=args.scene_dtype, say=console.say, progress=_progress,
+        scene_dtype=args.scene_dtype, say=console.say, progress=lambda: arguments.progress_bar("task"),
     )  # fmt: skip
-    for name, of_set in counts.items():
-        for line in describe(of_set, args.records / name):
-            console.say(line)
-    if args.name == "train" and not any(of_set["shards_missing"] for of_set in counts.values()):
-        console.say(
-            f"next: world-distill train --config {args.config} --config.data={args.records} --workdir runs/mine"
-        )
+    lines = [line for name, of_set in counts.items() for line in describe(of_set, args.records / name)]
+    for line in lines[:-1]:
+        console.say(line)
+    whole = not any(of_set["shards_missing"] for of_set in counts.values())
+    train = ("train", "--config", args.config, f"--config.data={args.records}", "--workdir", "runs/mine")
+    console.finish(lines[-1], then=[train] if whole and args.name == "train" else [])
     if args.json:
         atomic.write_json(args.json, counts if splits else counts[args.name])
     return 0
@@ -94,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(counts: dict[str, int], where: pathlib.Path) -> list[str]:
     """Lines about the counts of one set of `Encoder.encode_split`."""
-    from world_distill.data.records.estimate import size_text
     from world_distill.data.records.reader import RecordReader
 
     missing, encoded, left_out = (counts[key] for key in ("shards_missing", "encoded", "left_out"))
@@ -108,46 +100,10 @@ def describe(counts: dict[str, int], where: pathlib.Path) -> list[str]:
         lines = [f"{begin}{'; ' if begin else ''}{where} is complete with {len(reader)} records"]
         lines[0] += "" if begin else ": nothing to do"
     if encoded:
-        each = size_text(counts["bytes"] / encoded)
-        expected = size_text(counts["estimated_bytes"] / (encoded + counts["left_out"]))
-        lines.append(f"wrote {size_text(counts['bytes'])}, {each} a record (estimate: {expected})")
+        each = console.disk(counts["bytes"] / encoded)
+        expected = console.disk(counts["estimated_bytes"] / (encoded + counts["left_out"]))
+        lines.append(f"wrote {console.disk(counts['bytes'])}, {each} a record (estimate: {expected})")
     if left_out:
         where_listed = "listed when all shards are written" if missing else f"{where}.left_out.jsonl says which and why"
         lines.append(f"left out {left_out} records: {where_listed}")
     return lines
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar, and now and then a line about the time that is left."""
-    left = TimeLeft()
-    with arguments.progress_bar("task") as bar:
-
-        def show(done: int, total: int) -> None:
-            bar(done, total)
-            if text := left.after(done, total, time.monotonic()):
-                console.say(text)
-
-        yield show
-
-
-class TimeLeft:
-    """When a job will be done, from its batches; the first one, which loads weights and compiles, is not counted."""
-
-    def __init__(self):
-        self._calls, self._begin, self._said = 0, (0, 0.0), float("-inf")
-
-    def after(self, done: int, total: int, now: float) -> str | None:
-        """A line to say when `done` of `total` are done at time `now`, in seconds; None: nothing, this time."""
-        from world_distill.data.records.estimate import time_text
-
-        self._calls += 1
-        if self._calls <= 2:
-            self._begin = done, now
-            return None
-        rate = (done - self._begin[0]) / max(now - self._begin[1], 1e-9)
-        left = (total - done) / rate if rate else 0.0
-        if self._calls < 4 or left < _WORTH_SAYING or now - self._said < max(_SAY_AGAIN, left / 10):
-            return None
-        self._said = now
-        return f"{done} of {total} tasks done, {rate:.3g} a second: about {time_text(left)} left"

@@ -53,9 +53,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         layout: Any = args.format
         summary = export.export_lora(args.workdir, args.out, layout=layout, **common)
-    console.say(f"{args.out}: {summary['tensors']} tensors, {summary['bytes'] / 1e6:.1f} MB, step {summary['step']}")
     for line in summary.get("unread", ()):
         console.say(f"diffusers does not read this file: {line}; give it one of --format diffusers")
     if args.json:
         atomic.write_json(args.json, summary)
+    made = f"{summary['tensors']} tensors, {console.disk(summary['bytes'])}, of step {summary['step']}"
+    console.finish(made, args.out, then=[("inspect-weights", args.out)])
     return 0

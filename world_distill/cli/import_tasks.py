@@ -81,12 +81,10 @@ def run(args: argparse.Namespace) -> int:
     console.say(describe(card["schema"], card))
     if line := unused.line():
         console.say(line)
-    console.say(
-        f"wrote {args.out / args.name}_annotated; next: world-distill encode --config CONFIG --records {args.out}"
-        f" --name {args.name}"
-    )
     if args.json:
         atomic.write_json(args.json, card)
+    encode = ("encode", "--config", "CONFIG", "--records", args.out, "--name", args.name)
+    console.finish("imported tasks", f"{args.out / args.name}_annotated", then=[encode])
     return 0
 
 

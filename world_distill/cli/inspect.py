@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         title = f"Records of {args.name}"
         atomic.write_text(args.html, records.html_page(title, counts, [reader[i] for i in rows]))
-        console.say(f"wrote {args.html}")
     if args.json:
         atomic.write_json(args.json, counts)
+    if args.html:
+        console.finish("wrote a page to be opened in a browser", args.html)
     return 0

@@ -29,6 +29,7 @@ GIB = 2**30
 # Extra -> modules, and what they are for. What `setup.py` installs for it.
 EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "vlm": (("openai", "av", "pyarrow"), "VLM servers, MP4 files, judgments as Parquet"),
+    "data": (("pyarrow", "pillow_heif"), "Parquet and Arrow tables, HEIC pictures"),
     "torch": (("torch", "diffusers", "peft"), "text encoders, VLMs in this process, convert --verify"),
     "colab": (("ipywidgets", "matplotlib"), "the notebooks"),
     "completion": (("shtab",), "world-distill completion"),

@@ -37,7 +37,7 @@ def dry_run(config, workdir: pathlib.Path, *, say: Callable[[str], None] = conso
     say(f"records: {len(inputs.reader)} tasks in {inputs.reader.index_path}")
     say(f"validation: {_validation(inputs, config)}")
     say(f"judge: {inputs.judge.name if inputs.judge else 'none, since objective.rl = none'}")
-    say(f"weights: {config.base or 'none named'}, {console.size(_bytes(inputs.base))} over all devices")
+    say(f"weights: {config.base or 'none named'}, {console.memory(_bytes(inputs.base))} over all devices")
     say(f"{left} steps of {rows} rollouts" + (f", after step {done}" if done else ""))
 
     devices = list(mesh.devices.flat)
@@ -48,7 +48,7 @@ def dry_run(config, workdir: pathlib.Path, *, say: Callable[[str], None] = conso
     seconds = result["step_seconds"] * left if "step_seconds" in result else None
     say(f"memory: {_memory(result, devices)}")
     say(f"time: {_time(result, seconds, left)}")
-    say(f"disk: {console.size(bytes_ * (config.keep + 1))} for {config.keep} checkpoints, beside clips and logs")
+    say(f"disk: {console.disk(bytes_ * (config.keep + 1))} for {config.keep} checkpoints, beside clips and logs")
     more = {"steps": left, "records": len(inputs.reader), "state_bytes": bytes_, "seconds": seconds}
     return result | more
 
@@ -75,8 +75,8 @@ def _memory(result: dict[str, Any], devices: list[Any]) -> str:
     limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
     if devices[0].platform == "cpu":  # which all devices share
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return f"{console.size(need * len(devices))} at the peak, of {console.size(machine)} of this machine"
-    return f"{console.size(need)} at the peak of a device" + (f", which has {console.size(limit)}" if limit else "")
+        return f"{console.memory(need * len(devices))} at the peak, of {console.memory(machine)} of this machine"
+    return f"{console.memory(need)} at the peak of a device" + (f", which has {console.memory(limit)}" if limit else "")
 
 
 def _time(result: dict[str, Any], seconds: float | None, steps: int) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from world_distill import console
 from world_distill.data.images.png import ImageError, decode_png
-from world_distill.data.records.estimate import size_text
 from world_distill.data.records.reader import AnnotatedRecord, RecordReader
 from world_distill.data.records.record_format import Record
 from world_distill.reports import page
@@ -56,7 +56,7 @@ def describe(counts: dict[str, Any]) -> list[str]:
     """The figures of `survey` as lines for a terminal."""
     kinds = [f"{printable(kind) or '(none)'} {n}" for kind, n in counts["kinds"].items()]
     more = [f"and {len(kinds) - _MOST_KINDS} more"] if len(kinds) > _MOST_KINDS else []
-    size, each = size_text(counts["bytes"]), size_text(counts["bytes"] / counts["records"])
+    size, each = console.disk(counts["bytes"]), console.disk(counts["bytes"] / counts["records"])
     left_out = f"; {counts['left_out']} left out ({counts['name']}.left_out.jsonl)" if counts["left_out"] else ""
     return [
         f"{counts['name']}: {counts['records']} {counts['type']}s about {counts['images']} images,"

@@ -14,7 +14,6 @@ from world_distill.data.images.png import decode_png, encode_png
 from world_distill.data.records import record_format
 from world_distill.data.records.encode import encode_records
 from world_distill.data.records.encoder_calls import fit_image
-from world_distill.data.records.estimate import size_text, time_text
 from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordError, RecordReader, write_records
 from world_distill.data.records.resumable import ResumableSet
 from world_distill.interfaces import TextError
@@ -498,19 +497,6 @@ def test_a_full_disk_is_seen_before(reader, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     count(reader, tmp_path / "new" / "folder", scenes={}, say=said.append)
     assert said[1] == f"warning: {tmp_path / 'new' / 'folder'} has 1 kB free, and 131 kB are needed: make room first"
-
-
-@pytest.mark.parametrize(
-    "count, text",
-    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (99_600, "100 kB"), (2e11, "200 GB"), (3e15, "3000 TB")],
-)
-def test_sizes_for_people(count, text):
-    assert size_text(count) == text
-
-
-@pytest.mark.parametrize("seconds, text", [(3, "3 s"), (89, "89 s"), (600, "10 min"), (12_000, "3 h 20 min")])
-def test_times_for_people(seconds, text):
-    assert time_text(seconds) == text
 
 
 # ---- What earlier versions wrote

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from world_distill import console
 from world_distill.data.images.png import ImageError
 from world_distill.data.records.heads import Heads
 
@@ -38,10 +39,10 @@ class Estimate:
 
     def describe(self) -> str:
         """One line."""
-        parts = ", ".join(f"{name} {size_text(getattr(self, name))}" for name in ("scenes", "pictures", "texts"))
-        each = size_text(self.total / max(self.records, 1))
+        parts = ", ".join(f"{name} {console.disk(getattr(self, name))}" for name in ("scenes", "pictures", "texts"))
+        each = console.disk(self.total / max(self.records, 1))
         what = f"{self.images} images and {self.records} records"
-        return f"about {size_text(self.total)} for {what} ({parts}), {each} a record"
+        return f"about {console.disk(self.total)} for {what} ({parts}), {each} a record"
 
 
 def estimate(
@@ -97,21 +98,4 @@ def disk_warning(folder: pathlib.Path, needed: float) -> str | None:
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if needed <= free:
         return None
-    return f"warning: {folder} has {size_text(free)} free, and {size_text(needed)} are needed: make room first"
-
-
-def size_text(count: float) -> str:
-    """Bytes for people: 1.5 kB, 215 GB."""
-    units = iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while count >= 999.5 and unit != "TB":
-        count, unit = count / 1000, next(units)
-    return f"{count:.0f} {unit}" if count >= 99.5 or unit == "B" else f"{count:.3g} {unit}"
-
-
-def time_text(seconds: float) -> str:
-    """A duration for people: 45 s, 12 min, 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"warning: {folder} has {console.disk(free)} free, and {console.disk(needed)} are needed: make room first"
