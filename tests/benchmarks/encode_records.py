@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 
+from world_distill import console
 from world_distill.data.images.png import encode_png
 from world_distill.data.records.encode import encode_records
 from world_distill.data.records.reader import AnnotatedRecord, RecordReader, write_records
@@ -43,9 +44,8 @@ def measure(folder: pathlib.Path, images: int, tasks: int, shards: int, limit: f
     write_records(folder, "train_annotated", annotated(images, tasks), shards)
     annotated_set = RecordReader(folder, "train_annotated")
     say(f"{images} pictures x {tasks} tasks, rows shuffled: written in {time.perf_counter() - started:.1f} s")
-    say(
-        f"annotated: {console.disk(annotated_set.bytes)}, {console.disk(annotated_set.bytes / len(annotated_set))} a record"
-    )
+    size = annotated_set.bytes
+    say(f"annotated: {console.disk(size)}, {console.disk(size / len(annotated_set))} a record")
 
     encoded, batches = 0, 0
 

@@ -12,7 +12,7 @@ from PIL import Image
 from small import HASH, SMALL, make_inputs
 
 from tests.test_notebooks import execute, shown
-from tests.test_readme import README, VALIDATION, own_pictures, ready
+from tests.test_readme import README, VALIDATION, own_pictures
 from world_distill import cli
 from world_distill.cli import arguments, command
 from world_distill.errors import UserError
@@ -105,7 +105,6 @@ def test_readmes_own_pictures_become_records_an_executor_and_clips(base, whole, 
     small = ["--config", "sandbox", *(f"--config.{key}={value}" for key, value in changed.items())]
     said = {}
     for words in own_pictures():
-        ready(words)
         words = [word for word in words if "text_encoder" not in word]  # the sandbox has one
         words += small if "--config" in words else ["--limit", "1"] if words[0] == "generate" else []
         words += [VALIDATION, "0.5"] if VALIDATION in words else []  # 0.02 of 8 pictures is none

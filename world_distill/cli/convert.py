@@ -79,10 +79,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.dest} does not compute what diffusers computes from {source}: {', '.join(failed)} off by more"
                 f" than {verify.TOLERANCE} of the largest value. Do not use it"
             )
-    size = (
-        f"{summary['arrays']} arrays, {summary['gigabytes']:.2f} GB, family {summary['family']}"
-        if summary.get("arrays")
-        else "compared"
-    )
-    console.finish(size, f"{args.dest}; use it with --config.base={args.dest}")
+    made = "compared the weights"
+    if not there:
+        made = f"{summary['arrays']} arrays, {summary['gigabytes']:.2f} GB, family {summary['family']}"
+    console.finish(made, f"{args.dest}; use it with --config.base={args.dest}")
     return 0

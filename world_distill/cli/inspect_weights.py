@@ -35,10 +35,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--config {args.config}: nobody publishes weights of model family {family.name}")
     found = inspect_weights.inspect(args.path, LoraModel.of(family))
     width = max(map(len, found))
-    console.say(f"{args.path}: {found['kind']}")
     for key, value in found.items():
         if key != "kind":
             console.say(f"  {key:<{width}}  {value}")
     if args.json:
         atomic.write_json(args.json, found)
+    console.finish(f"{args.path}: {found['kind']}")
     return 0
