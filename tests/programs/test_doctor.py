@@ -98,4 +98,4 @@ def test_a_problem_is_an_exit_code_and_a_finding_has_its_remedy_below(monkeypatc
 def test_the_extras_are_those_that_setup_installs():
     text = (pathlib.Path(__file__).parents[2] / "setup.py").read_text()
     assert all(f'"{name}": [' in text for name in doctor.EXTRAS)
-    assert all(f'"{module}>=' in text for modules, _ in doctor.EXTRAS.values() for module in modules)
+    assert all(f'"{module.replace("_", "-")}>=' in text for modules, _ in doctor.EXTRAS.values() for module in modules)

@@ -138,7 +138,7 @@ def test_clips_at_evaluation_are_guided_by_role(run):
     programs, base, lora, _, _ = parts(config)
     family, reader = programs.family, RecordReader(config.data, "test")
     evaluator = run_folder.make_evaluator(config, family, programs.mesh, None)
-    batch = train.task_batches(reader, tasks_per_step=4, seed=0, lengths={"text": config.text_length}).take()
+    batch = task_batches(reader, tasks_per_step=4, seed=0, lengths={"text": config.text_length}).take()
     grid, _ = build.sampler_grid(config)
     rows = np.arange(4)
     keys = sampling.sample_keys(jax.random.key(config.seed), rows)
@@ -227,7 +227,7 @@ def test_training_stops_before_it_starts_where_the_records_have_another_text(inp
     [
         ({"objective.beta_d": ((0, 0.0),)}, r"demonstrator\.guidance has no effect"),
         (VARIANTS["flow_grpo"], r"rollout\.guidance above 1 does not go with"),
-        ({"demonstrator.guidance": 0.5}, r"demonstrator\.guidance is at least 1"),
+        ({"demonstrator.guidance": 0.5}, r"demonstrator\.guidance must be at least 1"),
         ({"demonstrator.guidance": 1.0, "rollout.guidance": 1.0}, "no effect without guidance"),
     ],
 )

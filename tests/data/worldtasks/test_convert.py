@@ -258,8 +258,8 @@ def test_a_snapshot_of_the_hubs_cache_is_links_into_blobs(tmp_path):
 def test_the_closing_line_and_damaged_files(folder, capsys):
     assert call(folder) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-2] == "not used: 1 tasks (image_missing), 1 tasks (no_solution), 1 tasks (repeated)"
-    assert "next: world-distill encode" in said[-1]
+    assert said[-3] == "not used: 1 tasks (image_missing), 1 tasks (no_solution), 1 tasks (repeated)"
+    assert said[-2].startswith("imported tasks: ") and said[-1].startswith("next: world-distill encode ")
     rows_gz = gzip.compress((folder / "train/train.jsonl").read_bytes() * 100, 0)
     (folder / "cut.jsonl.gz").write_bytes(rows_gz[: len(rows_gz) - 900])
     assert call(folder, "--rows", "cut.jsonl.gz") == 2
