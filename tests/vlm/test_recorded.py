@@ -11,7 +11,7 @@ from world_distill.errors import UserError
 from world_distill.interfaces import JudgeRequest
 from world_distill.judges.answers import SPELLINGS, WORDS, read_answer
 from world_distill.judges.server import ServerJudge
-from world_distill.vlm.client import Client, Refused
+from world_distill.vlm.client import Client, Failure, Refused
 
 RECORDED = pathlib.Path(__file__).parent / "recorded"
 
@@ -27,7 +27,10 @@ def replay(monkeypatch):
             line = lines.pop(0)
             path = path.replace("http://server", "http://localhost:8123") if "localhost" in line["path"] else path
             assert (line["path"], line["fields"]) == (path, sorted(set(body or {}) - {"messages"}))
-            if line["problem"]:
+            kind, _, words = (line["problem"] or "").partition(": ")
+            if kind == "Failure":
+                raise Failure(words, own="status 500" in words)
+            if kind:
                 raise Refused(line["problem"], 400 if "status 400" in line["problem"] else 404)
             return line["reply"]
 
@@ -66,3 +69,10 @@ def test_what_vllm_says_of_red_pictures_is_read(line, log_odds):
     reading = read_answer(recorded[line]["reply"], ids, min_mass=0.5)
     assert reading.numbered and not reading.bounded and not reading.sampled_only and reading.mass > 0.99
     assert reading.log_odds == pytest.approx(log_odds, abs=0.01)
+
+
+def test_what_vllm_says_before_it_dies_is_told(replay):
+    left = replay("vllm_dies.jsonl")
+    with pytest.raises(UserError, match="ConnectError.*before that: .*status 500: EngineCore encountered an issue"):
+        ServerJudge("http://server/v1", "tiny", backoff=0.001).check()
+    assert not left
