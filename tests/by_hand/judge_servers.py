@@ -12,9 +12,10 @@ words. A server that passes is asked about clips as well: again for the same ans
 in its task, and with a question that is too long for any context. `--record FILE` keeps every reply of the server, one
 JSON object a line; `tests/vlm/recorded/` has some, which `tests/vlm/test_recorded.py` replays.
 
-What each kind is known to do: vLLM 0.32 (on a CPU, with `--max-model-len 2048 --enforce-eager`) passes as both, and
-refuses the long question with status 400; `transformers serve` gives no log-probabilities and passes as the annotator;
-llama.cpp with a text model refuses pictures with status 500 (tried before this script was, and not with it).
+What each kind is known to do: vLLM 0.32 (on a CPU, with `--max-model-len 2048 --enforce-eager`) passes as both, with
+`raw_logprobs` and with `processed_logprobs`, and refuses the long question with status 400; `transformers serve` gives
+no log-probabilities and passes as the annotator; llama.cpp with a text model refuses pictures with status 500 (tried
+before this script was, and not with it).
 """
 
 import argparse
