@@ -19,8 +19,8 @@ _MARKS = {
 }  # fmt: skip
 
 
-def save(folder, kind):
-    """Writes a random model with its processor. Returns the folder as a string."""
+def save(folder, kind, **more):
+    """Writes a random model with its processor; `more` fields of the text model's config. Returns the folder's name."""
     import transformers as tf
 
     picture = "<start_of_image>" if kind == "gemma3" else "<image>"
@@ -29,6 +29,7 @@ def save(folder, kind):
     number = tokenizer.convert_tokens_to_ids
     text = _TEXT | {
         "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        **more,
     }  # fmt: skip
     made = {"chat_template": template}
     if kind == "gemma3":

@@ -191,11 +191,18 @@ class Client:
 
     async def send_patiently(self, server: Server, path: str, body: Mapping[str, Any] | None = None) -> str:
         """Up to four attempts on one server. Raises as `send` does."""
+        told = ""
         for attempt in range(1, 5):
             try:
                 return await self.send(server, path, body)
             except Failure as failure:
+                # A server that dies of a request says why once, and then nothing.
+                told = told or (str(failure) if failure.own else "")
                 if attempt == 4:
+                    if told and not failure.own:
+                        raise Failure(
+                            f"{failure}; before that: {told}", wait=failure.wait, alive=failure.alive
+                        ) from None
                     raise
                 await asyncio.sleep(min(max(self.limits.wait(attempt), failure.wait), self.limits.backoff_limit))
         raise AssertionError
