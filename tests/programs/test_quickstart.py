@@ -57,6 +57,12 @@ def test_quickstart_writes_results_and_report_and_continues(base, whole, monkeyp
     assert quickstart.quickstart(config_of(base), folder)["rows"] == results["rows"]
 
 
+def test_a_base_that_is_not_there_leaves_the_folder_free(tmp_path):
+    with pytest.raises(UserError, match=r"there is no .*nowhere\.safetensors: --config\.base names"):
+        quickstart.quickstart(config_of(str(tmp_path / "nowhere.safetensors")), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.once
 def test_the_notebook_goes_on_with_a_run_that_was_trained(base, whole, tmp_path):
     folder = tmp_path / "run"

@@ -9,6 +9,7 @@ import time
 
 from world_distill import build, console
 from world_distill.data.records.reader import RecordReader
+from world_distill.errors import UserError
 from world_distill.evaluation.scoring import markdown
 from world_distill.programs import prepare, train
 from world_distill.programs.evaluate import ROLES, evaluate_roles
@@ -31,8 +32,9 @@ def quickstart(config, workdir: pathlib.Path) -> dict:
 
     stage(1, "scenes, tasks and solutions")
     run_folder.check_folder(config, workdir)
-    mesh = build.start_devices(config)
-    base_model.load_base(build.make_family(config, mesh), config, mesh)  # one that is missing is missed now
+    base = base_model.base_path(build.make_family(config), config.base)
+    if base and base != base_model.RANDOM and not pathlib.Path(base).exists():
+        raise UserError(f"there is no {base}: --config.base names the base's weights")
     run_folder.claim_folder(config, workdir)
     prepare.make_records(config, run_folder.data_folder(config, workdir), say=console.say)
     stage(2, f"training: {config.steps} steps")
