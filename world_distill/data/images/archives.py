@@ -4,13 +4,14 @@ Members with one name but for the ending belong together: `0001.jpg`, `0001.json
 is said of it. A picture without texts of its own has those of its name up to the first dot: `0001.left.jpg`.
 """
 
+import abc
 import contextlib
 import dataclasses
 import json
 import tarfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from world_distill.data.images.compression import DAMAGE, open_plain, opened
 from world_distill.data.images.decode import MAX_BYTES, clean_text
@@ -54,13 +55,13 @@ class _Archive:
 
 
 @dataclasses.dataclass(frozen=True)
-class TarImage:
-    """A member of an archive; an `ImageSource`."""
+class Member(abc.ABC):
+    """An image in an archive; an `ImageSource`."""
 
-    archive: _Archive
+    damage: ClassVar[tuple[type[Exception], ...]] = DAMAGE  # what reading a damaged archive raises
+    archive: Any  # has the archive's `file`
     member: str
-    offset: int  # of its bytes in the archive once decompressed
-    size: int
+    size: int  # in bytes
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -72,15 +73,29 @@ class TarImage:
         return clean_text(f"{self.archive.file.path}, member {self.member}")
 
     def read(self) -> bytes:
+        """The image's file. Raises ImageError: it is too large, or damaged."""
         if self.size > MAX_BYTES:
             raise ImageError(f"{self.where}: more than {MAX_BYTES >> 20} MiB, which is too large for a picture")
         try:
-            data = self.archive.read(self.offset, self.size)
-        except DAMAGE as error:
+            data = self._read()
+        except self.damage as error:
             raise ImageError(f"{self.where}: cannot be read ({error})") from error
         if len(data) != self.size:
             raise ImageError(f"{self.where}: the archive is cut off inside it")
         return data
+
+    @abc.abstractmethod
+    def _read(self) -> bytes: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _TarMember(Member):
+    """An image in a tar archive."""
+
+    offset: int = 0  # of its bytes in the archive once decompressed
+
+    def _read(self) -> bytes:
+        return self.archive.read(self.offset, self.size)
 
 
 @dataclasses.dataclass
@@ -113,7 +128,7 @@ def in_archive(file: File, unused: Unused, *, skip_bad: bool = False) -> list[Sa
                     if not member.isreg() or member.issparse() or is_hidden(member.name):
                         continue
                     if is_image(member.name):
-                        samples.append(Sample(TarImage(archive, member.name, member.offset_data, member.size)))
+                        samples.append(Sample(_TarMember(archive, member.name, member.size, offset=member.offset_data)))
                     elif member.name.lower().endswith(SIDE_FILES) and member.size <= MOST_SIDE:
                         key, _, end = member.name.rpartition(".")
                         texts.setdefault(key, {})[end.lower()] = _text(plain, member)

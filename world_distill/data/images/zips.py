@@ -1,14 +1,11 @@
 """Images in zip archives, with their side files; read from where they lie, never extracted."""
 
-import dataclasses
 import threading
 import zipfile
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
-from world_distill.data.images.archives import MOST_SIDE, SIDE_FILES, Sample, together
-from world_distill.data.images.decode import MAX_BYTES, clean_text
+from world_distill.data.images.archives import MOST_SIDE, SIDE_FILES, Member, Sample, together
 from world_distill.data.images.files import File
 from world_distill.data.images.kinds import is_hidden, is_image, is_unremarkable
 from world_distill.data.images.png import ImageError
@@ -33,30 +30,13 @@ class _Zip:
             return self._open.read(member)
 
 
-@dataclasses.dataclass(frozen=True)
-class ZipImage:
-    """A member of an archive; an `ImageSource`."""
+class _ZipMember(Member):
+    """An image in a zip archive."""
 
-    archive: _Zip
-    member: str
-    size: int
-    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    damage = _DAMAGE
 
-    @property
-    def name(self) -> str:
-        return clean_text(f"{self.archive.file.name}/{self.member}")
-
-    @property
-    def where(self) -> str:
-        return clean_text(f"{self.archive.file.path}, member {self.member}")
-
-    def read(self) -> bytes:
-        if self.size > MAX_BYTES:
-            raise ImageError(f"{self.where}: more than {MAX_BYTES >> 20} MiB, which is too large for a picture")
-        try:
-            return self.archive.read(self.member)
-        except _DAMAGE as error:
-            raise ImageError(f"{self.where}: cannot be read ({error})") from error
+    def _read(self) -> bytes:
+        return self.archive.read(self.member)
 
 
 def in_zip(file: File, unused: Unused) -> list[Sample]:
@@ -73,7 +53,7 @@ def in_zip(file: File, unused: Unused) -> list[Sample]:
                 if info.is_dir() or is_hidden(info.filename):
                     continue
                 if is_image(info.filename):
-                    samples.append(Sample(ZipImage(archive, info.filename, info.file_size)))
+                    samples.append(Sample(_ZipMember(archive, info.filename, info.file_size)))
                 elif info.filename.lower().endswith(SIDE_FILES) and info.file_size <= MOST_SIDE:
                     key, _, end = info.filename.rpartition(".")
                     texts.setdefault(key, {})[end.lower()] = packed.read(info).decode("utf-8", "replace")
