@@ -14,7 +14,7 @@ import pytest
 from small import PATTERN, VARIANTS, check_advantages, make_inputs, small_config
 
 from tests.effort import KILLS
-from tests.programs.test_train import assert_same, final_states
+from tests.runs import assert_same, final_states
 from world_distill.data.records.batches import task_batches
 from world_distill.data.records.reader import RecordReader
 from world_distill.devices import hosts

@@ -19,6 +19,7 @@ import pytest
 from small import PATTERN, VARIANTS, check_advantages, make_inputs, redraw, small_config
 
 from tests.effort import KILLS
+from tests.runs import after_two_steps, assert_same, final_states, lasting
 from world_distill import build
 from world_distill.cli.arguments import parse_steps
 from world_distill.data.records.reader import RecordError
@@ -29,7 +30,6 @@ from world_distill.interfaces import JudgeAnswer
 from world_distill.programs import train
 from world_distill.settings.loading import load_config
 from world_distill.settings.objective import Phase
-from world_distill.storage.checkpoints import Checkpointer
 from world_distill.storage.metric_log import MetricLog
 from world_distill.training import run_folder
 from world_distill.training.collect import TooFewJudgments
@@ -71,33 +71,6 @@ def whole(inputs, tmp_path_factory):
         return config, folder
 
     return run
-
-
-def final_states(config, *workdirs):
-    """Every array of each folder's newest checkpoint, on the host, and the state of its data."""
-    mesh = build.start_devices(config)
-    found = []
-    for workdir in workdirs:
-        with Checkpointer(workdir / "checkpoints") as checkpointer:
-            state, iterator, _ = checkpointer.restore_latest(make_programs(config, mesh).state)
-        found.append((jax.device_get(state.replace(key=jax.random.key_data(state.key))), iterator))
-    return found
-
-
-def lasting(line):
-    """A line of a log without what depends on the machine and the hour."""
-    return {k: v for k, v in line.items() if not k.startswith(("time/", "speed/"))}
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a[0], b[0])
-    assert a[1] == b[1]
-
-
-def after_two_steps(folder, to):
-    """A copy of a run, as if it had been killed in the third step. Its judge will be asked again."""
-    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("judgments*", "4", "6"))
-    return to
 
 
 # "staged" is Flow-GRPO that begins with distillation; AWM is resumed after a kill, below.
