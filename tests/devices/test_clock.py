@@ -64,7 +64,17 @@ def test_a_result_that_failed_does_not_stop_the_clock(clock):
     assert clock.figures(1)["time/update"] >= 0
 
 
-def test_a_compilation_in_a_later_step_is_reported_with_its_cause(caplog):
+@pytest.fixture(params=[0.0, 60.0])
+def kept_programs(request):
+    """JAX keeps the programs on disk that take at least so long to compile: all of them here, and none."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, request.param)
+    yield
+    jax.config.update(name, before)
+
+
+def test_a_compilation_in_a_later_step_is_reported_with_its_cause(kept_programs, caplog):
     def double(x):
         return 2 * x
 

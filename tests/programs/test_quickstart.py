@@ -2,9 +2,12 @@
 
 import html
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -55,6 +58,26 @@ def test_quickstart_writes_results_and_report_and_continues(base, whole, monkeyp
     monkeypatch.setattr(train.Collector, "begin", again)
     monkeypatch.setattr(quickstart, "evaluate_roles", again)
     assert quickstart.quickstart(config_of(base), folder)["rows"] == results["rows"]
+
+
+DEVICES = """
+import pathlib, sys
+from world_distill import build
+from world_distill.programs import prepare
+from world_distill.settings.loading import load_config
+config = load_config("sandbox")
+prepare.make_records(config, pathlib.Path(sys.argv[1]))
+print(config.host_devices, build.start_devices(config).size)
+"""
+
+
+@pytest.mark.once
+def test_a_run_that_goes_on_has_the_devices_that_it_began_with(whole):
+    """Its records are there; sums over the batch are grouped by device."""
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    command = [sys.executable, "-c", DEVICES, str(whole[0] / "data")]
+    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "1"], done.stderr
 
 
 def test_a_base_that_is_not_there_leaves_the_folder_free(tmp_path):

@@ -112,8 +112,9 @@ class Compiles:
         return not self._explains
 
     def _no_news(self, record: python_logging.LogRecord) -> bool:
-        """Whether a record is more than that a program was not on disk, or was not worth being put there."""
-        return not self._explains or not record.getMessage().startswith(("PERSISTENT", "Not writing persistent"))
+        """Whether a record says more than that a program was not on disk, and whether the program was put there."""
+        news = ("PERSISTENT", "Not writing persistent", "Writing ")
+        return not self._explains or not record.getMessage().startswith(news)
 
     def _hear(self, event: str, duration_secs: float, **kwargs) -> None:
         if not event.startswith(_EVENTS) or threading.get_ident() != self._thread:

@@ -12,6 +12,8 @@ import functools
 import pathlib
 from collections.abc import Callable, Mapping
 
+import jax
+
 from world_distill import build
 from world_distill.data.annotation.annotate import annotate_images
 from world_distill.data.images.filters import Filters
@@ -29,7 +31,14 @@ SPLITS = ("train", "validation", "test")
 
 
 def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None:
-    """Scenes, tasks and encoded records of all three splits in `folder`; what is there already is kept."""
+    """Scenes, tasks and encoded records of all three splits in `folder`; what is there already is kept.
+
+    On a CPU it leaves a process with one device, whatever `config.host_devices` says: the figures of the sandbox were
+    measured so.
+    """
+    # Making records starts JAX. Where they are there already, it is started all the same: a run that goes on in a new
+    # process would otherwise have more devices than it began with, and group its sums in another way.
+    jax.devices()
     encoder = Encoder(config)
     for split in SPLITS:
         if is_complete(folder, split):
