@@ -40,12 +40,15 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model = ConfigDict({
         "family": "wan", "size": (480, 832), "frames": 49, "fps": 24.0, "channels": 48, "width": 3072, "depth": 30,
         "heads": 24, "mlp": 14336, "text_width": 4096, "time_width": 256, "dtype": "bfloat16", "vae_dtype": "float32",
-        "remat": "full", "attention": None, "piece": 2, "rows": 0, "text_encoder": "",
+        "remat": "full", "attention": None, "piece": 2, "rows": None, "text_encoder": "",
         "vae": {
             "channels": 48, "encoder_width": 160, "decoder_width": 256, "multiples": (1, 2, 4, 4), "blocks": 2,
             "halve_time": (False, True, True), "patch": 2, "shortcuts": True,
         },
     })  # fmt: skip
+
+    # On accelerators one clip on each chip at a time.
+    c.rollout.micro_batch = c.objective.micro_batch = None
 
     servers = {"servers": ("http://localhost:8000/v1",), "model": "Qwen/Qwen3.5-27B", "api_key_env": ""}  # the paper's
     limits = {"extra": "", "requests_per_minute": 0.0, "tokens_per_minute": 0.0}

@@ -141,12 +141,12 @@ def test_an_activation_and_its_gradient_lie_where_they_are_told(mesh):
     assert found.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor", None)), 3)
 
 
-def test_an_activation_whose_rows_are_put_in_order_stays_where_it_is(mesh, monkeypatch):
+def test_an_activation_whose_axes_are_put_in_order_stays_where_it_is(mesh, monkeypatch):
     monkeypatch.setattr(meshes, "platform_of", lambda mesh: "tpu")
     names, x = ("batch", None, "heads"), np.arange(4 * 6 * 8.0, dtype=np.float32).reshape(4, 6, 8)
 
     def twice(x):
-        return meshes.pin_row_major(mesh, meshes.constrain(mesh, 2 * x, names), names)
+        return meshes.pin_order(mesh, meshes.constrain(mesh, 2 * x, names), names, (1, 0, 2))
 
     y, back = jax.jit(lambda x: jax.vjp(twice, x))(x)
     np.testing.assert_array_equal(y, 2 * x)
@@ -179,6 +179,15 @@ def test_a_family_declares_shardings_that_are_allocated():
 def test_rows_are_cut_where_they_divide(mesh):
     assert meshes.rows_or_whole(mesh, 8) == meshes.batch_sharding(mesh)
     assert meshes.rows_or_whole(mesh, 6) == meshes.replicated(mesh)  # data * fsdp = 4
+
+
+def test_accelerators_take_one_row_a_device_at_a_time_unless_told_otherwise(mesh, monkeypatch):
+    assert meshes.rows_at_once(mesh, 16, None) == 0  # all, on CPUs
+    monkeypatch.setattr(meshes, "platform_of", lambda mesh: "tpu")
+    assert meshes.rows_at_once(mesh, 16, None) == 4  # data * fsdp: two devices share each row's heads
+    assert meshes.rows_at_once(mesh, 16, 0) == 0 and meshes.rows_at_once(mesh, 16, 8) == 8
+    assert meshes.rows_at_once(mesh, 6, None) == 0  # which 4 do not divide
+    assert meshes.rows_at_once(None, 16, None) == 1
 
 
 @pytest.mark.parametrize("rows", [0, 2, 4, 8])

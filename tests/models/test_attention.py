@@ -66,6 +66,21 @@ def test_the_kernel_for_tpus_gives_the_same_values_and_gradients(queries, keys):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("kind", ["blocked", "xla", "splash"])
+def test_what_lies_behind_the_keys_is_none(kind):
+    """And what it holds does not matter, to values and to gradients."""
+    *qkv, weights = (jnp.tile(x, (1, 1, 1, 16)) for x in inputs(128, 128))
+    q, k, v = qkv
+    found = value_and_grads(lambda q, k, v: attend(q, k, v, kind, keys=100), *qkv, weights)
+    expected = value_and_grads(lambda q, k, v: attend(q, k[:, :100], v[:, :100], "xla"), *qkv, weights)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+    other = value_and_grads(
+        lambda q, k, v: attend(q, k, v, kind, keys=100), q, k.at[:, 100:].add(9.0), v.at[:, 100:].add(9.0), weights
+    )
+    np.testing.assert_array_equal(other[0], found[0])
+
+
 @pytest.mark.parametrize(
     "platform, dtype, head, kind",
     [

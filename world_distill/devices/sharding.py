@@ -137,20 +137,20 @@ _laid_out.defvjp(
 )
 
 
-def pin_row_major(mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """An activation with its last axis the innermost in a TPU's memory, and its gradient too; elsewhere `x` itself.
+def pin_order(mesh: Mesh | None, x: jax.Array, names: tuple[str | None, ...], order: tuple[int, ...]) -> jax.Array:
+    """An activation whose axes lie in a TPU's memory in this order, the innermost last, and its gradient too.
 
-    What the compiler would else choose for `x` it carries back to the weights that `x` is made of, and it copies those
-    of all layers into that order before the loop over layers. `names` are of its dimensions, as for `constrain`.
+    Elsewhere `x` itself. What the compiler would else choose for `x` may suit only what makes it, and is copied for
+    what reads it. `names` are of its dimensions, as for `constrain`.
     """
     if platform_of(mesh) != "tpu":
         return x
-    order = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # noqa: E731
+    lay = lambda x: with_layout_constraint(x, Layout(order))  # noqa: E731
     if mesh is None or mesh.size == 1:
-        return order(x)
+        return lay(x)
     # For each device's part: of the whole, rows that lie along both data and fsdp would be gathered.
     spec = dividing_spec(mesh, names, x.shape)
-    return jax.shard_map(order, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+    return jax.shard_map(lay, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def gathered(mesh: Mesh | None, tree: PyTree) -> PyTree:
@@ -177,6 +177,22 @@ def spread_pixels(mesh: Mesh | None, x: jax.Array) -> jax.Array:
     rows = dividing_spec(mesh, ("batch",), x.shape[:1])[0]
     spec = PartitionSpec(rows, None, parts[2] or None, parts[3] or None, None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def rows_at_once(mesh: Mesh | None, count: int, asked: int | None) -> int:
+    """Of `count` rows, how many to compute at a time; 0: all.
+
+    Args:
+      mesh: devices that the rows lie on.
+      count: of rows.
+      asked: a setting; None: on accelerators one row on each device (on those that share it, along context and tensor),
+        since a clip of thousands of tokens keeps a device busy, and more of them cost memory alone. On CPUs all: they
+        compute small models.
+    """
+    if asked is not None:
+        return asked
+    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 0 if platform_of(mesh) == "cpu" or count % ways else ways
 
 
 def map_rows(function: Callable[..., PyTree], rows: int, *trees: PyTree) -> PyTree:

@@ -29,6 +29,7 @@ def attend(
     v: Float[Array, "b m h e"],
     kind: AttentionKind = None,
     platform: str | None = None,
+    keys: int | None = None,
 ) -> Float[Array, "b n h e"]:
     """`softmax(q k^T / sqrt(e)) v` of every head.
 
@@ -39,13 +40,15 @@ def attend(
       kind: "blocked" (`blocked_attention`), "splash" (`splash_attention`; interpreted on a CPU, for tests), "cudnn"
         (GPU, 16-bit), "xla" (all scores in memory), or None for what suits the platform.
       platform: that the program will run on; None: this process's own.
+      keys: how many of `k` are keys; what lies behind them only fills up. None: all.
     """
     platform = platform or jax.default_backend()
     kind = kind or suited(platform, q)
+    if kind == "splash":
+        return splash_attention(q, k, v, keys, interpret=platform == "cpu")
+    k, v = k[:, :keys], v[:, :keys]
     if kind == "blocked":
         return blocked_attention(q, k, v)
-    if kind == "splash":
-        return splash_attention(q, k, v, interpret=platform == "cpu")
     return jax.nn.dot_product_attention(q, k, v, implementation=kind)
 
 
@@ -60,19 +63,21 @@ def suited(platform: str, q: Float[Array, "b n h e"]) -> AttentionKind:
 
 def attend_on(
     mesh: Mesh | None,
-    q: Float[Array, "b *n h e"],
-    k: Float[Array, "b *m h e"],
-    v: Float[Array, "b *m h e"],
+    q: Float[Array, "b n h e"],
+    k: Float[Array, "b m h e"],
+    v: Float[Array, "b m h e"],
     kind: AttentionKind = None,
-    places: int | None = None,
-) -> Float[Array, "b *n h e"]:
-    """`attend` over all tokens, of queries in frames [b f m h e], on a mesh.
+    *,
+    itself: bool,
+    keys: int | None = None,
+) -> Float[Array, "b n h e"]:
+    """`attend` on a mesh.
 
-    Rows lie along data and fsdp, heads along tensor, the places m of a frame along context. Over themselves, tokens are
-    exchanged for heads (Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509), so that each device sees every token of
-    some heads. On c devices each sends 4 (c - 1) / c^2 of a clip's tokens that way (queries, keys, values, results);
-    around a ring it would be 2 (c - 1) / c (keys, values), more from c = 3 on, so there is no ring here. Keys of a text
-    [b l h e] are on every device of `context`, and nothing is exchanged.
+    Rows lie along data and fsdp, heads along tensor, tokens along context. Over themselves, tokens are exchanged for
+    heads (Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509), so that each device sees every token of some heads. On c
+    devices each sends 4 (c - 1) / c^2 of a clip's tokens that way (queries, keys, values, results); around a ring it
+    would be 2 (c - 1) / c (keys, values), more from c = 3 on, so there is no ring here. Keys of a text are on every
+    device of `context`, and nothing is exchanged.
 
     Args:
       mesh: None or one device: all of this is one sequence.
@@ -80,24 +85,19 @@ def attend_on(
       k: keys, of the same tokens or of a text.
       v: values.
       kind: see `attend`.
-      places: of a frame; what lies behind them only fills up, and is no key.
+      itself: whether keys and values are of the tokens themselves.
+      keys: how many of `k` are keys; None: all.
 
     Raises:
       ValueError: heads that do not divide by tensor, or for self-attention by tensor times context.
     """
-    itself = k.ndim == 5
 
     def local(q, k, v):
-        spare = q.shape[2] - places if itself and places else 0
-        if spare:
-            q, k, v = (y[:, :, :places] for y in (q, k, v))
-        flat = (y.reshape(y.shape[0], -1, *y.shape[-2:]) for y in (q, k, v))
-        y = attend(*flat, kind, platform_of(mesh)).reshape(q.shape)
-        return jnp.pad(y, ((0, 0), (0, 0), (0, spare), (0, 0), (0, 0))) if spare else y
+        return attend(q, k, v, kind, platform_of(mesh), keys)
 
     if mesh is None or mesh.size == 1:
         return local(q, k, v)
-    heads, context, tensor = q.shape[-2], mesh.shape["context"], mesh.shape["tensor"]
+    heads, context, tensor = q.shape[2], mesh.shape["context"], mesh.shape["tensor"]
     ways = tensor * (context if itself else 1)
     if heads % ways:
         raise ValueError(
@@ -105,36 +105,42 @@ def attend_on(
             + (f" times mesh.context = {context}" if itself and context > 1 else "")
         )
     exchanged = itself and context > 1
-    if exchanged and q.shape[2] % context:
-        raise ValueError(f"{q.shape[2]} tokens of a frame do not divide by mesh.context = {context}: fill them up")
+    if exchanged and q.shape[1] % context:
+        raise ValueError(f"{q.shape[1]} tokens do not divide by mesh.context = {context}: fill them up")
 
     def on_device(q, k, v):
         if not exchanged:
             return local(q, k, v)
         gather = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
-        q, k, v = (gather(y, split_axis=3, concat_axis=2) for y in (q, k, v))
-        return gather(local(q, k, v), split_axis=2, concat_axis=3)
+        q, k, v = (gather(y, split_axis=2, concat_axis=1) for y in (q, k, v))
+        return gather(local(q, k, v), split_axis=1, concat_axis=2)
 
-    def spec(y):
-        names = ("batch", None, "length", "heads", None) if y.ndim == 5 else ("batch", None, "heads", None)
-        return dividing_spec(mesh, names, y.shape)
+    def spec(y, tokens):
+        return dividing_spec(mesh, ("batch", tokens, "heads", None), y.shape)
 
-    specs = tuple(spec(y) for y in (q, k, v))
+    source = "length" if itself else None
+    specs = (spec(q, "length"), spec(k, source), spec(v, source))
     return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v)
 
 
 def splash_attention(
-    q: Float[Array, "b n h e"], k: Float[Array, "b m h e"], v: Float[Array, "b m h e"], *, interpret: bool = False
+    q: Float[Array, "b n h e"],
+    k: Float[Array, "b m h e"],
+    v: Float[Array, "b m h e"],
+    keys: int | None = None,
+    *,
+    interpret: bool = False,
 ) -> Float[Array, "b n h e"]:
-    """JAX's Pallas kernel for TPU (`splash_attention`), without a mask; scores never leave the chip's fast memory.
+    """JAX's Pallas kernel for TPU (`splash_attention`); scores never leave the chip's fast memory.
 
-    Queries and keys are filled up to whole tiles, and a pair of segment numbers keeps what was filled in apart.
+    Queries and keys are filled up to whole tiles, and segment numbers keep apart what is no key.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
-    (tile_q, n_full), (tile_k, m_full) = _tiling(n), _tiling(m)
+    tile_q, tile_k = tile(n), tile(m)
+    n_full, m_full = n + -n % tile_q, m + -m % tile_k
     sizes = kernel.BlockSizes(
         block_q=tile_q, block_kv=tile_k, block_kv_compute=tile_k, block_q_dkv=tile_q, block_kv_dkv=tile_k,
         block_kv_dkv_compute=tile_k, block_q_dq=tile_q, block_kv_dq=tile_k,
@@ -143,26 +149,26 @@ def splash_attention(
         masks.MultiHeadMask([masks.FullMask((n_full, m_full))] * heads), block_sizes=sizes, head_shards=1,
         q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=interpret,
     )  # fmt: skip
+    segments = None
+    if (keys := m if keys is None else keys) < m_full:  # a mask would be an array as large as a tile
+        segments = kernel.SegmentIds(jnp.zeros(n_full, jnp.int32), (jnp.arange(m_full) >= keys).astype(jnp.int32))
 
     def filled(y, length):
-        return jnp.pad(y, ((0, 0), (0, length - y.shape[1]), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+        y = y if length == y.shape[1] else jnp.pad(y, ((0, 0), (0, length - y.shape[1]), (0, 0), (0, 0)))
+        return y.transpose(0, 2, 1, 3)
 
-    segments = None
-    if n_full > n or m_full > m:
-        segments = kernel.SegmentIds(*(jnp.arange(full) >= length for full, length in ((n_full, n), (m_full, m))))
-        segments = jax.tree.map(lambda s: s.astype(jnp.int32), segments)
     q = filled(q * q.shape[-1] ** -0.5, n_full)
     y = jax.vmap(lambda q, k, v: run(q, k, v, segment_ids=segments))(q, filled(k, m_full), filled(v, m_full))
-    return y.transpose(0, 2, 1, 3)[:, :n]  # pyright: ignore[reportAttributeAccessIssue]  # a pair only with residuals
+    y = y.transpose(0, 2, 1, 3)  # pyright: ignore[reportAttributeAccessIssue]  # a pair only with residuals
+    return y if n_full == n else y[:, :n]
 
 
-def _tiling(length: int) -> tuple[int, int]:
-    """(tile, length filled up to whole tiles): tiles of 128 to 1024, the largest that adds less than a 16th."""
-    for tile in (1024, 512, 256, 128):
-        full = -(-length // tile) * tile
-        if full - length <= length // 16:
-            return tile, full
-    return 128, -(-length // 128) * 128
+def tile(length: int) -> int:
+    """Rows of a tile, 128 to 1024: the most whose whole tiles add less than a 16th to a sequence of this length."""
+    for rows in (1024, 512, 256):
+        if -length % rows <= length // 16:
+            return rows
+    return 128
 
 
 def blocked_attention(

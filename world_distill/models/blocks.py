@@ -1,30 +1,34 @@
 """What the blocks of a video transformer share: what their backward pass keeps, and how their tokens lie on a mesh.
 
-Tokens have two axes, frames f and the places m in a frame. Every token of the residual stream is by itself, so places
-lie along the mesh axes `context` and `tensor`. They are gathered along `tensor` before the products that are split by
-heads or hidden units, and the products' sums are scattered (sequence parallelism: Korthikanti et al., arXiv
-2205.05198).
+The tokens n of a clip are one sequence. Every token of the residual stream is by itself, so tokens lie along the mesh
+axes `context` and `tensor`. They are gathered along `tensor` before the products that are split by heads or hidden
+units, and the products' sums are scattered (sequence parallelism: Korthikanti et al., arXiv 2205.05198).
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.sharding import constrain, platform_of
-from world_distill.models.attention import SAVED
+from world_distill.devices.sharding import constrain, pin_order, platform_of
+from world_distill.models.attention import SAVED, tile
+from world_distill.models.layers import Linear, Lora
+from world_distill.models.products import joint_product
 
 # What a backward pass computes again: nothing; all but matrix products and attention ("dots"); all but attention; the
 # whole block ("full"). All but "none" keep the inputs of blocks; "offload" is "full" with these in the host's memory.
 Remat = Literal["none", "dots", "attention", "full", "offload"]
 
 # An activation's axes on the residual stream, and within attention and MLP.
-_STREAM = ("batch", None, "stream", None)
-_WITHIN = ("batch", None, "length", None)
+_STREAM = ("batch", "stream", None)
+_WITHIN = ("batch", "length", None)
 
 _BLOCK_INPUT = "block_input"
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -71,7 +75,7 @@ def scan_blocks(
 
 @dataclasses.dataclass(frozen=True)
 class StreamLayout:
-    """Where the activations [b f m d] of a transformer lie.
+    """Where the activations [b n d] of a transformer lie.
 
     Attributes:
       mesh: devices; None leaves the layout to the compiler.
@@ -79,27 +83,29 @@ class StreamLayout:
 
     mesh: Mesh | None
 
-    def spare_places(self, places: int) -> int:
-        """How many to add to the places of a frame, so that they divide by the devices that share them."""
-        if self.mesh is None:
-            return 0
-        ways = self.mesh.shape["context"] * self.mesh.shape["tensor"]
-        if self.mesh.shape["tensor"] > 1 and platform_of(self.mesh) == "tpu":
-            # Their compiler scatters sums only in whole tiles of 16 rows; else each chip gets all, and drops the rest.
-            spare = -places % (16 * ways)
-            if spare <= places // 16:
-                return spare
-        return -places % ways
+    def length(self, tokens: int) -> int:
+        """To which length to fill up the tokens of a clip: one that the devices divide that share them.
 
-    def lay(self, x: Float[Array, "b f m d"]) -> Float[Array, "b f m d"]:
+        On TPUs to whole tiles of the attention kernel, so that nothing is cut off and filled up around it. Sums are
+        scattered there in whole tiles of 16 rows; else each chip gets all of them, and drops the rest.
+        """
+        ways = 1 if self.mesh is None else self.mesh.shape["context"] * self.mesh.shape["tensor"]
+        if platform_of(self.mesh) == "tpu":
+            scattered = 16 * ways if ways > 1 else 1
+            for unit in (math.lcm(tile(tokens), scattered), scattered):
+                if -tokens % unit <= tokens // 16:
+                    return tokens + -tokens % unit
+        return tokens + -tokens % ways
+
+    def lay(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """`x` as the residual stream lies, and its gradient too."""
         return constrain(self.mesh, x, _STREAM)
 
-    def gather(self, x: Float[Array, "b f m d"]) -> Float[Array, "b f m d"]:
+    def gather(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """From the residual stream into attention or MLP; the gradient's sums are scattered."""
         return constrain(self.mesh, x, _WITHIN, _STREAM)
 
-    def scatter(self, x: Float[Array, "b f m d"]) -> Float[Array, "b f m d"]:
+    def scatter(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """From attention or MLP to the residual stream; the gradient is gathered."""
         return constrain(self.mesh, x, _STREAM, _WITHIN)
 
@@ -108,5 +114,63 @@ class StreamLayout:
 
         Elsewhere `x` itself: there, batch and tokens may lie on several devices.
         """
-        alone = self.mesh is None or self.mesh.size == 1
-        return x.reshape(-1, x.shape[-1]) if alone and platform_of(self.mesh) == "cpu" else x
+        return x.reshape(-1, x.shape[-1]) if self._alone else x
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this is one CPU."""
+        return (self.mesh is None or self.mesh.size == 1) and platform_of(self.mesh) == "cpu"
+
+    def up(
+        self, x: Float[Array, "b n d"], layers: Sequence[Linear], loras: Sequence[Lora], scale: float
+    ) -> list[Float[Array, "*n o"]]:
+        """Products of one input with layers that are split by what they give: heads, hidden units.
+
+        LoRA's inner products are made where the tokens lie, for all layers at once, and gathered with them.
+        """
+        adapted = [lora for lora in loras if lora is not None]
+        if not adapted or self._alone:
+            h = self.rows(self.gather(x))
+            return [layer(h, lora, scale) for layer, lora in zip(layers, loras, strict=True)]
+        inner = jnp.concatenate([lora["a"] for lora in adapted], axis=-1).astype(x.dtype)
+        h = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
+        h = pin_order(self.mesh, h, _WITHIN, (0, 1, 2))
+        found, start = [], 0
+        for layer, lora in zip(layers, loras, strict=True):
+            if lora is None:
+                found.append(layer(h[..., : x.shape[-1]]))
+                continue
+            rank = lora["b"].shape[0]
+            outer = jnp.pad(lora["b"], ((start, inner.shape[-1] - start - rank), (0, 0)))
+            found.append(layer.add_bias(joint_product(h, layer.kernel[...], outer, 0)))
+            start += rank
+        return found
+
+    def down(self, x: Float[Array, "b n *i"], layer: Linear, lora: Lora, scale: float) -> Float[Array, "*n o"]:
+        """The product with a layer that is split by what it is given, all axes of `x` behind the tokens.
+
+        Its sums and LoRA's inner ones are scattered together.
+        """
+        parts = x.shape[2:]
+        if self._alone:
+            return layer(self.rows(x.reshape(*x.shape[:2], -1)), lora, scale)
+        kernel = layer.kernel[...].reshape(*parts, -1)
+        if lora is None:
+            return layer.add_bias(self.scatter(jnp.tensordot(x, kernel, len(parts))))
+        inner = self.scatter(jnp.tensordot(x, lora["a"].astype(x.dtype).reshape(*parts, -1), len(parts)))
+        y = self.scatter(jnp.tensordot(x, kernel, len(parts)))
+        return layer.add_bias(y + (scale * inner) @ lora["b"].astype(x.dtype))
+
+    def settle(self, block: nnx.Module, cut_out: nnx.Module) -> None:
+        """Has the weights of one block, cut out of those of all, lie as they do in memory.
+
+        Without that a TPU's compiler carries the order that suits a product best back to the weights of all blocks, and
+        copies them. Those of `cut_out`, a part of the block, are cut out by themselves: wide products that have to do
+        so on their way take a fifth longer.
+        """
+        if platform_of(self.mesh) != "tpu":
+            return
+        for _, layer in nnx.iter_modules(block):
+            if isinstance(layer, Linear):
+                layer.kernel[...] = pin_order(self.mesh, layer.kernel[...], layer.axes, (0, 1))
+        nnx.update(cut_out, jax.lax.optimization_barrier(nnx.state(cut_out)))

@@ -38,7 +38,7 @@ class Objective:
       draws: random times in one update, for each row.
       tied: neighbouring rows of an update that share their times; 0: all. Rows of one group should: what their losses
         have in common at one time cancels in a policy gradient.
-      micro_batch: rows in one forward; 0 takes all.
+      micro_batch: rows in one forward; 0 takes all; None: as `sharding.rows_at_once` says.
       skip_first: leave pure noise out of the times of re-noised clips.
       keep_fraction: share of the sampler's grid, noisiest first, that these times are drawn from (for 14 steps: 0.9).
       awm_weighting: weight over t of AWM's log-likelihood: uniform, t, t2, huber or ghuber
@@ -74,7 +74,7 @@ class Objective:
     minibatches: int = 4
     draws: int = 2
     tied: int = 1
-    micro_batch: int = 0
+    micro_batch: int | None = 0
     skip_first: bool = True
     keep_fraction: float = 1.0
     awm_weighting: str = "uniform"

@@ -20,8 +20,8 @@ class RolloutSettings:
       spread: while L_RL has no weight, give each of the `tasks` x `group` rollouts a task of its own. RL compares
         rollouts of one task; distillation learns more from different tasks.
       role: who makes the rollouts: executor (on-policy) or demonstrator (off-policy distillation).
-      micro_batch: rollouts sampled at once, over all devices; 0: all of a step. With guidance, the network sees twice
-        as many rows.
+      micro_batch: rollouts sampled at once, over all devices; 0: all of a step; None: as `sharding.rows_at_once` says.
+        With guidance, the network sees twice as many rows.
       guidance: scale of classifier-free guidance of the Executor's clips, in training and evaluation; 1: none.
       staleness: 1 rolls a step's clips before the update of the step before, so that devices need not wait for the
         judge; 0 is exactly on-policy.
@@ -43,7 +43,7 @@ class RolloutSettings:
     group: int = 8
     spread: bool = True
     role: str = "executor"
-    micro_batch: int = 0
+    micro_batch: int | None = 0
     guidance: float = 1.0
     staleness: int = 0
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(WEIGHTS))

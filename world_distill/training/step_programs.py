@@ -29,7 +29,14 @@ from world_distill import build
 from world_distill.core import flow, losses, sampling
 from world_distill.core.guidance import with_guidance
 from world_distill.core.schedules import piecewise_linear
-from world_distill.devices.sharding import batch_sharding, like_weights, map_rows, replicated, tree_shardings
+from world_distill.devices.sharding import (
+    batch_sharding,
+    like_weights,
+    map_rows,
+    replicated,
+    rows_at_once,
+    tree_shardings,
+)
 from world_distill.interfaces import Denoise, ModelFamily
 from world_distill.settings import old_configs
 from world_distill.settings.check import check
@@ -112,6 +119,10 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     old_configs.refuse(config)
     guidance = Guidance.of(config)
     objective, settings = section(config.objective, Objective), RolloutSettings(**config.rollout.to_dict())
+    rows = settings.tasks * settings.group
+    settings = dataclasses.replace(settings, micro_batch=rows_at_once(mesh, rows, settings.micro_batch))
+    in_update = rows_at_once(mesh, rows // objective.minibatches, objective.micro_batch)
+    objective = dataclasses.replace(objective, micro_batch=in_update)
     grid, diffusion = build.sampler_grid(config)
     check(objective, settings, stochastic=diffusion is not None, guidance=guidance.demonstrator)
     distills = objective.rl != "none" and settings.weights.get(DISTILL, 0.0) != 0
@@ -241,7 +252,7 @@ def _roll(
         )  # fmt: skip
         return _flat(_steps_first(rollout if keep_velocities else dataclasses.replace(rollout, velocities=None)))
 
-    rollout = map_rows(some, settings.micro_batch, task if executor else solution, keys)
+    rollout = map_rows(some, settings.micro_batch or 0, task if executor else solution, keys)
     return _steps_first(rollout)
 
 
@@ -268,7 +279,7 @@ def _demonstrate(
             v = denoise(base, None, in_shape(x, family.latents), jnp.full((rows,), t), solution)
             return jax.tree.map(lambda v, x: v.reshape(x.shape), v, x)
 
-        return map_rows(some, settings.micro_batch, state, solution)
+        return map_rows(some, settings.micro_batch or 0, state, solution)
 
     shown: Any
     if settings.role == "demonstrator":

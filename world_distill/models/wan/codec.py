@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from world_distill.devices.sharding import gathered, map_rows
+from world_distill.devices.sharding import gathered, map_rows, rows_at_once
 from world_distill.models.tensor_map import our_shapes
 from world_distill.models.wan import vae
 from world_distill.models.wan.published import vae_entries
@@ -24,14 +24,14 @@ class WanCodec:
       config: sizes of the autoencoder.
       dtype: of its weights.
       piece: latent frames decoded at a time; 0: all.
-      rows: clips decoded at a time, over all devices; 0: all.
+      rows: clips decoded at a time, over all devices; 0: all; None: as `sharding.rows_at_once` says.
       mesh: devices that the weights lie on.
     """
 
     config: vae.VaeConfig
     dtype: Any = jnp.dtype("float32")
     piece: int = 0
-    rows: int = 0
+    rows: int | None = None
     mesh: Mesh | None = None
     parts: tuple[str, ...] = ("vae",)
 
@@ -42,7 +42,8 @@ class WanCodec:
             clips = vae.decode(weights, latents, self.config, piece=self.piece, mesh=self.mesh)
             return jnp.round((clips.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
 
-        return map_rows(some, self.rows, latents["video"])
+        rows = rows_at_once(self.mesh, len(latents["video"]), self.rows)
+        return map_rows(some, rows, latents["video"])
 
     def encode(self, base: PyTree, clips: jax.Array) -> dict[str, jax.Array]:
         weights = gathered(self.mesh, base["vae"])

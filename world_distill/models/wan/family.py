@@ -107,7 +107,9 @@ class WanFamily(lora_lib.Adapted):
         x = jnp.concatenate([condition.scene["video"], x_t["video"][:, 1:]], axis=1)
         # The text's mask is left out on purpose, see `encoders.TEXT_LENGTH`.
         states = condition.text["text"].states
-        velocity = self.network(weights, x, t[:, None] * free, states, lora, self.lora_scale)
+        # The scene's frame has time 0.
+        times = tuple(map(int, self.latents["video"].moves))
+        velocity = self.network(weights, x, jnp.stack([jnp.zeros_like(t), t], 1), states, lora, self.lora_scale, times)
         return {"video": velocity * free[:, None, None, None]}
 
 
@@ -120,7 +122,7 @@ def build(
     dtype: str = "bfloat16",
     vae_dtype: str = "float32",
     piece: int = 0,
-    rows: int = 0,
+    rows: int | None = None,
     text_encoder: str = "",
     lora_targets: str = r"blocks\..*",
     lora_scale: float = 1.0,
@@ -137,7 +139,7 @@ def build(
       dtype: type of the transformer's weights, bfloat16 or float32.
       vae_dtype: type of the autoencoder's weights.
       piece: latent frames decoded at a time; 0: all.
-      rows: clips decoded at a time, over all devices; 0: all.
+      rows: clips decoded at a time, over all devices; 0: all; None: as `sharding.rows_at_once` says.
       text_encoder: for `encode` and `generate`: folder with text_encoder/ and tokenizer/ of the published model, or
         "words" for states without weights.
       lora_targets: pattern of the paths of the layers that LoRA adapts.

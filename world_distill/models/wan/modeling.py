@@ -13,6 +13,9 @@ weights' type in between: bfloat16 differs visibly otherwise.
 """
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.sharding import pin_row_major
+from world_distill.devices.sharding import pin_order
 from world_distill.models.attention import AttentionKind, attend_on
 from world_distill.models.blocks import Remat, StreamLayout, scan_blocks
 from world_distill.models.layers import (
@@ -29,14 +32,12 @@ from world_distill.models.layers import (
     Linear,
     Lora,
     Mlp,
-    apply_rope,
     layer_norm,
-    rms_norm,
-    rope_tables,
     sinusoid,
     stack,
     sub,
 )
+from world_distill.models.rope import rope_waves, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,28 +105,38 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b f m d"],
+        x: Float[Array, "b n d"],
         text: Float[Array, "b l d"] | None,
         rope: tuple | None,
         lora: Lora,
         scale: float,
-        places: int | None = None,
-    ) -> Float[Array, "b f m d"]:
-        heads, eps, shape = self.config.heads, self.config.eps, x.shape
-        split = lambda y, like: y.reshape(*like[:-1], heads, shape[-1] // heads)  # noqa: E731
-        source = x.shape if text is None else text.shape
-        x = self.config.stream.rows(x)
-        context = x if text is None else self.config.stream.rows(text)
-        q = rms_norm(self.q(x, sub(lora, "q"), scale), self.q_norm[...], eps)
-        k = rms_norm(self.k(context, sub(lora, "k"), scale), self.k_norm[...], eps)
-        v = self.v(context, sub(lora, "v"), scale)
-        names = ("batch", None, "length", "heads") if text is None else ("batch", None, "heads")
-        v = pin_row_major(self.config.mesh, v, names)
-        q, k, v = split(q, shape), split(k, source), split(v, source)
+        keys: int | None = None,
+    ) -> Float[Array, "b n d"]:
+        config, stream = self.config, self.config.stream
+        eps = config.eps
+        layers, factors = (self.q, self.k, self.v), [sub(lora, name) for name in "qkv"]
+        if text is None:
+            q, k, v = stream.up(x, layers, factors, scale)
+            source = x.shape
+        else:
+            [q] = stream.up(x, layers[:1], factors[:1], scale)
+            h = stream.rows(text)
+            k, v = (layer(h, factor, scale) for layer, factor in zip(layers[1:], factors[1:], strict=True))
+            source = text.shape
+        split = lambda y, like: y.reshape(*like[:-1], config.heads, -1)  # noqa: E731
+        q, k, v = split(q, x.shape), split(k, source), split(v, source)
+        # As the attention kernel of TPUs reads them: head by head.
+        by_head = functools.partial(
+            pin_order, config.mesh, names=("batch", "length", "heads", None), order=(0, 2, 1, 3)
+        )
+        q = by_head(q)
+        if text is None:
+            k, v = by_head(k), by_head(v)
+        q, k = _norm_heads(q, self.q_norm[...], eps), _norm_heads(k, self.k_norm[...], eps)
         if rope is not None:
-            q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))
-        y = attend_on(self.config.mesh, q, k, v, self.config.attention, places)
-        return self.out(y.reshape(x.shape), sub(lora, "out"), scale).reshape(shape)
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        y = attend_on(config.mesh, q, k, v, config.attention, itself=text is None, keys=keys)
+        return stream.down(y, self.out, sub(lora, "out"), scale).reshape(x.shape)
 
 
 class Block(nnx.Module):
@@ -142,26 +153,27 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b f m d"],
-        modulation: Float[Array, "b f 6 d"],
+        x: Float[Array, "b n d"],
+        modulation: Float[Array, "b s 6 d"],
+        spread: Callable[[Array], Array],
         text: Float[Array, "b l d"],
         rope: tuple,
         lora: Lora,
         scale: float,
-        places: int | None = None,
-    ) -> Float[Array, "b f m d"]:
+        keys: int | None = None,
+    ) -> Float[Array, "b n d"]:
+        """`spread` gives each token that of its time, [b s d] to [b n d]; for the rest see `WanDiT`."""
         eps, stream = self.config.eps, self.config.stream
-        rows, gather, scatter = stream.rows, stream.gather, stream.scatter
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(
-            self.table[...].astype(jnp.float32) + modulation.astype(jnp.float32), 2, 0
-        )
-        h = gather(_modulate(x, scale1, shift1, eps))
-        h = self.self_attention(h, None, rope, sub(lora, "self_attention"), scale, places)
-        x = _gated(x, scatter(h), gate1)
-        h = gather(self.cross_norm(x, eps))
-        x = x + scatter(self.cross_attention(h, text, None, sub(lora, "cross_attention"), scale))
-        h = self.mlp(rows(gather(_modulate(x, scale2, shift2, eps))), sub(lora, "mlp"), scale)
-        return _gated(x, scatter(h.reshape(x.shape)), gate2)
+        table = self.table[...].astype(jnp.float32) + modulation.astype(jnp.float32)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (spread(y) for y in jnp.moveaxis(table, 2, 0))
+        h = _modulate(x, scale1, shift1, eps)
+        x = _gated(x, self.self_attention(h, None, rope, sub(lora, "self_attention"), scale, keys), gate1)
+        h = self.cross_norm(x, eps)
+        x = x + self.cross_attention(h, text, None, sub(lora, "cross_attention"), scale)
+        factors = sub(lora, "mlp")
+        [h] = stream.up(_modulate(x, scale2, shift2, eps), [self.mlp.up], [sub(factors, "up")], scale)
+        h = stream.down(jax.nn.gelu(h).reshape(*x.shape[:2], -1), self.mlp.down, sub(factors, "down"), scale)
+        return _gated(x, h.reshape(x.shape), gate2)
 
 
 class WanDiT(nnx.Module):
@@ -184,20 +196,22 @@ class WanDiT(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b f h w c"],
-        t: Float[Array, "b f"],
+        t: Float[Array, "b s"],
         text: Float[Array, "b l e"],
         lora: Lora = None,
         scale: float = 1.0,
+        times: tuple[int, ...] | None = None,
     ) -> Float[Array, "b f h w c"]:
         """Velocity `eps - x_0` of every latent frame, in float32.
 
         Args:
           x: noisy latents, the scene's frame clean.
-          t: time of each frame, 1 noise, 0 clean.
+          t: times of frames, 1 noise, 0 clean.
           text: states of the text encoder, padded with zeros to the length that the model was trained with: what is
             padded attends like any other token.
           lora: factors, a tree like the weights.
           scale: of LoRA's product.
+          times: which of `t` each frame has; None: its own.
 
         Raises:
           ValueError: a height or width that is not a multiple of the patch.
@@ -213,36 +227,59 @@ class WanDiT(nnx.Module):
         text = self.text_out(text, sub(lora, "text_out"), scale)
         time = sinusoid(1000.0 * t.astype(jnp.float32), config.time_width).astype(dtype)
         time = jax.nn.silu(self.time_in(time, sub(lora, "time_in"), scale))
-        time = self.time_out(time, sub(lora, "time_out"), scale)  # [b f d]
-        modulation = self.time_table(jax.nn.silu(time), sub(lora, "time_table"), scale).reshape(b, f, 6, -1)
-        places = grid[1] * grid[2]
-        spare = config.stream.spare_places(places)
-        rope = rope_tables(grid, config.rope_dims, theta=config.theta)
-        rope = tuple(np.pad(y.reshape(f, places, -1), ((0, 0), (0, spare), (0, 0))) for y in rope)
+        time = self.time_out(time, sub(lora, "time_out"), scale)  # [b s d]
+        modulation = self.time_table(jax.nn.silu(time), sub(lora, "time_table"), scale)
+        modulation = modulation.reshape(*t.shape, 6, -1)
+        tokens = math.prod(grid)
+        spare = config.stream.length(tokens) - tokens
+        rope = rope_waves(grid, config.rope_dims, theta=config.theta)
+        rope = tuple(jnp.pad(y, ((0, spare), (0, 0))) for y in rope)
+        columns = np.repeat(np.arange(f) if times is None else np.asarray(times), tokens // f)
+        spread = functools.partial(_spread, columns=np.pad(columns, (0, spare), mode="edge"))
 
         h = x.astype(dtype).reshape(b, f, grid[1], p, grid[2], p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
-        h = jnp.pad(h.reshape(b, f, places, -1), ((0, 0), (0, 0), (0, spare), (0, 0)))
+        h = jnp.pad(h.reshape(b, tokens, -1), ((0, 0), (0, spare), (0, 0)))
         lay = config.stream.lay
         h = self.patch(lay(h), sub(lora, "patch"), scale)
         graph, blocks = nnx.split(self.blocks)
 
         def block(h, layer):
             weights, layer_lora = layer
-            return lay(nnx.merge(graph, weights)(h, modulation, text, rope, layer_lora, scale, places))
+            own = nnx.merge(graph, weights)
+            config.stream.settle(own, own.mlp)
+            return lay(own(h, modulation, spread, text, rope, layer_lora, scale, tokens))
 
         h = scan_blocks(block, h, (blocks, sub(lora, "blocks")), config.remat, lay=lay)
         shift, gain = jnp.moveaxis(self.table[...].astype(jnp.float32) + time.astype(jnp.float32)[:, :, None], 2, 0)
-        h = self.head(_modulate(h, gain, shift, config.eps), sub(lora, "head"), scale)
-        h = h[:, :, :places].reshape(b, f, grid[1], grid[2], p, p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
+        h = self.head(_modulate(h, spread(gain), spread(shift), config.eps), sub(lora, "head"), scale)
+        h = h[:, :tokens].reshape(b, *grid, p, p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
         return h.reshape(x.shape).astype(jnp.float32)
 
 
-def _modulate(x: Float[Array, "b f m d"], scale: Float[Array, "b f d"], shift: Float[Array, "b f d"], eps: float):
-    """`norm(x) (1 + scale) + shift` with the scale and shift of each token's frame."""
-    h = layer_norm(x.astype(jnp.float32), eps)
-    return (h * (1 + scale[:, :, None]) + shift[:, :, None]).astype(x.dtype)
+def _norm_heads(x: Float[Array, "b n h e"], weight: Float[Array, " d"], eps: float) -> Float[Array, "b n h e"]:
+    """RMSNorm over all heads at once."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=(-2, -1), keepdims=True) + eps)
+    return (y * weight.reshape(x.shape[-2:])).astype(x.dtype)
 
 
-def _gated(x: Float[Array, "b f m d"], h: Float[Array, "b f m d"], gate: Float[Array, "b f d"]):
-    """`x + gate h` with the gate of each token's frame."""
-    return (x.astype(jnp.float32) + h.astype(jnp.float32) * gate[:, :, None]).astype(x.dtype)
+def _spread(y: Float[Array, "b s d"], columns: np.ndarray) -> Float[Array, "b n d"]:
+    """`y[:, columns]`: for each token that of its time.
+
+    A choice between runs of tokens, which is made where the result is read; rows that are looked up would be written.
+    """
+    tokens = jnp.arange(len(columns))[:, None]
+    result = y[:, columns[0], None]
+    for start in np.flatnonzero(np.diff(columns)) + 1:
+        result = jnp.where(tokens < start, result, y[:, columns[start], None])
+    return jnp.broadcast_to(result, (len(y), len(columns), y.shape[-1]))
+
+
+def _modulate(x: Float[Array, "b n d"], scale: Float[Array, "b n d"], shift: Float[Array, "b n d"], eps: float):
+    """`norm(x) (1 + scale) + shift`."""
+    return (layer_norm(x.astype(jnp.float32), eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def _gated(x: Float[Array, "b n d"], h: Float[Array, "b n d"], gate: Float[Array, "b n d"]):
+    """`x + gate h`."""
+    return (x.astype(jnp.float32) + h.astype(jnp.float32) * gate).astype(x.dtype)
