@@ -67,7 +67,7 @@ def make_row(name: str, topology: str, phases: tuple[str, ...], settings) -> dic
     config = load_config(name, settings(len(devices)))
     started = time.perf_counter()
     phases = plan.make_plan(config, devices, phases, say=lambda text: print(f"  {text}", flush=True))
-    result = plan.summary(config, devices, phases, 0.4)
+    result = plan.summary(config, devices, phases)
     return result | {"seconds": time.perf_counter() - started}
 
 

@@ -6,6 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from world_distill.devices.flops import count
 from world_distill.devices.sharding import make_mesh
+from world_distill.models.attention import splash_attention
 
 
 def flops(f, *shapes):
@@ -43,3 +44,16 @@ def test_a_part_of_each_device_counts_for_all():
     mesh = make_mesh(data=8, fsdp=1)
     f = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     assert flops(f, (16, 5), (5, 7)) == 2 * 16 * 5 * 7
+
+
+def test_operations_within_kernels_are_told_apart():
+    """Of two heads of 128 over 256 tokens, next to a product."""
+    shapes = [jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.float32)] * 3
+
+    def f(q, k, v):
+        return jnp.sum(splash_attention(q, k, v, interpret=True) @ jnp.ones((128, 5)))
+
+    jaxpr = jax.make_jaxpr(f)(*shapes)
+    attention, product = 2 * 2 * 2 * 256 * 256 * 128, 2 * 2 * 256 * 128 * 5
+    assert count(jaxpr, kernels=True) == attention
+    assert count(jaxpr) == attention + product

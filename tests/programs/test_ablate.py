@@ -197,8 +197,11 @@ def test_runs_that_begin_differently_share_nothing(tmp_path, change):
     assert ablate.shared_steps(small_config(tmp_path, **late | change), small_config(tmp_path, **late)) == 0
 
 
-def test_benchmark_measures_every_part(tmp_path):
+def test_benchmark_measures_every_part_beside_its_prediction(tmp_path, monkeypatch):
+    from world_distill.devices import chips
     from world_distill.programs import benchmark
+
+    monkeypatch.setattr(chips, "chip", lambda kind: chips.Chip("cpu", tflops=1e-3, hbm_gib=1.0, bandwidth=1.0))
 
     make_inputs(tmp_path)
     config = small_config(tmp_path, **{"pretrain.optimizer": "adam"})  # Muon takes longer to compile
@@ -207,3 +210,7 @@ def test_benchmark_measures_every_part(tmp_path):
     assert all(part["samples_per_second"] > 0 for part in result["parts"].values())
     assert result["step_seconds"] > 0
     assert result["pretraining"]["samples_per_second"] > 0
+    assert set(result["predicted"]) == {"rollout", "decode", "update"}
+    assert all(low > 0 for low, _ in result["predicted"].values())
+    low, high = result["predicted_step"]
+    assert low == high == pytest.approx(sum(low for low, _ in result["predicted"].values()))

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from world_distill import cli
-from world_distill.devices import chips
+from world_distill.devices import chips, cycles
 from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
 from world_distill.programs import plan
@@ -63,6 +66,19 @@ def test_the_devices_of_this_machine_are_a_topology(tmp_path, capsys):
     assert "--slices 2" in capsys.readouterr().err
 
 
+def test_want_of_vmem_is_told_from_want_of_hbm():
+    """In the words of the compiler."""
+    vmem = (
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while allocating"
+        " on stack for %fusion.12 = f32[8]{0} fusion(%p), kind=kLoop. Scoped allocation with size 16.72M and limit"
+        " 16.00M exceeded scoped vmem limit by 740.0K."
+    )
+    found = plan._refusal(vmem)
+    assert "not for want of HBM" in found and "(fusion.12)" in found and "(16.72M of 16.00M)" in found
+    hbm = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.00G of 15.75G hbm.\nLargest allocations:"
+    assert plan._refusal(hbm) == "Ran out of memory in memory space hbm. Used 40.00G of 15.75G hbm."
+
+
 @needs_compiler
 def test_a_topology_that_does_not_exist_is_named():
     with pytest.raises(UserError, match="v5e:77x1"):
@@ -88,6 +104,46 @@ def test_an_axis_need_not_be_a_product_of_those_of_the_torus(name):
 
 
 @needs_compiler
+def test_an_estimate_follows_the_turns_of_a_loop_and_is_close_to_the_peak_of_the_matrix_units():
+    [device, *_] = plan.topology("v5p:2x2x1")
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def estimate(turns):
+        def run(x, w):
+            return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=turns)[0]
+
+        given = (jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=sharding) for _ in range(2))
+        return cycles.estimate(jax.jit(run).lower(*given).compile().as_text())
+
+    three, nine = estimate(3), estimate(9)
+    assert three.endless == nine.endless == 0
+    assert nine.cycles["products"] == 3 * three.cycles["products"]
+    ideal = 3 * 2 * 4096**3 / (459e12 / 1.75e9)
+    assert ideal < three.cycles["products"] < 1.1 * ideal
+
+
+@pytest.fixture
+def lines_of_code():
+    """Programs say where they were traced, which the tests' settings leave out."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 10)
+    yield
+    jax.config.update("jax_traceback_in_locations_limit", before)
+
+
+@needs_compiler
+def test_the_most_expensive_instructions_are_explained(lines_of_code, capsys):
+    flags = ["--config", "wan22_5b:debug", "--topology", "v5e:2x2", "--config.objective.rl=none"]
+    assert cli.main(["plan", *flags, "--phases", "rollout", "--explain"]) == 0
+    text = capsys.readouterr().out
+    assert "rollout: the most expensive instructions" in text and re.search(r" x \w+ .* world_distill/models/", text)
+    assert "predicted from the compiler's cycles" in text
+    for more, words in ((["--utilisation", "0.5"], "the compiler for v5e"), (["--explain", "--search"], "--explain")):
+        assert cli.main(["plan", *flags, *more]) == 2
+        assert words in capsys.readouterr().err
+
+
+@needs_compiler
 def test_phases_of_a_small_model_compile_for_a_slice(tmp_path):
     path = tmp_path / "plan.json"
     flags = ["--topology", "v5e:2x2", "--phases", "demonstrator,update", "--json", str(path)]
@@ -98,6 +154,15 @@ def test_phases_of_a_small_model_compile_for_a_slice(tmp_path):
     assert found["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 1} and found["fits"]
     phases = {phase["name"]: phase for phase in found["phases"]}
     assert phases["update"]["collectives"]["all-to-all"] > 0  # tokens for heads
+    for phase in phases.values():
+        low, high = phase["seconds"]
+        cycles = sum(phase["cycles"].values())
+        assert cycles / 1.5e9 <= low <= high and phase["sent"] > 0
+        assert phase["expensive"][0]["cycles"] >= phase["expensive"][1]["cycles"] > 0
+    assert phases["update"]["flops"] > phases["update"]["needed"] > 0  # the debug config computes again
+    low, high = found["step_seconds"]
+    assert low == sum(phase["seconds"][0] * phase["calls"] for phase in found["phases"]) <= high
+    assert found["rollouts_per_second"] == pytest.approx([found["rollouts_per_step"] / s for s in (high, low)])
     assert phases["update"]["flops"] > phases["demonstrator"]["flops"] > 1e6
 
 
@@ -113,6 +178,7 @@ def test_tensor_parallel_blocks_scatter_their_sums():
 def test_what_does_not_fit_is_said_with_the_largest_arrays(capsys):
     flags = ["--topology", "v5e:2x2", "--phases", "rollout", "--config.objective.rl=none"]
     sizes = ["--config.model.depth=30", "--config.model.size=(3072,3072)", "--config.rollout.tasks=64"]
+    sizes.append("--config.rollout.micro_batch=0")  # all at once: by itself it would take a clip a chip
     assert cli.main(["plan", "--config", "wan22_5b:debug", *flags, *sizes]) == 1
     text = capsys.readouterr().out
     assert "does not fit" in text and "GiB over all chips" in text

@@ -33,14 +33,20 @@ def run(args: argparse.Namespace) -> int:
         result = benchmark.measure(config, pathlib.Path(folder), args.repeats)
     rows = result["rollouts_per_step"]
     console.say(f"{result['device']}, {rows} rollouts a step, median of {args.repeats}")
+    predicted = result.get("predicted", {})
     for name, part in result["parts"].items():
-        console.say(f"{name:>13}  {part['seconds']:8.3f} s  {part['samples_per_second']:8.1f} samples/s")
-    console.say(f"{'whole step':>13}  {result['step_seconds']:8.3f} s  {rows / result['step_seconds']:8.1f} samples/s")
+        _say(name, part["seconds"], part["samples_per_second"], predicted.get(name))
+    _say("whole step", result["step_seconds"], rows / result["step_seconds"], result.get("predicted_step"))
     if "pretraining" in result:
         base = result["pretraining"]
-        console.say(f"{'pretraining':>13}  {base['seconds']:8.3f} s  {base['samples_per_second']:8.1f} samples/s")
+        _say("pretraining", base["seconds"], base["samples_per_second"])
     console.say(f"{'loop':>13}  {console.percent(result['overhead']):>9} of a step is none of the parts")
     console.finish("measured; nothing is kept but --json", *([args.json] if args.json else []))
     if args.json:
         atomic.write_json(args.json, result)
     return 0
+
+
+def _say(name: str, seconds: float, rate: float, predicted: tuple[float, float] | None = None) -> None:
+    more = f"  predicted {predicted[0]:.3g} to {predicted[1]:.3g} s" if predicted else ""
+    console.say(f"{name:>13}  {seconds:8.3f} s  {rate:8.1f} samples/s{more}")

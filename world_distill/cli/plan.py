@@ -6,6 +6,7 @@ from typing import Any
 
 from world_distill import console
 from world_distill.cli import arguments
+from world_distill.errors import UserError
 from world_distill.storage import atomic
 
 LOCAL = "local"  # in place of a topology: the devices of this machine
@@ -16,11 +17,13 @@ whether it fits.
 
 Phases: the rollout, the Demonstrator's velocities, the update, the decoding of clips and the encoding of scenes. For
 each: memory a chip (what the program needs and what lies beside it) against what the chip has, compile time,
-operations, collectives, and a time predicted from the chip's peak at --utilisation. Needs the extra `tpu` (for its
-compiler); weights are never made.
+operations and collectives. For a TPU also cycles by what they are spent on, as its compiler estimates them, and from
+these a range of seconds; --explain names the most expensive instructions and the lines of code that made them. For a
+GPU a time from its peak at --utilisation. Needs the extra `tpu` (for its compiler); weights are never made.
 Ends with exit code 1 if a phase does not fit, and names the largest arrays.
 
   world-distill plan --config wan22_5b:wmsd --topology v5p:2x2x1
+  world-distill plan --config wan22_5b:wmsd --topology v5p:2x2x1 --phases update --explain
   world-distill plan --config wan22_5b:wmsd --topology v5e:4x4 --slices 2 --config.mesh.data=2
   world-distill plan --config wan22_5b:wmsd --topology v6e:2x4 --search
   world-distill plan --config wan22_5b:wmsd --topology local                # on a machine with GPUs
@@ -42,26 +45,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--utilisation",
         type=arguments.PART,
-        default=0.4,
-        help="share of the peak that times assume (0.4)",
+        help=f"share of the peak that times assume for --topology {LOCAL} (0.4); on TPUs its compiler says",
     )
+    parser.add_argument("--explain", action="store_true", help="the most expensive instructions of each phase")
     parser.add_argument("--phases", default="", help="only these, comma-separated (and those that they need)")
     parser.add_argument("--search", action="store_true", help="try mesh shapes, micro-batches and remat policies")
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from world_distill.devices import chips
     from world_distill.programs import plan
 
+    if args.explain and args.search:
+        raise UserError("--explain is of one plan, --search of many: run plan again with the settings that it finds")
+    utilisation = plan.UTILISATION if args.utilisation is None else args.utilisation
     config = arguments.config_from(args)
     devices = plan.topology(args.topology, args.slices)
+    chip = chips.chip(devices[0].device_kind)
+    if args.utilisation is not None and chip and chip.ghz:
+        raise UserError(f"--utilisation {args.utilisation:g}: the compiler for {chip.name} says the cycles")
     only = arguments.chosen("--phases", args.phases, plan.PHASES)
     if args.search:
-        result = plan.search(config, devices, only, args.utilisation, say=console.say)
+        result = plan.search(config, devices, only, utilisation, say=console.say)
     else:
         phases = plan.make_plan(config, devices, only, say=console.say)
-        result = plan.summary(config, devices, phases, args.utilisation)
-        for line in plan.describe(result):
+        result = plan.summary(config, devices, phases, utilisation)
+        for line in plan.describe(result, explain=args.explain):
             console.say(line)
     _finish(args, result)
     if args.json:

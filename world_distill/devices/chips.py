@@ -1,6 +1,9 @@
 """What accelerators can do at most, by JAX's name of their kind: published figures, and what XLA grants of the memory.
 
 Peaks are dense bfloat16, as the vendors state them (Google Cloud's TPU pages; NVIDIA's data sheets, without sparsity).
+Google's pages state what links carry in both directions together; a chip sends half of that. A clock is the peak by the
+operations of a cycle at which XLA's compiler estimates large products of bfloat16: 131,072 on v5e, 262,144 on v5p,
+524,288 on v6e and on each device of v7x. v4 has none here, since its estimates do not fit its two cores.
 """
 
 import dataclasses
@@ -15,24 +18,30 @@ class Chip:
       tflops: peak of bfloat16 products, 1e12 operations a second.
       hbm_gib: memory that a program may use, in GiB; for TPUs as XLA's compiler grants it.
       bandwidth: of the memory, GB a second.
+      ghz: clock in which XLA's compiler estimates cycles; 0: not known.
+      sends: over all links to other chips of a slice, GB a second; 0: not known.
+      links: to other chips of a slice.
     """
 
     name: str
     tflops: float
     hbm_gib: float
     bandwidth: float
+    ghz: float = 0.0
+    sends: float = 0.0
+    links: int = 0
 
 
-# On v5p and older, a device is a chip; v7x has two devices a chip.
+# On v5p and older, a device is a chip; v7x has two devices a chip, which share its links.
 _CHIPS = {
     "TPU v4": Chip("v4", 275, 31.75, 1228),
-    "TPU v5 lite": Chip("v5e", 197, 15.75, 819),
-    "TPU v5e": Chip("v5e", 197, 15.75, 819),
-    "TPU v5": Chip("v5p", 459, 95.74, 2765),
-    "TPU v5p": Chip("v5p", 459, 95.74, 2765),
-    "TPU v6 lite": Chip("v6e", 918, 31.25, 1640),
-    "TPU v6e": Chip("v6e", 918, 31.25, 1640),
-    "TPU7x": Chip("v7x", 1153, 94.75, 3690),
+    "TPU v5 lite": Chip("v5e", 197, 15.75, 819, 1.5, 200, 4),
+    "TPU v5e": Chip("v5e", 197, 15.75, 819, 1.5, 200, 4),
+    "TPU v5": Chip("v5p", 459, 95.74, 2765, 1.75, 600, 6),
+    "TPU v5p": Chip("v5p", 459, 95.74, 2765, 1.75, 600, 6),
+    "TPU v6 lite": Chip("v6e", 918, 31.25, 1640, 1.75, 400, 4),
+    "TPU v6e": Chip("v6e", 918, 31.25, 1640, 1.75, 400, 4),
+    "TPU7x": Chip("v7x", 1153, 94.75, 3690, 2.2, 300, 6),
     "NVIDIA A100-SXM4-80GB": Chip("a100", 312, 79.0, 2039),
     "NVIDIA H100 80GB HBM3": Chip("h100", 989, 79.0, 3350),
     "NVIDIA H200": Chip("h200", 989, 139.0, 4800),

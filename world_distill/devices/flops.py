@@ -13,33 +13,37 @@ from jax.extend import core
 _AGAIN = "rematted_computation"  # JAX's name of the scope in which `jax.checkpoint` computes again
 
 
-def count(jaxpr: core.ClosedJaxpr | core.Jaxpr, *, remat: bool = True) -> float:
+def count(jaxpr: core.ClosedJaxpr | core.Jaxpr, *, remat: bool = True, kernels: bool = False) -> float:
     """Operations (a multiplication and an addition are two) of one call, over all devices.
 
-    A `cond` counts as its costliest branch, a `while` without a known number of turns as one turn. Without `remat`,
-    what a backward pass computes again to save memory is left out: what the model needs, not what is done.
+    A `cond` counts as its costliest branch, a `while` without a known number of turns as one turn.
+
+    Args:
+      jaxpr: the program.
+      remat: with what a backward pass computes again to save memory: what is done, not what the model needs.
+      kernels: only those within Pallas kernels.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return sum(_of(equation, remat) for equation in jaxpr.eqns)
+    return sum(_of(equation, remat, kernels) for equation in jaxpr.eqns)
 
 
-def _of(equation: core.JaxprEqn, remat: bool) -> float:
+def _of(equation: core.JaxprEqn, remat: bool, kernels: bool) -> float:
     name, params = equation.primitive.name, equation.params
     if not remat and _AGAIN in str(equation.source_info.name_stack):
         return 0.0
     if name == "dot_general":
-        return _product(equation)
+        return 0.0 if kernels else _product(equation)
     if name == "conv_general_dilated":
-        return _convolution(equation)
+        return 0.0 if kernels else _convolution(equation)
     if name == "cond":
-        return max(count(branch, remat=remat) for branch in params["branches"])
+        return max(count(branch, remat=remat, kernels=kernels) for branch in params["branches"])
     if name == "scan":
-        return params["length"] * count(params["jaxpr"], remat=remat)
+        return params["length"] * count(params["jaxpr"], remat=remat, kernels=kernels)
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * count(params["jaxpr"], remat=remat)
     if name == "shard_map":  # its body is one device's part
-        return params["mesh"].size * count(params["jaxpr"], remat=remat)
-    return sum(count(part, remat=remat) for part in inner(params))
+        return params["mesh"].size * count(params["jaxpr"], remat=remat, kernels=kernels)
+    return sum(count(part, remat=remat, kernels=kernels) for part in inner(params))
 
 
 def inner(params: dict[str, Any]) -> list[core.ClosedJaxpr | core.Jaxpr]:

@@ -9,7 +9,8 @@
     pretraining   one update of the base model, clips ready made (of the sandbox's model, which has such a stage)
 
 Every part runs alone, after a warm-up, on the same batch, in turns; the median is shown. On a machine that other
-programs share, compare figures of one run only.
+programs share, compare figures of one run only. On an accelerator that `chips` knows, the prediction of `world-distill
+plan` stands beside a part.
 """
 
 import pathlib
@@ -24,9 +25,10 @@ from world_distill import build
 from world_distill.data.records.batches import task_batches
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
+from world_distill.devices import chips
 from world_distill.devices.sharding import batch_sharding
 from world_distill.interfaces import ModelFamily
-from world_distill.programs import prepare, pretrain
+from world_distill.programs import plan, prepare, pretrain
 from world_distill.training import run_folder
 from world_distill.training.collect import Collector, draw_tasks
 from world_distill.training.step_programs import make_programs
@@ -94,6 +96,12 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
         "step_seconds": total,
         "overhead": float(np.clip(1 - sum(seconds.values()) / total, -1, 1)),
     }
+    devices = list(mesh.devices.flat)
+    if chips.chip(devices[0].device_kind):
+        phases = tuple(name for name in plan.PHASES if name in seconds)
+        planned = plan.summary(config, devices, plan.make_plan(config, devices, phases))
+        result["predicted"] = {phase["name"]: phase["seconds"] for phase in planned["phases"] if phase["seconds"]}
+        result["predicted_step"] = planned["step_seconds"]
     if pretraining is not None:
         clips = config.pretrain.batch
         result["pretraining"] = {"clips": clips, "seconds": pretraining, "samples_per_second": clips / pretraining}

@@ -21,7 +21,7 @@ def dry_run(config, workdir: pathlib.Path, *, say: Callable[[str], None] = conso
 
     Returns:
       `plan.summary` of it, with `steps` that are left to train, `records`, `state_bytes` (of one checkpoint), and
-      `seconds` that the steps will take (None where the device's peak is not known).
+      `seconds` that the steps will take at worst (None where the device's peak is not known).
 
     Raises:
       UserError, RecordError: as `train` would, before its first step.
@@ -41,11 +41,11 @@ def dry_run(config, workdir: pathlib.Path, *, say: Callable[[str], None] = conso
     say(f"{left} steps of {rows} rollouts" + (f", after step {done}" if done else ""))
 
     devices = list(mesh.devices.flat)
-    result = plan.summary(config, devices, plan.make_plan(config, devices, PHASES, say=say), 0.4)
+    result = plan.summary(config, devices, plan.make_plan(config, devices, PHASES, say=say))
     for line in plan.describe(result):
         say(line)
     bytes_ = _bytes(programs.state)
-    seconds = result["step_seconds"] * left if "step_seconds" in result else None
+    seconds = result["step_seconds"][1] * left if "step_seconds" in result else None
     say(f"memory: {_memory(result, devices)}")
     say(f"time: {_time(result, seconds, left)}")
     say(f"disk: {console.disk(bytes_ * (config.keep + 1))} for {config.keep} checkpoints, beside clips and logs")
@@ -83,7 +83,9 @@ def _time(result: dict[str, Any], seconds: float | None, steps: int) -> str:
     compiling = console.duration(sum(phase["compile_seconds"] for phase in result["phases"]))
     if seconds is None:
         return f"{compiling} to compile; no peak of {result['kind']} is known: the first steps of the run say the rest"
+    estimated = result["estimated"]
+    how = "the compiler's cycles" if estimated else f"{console.percent(result['utilisation'])} of the devices' peak"
     return (
-        f"{compiling} to compile, then {console.duration(seconds)} for {steps} steps, predicted at"
-        f" {console.percent(result['utilisation'])} of the devices' peak, without the judge's time and evaluations"
+        f"{compiling} to compile, then {console.duration(seconds)} for {steps} steps, predicted from {how},"
+        " without the judge's time and evaluations"
     )

@@ -2,9 +2,13 @@
 step cost there?
 
 XLA's compiler for TPUs runs without one: every phase of a training step is traced with abstract weights, at the
-config's real sizes, and compiled for the topology. What is printed of memory and collectives is the compiler's;
-operations are counted from the traced programs (`flops`); times are predictions from these, the peak of the chip and an
-assumed utilisation, and say so.
+config's real sizes, and compiled for the topology. What is printed of memory, cycles and collectives is the compiler's;
+operations are counted from the traced programs (`flops`).
+
+Times are predictions. On TPUs they are ranges: the compiler's cycles (`cycles`) by the clock, attention kernels at a
+share of the peak (`KERNEL_SHARES`), and the time in which chips wait for collectives, over all links or over the two of
+one axis of the torus. Where the compiler estimates no cycles, as for GPUs, they are the operations by the peak and an
+assumed utilisation.
 """
 
 import collections
@@ -14,7 +18,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +27,7 @@ import numpy as np
 
 from world_distill import build, console
 from world_distill.devices import chips, flops
+from world_distill.devices import cycles as cycles_lib
 from world_distill.devices.sharding import batch_sharding, make_mesh, replicated, rows_or_whole
 from world_distill.errors import UserError, did_you_mean
 from world_distill.settings import objective
@@ -35,6 +40,8 @@ from world_distill.weights import base_model
 LOCAL = "local"
 PHASES = ("rollout", "demonstrator", "update", "decode", "encode")  # names of what `make_plan` compiles
 GIB = 2**30
+KERNEL_SHARES = (0.7, 0.35)  # of the peak, at which attention kernels may run: assumed, since nobody estimates them
+UTILISATION = 0.4  # share of the peak that times assume without an estimate
 _COLLECTIVE = re.compile(
     r" = .+? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((?:.*channel_id=(\d+))?"
 )
@@ -54,6 +61,13 @@ class Phase:
     peak: float | None = None
     beside: float = 0.0  # what else lies in the memory meanwhile: parts of the base and of the state not read here
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    needed: float = 0.0  # of `flops`, what the model needs: without what a backward pass computes again
+    cycles: dict[str, float] = dataclasses.field(default_factory=dict)  # by `cycles.KINDS`, of one call on one chip
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # runs of Pallas kernels in a call
+    kernel_flops: float = 0.0  # of `flops`, those in kernels
+    sent: float = 0.0  # bytes that a chip sends in a call
+    seconds: tuple[float, float] | None = None  # of one call, at best and at worst
+    expensive: list[cycles_lib.Instruction] = dataclasses.field(default_factory=list)
     problem: str = ""
     largest: list[str] = dataclasses.field(default_factory=list)
 
@@ -189,13 +203,14 @@ def _compile(name: str, function: Any, given: tuple, held: PyTree, *, calls: int
     """
     traced = function.trace(*given)
     phase = Phase(name, flops.count(traced.jaxpr), calls, 0.0)
+    phase.needed, phase.kernel_flops = flops.count(traced.jaxpr, remat=False), flops.count(traced.jaxpr, kernels=True)
     started = time.perf_counter()
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        phase.problem = str(error).removeprefix("RESOURCE_EXHAUSTED: ").splitlines()[0]
+        phase.problem = _refusal(str(error))
         phase.largest = _largest(traced.jaxpr)
         return phase, None
     finally:
@@ -206,9 +221,42 @@ def _compile(name: str, function: Any, given: tuple, held: PyTree, *, calls: int
     phase.output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
     phase.peak = memory.peak_memory_in_bytes / GIB
     phase.beside = max(_bytes((given, held)) / GIB - arguments, 0.0)
-    phase.collectives = collectives(compiled.as_text())
+    text = compiled.as_text()
+    phase.collectives = collectives(text)
+    _predict(phase, cycles_lib.estimate(text), jax.tree.leaves(given)[0].sharding)
     result = jax.tree.map(_abstract, traced.out_info, compiled.output_shardings)
     return phase, result
+
+
+def _refusal(error: str) -> str:
+    """Why the compiler refuses a program, from the text of its error."""
+    lines = error.removeprefix("RESOURCE_EXHAUSTED: ").splitlines()
+    if "vmem" not in error.lower():
+        return lines[0]
+    instruction = re.search(r"on stack for %?([\w.\-]+)", error)
+    sizes = re.search(r"with size ([\d.]+\w) and limit ([\d.]+\w)", error)
+    needs = f" ({sizes[1]} of {sizes[2]})" if sizes else ""
+    return (
+        f"not for want of HBM: one instruction{f' ({instruction[1]})' if instruction else ''} needs more of a chip's "
+        f"fast memory, VMEM, than there is{needs}. Fewer rows, smaller pieces (model.piece) or bfloat16 make it smaller"
+    )
+
+
+def _predict(phase: Phase, estimate: cycles_lib.Estimate, sharding: jax.sharding.Sharding) -> None:
+    """Writes into the phase what the compiler estimates, and the seconds that follow for this kind of chip."""
+    phase.cycles, phase.kernels = estimate.cycles, estimate.kernels
+    phase.sent = sum(collective.sent * collective.runs for collective in estimate.collectives)
+    phase.expensive = estimate.largest()
+    devices = list(sharding.device_set)
+    chip = chips.chip(devices[0].device_kind)
+    if not estimate.total or chip is None or not chip.ghz:
+        return
+    hertz, kernels = chip.ghz * 1e9, phase.kernel_flops / len(devices) / (chip.tflops * 1e12)
+    links = (chip.sends * 1e9, chip.sends * 1e9 * min(2 / chip.links, 1.0))
+    phase.seconds = tuple(
+        estimate.total / hertz + kernels / share + estimate.waiting(hertz, bandwidth)
+        for share, bandwidth in zip(KERNEL_SHARES, links, strict=True)
+    )
 
 
 def _bytes(tree: PyTree) -> float:
@@ -253,8 +301,15 @@ def _largest(jaxpr: Any, count: int = 5) -> list[str]:
     return [f"{size:.1f} GiB over all chips: {what}" for what, size in best]
 
 
-def summary(config, devices: list[Any], plan: list[Phase], utilisation: float) -> dict[str, Any]:
-    """The plan as plain values, with predictions."""
+def summary(config, devices: list[Any], plan: list[Phase], utilisation: float = UTILISATION) -> dict[str, Any]:
+    """The plan as plain values, with predictions.
+
+    Args:
+      config: of the run.
+      devices: that the plan is for.
+      plan: from `make_plan`.
+      utilisation: share of the peak that times assume where the compiler estimates no cycles.
+    """
     chip = chips.chip(devices[0].device_kind)
     result: dict[str, Any] = {
         "devices": len(devices),
@@ -262,20 +317,31 @@ def summary(config, devices: list[Any], plan: list[Phase], utilisation: float) -
         "chip": dataclasses.asdict(chip) if chip else None,
         "mesh": {k: int(v) for k, v in make_mesh(**config.mesh.to_dict(), devices=devices).shape.items()},
         "rollouts_per_step": config.rollout.tasks * config.rollout.group,
-        "utilisation": utilisation,
         "phases": [dataclasses.asdict(phase) for phase in plan],
         "fits": not any(phase.peak is None or (chip and phase.peak + phase.beside > chip.hbm_gib) for phase in plan),
     }
-    if chip:
-        seconds = sum(p.flops * p.calls for p in plan) / (len(devices) * chip.tflops * 1e12 * utilisation)
-        result["step_seconds"] = seconds
-        asked = len(RolloutSettings(**config.rollout.to_dict()).questions) if config.objective.rl != "none" else 0
-        result["judge_requests_per_second"] = result["rollouts_per_step"] * asked / seconds if seconds else 0.0
-    return result
+    if chip is None:
+        return result
+    peak = len(devices) * chip.tflops * 1e12
+    result["estimated"] = all(phase.seconds or phase.problem for phase in plan)
+    if not result["estimated"]:
+        result["utilisation"] = utilisation
+        for phase in result["phases"]:
+            phase["seconds"] = (phase["flops"] / (peak * utilisation),) * 2
+    low, high = (sum(p["seconds"][i] * p["calls"] for p in result["phases"] if p["seconds"]) for i in (0, 1))
+    asked = len(RolloutSettings(**config.rollout.to_dict()).questions) if config.objective.rl != "none" else 0
+    rates = [result["rollouts_per_step"] / seconds if seconds else 0.0 for seconds in (high, low)]
+    needed = sum(p.needed * p.calls for p in plan) / peak
+    return result | {
+        "step_seconds": (low, high),
+        "rollouts_per_second": tuple(rates),
+        "judge_requests_per_second": tuple(asked * rate for rate in rates),
+        "mfu": tuple(needed / seconds if seconds else 0.0 for seconds in (high, low)),
+    }
 
 
-def describe(result: dict[str, Any]) -> list[str]:
-    """Lines for people."""
+def describe(result: dict[str, Any], *, explain: bool = False) -> list[str]:
+    """Lines for people; with `explain`, the most expensive instructions of each phase, and where they come from."""
     chip = result["chip"]
     has = f" of {chip['hbm_gib']:g}" if chip else ""
     mesh = " ".join(f"{name}={size}" for name, size in result["mesh"].items())
@@ -294,16 +360,64 @@ def describe(result: dict[str, Any]) -> list[str]:
             f"{phase['temporaries']:5.1f}  {phase['output']:6.1f}  {phase['beside']:6.1f})  "
             f"{phase['compile_seconds']:9.0f}  {phase['flops'] / 1e15:10.2f}  {counts}"
         )
+    if any(sum(phase["cycles"].values()) for phase in result["phases"]):
+        lines += _describe_cycles(result)
+    if explain:
+        lines += _explain(result)
     if "step_seconds" in result and result["fits"]:
+        how = (
+            "the compiler's cycles" if result["estimated"] else f"{console.percent(result['utilisation'])} of the peak"
+        )
         lines.append(
-            f"predicted, at {console.percent(result['utilisation'])} of {chip['tflops']:g} TFLOP/s a chip: "
-            f"{result['step_seconds']:.3g} s a step, {result['judge_requests_per_second']:.1f} judge requests a second"
+            f"predicted from {how}: {_range(result['step_seconds'])} s a step, "
+            f"{_range(result['rollouts_per_second'])} rollouts and {_range(result['judge_requests_per_second'])} judge "
+            f"requests a second, MFU {_range([100 * part for part in result['mfu']])} %"
         )
     if chip:
         over = [p["name"] for p in result["phases"] if not p["problem"] and p["peak"] + p["beside"] > chip["hbm_gib"]]
         lines += [f"{name}: the program fits, but not beside what else lies in the memory" for name in over]
     lines.append("fits" if result["fits"] else "does not fit")
     return lines
+
+
+def _describe_cycles(result: dict[str, Any]) -> list[str]:
+    """A table of one call of each phase on one chip."""
+    kinds = "  ".join(f"{kind:>11}" for kind in cycles_lib.KINDS)
+    lines = [f"{'phase':>13}  {'M cycles':>9}  {kinds}  kernels TFLOP    sent GB       seconds"]
+    for phase in result["phases"]:
+        if phase["problem"]:
+            continue
+        each = "  ".join(f"{phase['cycles'][kind] / 1e6:11.0f}" for kind in cycles_lib.KINDS)
+        seconds = _range(phase["seconds"]) if phase["seconds"] else ""
+        lines.append(
+            f"{phase['name']:>13}  {sum(phase['cycles'].values()) / 1e6:9.0f}  {each}  "
+            f"{phase['kernel_flops'] / result['devices'] / 1e12:13.1f}  {phase['sent'] / 1e9:9.1f}  {seconds:>12}"
+        )
+    return lines
+
+
+def _explain(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for phase in result["phases"]:
+        total = sum(phase["cycles"].values())
+        if not phase["expensive"]:
+            lines.append(f"{phase['name']}: the compiler estimates no cycles for {result['kind']}")
+            continue
+        lines.append(
+            f"{phase['name']}: the most expensive instructions, in M cycles of {total / 1e6:,.0f} outside kernels"
+        )
+        for one in phase["expensive"]:
+            where = f"  {one['source']}" if one["source"] else ""
+            lines.append(
+                f"{one['cycles'] / 1e6:13,.1f}  {console.percent(one['cycles'] / total):>6}  {one['runs']:6} x "
+                f"{one['kind']:<11}  {one['what']}{where}"
+            )
+    return lines
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{value:.3g}" for value in values)
+    return low if low == high else f"{low} to {high}"
 
 
 def search(config, devices: list[Any], only: tuple[str, ...], utilisation: float, *, say=lambda text: None) -> dict:

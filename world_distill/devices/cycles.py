@@ -1,0 +1,293 @@
+"""The time of a program for TPUs by its compiler's own estimates, which need no TPU.
+
+XLA's compiler writes into a compiled program how many cycles it expects of every fused operation, copy and reduction.
+Summed over the program, with loops as often as they turn, they see what counting operations does not: products that do
+not fill the matrix units, copies from one memory layout into another, passes over the residual stream. Two things have
+no estimate: Pallas kernels, which are told by name and number of runs, and collectives, which are told by the bytes
+that a chip sends, and by the cycles between their start and their end in the program's order, which hide them.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+# What an instruction mostly does: multiply matrices; change nothing but the place of values in memory; sum over an
+# axis; or compute each value by itself.
+KINDS = ("products", "layouts", "reductions", "elementwise")
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ((?:\([^=]*?\)|\S+)) ([a-z][\w\-]*)\(")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_SHAPE = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]")
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_COLLECTIVE = re.compile(r"^(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start|-done)?$")
+_MOVES = {
+    "copy", "transpose", "reshape", "bitcast", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad",
+    "broadcast", "copy-start", "copy-done", "parameter", "constant", "tuple", "get-tuple-element", "gather", "iota",
+}  # fmt: skip
+_OURS = "world_distill/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction of a compiled program.
+
+    Attributes:
+      cycles: of all its runs.
+      runs: how often it runs.
+      kind: one of `KINDS`.
+      what: the compiler's name for its operation, and the shape of its result.
+      source: file and line of this package that it was traced from; empty where the compiler does not say.
+    """
+
+    cycles: float
+    runs: int
+    kind: str
+    what: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a compiled program.
+
+    Attributes:
+      kind: all-gather, all-reduce, reduce-scatter, all-to-all or collective-permute.
+      runs: how often it runs.
+      sent: bytes that a chip sends each time, around a ring.
+      hidden: cycles of other instructions that are scheduled between its start and its end; 0: the chip waits for it.
+    """
+
+    kind: str
+    runs: int
+    sent: float
+    hidden: float
+
+
+@dataclasses.dataclass
+class Estimate:
+    """What the compiler expects of one call of a program on one chip.
+
+    Attributes:
+      instructions: with an estimate of their cycles.
+      kernels: Pallas kernels by name: runs.
+      collectives: as they stand in the program.
+      endless: loops of which the number of turns is not known; each counts as one turn.
+    """
+
+    instructions: list[Instruction] = dataclasses.field(default_factory=list)
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    endless: int = 0
+
+    @property
+    def cycles(self) -> dict[str, float]:
+        """By kind."""
+        found = dict.fromkeys(KINDS, 0.0)
+        for instruction in self.instructions:
+            found[instruction.kind] += instruction.cycles
+        return found
+
+    @property
+    def total(self) -> float:
+        """Cycles of everything that has an estimate."""
+        return sum(instruction.cycles for instruction in self.instructions)
+
+    def largest(self, count: int = 10) -> list[Instruction]:
+        """The instructions that take most, the first of all first; those that come from one line for one purpose, as
+        in a model's layers that are not in one loop, are one."""
+        merged: dict[tuple[str, str, str], Instruction] = {}
+        for one in self.instructions:
+            key = one.kind, one.what, one.source
+            before = merged.get(key)
+            cycles, runs = (before.cycles, before.runs) if before else (0.0, 0)
+            merged[key] = dataclasses.replace(one, cycles=cycles + one.cycles, runs=runs + one.runs)
+        return sorted(merged.values(), key=lambda one: -one.cycles)[:count]
+
+    def waiting(self, hertz: float, bandwidth: float) -> float:
+        """Seconds in which a chip waits for collectives, at a clock and at so many bytes a second sent."""
+        seconds = (max(c.sent / bandwidth - c.hidden / hertz, 0.0) * c.runs for c in self.collectives)
+        return sum(seconds)
+
+
+def estimate(hlo: str) -> Estimate:
+    """That of a program's text after compilation, `jax.stages.Compiled.as_text()`; an empty one if it has no cycles, as
+    on CPUs and GPUs."""
+    program = _Program(hlo)
+    found = Estimate()
+    if program.entry:
+        program.visit(program.entry, 1, found)
+    return found
+
+
+class _Program:
+    """The computations of a compiled program, and where its instructions come from."""
+
+    def __init__(self, hlo: str):
+        self.computations: dict[str, list[str]] = {}
+        self.entry = ""
+        current: list[str] | None = None
+        # The source of a kernel stands in braces that look like the end of a computation.
+        hlo = re.sub(r"kernel_metadata=\{\n.*?\n\}|/\*index=\d+\*/", "", hlo, flags=re.DOTALL)
+        for line in hlo.splitlines():
+            if current is None:
+                if match := _COMPUTATION.match(line):
+                    current = self.computations.setdefault(match[1], [])
+                    if line.startswith("ENTRY"):
+                        self.entry = match[1]
+            elif line.startswith("}"):
+                current = None
+            else:
+                current.append(line)
+        self._sources = _sources(hlo)
+
+    def visit(self, name: str, runs: int, found: Estimate) -> float:
+        """Adds a computation that runs so often; returns the cycles of one run."""
+        spent, open_since = 0.0, {}
+        for line in self.computations.get(name, []):
+            match = _INSTRUCTION.match(line)
+            if not match:
+                continue
+            result, shape, operation = match.groups()
+            if operation == "while":
+                body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("body", "condition"))
+                turns = self._turns(condition[1]) if condition else None
+                found.endless += turns is None
+                spent += (turns or 1) * self.visit(body[1] if body else "", runs * (turns or 1), found)
+            elif operation in ("call", "conditional", "async-start"):
+                names = [a or b for a, b in _BRANCHES.findall(line)] + _CALLS.findall(line)
+                for inner in (n.strip().lstrip("%") for each in names for n in each.split(",")):
+                    spent += self.visit(inner, runs, found)
+            elif operation == "custom-call" and "tpu_custom_call" in line:
+                kernel = re.sub(r"\.\d+$", "", result)
+                found.kernels[kernel] = found.kernels.get(kernel, 0) + runs
+            elif collective := self._collective(operation, shape, line):
+                kind, sent, phase = collective
+                if phase == "-done":
+                    start = re.search(r"\(%([\w.\-]+)", line[match.end() - 1 :])
+                    index, before = open_since.pop(start[1] if start else "", (None, 0.0))
+                    if index is not None:
+                        hidden = dataclasses.replace(found.collectives[index], hidden=spent - before)
+                        found.collectives[index] = hidden
+                else:
+                    found.collectives.append(Collective(kind, runs, sent, 0.0))
+                    if phase:
+                        open_since[result] = len(found.collectives) - 1, spent
+            elif cycles := _CYCLES.search(line):
+                count = float(cycles[1])
+                spent += count
+                what = f"{operation} {re.sub(r'{[^}]*}', '', shape)}"
+                found.instructions.append(
+                    Instruction(count * runs, runs, self._kind(operation, line), what, self._source(line))
+                )
+        return spent
+
+    def _collective(self, operation: str, shape: str, line: str) -> tuple[str, float, str] | None:
+        """(kind, bytes sent, "-start" or "-done" or nothing), if the instruction is one or is made of one."""
+        match = _COLLECTIVE.match(operation)
+        if match:
+            kind, phase = match[1], match[2] or ""
+        elif operation == "fusion" and (called := _CALLS.search(line)):
+            inner = [i for i in map(_INSTRUCTION.match, self.computations.get(called[1], [])) if i]
+            inside = [i for i in inner if _COLLECTIVE.match(i[3])]
+            if not inside or "kCustom" not in line:
+                return None
+            kind, phase, shape = inside[0][3], "", inside[0][2]
+            line = inside[0].string
+            if kind == "all-reduce" and "all-reduce-scatter" in called[1]:
+                kind = "reduce-scatter"  # of the whole that is given; each chip keeps its part
+                ways = _ways(line)
+                return kind, _size(shape) * (ways - 1) / ways, phase
+        else:
+            return None
+        if shape.startswith("(") and phase == "-start":  # (what is given, what comes back, ...)
+            shape = max(_parts(shape), key=_size)
+        ways = _ways(line)
+        factor = {"all-reduce": 2.0, "reduce-scatter": float(ways)}.get(kind, 1.0)
+        sent = _size(shape) if kind == "collective-permute" else factor * _size(shape) * (ways - 1) / ways
+        return kind, sent, phase
+
+    def _turns(self, condition: str) -> int | None:
+        """Of a loop that counts from 0 by 1 to the constant in its condition, as those of `scan` do."""
+        text = "\n".join(self.computations.get(condition, []))
+        for called in _CALLS.findall(text):
+            text += "\n".join(self.computations.get(called, []))
+        limits = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
+        return max(limits, default=None)
+
+    def _kind(self, operation: str, line: str) -> str:
+        if operation in ("convolution", "dot"):
+            return "products"
+        if operation in _MOVES:
+            return "layouts"
+        if operation == "reduce":
+            return "reductions"
+        if operation != "fusion":
+            return "elementwise"
+        called = _CALLS.search(line)
+        inner = {m[3] for m in map(_INSTRUCTION.match, self.computations.get(called[1] if called else "", [])) if m}
+        if inner & {"convolution", "dot"}:
+            return "products"
+        if inner & {"reduce", "reduce-window"}:
+            return "reductions"
+        return "layouts" if inner <= _MOVES else "elementwise"
+
+    def _source(self, line: str) -> str:
+        frame = _FRAME.search(line)
+        return self._sources.get(int(frame[1]), "") if frame else ""
+
+
+def _sources(hlo: str) -> dict[int, str]:
+    """Stack frame -> the innermost file and line of this package on the way out from it."""
+    tables: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    names, table = ("FileNames", "FunctionNames", "FileLocations", "StackFrames"), ""
+    for line in hlo.splitlines():
+        if line in names:
+            table = line
+        elif table and (row := re.match(r"(\d+) (.*)", line)):
+            tables[table][int(row[1])] = row[2]
+        elif table == names[-1] and not line.strip():
+            break
+    numbers = lambda text: {k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", text)}  # noqa: E731
+    frames = {index: numbers(row) for index, row in tables["StackFrames"].items()}
+    found = {}
+    for index in frames:
+        at, seen = index, set()
+        while at in frames and at not in seen:
+            seen.add(at)
+            place = numbers(tables["FileLocations"].get(frames[at].get("file_location_id", 0), ""))
+            file = tables["FileNames"].get(place.get("file_name_id", 0), "").strip('"')
+            if _OURS in file:
+                found[index] = f"{_OURS}{file.rpartition(_OURS)[2]}:{place.get('line', 0)}"
+                break
+            at = frames[at].get("parent_frame_id", 0)
+    return found
+
+
+def _ways(line: str) -> int:
+    """How many chips take part in one collective."""
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return max(match[1].count(",") + 1, 1)
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return max(math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2])), 1)
+    return 1
+
+
+def _parts(shape: str) -> Iterator[str]:
+    return (match[0] for match in _SHAPE.finditer(shape))
+
+
+def _size(shape: str) -> float:
+    """Bytes of all arrays in a shape's text."""
+    total = 0.0
+    for kind, sizes in _SHAPE.findall(shape):
+        bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])  # type: ignore[index]
+        total += math.prod(int(n) for n in sizes.split(",") if n) * bits / 8
+    return total
