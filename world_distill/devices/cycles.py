@@ -87,7 +87,7 @@ class Estimate:
     @property
     def cycles(self) -> dict[str, float]:
         """By kind."""
-        found = dict.fromkeys(KINDS, 0.0)
+        found: dict[str, float] = {kind: 0.0 for kind in KINDS}
         for instruction in self.instructions:
             found[instruction.kind] += instruction.cycles
         return found

@@ -7,6 +7,7 @@ a product with a clip's tokens takes no time.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +44,14 @@ def _forward(x, weights, factors, axis):
     return y, (x.value, weights.value, factors.value, () if weights.perturbed else None)
 
 
+def _zeros(like: Any) -> Array:
+    return jnp.zeros(like.shape, like.dtype)
+
+
 def _backward(axis, saved, dy):
     x, weights, factors, trained = saved
     if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
+        dy = _zeros(dy)
     dx = jnp.tensordot(dy, _joint(weights, factors, axis), [(-1,), (-1,)])
     lead = tuple(range(dy.ndim - 1))
     size = weights.shape[axis]

@@ -253,10 +253,11 @@ def _predict(phase: Phase, estimate: cycles_lib.Estimate, sharding: jax.sharding
         return
     hertz, kernels = chip.ghz * 1e9, phase.kernel_flops / len(devices) / (chip.tflops * 1e12)
     links = (chip.sends * 1e9, chip.sends * 1e9 * min(2 / chip.links, 1.0))
-    phase.seconds = tuple(
+    low, high = (
         estimate.total / hertz + kernels / share + estimate.waiting(hertz, bandwidth)
         for share, bandwidth in zip(KERNEL_SHARES, links, strict=True)
     )
+    phase.seconds = low, high
 
 
 def _bytes(tree: PyTree) -> float:

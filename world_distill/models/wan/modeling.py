@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -245,7 +246,7 @@ class WanDiT(nnx.Module):
 
         def block(h, layer):
             weights, layer_lora = layer
-            own = nnx.merge(graph, weights)
+            own: Any = nnx.merge(graph, weights)
             config.stream.settle(own, own.mlp)
             return lay(own(h, modulation, spread, text, rope, layer_lora, scale, tokens))
 
