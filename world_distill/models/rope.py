@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from world_distill.models.layers import rope_tables
+from world_distill.models.layers import apply_rope, rope_tables
 
 
 def rope_waves(
@@ -38,9 +38,12 @@ def rope_waves(
 
 
 def rotate(
-    x: Float[Array, "b *n h e"], cos: Float[Array, "*n e"], sin: Float[Array, "*n e"]
+    x: Float[Array, "b *n h e"], cos: Float[Array, "*n e"], sin: Float[Array, "*n e"], platform: str
 ) -> Float[Array, "b *n h e"]:
     """`layers.apply_rope`, given waves: rotates interleaved pairs (x[2i], x[2i+1]) of every head."""
+    if platform == "cpu":
+        y = x.astype(jnp.promote_types(x.dtype, cos.dtype))
+        return apply_rope(y, cos[..., 0::2], sin[..., 0::2]).astype(x.dtype)
     width = x.shape[-1]
     # (-x[1], x[0], -x[3], x[2], ...), by a product with 0, 1 and -1, which is exact: a TPU would have to lay out pairs
     # along the innermost axis anew, and makes the product on the way.

@@ -39,14 +39,15 @@ def test_all_rows_are_those_of_diffusers(tables):
         np.testing.assert_allclose(ours, live[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_heads_are_turned_as_by_pairs_with_the_same_gradient(dtype):
+def test_heads_are_turned_as_by_pairs_with_the_same_gradient(dtype, platform):
     """Exactly: what the product with 0, 1 and -1 does to bfloat16 is no rounding."""
     grid, dims = (3, 2, 2), (4, 2, 2)
     x = jax.random.normal(jax.random.key(0), (2, 12, 3, 8)).astype(dtype)
     tables, waves = rope_tables(grid, dims, theta=10.0), rope_waves(grid, dims, theta=10.0)
     expected, back = jax.vjp(lambda x: apply_rope(x.astype(jnp.float32), *tables).astype(dtype), x)
-    found, pull = jax.vjp(lambda x: rotate(x, *waves), x)
+    found, pull = jax.vjp(lambda x: rotate(x, *waves, platform), x)
     assert found.dtype == dtype
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=1e-6)
     rounding = 1e-6 if dtype == jnp.float32 else 0.02

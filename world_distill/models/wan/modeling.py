@@ -25,7 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.sharding import pin_order
+from world_distill.devices.sharding import pin_order, platform_of
 from world_distill.models.attention import AttentionKind, attend_on
 from world_distill.models.blocks import Remat, StreamLayout, scan_blocks
 from world_distill.models.layers import (
@@ -135,7 +135,7 @@ class Attention(nnx.Module):
             k, v = by_head(k), by_head(v)
         q, k = _norm_heads(q, self.q_norm[...], eps), _norm_heads(k, self.k_norm[...], eps)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = (rotate(y, *rope, platform_of(config.mesh)) for y in (q, k))
         y = attend_on(config.mesh, q, k, v, config.attention, itself=text is None, keys=keys)
         return stream.down(y, self.out, sub(lora, "out"), scale).reshape(x.shape)
 
