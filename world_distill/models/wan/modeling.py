@@ -135,7 +135,8 @@ class Attention(nnx.Module):
             k, v = by_head(k), by_head(v)
         q, k = _norm_heads(q, self.q_norm[...], eps), _norm_heads(k, self.k_norm[...], eps)
         if rope is not None:
-            q, k = (rotate(y, *rope, platform_of(config.mesh)) for y in (q, k))
+            cos, sin = rope
+            q, k = (rotate(y, cos, sin, platform_of(config.mesh)) for y in (q, k))
         y = attend_on(config.mesh, q, k, v, config.attention, itself=text is None, keys=keys)
         return stream.down(y, self.out, sub(lora, "out"), scale).reshape(x.shape)
 
