@@ -211,6 +211,6 @@ def test_benchmark_measures_every_part_beside_its_prediction(tmp_path, monkeypat
     assert result["step_seconds"] > 0
     assert result["pretraining"]["samples_per_second"] > 0
     assert set(result["predicted"]) == {"rollout", "decode", "update"}
-    assert all(low > 0 for low, _ in result["predicted"].values())
+    assert all(result["predicted"][name][0] > 0 for name in ("rollout", "update"))  # to decode takes no product here
     low, high = result["predicted_step"]
     assert low == high == pytest.approx(sum(low for low, _ in result["predicted"].values()))
