@@ -129,6 +129,33 @@ def test_groups_of_chips_are_read_in_each_form(text, ways):
     assert cycles.estimate(program).collectives[0].sent == 400 * 4 * 2 * (ways - 1) / ways
 
 
+def test_one_that_is_sent_beside_products_counts_once_and_they_hide_it():
+    """Its start, a product that goes on with it, and its end are fusions of one channel. Another has its own."""
+
+    def gather(name, body, channel):
+        return f"""
+%{name} (p: bf16[8,4]) -> bf16[8,4] {{
+  %q = bf16[8,4]{{1,0}} parameter(0)
+{body}  %all-gather.7 = bf16[400,4]{{1,0}} all-gather(%q), channel_id={channel}, replica_groups={{{{0,1,2,3}}}}
+}}
+"""
+
+    inside = "  %convolution.7 = bf16[8,4]{1,0} convolution(%q, %q), dim_labels=bf_io->bf\n"
+    parts = gather("start", "", 9) + gather("part", inside, 9) + gather("end", "", 9) + gather("other", "", 10)
+    entry = """
+ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
+  %p.1 = bf16[8,4]{1,0} parameter(0)
+  %async-collective-start.1 = bf16[400,4]{1,0} fusion(%p.1), kind=kCustom, calls=%start
+  %fusion.1 = bf16[8,4]{1,0} fusion(%p.1), kind=kOutput, calls=%part, backend_config={"estimated_cycles":"300"}
+  %async-collective-done.1 = bf16[400,4]{1,0} fusion(%p.1), kind=kCustom, calls=%end
+  ROOT %async-collective-start.2 = bf16[400,4]{1,0} fusion(%p.1), kind=kCustom, calls=%other
+}
+"""
+    found = cycles.estimate("HloModule jit_f\n" + parts + entry)
+    assert [(one.sent, one.hidden) for one in found.collectives] == [(2400, 300), (2400, 0)]
+    assert found.cycles["products"] == 300
+
+
 def test_programs_of_other_platforms_have_no_estimate():
     assert cycles.estimate("HloModule jit_f\n\nENTRY %main (p: f32[2]) -> f32[2] {\n}\n").total == 0
     assert cycles.estimate("").total == 0

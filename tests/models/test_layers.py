@@ -254,3 +254,13 @@ def test_attention_adapts_each_of_its_layers(attention, name):
     y = attention(x, lora={name: {"a": a, "b": b}}, scale=0.5)
     np.testing.assert_allclose(y, merged(x), rtol=1e-4, atol=1e-4)
     assert not np.allclose(y, attention(x), atol=1e-2)
+
+
+def test_layer_norm_in_one_pass_keeps_a_large_mean_apart_and_stays_finite_where_nothing_varies():
+    x = np.random.default_rng(0).normal(size=(4, 512)) + 30.0
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(layers.layer_norm(jnp.asarray(x, jnp.float32)), expected, atol=1e-3)
+    # Rounding of the two sums may leave less than nothing of the variance.
+    rows = 1000.1 + 1e-3 * np.random.default_rng(1).normal(size=(64, 500))
+    y, back = jax.vjp(layers.layer_norm, jnp.asarray(rows, jnp.float32))
+    assert np.isfinite(y).all() and np.isfinite(back(y)[0]).all()

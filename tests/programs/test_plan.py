@@ -22,25 +22,6 @@ def needs_compiler(test):
     return pytest.mark.tpu(NO_COMPILER(test))
 
 
-def test_collectives_are_counted_once_each():
-    hlo = """
-    ENTRY %main (x: f32[2]) -> f32[8] {
-      %a = f32[8]{0} all-gather(f32[2]{0} %x), channel_id=1, dimensions={0}
-      %b = (f32[2], f32[8]) all-gather-start(f32[2]{0} %x), channel_id=2, dimensions={0}
-      %c = f32[8]{0} all-gather-done((f32[2], f32[8]) %b)
-      %d = f32[2]{0} all-reduce(f32[2]{0} %x), to_apply=%add
-    }
-    %async_collective_fusion.2 (x: f32[2]) -> f32[8] {
-      %part = f32[8]{0} all-gather(f32[2]{0} %x), channel_id=1, dimensions={0}
-    }
-    %all-reduce-scatter.1 (x: f32[8]) -> f32[2] {
-      %whole = f32[8]{0} all-reduce(f32[8]{0} %x), channel_id=3, to_apply=%add
-      %mine = f32[2]{0} dynamic-slice(f32[8]{0} %whole, s32[] %here), dynamic_slice_sizes={2}
-    }
-    """
-    assert plan.collectives(hlo) == {"all-gather": 2, "all-reduce": 1, "reduce-scatter": 1}
-
-
 def test_candidates_use_every_chip_and_divide_the_rows():
     config = load_config("wan22_5b:wmsd")
     found = list(plan.candidates(config, 16))

@@ -1,10 +1,11 @@
 """The time of a program for TPUs by its compiler's own estimates, which need no TPU.
 
 XLA's compiler writes into a compiled program how many cycles it expects of every fused operation, copy and reduction.
-Summed over the program, with loops as often as they turn, they see what counting operations does not: products that do
-not fill the matrix units, copies from one memory layout into another, passes over the residual stream. Two things have
-no estimate: Pallas kernels, which are told by name and number of runs, and collectives, which are told by the bytes
-that a chip sends, and by the cycles between their start and their end in the program's order, which hide them.
+Their sum over the program, each loop counted as often as it turns, contains what a count of operations misses: products
+that do not fill the matrix units, copies from one memory layout into another, passes over the residual stream.
+
+Pallas kernels and collectives have no estimate. Kernels are listed by name and number of runs. Collectives are listed
+by the bytes that a chip sends, and by the cycles of other work between their start and their end, which hide them.
 """
 
 import collections
@@ -24,6 +25,7 @@ _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]")
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _COLLECTIVE = re.compile(r"^(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start|-done)?$")
 _MOVES = {
     "copy", "transpose", "reshape", "bitcast", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad",
@@ -98,8 +100,7 @@ class Estimate:
         return sum(instruction.cycles for instruction in self.instructions)
 
     def largest(self, count: int = 10) -> list[Instruction]:
-        """The instructions that take most, the first of all first; those that come from one line for one purpose, as
-        in a model's layers that are not in one loop, are one."""
+        """The most expensive instructions, in falling order. Equal ones from one line of code are merged."""
         merged: dict[tuple[str, str, str], Instruction] = {}
         for one in self.instructions:
             key = one.kind, one.what, one.source
@@ -109,14 +110,17 @@ class Estimate:
         return sorted(merged.values(), key=lambda one: -one.cycles)[:count]
 
     def waiting(self, hertz: float, bandwidth: float) -> float:
-        """Seconds in which a chip waits for collectives, at a clock and at so many bytes a second sent."""
-        seconds = (max(c.sent / bandwidth - c.hidden / hertz, 0.0) * c.runs for c in self.collectives)
-        return sum(seconds)
+        """Seconds in which a chip waits for collectives.
+
+        Args:
+          hertz: the chip's clock.
+          bandwidth: bytes that the chip sends in a second.
+        """
+        return sum(max(c.sent / bandwidth - c.hidden / hertz, 0.0) * c.runs for c in self.collectives)
 
 
 def estimate(hlo: str) -> Estimate:
-    """That of a program's text after compilation, `jax.stages.Compiled.as_text()`; an empty one if it has no cycles, as
-    on CPUs and GPUs."""
+    """Reads the text of a compiled program, `jax.stages.Compiled.as_text()`; on CPUs and GPUs it has no cycles."""
     program = _Program(hlo)
     found = Estimate()
     if program.entry:
@@ -147,7 +151,8 @@ class _Program:
 
     def visit(self, name: str, runs: int, found: Estimate) -> float:
         """Adds a computation that runs so often; returns the cycles of one run."""
-        spent, open_since = 0.0, {}
+        spent = 0.0
+        begun: dict[str, tuple[int, float]] = {}  # collectives, by instruction and by channel: place, cycles before it
         for line in self.computations.get(name, []):
             match = _INSTRUCTION.match(line)
             if not match:
@@ -165,51 +170,52 @@ class _Program:
             elif operation == "custom-call" and "tpu_custom_call" in line:
                 kernel = re.sub(r"\.\d+$", "", result)
                 found.kernels[kernel] = found.kernels.get(kernel, 0) + runs
-            elif collective := self._collective(operation, shape, line):
-                kind, sent, phase = collective
-                if phase == "-done":
-                    start = re.search(r"\(%([\w.\-]+)", line[match.end() - 1 :])
-                    index, before = open_since.pop(start[1] if start else "", (None, 0.0))
-                    if index is not None:
-                        hidden = dataclasses.replace(found.collectives[index], hidden=spent - before)
-                        found.collectives[index] = hidden
-                else:
-                    found.collectives.append(Collective(kind, runs, sent, 0.0))
-                    if phase:
-                        open_since[result] = len(found.collectives) - 1, spent
-            elif cycles := _CYCLES.search(line):
-                count = float(cycles[1])
-                spent += count
-                what = f"{operation} {re.sub(r'{[^}]*}', '', shape)}"
-                found.instructions.append(
-                    Instruction(count * runs, runs, self._kind(operation, line), what, self._source(line))
-                )
+            else:
+                before = spent
+                if cycles := _CYCLES.search(line):
+                    spent += float(cycles[1])
+                    what = f"{operation} {re.sub(r'{[^}]*}', '', shape)}"
+                    total, kind = float(cycles[1]) * runs, self._kind(operation, line)
+                    found.instructions.append(Instruction(total, runs, kind, what, self._source(line)))
+                if not (collective := self._collective(operation, shape, line)):
+                    continue
+                kind, sent, channel = collective
+                # What ends one names what began it. Fusions of one channel are the start, parts and end of one, beside
+                # products that hide it.
+                given = re.match(r"\(%([\w.\-]+)", line[match.end() - 1 :])
+                place = begun.get(given[1] if given else "") if operation.endswith("-done") else begun.get(channel)
+                if place:
+                    index, since = place
+                    one = found.collectives[index]
+                    found.collectives[index] = dataclasses.replace(one, hidden=spent - since)
+                elif not operation.endswith("-done"):
+                    place = len(found.collectives), before
+                    found.collectives.append(Collective(kind, runs, sent, spent - before))
+                    begun |= {name: place for name in (result, channel) if name}
         return spent
 
     def _collective(self, operation: str, shape: str, line: str) -> tuple[str, float, str] | None:
-        """(kind, bytes sent, "-start" or "-done" or nothing), if the instruction is one or is made of one."""
+        """(kind, bytes sent, "channel N" if it may be a part, else ""), if the instruction is one or is made of one."""
         match = _COLLECTIVE.match(operation)
         if match:
-            kind, phase = match[1], match[2] or ""
+            kind = match[1]
         elif operation == "fusion" and (called := _CALLS.search(line)):
             inner = [i for i in map(_INSTRUCTION.match, self.computations.get(called[1], [])) if i]
             inside = [i for i in inner if _COLLECTIVE.match(i[3])]
-            if not inside or "kCustom" not in line:
+            if not inside:
                 return None
-            kind, phase, shape = inside[0][3], "", inside[0][2]
-            line = inside[0].string
-            if kind == "all-reduce" and "all-reduce-scatter" in called[1]:
-                kind = "reduce-scatter"  # of the whole that is given; each chip keeps its part
-                ways = _ways(line)
-                return kind, _size(shape) * (ways - 1) / ways, phase
+            kind, shape, line = inside[0][3], inside[0][2], inside[0].string
         else:
             return None
-        if shape.startswith("(") and phase == "-start":  # (what is given, what comes back, ...)
+        if shape.startswith("(") and operation.endswith("-start"):  # (what is given, what comes back, ...)
             shape = max(_parts(shape), key=_size)
-        ways = _ways(line)
+        channel = _CHANNEL.search(line)
+        ways, size = _ways(line), _size(shape)
+        if kind == "all-reduce" and operation == "fusion" and "all-reduce-scatter" in called[1]:
+            kind, size = "reduce-scatter", size / ways  # of all sums that are made, each chip keeps its part
         factor = {"all-reduce": 2.0, "reduce-scatter": float(ways)}.get(kind, 1.0)
-        sent = _size(shape) if kind == "collective-permute" else factor * _size(shape) * (ways - 1) / ways
-        return kind, sent, phase
+        sent = size if kind == "collective-permute" else factor * size * (ways - 1) / ways
+        return kind, sent, f"channel {channel[1]}" if channel and operation == "fusion" else ""
 
     def _turns(self, condition: str) -> int | None:
         """Of a loop that counts from 0 by 1 to the constant in its condition, as those of `scan` do."""

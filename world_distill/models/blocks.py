@@ -84,10 +84,10 @@ class StreamLayout:
     mesh: Mesh | None
 
     def length(self, tokens: int) -> int:
-        """To which length to fill up the tokens of a clip: one that the devices divide that share them.
+        """The length that a clip's tokens are filled up to, which the devices that share them divide.
 
-        On TPUs to whole tiles of the attention kernel, so that nothing is cut off and filled up around it. Sums are
-        scattered there in whole tiles of 16 rows; else each chip gets all of them, and drops the rest.
+        On TPUs it is whole tiles of the attention kernel, which then reads and writes the tokens as they lie, and 16
+        rows on each chip: a TPU scatters sums by 16 rows, or else sends all of them to each chip.
         """
         ways = 1 if self.mesh is None else self.mesh.shape["context"] * self.mesh.shape["tensor"]
         if platform_of(self.mesh) == "tpu":
@@ -142,7 +142,7 @@ class StreamLayout:
                 continue
             rank = lora["b"].shape[0]
             outer = jnp.pad(lora["b"], ((start, inner.shape[-1] - start - rank), (0, 0)))
-            found.append(layer.add_bias(joint_product(h, layer.kernel[...], outer, 0)))
+            found.append(layer.add_bias(joint_product(h, layer.kernel[...], outer)))
             start += rank
         return found
 
@@ -162,11 +162,13 @@ class StreamLayout:
         return layer.add_bias(y + (scale * inner) @ lora["b"].astype(x.dtype))
 
     def settle(self, block: nnx.Module, cut_out: nnx.Module) -> None:
-        """Has the weights of one block, cut out of those of all, lie as they do in memory.
+        """Fixes where a TPU keeps the weights of one block, as it is cut out of the stacked blocks.
 
-        Without that a TPU's compiler carries the order that suits a product best back to the weights of all blocks, and
-        copies them. Those of `cut_out`, a part of the block, are cut out by themselves: wide products that have to do
-        so on their way take a fifth longer.
+        Args:
+          block: its kernels keep the order in memory that the stacked ones have. Else the compiler copies the kernels
+            of all blocks, into the order that suits a product best.
+          cut_out: a part of the block whose weights are cut out before they are used. A wide product that cuts them out
+            itself takes a fifth longer.
         """
         if platform_of(self.mesh) != "tpu":
             return

@@ -42,9 +42,6 @@ PHASES = ("rollout", "demonstrator", "update", "decode", "encode")  # names of w
 GIB = 2**30
 KERNEL_SHARES = (0.7, 0.35)  # of the peak, at which attention kernels may run: assumed, since nobody estimates them
 UTILISATION = 0.4  # share of the peak that times assume without an estimate
-_COLLECTIVE = re.compile(
-    r" = .+? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((?:.*channel_id=(\d+))?"
-)
 
 
 @dataclasses.dataclass
@@ -60,12 +57,13 @@ class Phase:
     output: float | None = None
     peak: float | None = None
     beside: float = 0.0  # what else lies in the memory meanwhile: parts of the base and of the state not read here
-    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    collectives: dict[str, int] = dataclasses.field(default_factory=dict)  # in the program's text: a loop's count once
     needed: float = 0.0  # of `flops`, what the model needs: without what a backward pass computes again
     cycles: dict[str, float] = dataclasses.field(default_factory=dict)  # by `cycles.KINDS`, of one call on one chip
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # runs of Pallas kernels in a call
     kernel_flops: float = 0.0  # of `flops`, those in kernels
     sent: float = 0.0  # bytes that a chip sends in a call
+    endless: int = 0  # loops whose turns are not known; `cycles` and `sent` have one turn of each
     seconds: tuple[float, float] | None = None  # of one call, at best and at worst
     expensive: list[cycles_lib.Instruction] = dataclasses.field(default_factory=list)
     problem: str = ""
@@ -221,9 +219,7 @@ def _compile(name: str, function: Any, given: tuple, held: PyTree, *, calls: int
     phase.output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
     phase.peak = memory.peak_memory_in_bytes / GIB
     phase.beside = max(_bytes((given, held)) / GIB - arguments, 0.0)
-    text = compiled.as_text()
-    phase.collectives = collectives(text)
-    _predict(phase, cycles_lib.estimate(text), jax.tree.leaves(given)[0].sharding)
+    _predict(phase, cycles_lib.estimate(compiled.as_text()), jax.tree.leaves(given)[0].sharding)
     result = jax.tree.map(_abstract, traced.out_info, compiled.output_shardings)
     return phase, result
 
@@ -244,7 +240,8 @@ def _refusal(error: str) -> str:
 
 def _predict(phase: Phase, estimate: cycles_lib.Estimate, sharding: jax.sharding.Sharding) -> None:
     """Writes into the phase what the compiler estimates, and the seconds that follow for this kind of chip."""
-    phase.cycles, phase.kernels = estimate.cycles, estimate.kernels
+    phase.collectives = dict(sorted(collections.Counter(one.kind for one in estimate.collectives).items()))
+    phase.cycles, phase.kernels, phase.endless = estimate.cycles, estimate.kernels, estimate.endless
     phase.sent = sum(collective.sent * collective.runs for collective in estimate.collectives)
     phase.expensive = estimate.largest()
     devices = list(sharding.device_set)
@@ -264,24 +261,6 @@ def _bytes(tree: PyTree) -> float:
     """On one device, of all different arrays of a tree."""
     arrays = {id(x): x for x in jax.tree.leaves(tree)}.values()
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * getattr(x.dtype, "itemsize", 4) for x in arrays)
-
-
-def collectives(hlo: str) -> dict[str, int]:
-    """How many of each collective stand in a compiled program; one in a loop's body counts once.
-
-    So does one that the compiler sends in parts, which share a channel. An all-reduce of which every device keeps a
-    part is a reduce-scatter.
-    """
-    counts, channels, scattered = collections.Counter(), set(), False
-    for line in hlo.splitlines():
-        if line.endswith("{"):  # a computation begins
-            scattered = "all-reduce-scatter" in line
-        for kind, channel in _COLLECTIVE.findall(line):
-            if channel and (kind, channel) in channels:
-                continue
-            channels.add((kind, channel))
-            counts["reduce-scatter" if scattered and kind == "all-reduce" else kind] += 1
-    return dict(sorted(counts.items()))
 
 
 def _largest(jaxpr: Any, count: int = 5) -> list[str]:
@@ -394,6 +373,8 @@ def _describe_cycles(result: dict[str, Any]) -> list[str]:
             f"{phase['name']:>13}  {sum(phase['cycles'].values()) / 1e6:9.0f}  {each}  "
             f"{phase['kernel_flops'] / result['devices'] / 1e12:13.1f}  {phase['sent'] / 1e9:9.1f}  {seconds:>12}"
         )
+        if phase["endless"]:
+            lines.append(f"{'':>15}at least: of {phase['endless']} loops the turns are not known, and one is counted")
     return lines
 
 
@@ -401,6 +382,8 @@ def _explain(result: dict[str, Any]) -> list[str]:
     lines = []
     for phase in result["phases"]:
         total = sum(phase["cycles"].values())
+        if phase["problem"]:
+            continue
         if not phase["expensive"]:
             lines.append(f"{phase['name']}: the compiler estimates no cycles for {result['kind']}")
             continue

@@ -4,9 +4,8 @@ Tokens are 1x2x2 patches of the latents. A block is self-attention with 3-D RoPE
 MLP. The timestep modulates self-attention and MLP through one projection that all blocks share plus a table of each
 block's own. The first latent frame is the scene: its tokens are clean and have time 0, so times differ by frame.
 
-Tokens keep two axes, frames and the places in a frame: on a device mesh the places lie along the axis `context`, and
-what belongs to a frame is there on every device. Attention alone sees them as one sequence. On the residual stream
-places lie along `tensor`, too (`models/blocks.py`).
+The tokens of a clip are one sequence, filled up behind its end (`models/blocks.py`, which also says how tokens lie on
+a device mesh). The fill is no key of attention, and nothing reads its results.
 
 Norms, modulation and gates are computed in float32 whatever the weights are in, and the residual stream is kept in the
 weights' type in between: bfloat16 differs visibly otherwise.
@@ -266,9 +265,10 @@ def _norm_heads(x: Float[Array, "b n h e"], weight: Float[Array, " d"], eps: flo
 
 
 def _spread(y: Float[Array, "b s d"], columns: np.ndarray) -> Float[Array, "b n d"]:
-    """`y[:, columns]`: for each token that of its time.
+    """`y[:, columns]`, for each token the row of its time.
 
-    A choice between runs of tokens, which is made where the result is read; rows that are looked up would be written.
+    Made of choices between runs of tokens, which the compiler repeats where the result is read. A lookup it would write
+    out.
     """
     tokens = jnp.arange(len(columns))[:, None]
     result = y[:, columns[0], None]
