@@ -5,8 +5,8 @@ import pytest
 from streams import tokens, told
 
 from world_distill.core.guidance import guided, with_guidance
+from world_distill.devices import cycles
 from world_distill.devices.sharding import batch_sharding, make_mesh, replicated
-from world_distill.programs.plan import collectives
 from world_distill.structs import Tokens
 
 B, L, D = 2, 3, 5
@@ -98,7 +98,7 @@ def test_no_row_leaves_its_device():
         return with_guidance(denoise, 3.0, negative)(jnp.float32(0.8), None, x, t, condition)
 
     negatives = jax.device_put(negative, replicated(mesh))
-    assert collectives(run.lower(negatives, *placed).compile().as_text()) == {}
+    assert cycles.estimate(run.lower(negatives, *placed).compile().as_text()).counts == {}
     v = run(negatives, *placed)["video"]
     assert v.sharding.is_equivalent_to(batch_sharding(mesh), v.ndim)
     np.testing.assert_allclose(v, run(negative, *given)["video"], atol=1e-5)

@@ -16,10 +16,10 @@ from world_distill.core import flow, losses, sampling
 from world_distill.data.records.batches import task_batches
 from world_distill.data.records.negative import load_negative, negative_path
 from world_distill.data.records.reader import RecordError, RecordReader
+from world_distill.devices import cycles
 from world_distill.devices.sharding import batch_sharding
 from world_distill.models.hashed_words import encode_text
 from world_distill.programs import train
-from world_distill.programs.plan import collectives
 from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
 from world_distill.storage.checkpoints import Checkpointer
@@ -197,7 +197,7 @@ def test_two_devices_train_like_one_and_send_no_rows(run, inputs, tmp_path):
     weighed = jax.device_put({"advantages": np.zeros(8, np.float32), "valid": np.ones(8, bool)}, rows)
     step = programs.update[programs.objective.phase(0)]
     compiled = step.lower(state, base, pending.batch.replace(**weighed)).compile()
-    assert collectives(compiled.as_text()).keys() == {"all-reduce"}
+    assert cycles.estimate(compiled.as_text()).counts.keys() == {"all-reduce"}
 
 
 def test_training_stops_before_it_starts_where_the_records_have_another_text(inputs, tmp_path):

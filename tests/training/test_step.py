@@ -22,8 +22,8 @@ from tests.training.toy import (
     run,
 )
 from world_distill.core import flow, losses, sampling
+from world_distill.devices import cycles
 from world_distill.devices.sharding import batch_sharding, make_mesh, replicated
-from world_distill.programs.plan import collectives
 from world_distill.training import step as steps
 from world_distill.training import step_losses
 
@@ -107,7 +107,7 @@ def test_micro_batches_send_no_rows_from_device_to_device(family, base, lora, ba
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree
     )
     compiled = step.lower(everywhere(make_state(optax.sgd(1.0), lora)), everywhere(base), wide).compile()
-    counts = collectives(compiled.as_text())
+    counts = cycles.estimate(compiled.as_text()).counts
     assert counts.keys() == {"all-reduce"}, counts
 
 

@@ -99,6 +99,11 @@ class Estimate:
         """Cycles of everything that has an estimate."""
         return sum(instruction.cycles for instruction in self.instructions)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Collectives by kind, as they stand in the program: one in a loop's body counts once."""
+        return dict(sorted(collections.Counter(one.kind for one in self.collectives).items()))
+
     def largest(self, count: int = 10) -> list[Instruction]:
         """The most expensive instructions, in falling order. Equal ones from one line of code are merged."""
         merged: dict[tuple[str, str, str], Instruction] = {}

@@ -11,7 +11,6 @@ one axis of the torus. Where the compiler estimates no cycles, as for GPUs, they
 assumed utilisation.
 """
 
-import collections
 import dataclasses
 import itertools
 import math
@@ -240,8 +239,8 @@ def _refusal(error: str) -> str:
 
 def _predict(phase: Phase, estimate: cycles_lib.Estimate, sharding: jax.sharding.Sharding) -> None:
     """Writes into the phase what the compiler estimates, and the seconds that follow for this kind of chip."""
-    phase.collectives = dict(sorted(collections.Counter(one.kind for one in estimate.collectives).items()))
     phase.cycles, phase.kernels, phase.endless = estimate.cycles, estimate.kernels, estimate.endless
+    phase.collectives = estimate.counts
     phase.sent = sum(collective.sent * collective.runs for collective in estimate.collectives)
     phase.expensive = estimate.largest()
     devices = list(sharding.device_set)
