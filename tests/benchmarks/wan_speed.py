@@ -1,16 +1,19 @@
-"""How fast Wan's transformer is here and in diffusers: forward, and forward and backward, at one medium size.
+"""How fast Wan's transformer is here and in diffusers: forward, and forward and backward.
 
     python tests/benchmarks/wan_speed.py
     python tests/benchmarks/wan_speed.py --threads 4 --remat full --json speed.json
+    python tests/benchmarks/wan_speed.py --size wan5b        # layers of Wan2.2-TI2V-5B, for a GPU
 
 Each framework runs in a process of its own, and they take turns, so that a busy machine slows both. Before that both
 compute the same velocity and gradients from the same weights. On CPUs: float32, and seconds of CPU time. On a GPU that
-both see: bfloat16, seconds of wall time, and a third process with `torch.compile`. Without diffusers only ours runs.
+both see: bfloat16, seconds of wall time, memory of the GPU, and a third process with `torch.compile`. Without diffusers
+only ours runs.
 
 A ratio on a CPU is to a good part that of the matrix products: their rates stand beside it.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -23,29 +26,64 @@ import time
 
 import numpy as np
 
-CHANNELS, WIDTH, DEPTH, HEADS, MLP, TEXT_WIDTH, TIME_WIDTH = 48, 1024, 4, 8, 4096, 512, 256
-GRID, TEXT_TOKENS, RANK = (5, 40, 40), 128, 32  # latents of 2 x 2 pixels a token: 5 * 20 * 20 tokens
-TOKENS = GRID[0] * GRID[1] * GRID[2] // 4
-TIMES, OF_FRAMES = np.array([[0.0, 0.9]], np.float32), (0, 1, 1, 1, 1)
+TIMES = np.array([[0.0, 0.9]], np.float32)  # of the first frame, and of the others
+CHANNELS, TIME_WIDTH, RANK = 48, 256, 32
 
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A transformer and what it reads; `grid` has latents, of which 2 x 2 pixels are a token."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    text_width: int
+    grid: tuple[int, int, int]
+    text_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2] // 4
+
+    @property
+    def of_frames(self) -> tuple[int, ...]:
+        """Which of the times each frame has."""
+        return (0,) + (1,) * (self.grid[0] - 1)
+
+    @property
+    def operations(self) -> dict[str, float]:
+        """Floating-point operations of one call of each of `RATES`."""
+        attention = 4 * self.tokens**2 * self.width
+        return {
+            "product": 2 * self.tokens * self.width * self.mlp,
+            "attention": attention,
+            "attention_grad": 3 * attention,
+        }
+
+
+SIZES = {
+    "tiny": Size(64, 2, 2, 128, 32, (2, 8, 8), 8),
+    "medium": Size(1024, 4, 8, 4096, 512, (5, 40, 40), 128),
+    "wan5b": Size(3072, 4, 24, 14336, 4096, (13, 30, 52), 512),  # 4 of 30 layers, 480 x 832 pixels, 49 frames
+}
 PARTS = {
     "forward": "forward",
     "all": "forward + backward, all parameters",
     "lora": f"forward + backward, LoRA r = {RANK}",
 }
-# What one call computes, in floating-point operations.
 RATES = {
-    "product": ("matrix product", 2 * TOKENS * WIDTH * MLP),
-    "attention": ("attention, forward", 4 * TOKENS**2 * WIDTH),
-    "attention_grad": ("attention, forward + backward", 12 * TOKENS**2 * WIDTH),
+    "product": "matrix product",
+    "attention": "attention, forward",
+    "attention_grad": "attention, forward + backward",
 }
 
 
-def draw() -> tuple[np.ndarray, ...]:
+def draw(size: Size) -> tuple[np.ndarray, ...]:
     """Latents [1 f h w c], text [1 l e], then q, k, v [1 n h e]."""
     rng = np.random.default_rng(0)
-    heads = (1, TOKENS, HEADS, WIDTH // HEADS)
-    shapes = [(1, *GRID, CHANNELS), (1, TEXT_TOKENS, TEXT_WIDTH), heads, heads, heads]
+    heads = (1, size.tokens, size.heads, size.width // size.heads)
+    shapes = [(1, *size.grid, CHANNELS), (1, size.text_tokens, size.text_width), heads, heads, heads]
     return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
 
@@ -54,6 +92,8 @@ def ours(args: argparse.Namespace) -> tuple[dict, dict]:
     import jax
     import jax.numpy as jnp
 
+    from world_distill.devices.chips import chip
+    from world_distill.devices.flops import count
     from world_distill.models.attention import attend
     from world_distill.models.functional import Functional
     from world_distill.models.lora import init_lora
@@ -61,10 +101,10 @@ def ours(args: argparse.Namespace) -> tuple[dict, dict]:
     from world_distill.models.wan.modeling import WanConfig, WanDiT
     from world_distill.models.wan.published import transformer_entries
 
-    dtype = jnp.bfloat16 if args.gpu else jnp.float32
+    size, dtype = SIZES[args.size], jnp.bfloat16 if args.gpu else jnp.float32
     config = WanConfig(
-        channels=CHANNELS, width=WIDTH, depth=DEPTH, heads=HEADS, mlp=MLP, text_width=TEXT_WIDTH,
-        time_width=TIME_WIDTH, remat=args.remat, attention=args.attention,
+        channels=CHANNELS, width=size.width, depth=size.depth, heads=size.heads, mlp=size.mlp,
+        text_width=size.text_width, time_width=TIME_WIDTH, remat=args.remat, attention=args.attention,
     )  # fmt: skip
     network = Functional(lambda rngs: WanDiT(config, rngs=rngs))
     if args.weights.exists():
@@ -74,13 +114,19 @@ def ours(args: argparse.Namespace) -> tuple[dict, dict]:
         weights = jax.jit(network.init)(jax.random.key(0))
     weights = jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)
     lora = init_lora(jax.random.key(1), weights, rank=RANK, targets=r"blocks\..*")
-    x, text, *qkv = (jnp.asarray(y) for y in draw())
+    x, text, *qkv = (jnp.asarray(y) for y in draw(size))
     t, qkv = jnp.asarray(TIMES), [y.astype(dtype) for y in qkv]
-    a, b = jnp.ones((TOKENS, WIDTH), dtype), jnp.ones((WIDTH, MLP), dtype)
+    a, b = jnp.ones((size.tokens, size.width), dtype), jnp.ones((size.width, size.mlp), dtype)
 
-    forward = jax.jit(lambda w, x: network(w, x, t, text, times=OF_FRAMES))
-    grad = jax.jit(jax.grad(lambda w, x: (network(w, x, t, text, times=OF_FRAMES) ** 2).mean()))
-    lora_grad = jax.jit(jax.grad(lambda f, w, x: (network(w, x, t, text, f, times=OF_FRAMES) ** 2).mean()))
+    def of(network):
+        def forward(weights, x, lora=None):
+            return network(weights, x, t, text, lora, times=size.of_frames)
+
+        squared = lambda *given: (forward(*given) ** 2).mean()  # noqa: E731
+        by_lora = jax.grad(lambda lora, weights, x: squared(weights, x, lora))
+        return jax.jit(forward), jax.jit(jax.grad(squared)), jax.jit(by_lora)
+
+    forward, grad, lora_grad = of(network)
     product = jax.jit(jnp.matmul)
     attention = jax.jit(lambda q, k, v: attend(q, k, v, args.attention))
     attention_grad = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2)))
@@ -98,8 +144,18 @@ def ours(args: argparse.Namespace) -> tuple[dict, dict]:
         norm = sum(float((g.astype(jnp.float32) ** 2).sum()) for g in jax.tree.leaves(grad(weights, x))) ** 0.5
         return np.asarray(forward(weights, x)), norm
 
-    count = sum(w.size for w in jax.tree.leaves(weights)), sum(f.size for f in jax.tree.leaves(lora))
-    about = {"name": f"jax {jax.__version__}, remat {args.remat}", "parameters": count[0], "factors": count[1]}
+    # Attention by cuDNN is no product in a trace, so operations are those of the same model with `xla`.
+    plain = of(Functional(lambda rngs: WanDiT(dataclasses.replace(config, attention="xla"), rngs=rngs)))
+    traced = [plain[0].trace(weights, x), plain[1].trace(weights, x), plain[2].trace(lora, weights, x)]
+    device = jax.local_devices()[0]
+    about = {
+        "name": f"jax {jax.__version__}, remat {args.remat}",
+        "parameters": sum(w.size for w in jax.tree.leaves(weights)),
+        "factors": sum(f.size for f in jax.tree.leaves(lora)),
+        "operations": {part: count(one.jaxpr, remat=False) for part, one in zip(PARTS, traced, strict=True)},
+        "device": device.device_kind,
+        "tflops": known.tflops if (known := chip(device.device_kind)) else None,
+    }
     return runs | {"check": check}, about
 
 
@@ -112,25 +168,29 @@ def theirs(args: argparse.Namespace) -> tuple[dict, dict]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.bfloat16) if args.gpu else ("cpu", torch.float32)
+    size = SIZES[args.size]
     model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=CHANNELS,
-        out_channels=CHANNELS, text_dim=TEXT_WIDTH, freq_dim=TIME_WIDTH, ffn_dim=MLP, num_layers=DEPTH,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=64,
+        patch_size=(1, 2, 2), num_attention_heads=size.heads, attention_head_dim=size.width // size.heads,
+        in_channels=CHANNELS, out_channels=CHANNELS, text_dim=size.text_width, freq_dim=TIME_WIDTH,
+        ffn_dim=size.mlp, num_layers=size.depth, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6,
+        rope_max_seq_len=64,
     )  # fmt: skip
     if not args.weights.exists():
         np.savez(args.weights, **{name: w.numpy() for name, w in model.state_dict().items()})
     model.to(device, dtype)
     count = sum(w.numel() for w in model.parameters())
-    latents, text, *qkv = (torch.from_numpy(y).to(device, dtype) for y in draw())
+    latents, text, *qkv = (torch.from_numpy(y).to(device, dtype) for y in draw(size))
     inputs = {
         "hidden_states": latents.moveaxis(-1, 1).contiguous(),
-        "timestep": torch.from_numpy(1000 * TIMES[:, OF_FRAMES]).repeat_interleave(TOKENS // GRID[0], 1).to(device),
+        "timestep": torch.from_numpy(1000 * TIMES[:, size.of_frames])
+        .repeat_interleave(size.tokens // size.grid[0], 1)
+        .to(device),
         "encoder_hidden_states": text,
     }
     network = torch.compile(model) if args.compile else model
     qkv = [y.transpose(1, 2).contiguous().requires_grad_() for y in qkv]
-    a = torch.ones(TOKENS, WIDTH, device=device, dtype=dtype)
-    b = torch.ones(WIDTH, MLP, device=device, dtype=dtype)
+    a = torch.ones(size.tokens, size.width, device=device, dtype=dtype)
+    b = torch.ones(size.width, size.mlp, device=device, dtype=dtype)
 
     @torch.no_grad()
     def forward():
@@ -180,6 +240,7 @@ def serve(args: argparse.Namespace) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
     runs, about = {"ours": ours, "theirs": theirs}[args.child](args)
+    peak = (GpuPeak if args.gpu else HostPeak)(args.child)
     _answer(out, about)
     for line in sys.stdin:
         part = line.strip()
@@ -189,31 +250,58 @@ def serve(args: argparse.Namespace) -> None:
             np.save(path, velocity)
             _answer(out, {"velocity": str(path), "norm": norm})
             continue
-        _reset_peak()
+        peak.reset()
         cpu, wall = time.process_time(), time.perf_counter()
         runs[part]()
         taken = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-        _answer(out, taken | {"peak": _peak()})
+        _answer(out, taken | {"peak": peak.mib()})
 
 
 def _answer(out, answer: dict) -> None:
     print(json.dumps(answer), file=out, flush=True)
 
 
-def _reset_peak() -> None:
-    try:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not on Linux
-        pass
+class HostPeak:
+    """MiB of this process that are resident at most; None where they cannot be told."""
+
+    def __init__(self, framework: str):
+        del framework
+
+    def reset(self) -> None:
+        try:
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not on Linux
+            pass
+
+    def mib(self) -> float | None:
+        try:
+            lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def _peak() -> float | None:
-    """MiB resident at most since `_reset_peak`; None where it cannot be told."""
-    try:
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+class GpuPeak:
+    """MiB of the GPU that a framework holds at most. JAX cannot forget a peak: its own is that of all parts so far."""
+
+    def __init__(self, framework: str):
+        self._ours = framework == "ours"
+
+    def reset(self) -> None:
+        if not self._ours:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+
+    def mib(self) -> float | None:
+        if self._ours:
+            import jax
+
+            stats = jax.local_devices()[0].memory_stats() or {}
+            return stats["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in stats else None
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
 
 
 class Child:
@@ -221,6 +309,7 @@ class Child:
 
     def __init__(self, kind: str, args: argparse.Namespace, weights: pathlib.Path, *flags: str):
         command = [sys.executable, __file__, "--child", kind, "--weights", str(weights), "--remat", args.remat]
+        command += ["--size", args.size]
         command += ["--threads", str(args.threads), *flags, *(["--gpu"] if args.gpu else [])]
         command += ["--attention", args.attention] if args.attention else []
         env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": str(args.threads)}
@@ -254,7 +343,8 @@ def measure(args: argparse.Namespace, folder: pathlib.Path) -> dict:
         if args.gpu:
             children["compiled"] = Child("theirs", args, weights, "--compile")
     children["ours"] = Child("ours", args, weights)
-    result = {"about": {name: child.about for name, child in children.items()}, "parts": {}}
+    about = {name: child.about for name, child in children.items()}
+    result: dict = {"size": args.size, "about": about, "parts": {}}
     checks = {name: child.ask("check") for name, child in children.items()}
     result["check"] = {
         name: {
@@ -298,9 +388,10 @@ def show(result: dict, clock: str) -> None:
     for part, label in PARTS.items():
         row = result["parts"][part]
         print(f"{label:36}" + "".join(_cell(row[name], clock) for name in names) + _ratios(row, clock))
-    for part, (label, operations) in RATES.items():
+    operations = SIZES[result["size"]].operations
+    for part, label in RATES.items():
         row = result["parts"][part]
-        rates = "".join(f"{operations / row[name][clock] / 1e9:21.0f} GFLOP/s" for name in names)
+        rates = "".join(f"{operations[part] / row[name][clock] / 1e9:21.0f} GFLOP/s" for name in names)
         print(f"{label:36}{rates}{_ratios(row, clock)}")
 
 
@@ -316,6 +407,7 @@ def _ratios(row: dict, clock: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="cores that each may use (default: 1)")
+    parser.add_argument("--size", default="medium", choices=SIZES, help="of the model (default: medium)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of every part (default: 5)")
     parser.add_argument("--remat", default="dots", choices=["none", "dots", "full"], help="ours (default: dots)")
     parser.add_argument("--attention", choices=["blocked", "xla", "cudnn"], help="ours (default: by device)")
