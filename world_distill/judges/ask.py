@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 
 from world_distill.interfaces import Judge, JudgeAnswer, JudgeRequest
-from world_distill.judges.memory.cache import JudgmentCache, clip_digest, make_key
+from world_distill.judges.memory.cache import JudgmentCache, clip_digests, make_key
 from world_distill.judges.memory.entries import About
 from world_distill.judges.rubric import Rubric, load_rubric
 from world_distill.structs import Judgment
@@ -68,7 +68,7 @@ def judge_clips(
     about: dict[str, About] = {}
     keys = np.empty((len(clips), len(questions)), object)
     refused: list[str] = []
-    digests, version = [clip_digest(clip) for clip in clips], rubric.version
+    digests, version = clip_digests(clips), rubric.version
     for i, clip in enumerate(clips):
         for j, name in enumerate(questions):
             try:

@@ -1,5 +1,6 @@
 """The memory of judgments: exact, shared, never holding a failure."""
 
+import hashlib
 import math
 import pathlib
 import signal
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from world_distill.judges.memory import schema
-from world_distill.judges.memory.cache import CacheError, JudgmentCache
+from world_distill.judges.memory.cache import CacheError, JudgmentCache, clip_digests
 from world_distill.judges.memory.entries import About, Entry
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -265,3 +266,12 @@ def test_bringing_an_old_file_up_is_all_or_nothing(tmp_path, monkeypatch):
         with pytest.raises(CacheError, match="syntax error"):
             JudgmentCache(tmp_path / "old")
     assert JudgmentCache(tmp_path / "old").get_many(["k"]) == {"k": 1.0}
+
+
+def test_digests_are_those_of_shape_and_pixels_however_a_clip_lies_in_memory():
+    clips = np.random.default_rng(3).integers(0, 256, (5, 2, 4, 6, 3), np.uint8)
+    expected = [hashlib.sha256(b"(2, 4, 6, 3)\0" + clip.tobytes()).digest() for clip in clips]
+    assert clip_digests(clips) == expected
+    turned = np.moveaxis(np.ascontiguousarray(np.moveaxis(clips, 1, 3)), 3, 1)
+    assert not turned[0].flags.c_contiguous and clip_digests(turned) == expected
+    assert clip_digests(clips[:0]) == []
