@@ -1,0 +1,147 @@
+"""Names and layouts of LTX-2's published weights, beside ours.
+
+The original file holds transformer and connectors under `model.diffusion_model.`, and the projection of the text states
+under `text_embedding_projection.`; the names below come without these prefixes.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from world_distill.models.ltx2.modeling import LTX2Config
+from world_distill.models.tensor_map import Entry, same, transpose
+
+Naming = Literal["diffusers", "original"]
+NAMINGS: tuple[Naming, ...] = ("diffusers", "original")  # the order of the names in the tables below
+
+Names = Mapping[str, tuple[str, str]]  # our path -> the names there, of layers or of what follows a common beginning
+
+
+def _joined(beginnings: Names, ends: Names) -> dict[str, tuple[str, str]]:
+    """Every beginning with every end."""
+    return {
+        f"{path}.{end}": (f"{theirs[0]}.{names[0]}", f"{theirs[1]}.{names[1]}")
+        for path, theirs in beginnings.items()
+        for end, names in ends.items()
+    }
+
+
+def _both(*names: str) -> tuple[str, str]:
+    """A name that is the same in diffusers and in the original code."""
+    return names[0], names[-1]
+
+
+_ATTENTION: Names = {
+    "q": _both("to_q"), "k": _both("to_k"), "v": _both("to_v"), "out": _both("to_out.0"),
+}  # fmt: skip
+_NORMS: Names = {"q_norm": ("norm_q.weight", "q_norm.weight"), "k_norm": ("norm_k.weight", "k_norm.weight")}
+_MLP: Names = {"up": _both("net.0.proj"), "down": _both("net.2")}
+_TIME: Names = {
+    "input": _both("emb.timestep_embedder.linear_1"), "output": _both("emb.timestep_embedder.linear_2"),
+    "modulation": _both("linear"),
+}  # fmt: skip
+
+_BLOCK = "transformer_blocks.{n}."
+_ATTENTIONS: Names = {
+    "blocks.video.self_attention": _both(_BLOCK + "attn1"),
+    "blocks.video.cross_attention": _both(_BLOCK + "attn2"),
+    "blocks.audio.self_attention": _both(_BLOCK + "audio_attn1"),
+    "blocks.audio.cross_attention": _both(_BLOCK + "audio_attn2"),
+    "blocks.audio_to_video": _both(_BLOCK + "audio_to_video_attn"),
+    "blocks.video_to_audio": _both(_BLOCK + "video_to_audio_attn"),
+}
+_TIMES: Names = {
+    "video.time": ("time_embed", "adaln_single"),
+    "audio.time": ("audio_time_embed", "audio_adaln_single"),
+    "video.av_time": ("av_cross_attn_video_scale_shift", "av_ca_video_scale_shift_adaln_single"),
+    "audio.av_time": ("av_cross_attn_audio_scale_shift", "av_ca_audio_scale_shift_adaln_single"),
+    "video.av_gate": ("av_cross_attn_video_a2v_gate", "av_ca_a2v_gate_adaln_single"),
+    "audio.av_gate": ("av_cross_attn_audio_v2a_gate", "av_ca_v2a_gate_adaln_single"),
+}
+# Linear layers: our path, and its name in diffusers and in the original checkpoints (which ComfyUI uses).
+LORA_NAMES: Names = {
+    "video.patch": ("proj_in", "patchify_proj"),
+    "audio.patch": ("audio_proj_in", "audio_patchify_proj"),
+    "video.text_in": _both("caption_projection.linear_1"),
+    "video.text_out": _both("caption_projection.linear_2"),
+    "audio.text_in": _both("audio_caption_projection.linear_1"),
+    "audio.text_out": _both("audio_caption_projection.linear_2"),
+    "video.head": _both("proj_out"),
+    "audio.head": _both("audio_proj_out"),
+    **_joined(_TIMES, _TIME),
+    **_joined(_ATTENTIONS, _ATTENTION),
+    **_joined({"blocks.video.mlp": _both(_BLOCK + "ff"), "blocks.audio.mlp": _both(_BLOCK + "audio_ff")}, _MLP),
+}
+_NORM_NAMES: Names = _joined(_ATTENTIONS, _NORMS)
+_TABLE_NAMES: Names = {
+    "video.table": _both("scale_shift_table"),
+    "audio.table": _both("audio_scale_shift_table"),
+    "blocks.video.table": _both(_BLOCK + "scale_shift_table"),
+    "blocks.audio.table": _both(_BLOCK + "audio_scale_shift_table"),
+    "blocks.video.av_table": (
+        _BLOCK + "video_a2v_cross_attn_scale_shift_table", _BLOCK + "scale_shift_table_a2v_ca_video"
+    ),
+    "blocks.audio.av_table": (
+        _BLOCK + "audio_a2v_cross_attn_scale_shift_table", _BLOCK + "scale_shift_table_a2v_ca_audio"
+    ),
+}  # fmt: skip
+# (blocks, width) of published transformers, for messages about files that were made for another one.
+KNOWN_SIZES = {(48, 4096): "LTX-2"}
+
+
+def lora_names(config: LTX2Config) -> dict[str, tuple[str, str]]:
+    """`LORA_NAMES` of the layers that a network of this kind has."""
+    return {path: names for path, names in LORA_NAMES.items() if _has(config, path)}
+
+
+def _has(config: LTX2Config, path: str) -> bool:
+    """Whether the array or layer exists: with audio off, only what the video stream has alone."""
+    return config.joint or not ("audio" in path or "av_" in path)
+
+
+def transformer_entries(config: LTX2Config, naming: Naming = "diffusers") -> Iterator[Entry]:
+    """Every array of the transformer, under diffusers' names or those of the original code."""
+    which = NAMINGS.index(naming)
+    for path, names in LORA_NAMES.items():
+        if _has(config, path):
+            inputs, outputs = _kernel_shape(config, path)
+            yield _entry(config, f"{path}.kernel", f"{names[which]}.weight", (outputs, inputs), transpose)
+            yield _entry(config, f"{path}.bias", f"{names[which]}.bias", (outputs,))
+    for path, names in _NORM_NAMES.items():
+        if _has(config, path):
+            yield _entry(config, path, names[which], (_inner(config, path),))
+    for path, names in _TABLE_NAMES.items():
+        if _has(config, path):
+            rows = 5 if path.endswith("av_table") else 6 if path.startswith("blocks") else 2
+            yield _entry(config, path, names[which], (rows, _width(config, path)))
+
+
+def _width(config: LTX2Config, path: str) -> int:
+    """Hidden width of the stream that the path belongs to."""
+    return config.audio_width if path.removeprefix("blocks.").startswith("audio.") else config.width
+
+
+def _inner(config: LTX2Config, path: str) -> int:
+    """Width of all heads of an attention."""
+    return config.width if path.startswith("blocks.video.") else config.audio_width
+
+
+def _kernel_shape(config: LTX2Config, path: str) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer."""
+    *_, part, layer = path.split(".")
+    if part in ("audio_to_video", "video_to_audio"):
+        video, audio = config.width, config.audio_width
+        to, source = (video, audio) if part == "audio_to_video" else (audio, video)
+        return {"q": (to, audio), "k": (source, audio), "v": (source, audio), "out": (audio, to)}[layer]
+    width = _width(config, path)
+    channels = config.audio_channels if path.startswith("audio.") else config.channels
+    rows = {"time": 6, "av_time": 4, "av_gate": 1}.get(part, 1)
+    shapes = {
+        "patch": (channels, width), "head": (width, channels), "text_in": (config.text_width, width),
+        "input": (config.time_width, width), "modulation": (width, rows * width), "up": (width, 4 * width),
+        "down": (4 * width, width),
+    }  # fmt: skip
+    return shapes.get(layer, (width, width))
+
+
+def _entry(config: LTX2Config, path: str, name: str, shape: tuple[int, ...], turn=same) -> Entry:
+    return Entry(path, name, shape, turn, turn, config.depth if "{n}" in name else 0)
