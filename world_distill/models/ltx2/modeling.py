@@ -1,9 +1,9 @@
 """The transformer of LTX-2 (HaCohen et al., arXiv 2601.03233): a video stream and an audio stream.
 
-Tokens are single latents: of frames, rows and columns in the video stream, of moments in the audio stream. A block gives
-each stream self-attention with RoPE, cross-attention to its text and an MLP. Between text and MLP, each stream attends
-to the other one (audio-visual, AV, cross-attention), with RoPE by time alone. The timestep modulates all but the text's
-attention, through projections that all blocks share plus tables of each block's own (adaLN-single: Chen et al., PixArt,
+Tokens are single latents: cells of frames in the video stream, moments in the audio stream. A block gives each stream
+self-attention with RoPE, cross-attention to its text and an MLP. Before the MLPs, each stream attends to the other one
+(audio-visual, AV, cross-attention), with RoPE by time alone. The timestep modulates all but the attention to texts,
+through projections that all blocks share plus tables of each block's own (adaLN-single: Chen et al., PixArt-alpha,
 arXiv 2310.00426). Times differ by place: a first frame that is the scene is clean and has time 0.
 
 With `audio="off"` the video stream is alone, as published networks compute it when their modalities are isolated, and

@@ -1,17 +1,24 @@
 """Names and layouts of LTX-2's published weights, beside ours.
 
-The original file holds transformer and connectors under `model.diffusion_model.`, and the projection of the text states
-under `text_embedding_projection.`; the names below come without these prefixes.
+Original names come without the prefix that `ORIGINAL_PREFIXES` has for each part.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from world_distill.models.ltx2.connectors import ConnectorConfig
 from world_distill.models.ltx2.modeling import LTX2Config
 from world_distill.models.tensor_map import Entry, same, transpose
 
 Naming = Literal["diffusers", "original"]
 NAMINGS: tuple[Naming, ...] = ("diffusers", "original")  # the order of the names in the tables below
+
+# Part -> what its names begin with in the original file, which holds all parts.
+ORIGINAL_PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "connectors": "model.diffusion_model.",
+    "projection": "text_embedding_projection.",
+}
 
 Names = Mapping[str, tuple[str, str]]  # our path -> the names there, of layers or of what follows a common beginning
 
@@ -84,6 +91,19 @@ _TABLE_NAMES: Names = {
         _BLOCK + "audio_a2v_cross_attn_scale_shift_table", _BLOCK + "scale_shift_table_a2v_ca_audio"
     ),
 }  # fmt: skip
+# The connectors of both streams, and the projection of the text states, in the same way.
+_CONNECTORS: Names = {
+    "video": ("video_connector", "video_embeddings_connector"),
+    "audio": ("audio_connector", "audio_embeddings_connector"),
+}
+_CONNECTOR_BLOCKS: Names = _joined(_CONNECTORS, {"blocks": ("transformer_blocks.{n}", "transformer_1d_blocks.{n}")})
+_CONNECTOR_ATTENTIONS: Names = {path: (f"{a}.attn1", f"{b}.attn1") for path, (a, b) in _CONNECTOR_BLOCKS.items()}
+CONNECTOR_LORA_NAMES: Names = {
+    **_joined(_CONNECTOR_ATTENTIONS, _ATTENTION),
+    **_joined({f"{path}.mlp": (f"{a}.ff", f"{b}.ff") for path, (a, b) in _CONNECTOR_BLOCKS.items()}, _MLP),
+}
+_CONNECTOR_NORM_NAMES: Names = _joined(_CONNECTOR_ATTENTIONS, _NORMS)
+PROJECTION_NAMES = ("text_proj_in", "aggregate_embed")
 # (blocks, width) of published transformers, for messages about files that were made for another one.
 KNOWN_SIZES = {(48, 4096): "LTX-2"}
 
@@ -145,3 +165,31 @@ def _kernel_shape(config: LTX2Config, path: str) -> tuple[int, int]:
 
 def _entry(config: LTX2Config, path: str, name: str, shape: tuple[int, ...], turn=same) -> Entry:
     return Entry(path, name, shape, turn, turn, config.depth if "{n}" in name else 0)
+
+
+def connector_entries(config: ConnectorConfig, naming: Naming = "diffusers") -> Iterator[Entry]:
+    """Every array of the connectors, as the device holds them: without the projection."""
+    which, width = NAMINGS.index(naming), config.width
+
+    def entry(path: str, name: str, shape: tuple[int, ...], turn=same) -> Entry:
+        return Entry(path, name, shape, turn, turn, config.depth if "{n}" in name else 0)
+
+    for stream, names in _CONNECTORS.items():
+        if stream == "audio" and config.audio == "off":
+            continue
+        registers = (config.registers, width)
+        yield entry(f"{stream}.registers", f"{names[which]}.learnable_registers", registers)
+        for path, names in CONNECTOR_LORA_NAMES.items():
+            if path.startswith(f"{stream}."):
+                inputs, outputs = (4 if path.endswith("down") else 1) * width, (4 if path.endswith("up") else 1) * width
+                yield entry(f"{path}.kernel", f"{names[which]}.weight", (outputs, inputs), transpose)
+                yield entry(f"{path}.bias", f"{names[which]}.bias", (outputs,))
+        for path, names in _CONNECTOR_NORM_NAMES.items():
+            if path.startswith(f"{stream}."):
+                yield entry(path, names[which], (width,))
+
+
+def projection_entry(config: ConnectorConfig, naming: Naming = "diffusers") -> Entry:
+    """The projection of the text states, which only encoding needs."""
+    name = f"{PROJECTION_NAMES[NAMINGS.index(naming)]}.weight"
+    return Entry("kernel", name, (config.width, config.width * config.states), transpose, transpose)
