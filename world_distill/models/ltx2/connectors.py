@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from world_distill.devices.sharding import constrain
 from world_distill.models.blocks import scan_blocks
 from world_distill.models.layers import Linear, Mlp, rms_norm, stack
-from world_distill.models.ltx2.modeling import Audio
+from world_distill.models.ltx2.config import Audio
 from world_distill.models.ltx2.rope import rotate_halves, split_rope
 from world_distill.models.stream_attention import norm_heads
 

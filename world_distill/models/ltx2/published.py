@@ -6,8 +6,8 @@ Original names come without the prefix that `ORIGINAL_PREFIXES` has for each par
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from world_distill.models.ltx2.config import LTX2Config
 from world_distill.models.ltx2.connectors import ConnectorConfig
-from world_distill.models.ltx2.modeling import LTX2Config
 from world_distill.models.tensor_map import Entry, same, transpose
 
 Naming = Literal["diffusers", "original"]
