@@ -136,7 +136,7 @@ class LTX2DiT(nnx.Module):
             tokens = math.prod(x[name].shape[1:-1])
             streams[name] = ends.embed(x[name].reshape(len(t), tokens, -1), factors, scale)
             length = streams[name].shape[1]
-            columns = np.zeros(places, int) if times is None else np.asarray(times[name])
+            columns = np.zeros(places, int) if times is None else np.asarray(times[name], int)
             columns = np.pad(np.repeat(columns, tokens // places), (0, length - tokens), mode="edge")
             embeddings[name], modulation = ends.time(t, sub(factors, "time"), scale)
             av_modulation = None

@@ -88,7 +88,7 @@ def axis_tables(
 
 def split_rope(
     positions: Sequence[Float[np.ndarray, " _"]],
-    ranges: Sequence[float],
+    ranges: Sequence[int],
     *,
     width: int,
     heads: int,
