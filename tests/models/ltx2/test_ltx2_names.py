@@ -18,9 +18,12 @@ from world_distill.models.ltx2.published import (
     CONNECTOR_LORA_NAMES,
     LORA_NAMES,
     ORIGINAL_PREFIXES,
+    connector_config,
     connector_entries,
     lora_names,
     projection_entry,
+    published_configs,
+    transformer_config,
     transformer_entries,
 )
 from world_distill.models.tensor_map import check_names
@@ -126,3 +129,45 @@ def test_diffusers_script_renames_the_connectors():
     }  # fmt: skip
     for ours, theirs in zip(connector_entries(CONNECTORS), connector_entries(CONNECTORS, "original"), strict=True):
         assert re.sub("|".join(table), lambda match: table[match[0]], theirs.name) == ours.name
+
+
+def test_sizes_make_the_way_through_a_config_file():
+    network = dataclasses.replace(
+        CONFIG, fps=LTX2Config.fps, remat=LTX2Config.remat, eps=1e-5, theta=77.0, stride=(4, 8, 16)
+    )
+    text = dataclasses.replace(CONNECTORS, length=ConnectorConfig.length, places=12, theta=3.0)
+    configs = published_configs(network, text)
+    assert transformer_config(configs["transformer"]) == network
+    assert connector_config(configs["connectors"]) == text
+    assert transformer_config(configs["transformer"], "off") == dataclasses.replace(network, audio="off")
+    for part, read in (("transformer", transformer_config), ("connectors", connector_config)):
+        with pytest.raises(ValueError, match="audio_gated_attn = True; only False"):  # LTX-2.3
+            read(configs[part] | {"audio_gated_attn": True})
+        with pytest.raises(ValueError, match="rope_type = interleaved"):
+            read({key: value for key, value in configs[part].items() if key != "rope_type"})
+    with pytest.raises(ValueError, match="cross_attention_dim = 4; only 40"):
+        transformer_config(configs["transformer"] | {"cross_attention_dim": 4})
+    with pytest.raises(ValueError, match="two alike"):
+        connector_config(configs["connectors"] | {"audio_connector_num_layers": 8})
+
+
+@pytest.mark.torch
+def test_diffusers_builds_networks_of_our_names_from_our_config_files():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
+    import torch
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    configs = published_configs(LTX2Config(), ConnectorConfig())
+    with torch.device("meta"):
+        transformer = diffusers.LTX2VideoTransformer3DModel.from_config(configs["transformer"])
+        text = LTX2TextConnectors.from_config(configs["connectors"])
+    assert check_names(transformer_entries(LTX2Config()), shapes_of(transformer)) == []
+    both = [*connector_entries(ConnectorConfig()), projection_entry(ConnectorConfig())]
+    assert check_names(both, shapes_of(text)) == []
+    # What we do not write is diffusers' default, and what we write is LTX-2's.
+    assert transformer_config(dict(transformer.config)) == LTX2Config()
+    assert connector_config(dict(text.config)) == ConnectorConfig()
+
+
+def shapes_of(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -4,14 +4,34 @@ Original names come without the prefix that `ORIGINAL_PREFIXES` has for each par
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from world_distill.models.ltx2.config import LTX2Config
+from world_distill.models.ltx2.config import Audio, LTX2Config
 from world_distill.models.ltx2.connectors import ConnectorConfig
 from world_distill.models.tensor_map import Entry, same, transpose
 
 Naming = Literal["diffusers", "original"]
 NAMINGS: tuple[Naming, ...] = ("diffusers", "original")  # the order of the names in the tables below
+
+# What the networks here are built with, key and value in diffusers' config.json; another value is another network, such
+# as LTX-2.3. diffusers takes the second value where a key is missing, as in a config.json that is older than the key.
+_FIXED: dict[str, dict[str, tuple[Any, Any]]] = {
+    "transformer": {
+        "rope_type": ("split", "interleaved"), "rope_double_precision": (True, True), "causal_offset": (1, 1),
+        "patch_size": (1, 1), "patch_size_t": (1, 1), "audio_patch_size": (1, 1), "audio_patch_size_t": (1, 1),
+        "timestep_scale_multiplier": (1000, 1000), "cross_attn_timestep_scale_multiplier": (1000, 1000),
+        "activation_fn": ("gelu-approximate", "gelu-approximate"),
+        "qk_norm": ("rms_norm_across_heads", "rms_norm_across_heads"), "norm_elementwise_affine": (False, False),
+        "attention_bias": (True, True), "attention_out_bias": (True, True), "ff_bias": (True, True),
+        "audio_ff_bias": (True, True), "use_prompt_embeddings": (True, True), "gated_attn": (False, False),
+        "audio_gated_attn": (False, False), "cross_attn_mod": (False, False), "audio_cross_attn_mod": (False, False),
+    },
+    "connectors": {
+        "rope_type": ("split", "interleaved"), "rope_double_precision": (True, True),
+        "per_modality_projections": (False, False), "proj_bias": (False, False), "video_gated_attn": (False, False),
+        "audio_gated_attn": (False, False),
+    },
+}  # fmt: skip
 
 # Part -> what its names begin with in the original file, which holds all parts.
 ORIGINAL_PREFIXES = {
@@ -106,6 +126,102 @@ _CONNECTOR_NORM_NAMES: Names = _joined(_CONNECTOR_ATTENTIONS, _NORMS)
 PROJECTION_NAMES = ("text_proj_in", "aggregate_embed")
 # (blocks, width) of published transformers, for messages about files that were made for another one.
 KNOWN_SIZES = {(48, 4096): "LTX-2"}
+
+
+def transformer_config(config: Mapping[str, Any], audio: Audio = "joint") -> LTX2Config:
+    """Ours, from transformer/config.json.
+
+    Args:
+      config: what stands in it.
+      audio: "off" leaves out the audio stream.
+
+    Raises:
+      ValueError: a network that is not built here.
+    """
+    _check_fixed("transformer", config)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    audio_width = config["audio_num_attention_heads"] * config["audio_attention_head_dim"]
+    for key, value in {
+        "out_channels": config["in_channels"], "audio_out_channels": config["audio_in_channels"],
+        "audio_num_attention_heads": config["num_attention_heads"], "cross_attention_dim": width,
+        "audio_cross_attention_dim": audio_width, "audio_pos_embed_max_pos": config["pos_embed_max_pos"],
+    }.items():  # fmt: skip
+        if config[key] not in (value, None):
+            raise ValueError(f"transformer/config.json has {key} = {config[key]}; only {value} is built here")
+    time, rows, columns = config["vae_scale_factors"]
+    return LTX2Config(
+        audio=audio, channels=config["in_channels"], width=width, audio_channels=config["audio_in_channels"],
+        audio_width=audio_width, depth=config["num_layers"], heads=config["num_attention_heads"],
+        text_width=config["caption_channels"], eps=config["norm_eps"], theta=config["rope_theta"],
+        stride=(time, rows, columns),
+        ranges=(config["pos_embed_max_pos"], config["base_height"], config["base_width"]),
+        audio_stride=config["audio_scale_factor"], audio_hop=config["audio_hop_length"],
+        audio_rate=config["audio_sampling_rate"],
+    )  # fmt: skip
+
+
+def connector_config(config: Mapping[str, Any], audio: Audio = "joint") -> ConnectorConfig:
+    """Ours, from connectors/config.json.
+
+    Args:
+      config: what stands in it.
+      audio: "off" leaves out the audio stream's connector.
+
+    Raises:
+      ValueError: connectors that are not built here.
+    """
+    _check_fixed("connectors", config)
+    sizes = ("num_attention_heads", "attention_head_dim", "num_layers", "num_learnable_registers")
+    video, other = (tuple(config[f"{stream}_connector_{size}"] for size in sizes) for stream in ("video", "audio"))
+    heads, head, depth, registers = video
+    if video != other or heads * head != config["caption_channels"]:
+        raise ValueError(
+            f"connectors/config.json has connectors of {', '.join(sizes)} {video} and {other}; only two alike, as wide"
+            f" as the text states ({config['caption_channels']}), are built here"
+        )
+    return ConnectorConfig(
+        audio=audio, width=config["caption_channels"], heads=heads, depth=depth, registers=registers,
+        states=config["text_proj_in_factor"], theta=config["rope_theta"],
+        places=config["connector_rope_base_seq_len"],
+    )  # fmt: skip
+
+
+def _check_fixed(part: str, config: Mapping[str, Any]) -> None:
+    for key, (value, otherwise) in _FIXED[part].items():
+        if (found := config.get(key, otherwise)) != value:
+            raise ValueError(f"{part}/config.json has {key} = {found}; only {value} is built here")
+
+
+def published_configs(network: LTX2Config, connectors: ConnectorConfig) -> dict[str, dict[str, Any]]:
+    """diffusers' config.json of transformer and connectors, from ours."""
+    fixed = {part: {key: value for key, (value, _) in keys.items()} for part, keys in _FIXED.items()}
+    seconds, rows, columns = network.ranges
+    transformer = {
+        "_class_name": "LTX2VideoTransformer3DModel", **fixed["transformer"], "in_channels": network.channels,
+        "out_channels": network.channels, "num_attention_heads": network.heads,
+        "attention_head_dim": network.width // network.heads, "cross_attention_dim": network.width,
+        "vae_scale_factors": list(network.stride), "pos_embed_max_pos": seconds, "base_height": rows,
+        "base_width": columns, "audio_in_channels": network.audio_channels,
+        "audio_out_channels": network.audio_channels, "audio_num_attention_heads": network.heads,
+        "audio_attention_head_dim": network.audio_width // network.heads,
+        "audio_cross_attention_dim": network.audio_width, "audio_scale_factor": network.audio_stride,
+        "audio_pos_embed_max_pos": seconds, "audio_sampling_rate": network.audio_rate,
+        "audio_hop_length": network.audio_hop, "num_layers": network.depth, "norm_eps": network.eps,
+        "caption_channels": network.text_width, "rope_theta": network.theta,
+    }  # fmt: skip
+    sizes = {
+        "num_attention_heads": connectors.heads, "attention_head_dim": connectors.width // connectors.heads,
+        "num_layers": connectors.depth, "num_learnable_registers": connectors.registers,
+    }  # fmt: skip
+    return {
+        "transformer": transformer,
+        "connectors": {
+            "_class_name": "LTX2TextConnectors", **fixed["connectors"], "caption_channels": connectors.width,
+            "text_proj_in_factor": connectors.states, "connector_rope_base_seq_len": connectors.places,
+            "rope_theta": connectors.theta,
+            **{f"{stream}_connector_{key}": value for stream in ("video", "audio") for key, value in sizes.items()},
+        },
+    }  # fmt: skip
 
 
 def lora_names(config: LTX2Config) -> dict[str, tuple[str, str]]:
