@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
@@ -21,6 +22,7 @@ from world_distill.devices.sharding import constrain, pin_order, platform_of
 from world_distill.models.attention import SAVED, tile
 from world_distill.models.layers import Linear, Lora
 from world_distill.models.products import joint_product
+from world_distill.structs import PyTree
 
 # What a backward pass computes again: nothing; all but matrix products and attention ("dots"); all but attention; the
 # whole block ("full"). All but "none" keep the inputs of blocks; "offload" is "full" with these in the host's memory.
@@ -46,19 +48,19 @@ _KEPT = {
 
 
 def scan_blocks(
-    block: Callable[[Array, Any], Array],
-    x: Array,
+    block: Callable[[PyTree, Any], PyTree],
+    x: PyTree,
     layers: Any,
     remat: Remat,
     *,
-    lay: Callable[[Array], Array] = lambda x: x,
+    lay: Callable[[PyTree], PyTree] = lambda x: x,
     unroll: int = 1,
-) -> Array:
+) -> PyTree:
     """`x` after all blocks, one after the other: `x = block(x, layer)`.
 
     Args:
       block: one block, given the residual stream and one layer's weights.
-      x: the residual stream.
+      x: the residual stream; a tree of arrays where there are several.
       layers: weights with a leading axis of layers.
       remat: what the backward pass computes again.
       lay: lays out the input of each block, which is kept for the backward pass (`StreamLayout.lay`).
@@ -71,6 +73,24 @@ def scan_blocks(
     if remat != "none":
         body = jax.checkpoint(body, policy=_KEPT[remat])
     return jax.lax.scan(body, x, layers, unroll=unroll)[0]
+
+
+def spread_times(y: Float[Array, "b s d"], columns: np.ndarray) -> Float[Array, "b n d"]:
+    """`y[:, columns]`, for each token the row of its time.
+
+    Made of choices between runs of tokens, which the compiler repeats where the result is read. A lookup it would write
+    out.
+    """
+    tokens = jnp.arange(len(columns))[:, None]
+    result = y[:, columns[0], None]
+    for start in np.flatnonzero(np.diff(columns)) + 1:
+        result = jnp.where(tokens < start, result, y[:, columns[start], None])
+    return jnp.broadcast_to(result, (len(y), len(columns), y.shape[-1]))
+
+
+def gated(x: Float[Array, "b n d"], h: Float[Array, "b n d"], gate: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """`x + gate h`, in float32."""
+    return (x.astype(jnp.float32) + h.astype(jnp.float32) * gate).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

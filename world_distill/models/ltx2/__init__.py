@@ -1,0 +1,1 @@
+"""LTX-2: video and audio from one transformer of two streams."""
