@@ -23,8 +23,8 @@ x_next is t_next on any grid:
            = x + v dt - std^2 / (t_next + sqrt(t_next^2 - std^2)) e                       (6)
     log p  = mean over dims [ -(x_next - mean)^2 ]                                        (7)
 
-(7) is (4) without its constants and without the factor 1 / (2 std^2), as in the code of the CPS paper, Flow-GRPO's and
-Flow-Factory's. Log-ratios are 2 std^2 of what they would be, and clip ranges have to be smaller.
+(7) is (4) without its constants and without the factor 1 / (2 std^2), as in the code of the CPS paper, of Flow-GRPO and
+of Flow-Factory: log-ratios are 2 std^2 times those of (4). The KL of `losses.flow_grpo_kl` is exact for both steps.
 
 In a rollout, pinned places of a stream (`LatentSpec.moves`) hold the scene's latents at every step. Places that move
 and do not count (`LatentSpec.counts`) get no noise: they take the Euler step.

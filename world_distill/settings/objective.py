@@ -64,8 +64,8 @@ class Objective:
       grpo_beta: weight of Flow-GRPO's exact KL to the base given the task.
       ema_decay: decay, per update, of the slow average of the trained weights, which is evaluated and exported; warmed
         up as min(ema_decay, (1 + n) / (10 + n)).
-      log_by_step: log losses and ratios by the sampler's step, too: `train/LOSS/step_I`, counted from 0. So many more
-        figures a loss as there are steps.
+      log_by_step: log what is computed for each row (losses, ratios, cosines) by the sampler's step, too:
+        `train/NAME/step_I`, counted from 0, one more figure for each step.
 
     Raises:
       SettingError: a value out of its range (`settings.ranges`).

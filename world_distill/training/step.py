@@ -95,7 +95,7 @@ def train_step(
     Metrics, all float32 scalars: `train/LOSS` of each loss (RL's over judged rows), `train/gradient_norm` of the whole
     gradient, `train/anchor_gradient_norm` and `train/rl_gradient_norm` of its two parts as they are weighted (not where
     one pass serves both) and `train/anchor_to_rl`, the first over the second. With `objective.log_by_step` also
-    `train/LOSS/step_I`, the mean over the rows that looked at the sampler's step I; NaN where none did.
+    `train/LOSS/step_I`, the mean over the rows that looked at the sampler's step I, counted from 0; NaN if none did.
     """
     objective = losses.objective
     weights = Weights(
@@ -156,9 +156,9 @@ def update(
     lora = optax.apply_updates(carry.lora, changes)
     decay = jnp.minimum(objective.ema_decay, (1.0 + carry.count) / (10.0 + carry.count))
     lora_ema = schedules.ema_update(carry.lora_ema, lora, decay)
-    measures = _measures(objective, found, grads, total, changes)
     by_step = {name: _step_sums(found[name], at, len(losses.grid) - 1) for name, at in looked.items()}
-    return Carry(lora, lora_ema, opt_state, carry.count + 1), (measures, by_step)
+    after = Carry(lora, lora_ema, opt_state, carry.count + 1)
+    return after, (_measures(objective, found, grads, total, changes), by_step)
 
 
 def gradients(
