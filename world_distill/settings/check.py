@@ -116,7 +116,7 @@ def check(
     if not stochastic and objective.rl == "flow_grpo":
         reasons.append("objective.rl = flow_grpo needs stochastic steps: set sampler.eta above 0 (its authors: 0.7)")
     if not stochastic and sde != "flow_grpo":
-        reasons.append(f"sampler.sde = {sde} has no effect without noise: set sampler.eta above 0, or sampler.sde back")
+        reasons.append(f"sampler.sde = {sde} has no effect without noise: set sampler.eta above 0, or sde = flow_grpo")
     if reasons:
         raise ValueError("settings that do not go together:\n  " + "\n  ".join(reasons))
 
