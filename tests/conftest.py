@@ -58,8 +58,8 @@ ONCE = (
     "programs/test_ablate", "programs/test_earlier_run", "programs/test_judgments", "programs/test_notebook",
     "programs/test_pretrain", "programs/test_probe", "programs/test_quickstart", "programs/test_two_streams",
     "test_layering", "test_mutations", "test_notebooks",
-    "training/test_guided_training", "training/test_policies", "training/test_prefetch", "training/test_step",
-    "weights/test_convert",
+    "training/test_by_step", "training/test_guided_training", "training/test_policies", "training/test_prefetch",
+    "training/test_step", "weights/test_convert",
 )  # fmt: skip
 
 for place in (*LONGEST, *ONCE):  # a name that has moved would be missed silently

@@ -143,9 +143,9 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
 
 
 def sampler_grid(config: ConfigDict) -> tuple[np.ndarray, np.ndarray | None]:
-    """The sampler's times [k + 1], and its diffusion coefficients [k] where it is stochastic."""
+    """The sampler's times [k + 1], and where it is stochastic its table [k] of `sampling.DIFFUSIONS`."""
     settings = config.sampler
     grid = flow.sampling_times(settings.steps, settings.shift, settings.explicit or None)
     if settings.eta == 0:
         return grid, None
-    return grid, sampling.flow_grpo_diffusion(grid, settings.eta, tuple(settings.window) or None)
+    return grid, sampling.DIFFUSIONS[settings.sde](grid, settings.eta, tuple(settings.window) or None)

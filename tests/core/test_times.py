@@ -7,6 +7,8 @@ import scipy.stats
 from world_distill.core import flow, times
 
 GRID = flow.sampling_times(14)
+# LTX-2's distilled sampler: half of its steps are the first 2.5 % of the way.
+DISTILLED = flow.sampling_times(8, explicit=(1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909, 0.725, 0.422))
 
 
 def draws(function, n=4000):
@@ -42,6 +44,47 @@ def test_every_index_is_equally_likely(steps, count):
     # And still stratified: no draw lacks an index that it has strata for.
     least = max(0, count // steps - 1)
     assert min(np.bincount(row, minlength=steps).min() for row in indices[:500]) >= least
+
+
+def by_dt(grid, count, skip_first=False, keep_fraction=1.0):
+    """Draws [4000 count] of indices by the length of their steps."""
+    return draws(
+        lambda key: times.stratified_times(
+            key, grid, count, skip_first=skip_first, keep_fraction=keep_fraction, by_dt=True
+        )
+    )
+
+
+@pytest.mark.parametrize("count", [1, 6, 16])
+def test_by_dt_every_index_is_as_likely_as_its_step_is_long(count):
+    indices = by_dt(DISTILLED, count)
+    assert indices.shape == (4000, count) and (np.diff(indices, axis=1) >= 0).all()
+    share = np.bincount(indices.ravel(), minlength=8) / indices.size
+    np.testing.assert_allclose(share, -np.diff(DISTILLED), atol=0.03 / count**0.5)
+    # By index, the first four steps are half of all draws.
+    assert share[:4].sum() == pytest.approx(0.025, abs=0.01) and share[7] == pytest.approx(0.422, abs=0.02)
+
+
+def test_by_dt_cuts_take_their_shares_with_them():
+    """AWM leaves pure noise out, and may leave out the last time: what is left shares the rest."""
+    indices = by_dt(DISTILLED, 6, skip_first=True, keep_fraction=0.9)
+    assert np.unique(indices).tolist() == [1, 2, 3, 4, 5, 6]
+    share, lengths = np.bincount(indices.ravel(), minlength=8) / indices.size, -np.diff(DISTILLED)[1:7]
+    np.testing.assert_allclose(share[1:7], lengths / lengths.sum(), atol=0.01)
+    assert np.unique(by_dt(DISTILLED, 6, skip_first=True)).max() == 7  # without that cut, t = .422 is looked at
+
+
+@pytest.mark.parametrize("steps, count", [(14, 6), (6, 16), (5, 7)])
+def test_by_dt_on_an_even_grid_has_the_law_of_indices(steps, count):
+    """Stratum by stratum: how often it gives which index."""
+    grid = flow.sampling_times(steps)
+    one, other = by_dt(grid, count), stratified(steps, count, skip_first=False, keep_fraction=1.0)
+    tables = [np.stack([np.bincount(column, minlength=steps) for column in x.T]) / 4000 for x in (one, other)]
+    np.testing.assert_allclose(*tables, atol=0.05)
+
+
+def test_by_dt_a_single_index_is_always_drawn():
+    assert (by_dt(flow.sampling_times(2, 3.0), 3, skip_first=True) == 1).all()
 
 
 @pytest.mark.parametrize(

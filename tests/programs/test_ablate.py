@@ -189,12 +189,19 @@ def test_branches_are_the_runs_that_they_stand_for(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [{"objective.rl_weight": ((0, 1.0),)}, {"sampler.steps": 4}, {"seed": 1}, {"objective.beta_d": ((0, 0.5),)},
-     {"optimizer.learning_rate": ((0, 1e-3),)}, {"rollout.role": "demonstrator"}],
+     {"optimizer.learning_rate": ((0, 1e-3),)}, {"rollout.role": "demonstrator"}, {"objective.times": "by_dt"}],
     ids=str,
 )  # fmt: skip
 def test_runs_that_begin_differently_share_nothing(tmp_path, change):
     late = {"objective.rl_weight": ((1, 0.0), (2, 1.0)), "objective.beta_d": ((0, 1.0),)}
     assert ablate.shared_steps(small_config(tmp_path, **late | change), small_config(tmp_path, **late)) == 0
+
+
+def test_runs_that_differ_in_the_stochastic_step_begin_alike(tmp_path):
+    """While L_RL has no weight, rollouts follow the ODE."""
+    late = {"objective.rl_weight": ((1, 0.0), (2, 1.0)), "objective.rl": "flow_grpo", "sampler.eta": 0.7}
+    cps = small_config(tmp_path, **late, **{"sampler.sde": "cps", "sampler.window": (0, 1)})
+    assert ablate.shared_steps(cps, small_config(tmp_path, **late)) == 2
 
 
 def test_benchmark_measures_every_part_beside_its_prediction(tmp_path, monkeypatch):

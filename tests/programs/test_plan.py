@@ -156,6 +156,18 @@ def test_tensor_parallel_blocks_scatter_their_sums():
 
 
 @needs_compiler
+def test_weights_and_factors_along_fsdp_are_gathered_before_their_products():
+    """Else the compiler deals the columns of a product out to the devices that share its weights."""
+    flags = {"mesh.fsdp": 4, "objective.rl": "none", "model.width": 1024, "model.heads": 8, "model.mlp": 4096}
+    flags |= {"model.size": (256, 256), "model.depth": 2, "model.dtype": "bfloat16", "executor.rank": 32}
+    config = load_config("wan22_5b:debug", flags)
+    [rollout] = plan.make_plan(config, plan.topology("v5e:2x2"), ("rollout",))
+    counts = rollout.collectives
+    assert counts["all-gather"] > 10 and not counts.keys() & {"all-to-all", "collective-permute"}
+    assert counts["reduce-scatter"] == 1  # of the text's first layer; with factors in parts, of the blocks' sums too
+
+
+@needs_compiler
 def test_what_does_not_fit_is_said_with_the_largest_arrays(capsys):
     flags = ["--topology", "v5e:2x2", "--phases", "rollout", "--config.objective.rl=none"]
     sizes = ["--config.model.depth=30", "--config.model.size=(3072,3072)", "--config.rollout.tasks=64"]

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from world_distill.settings.check import RULES, check
+from world_distill import build
+from world_distill.core import sampling
+from world_distill.settings.check import RULES, check, check_noise
 from world_distill.settings.loading import load_config, packaged_configs, section
 from world_distill.settings.objective import Objective, Phase
 from world_distill.settings.rollout import RolloutSettings
@@ -19,6 +21,7 @@ def parts(variant="wmsd", **changes) -> tuple[Objective, RolloutSettings]:
 
 
 GUIDED_GRPO = "rollout.guidance above 1 does not go with objective.rl = flow_grpo"
+TIMES_OF_NONE = "objective.times has no effect"
 NOTHING = {"task": 0.0, "agent": 0.0, "consistency": 0.0, "distill": 0.0}
 REFUSED = [
     ({"group": 1}, "group = 1"),
@@ -58,11 +61,56 @@ def test_flow_grpo_wants_noise_and_its_own_rollouts():
             check(*objective, stochastic=stochastic)
 
 
+def test_the_stochastic_step_and_the_law_of_times_are_refused_where_nothing_reads_them():
+    check(*parts("wmsd_grpo"), stochastic=True, sde="cps")
+    with pytest.raises(ValueError, match="sampler.sde = cps has no effect without noise"):
+        check(*parts(), stochastic=False, sde="cps")
+    alone = {"beta_d": 0.0, "rl_weight": 1.0}
+    for variant, changes in (("wmsd", {}), ("wmsd", alone), ("wmsd_grpo", {}), ("wmsd_nft", alone)):
+        check(*parts(variant, times="by_dt", **changes), stochastic=variant == "wmsd_grpo")
+    check(*parts("wmsd", times="by_dt", rl="none", beta_d=1.0), stochastic=False)
+    with pytest.raises(ValueError, match=TIMES_OF_NONE):
+        check(*parts("wmsd_grpo", times="by_dt", **alone), stochastic=True)
+
+
+DISTILLED = {"steps": 8, "shift": 1.0, "explicit": (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909, 0.725, 0.422)}
+
+
+def look_at_noise(**changes) -> None:
+    config = load_config("sandbox:wmsd_grpo", {f"sampler.{name}": value for name, value in changes.items()})
+    grid, table = build.sampler_grid(config)
+    stds = sampling.step_stds(grid, table, config.sampler.sde)
+    check_noise(grid, stds, eta=config.sampler.eta)
+
+
+def test_noise_above_the_level_that_it_lands_on_is_refused_by_step():
+    with pytest.raises(ValueError) as error:
+        look_at_noise(**DISTILLED)
+    text = str(error.value)
+    for step, std, level in ((4, 1.12, 0.909), (5, 0.949, 0.725), (6, 0.626, 0.422)):
+        assert f"\n    step {step}: std {std}, t_next {level}\n" in text
+    assert text.count("    step") == 3  # step 3 is .4 onto .975, and step 7, into 0, has no noise
+    assert "sampler.eta to 0.47 or less" in text and "sampler.sde = cps" in text and "sampler.window" in text
+    look_at_noise(**DISTILLED, eta=0.47)
+    with pytest.raises(ValueError, match="step 6: std 0.429, t_next 0.422") as error:
+        look_at_noise(**DISTILLED, eta=0.48)
+    assert str(error.value).count("    step") == 1
+    look_at_noise(**DISTILLED, eta=1.0, sde="cps")
+
+
+def test_a_window_is_all_that_the_check_of_noise_looks_at():
+    look_at_noise(**DISTILLED, window=(0, 4))
+    look_at_noise(**DISTILLED, window=(4, 4), eta=0.4)
+    with pytest.raises(ValueError, match="step 4: std 1.12, t_next 0.909") as error:
+        look_at_noise(**DISTILLED, window=(3, 2))
+    assert str(error.value).count("    step") == 1 and "sampler.eta to 0.56 or less" in str(error.value)
+
+
 def test_every_reason_is_given_at_once_and_every_rule_is_tried():
     with pytest.raises(ValueError) as error:
         check(*parts(group=1, grpo_beta=1.0), stochastic=True)
     assert all(word in str(error.value) for word in ("group = 1", "grpo_beta", "sampler.eta"))
-    tried = [reason for _, reason in REFUSED] + ["the Executor's own log-probabilities", GUIDED_GRPO]
+    tried = [reason for _, reason in REFUSED] + ["the Executor's own log-probabilities", GUIDED_GRPO, TIMES_OF_NONE]
     assert not [rule.reason for rule in RULES if not any(reason in rule.reason for reason in tried)]
 
 
@@ -72,7 +120,7 @@ def test_every_reason_is_given_at_once_and_every_rule_is_tried():
         {"rl": "ppo"}, {"updates": 0}, {"awm_ratio_temperature": 0.0}, {"awm_clip": -0.1}, {"grpo_clip": -1e-3},
         {"beta_d": -0.01}, {"beta_d": ((0, 1.0), (9, -1.0))}, {"rl_weight": -1.0}, {"ema_decay": 1.5},
         {"old_maximum": 1.0}, {"nft_beta": 0.0}, {"nft_old": "current"}, {"keep_fraction": 0.0}, {"awm_power": 0.0},
-        {"awm_weighting": "snr"},
+        {"awm_weighting": "snr"}, {"times": "dt"},
     ],
     ids=str,
 )  # fmt: skip

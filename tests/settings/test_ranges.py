@@ -26,6 +26,7 @@ from world_distill.settings.objective import Objective
         ("sampler.steps", "0", "at least 1"),
         ("sampler.shift", "0", "above 0"),
         ("sampler.shift", "nan", "above 0, not nan"),
+        ("sampler.sde", "CPS", "one of flow_grpo, cps"),
         ("executor.alpha", "inf", "above 0, not inf"),
         ("rollout.weights.task", "-1", "at least 0"),
         ("rollout.micro_batch", "-2", "at least 0"),

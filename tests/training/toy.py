@@ -18,6 +18,7 @@ from world_distill.training import step as steps
 ROWS, STEPS = 6, 4
 GRID = flow.sampling_times(STEPS, 3.0)
 DIFFUSION = sampling.flow_grpo_diffusion(GRID, 0.7)
+TABLES = {"flow_grpo": DIFFUSION, "cps": sampling.cps_diffusion(GRID, 0.8)}
 
 
 class Network:
@@ -51,7 +52,7 @@ def flat(latents):
     return jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), latents)
 
 
-def make_batch(family, base, lora, diffusion=None) -> TrainBatch:
+def make_batch(family, base, lora, diffusion=None, sde="flow_grpo") -> TrainBatch:
     @jax.jit
     def make(base, lora, key):
         f, h, w, c = shape_of(family)
@@ -62,7 +63,7 @@ def make_batch(family, base, lora, diffusion=None) -> TrainBatch:
         )
         rollout = sampling.rollout(
             family.denoise, base, lora, task, sampling.sample_keys(key, jnp.arange(ROWS)), times=GRID,
-            streams=family.latents, diffusion=diffusion, keep_states=True,
+            streams=family.latents, diffusion=diffusion, sde=sde, keep_states=True,
         )  # fmt: skip
         shown = jax.lax.map(
             lambda job: family.denoise(base, None, job[0], jnp.full(ROWS, job[1]), solution),
@@ -84,13 +85,14 @@ def make_state(optimizer, lora):
 
 
 @functools.cache
-def make_step(family, objective, rate, diffuses):
+def make_step(family, objective, rate, diffuses, sde="flow_grpo"):
     """The jitted training step, with plain gradient descent; one for all tests of the same settings."""
-    return jax.jit(steps.make_train_step(family, objective, optax.sgd(rate), GRID, DIFFUSION if diffuses else None))
+    table = TABLES[sde] if diffuses else None
+    return jax.jit(steps.make_train_step(family, objective, optax.sgd(rate), GRID, table, sde=sde))
 
 
-def run(family, base, lora, batch, objective, rate=1.0, diffuses=False):
-    return make_step(family, objective, rate, diffuses)(make_state(optax.sgd(rate), lora), base, batch)
+def run(family, base, lora, batch, objective, rate=1.0, diffuses=False, sde="flow_grpo"):
+    return make_step(family, objective, rate, diffuses, sde)(make_state(optax.sgd(rate), lora), base, batch)
 
 
 def change(before, after):

@@ -13,6 +13,19 @@ the score to the ODE drift and the marginals of the ODE stay. g = 0 is the Euler
 
 Flow-GRPO takes g = eta sqrt(t / (1 - t)), with 1 - t read at the second grid point where t = 1.
 
+(1) is exact for short steps only. With e = x + (1 - t) v, the noise that v implies, it is the Euler step less
+std^2 / (2 t) e. After a long step that is too little to make room for std z: x_next has more noise than t_next.
+Coefficient-preserving sampling (CPS, arXiv 2509.05952) removes as much as it adds, so that the std of all noise in
+x_next is t_next on any grid:
+
+    std    = t_next sin(eta pi / 2),  0 <= eta <= 1                                       (5)
+    mean   = (1 - t_next) (x - t v) + sqrt(t_next^2 - std^2) e
+           = x + v dt - std^2 / (t_next + sqrt(t_next^2 - std^2)) e                       (6)
+    log p  = mean over dims [ -(x_next - mean)^2 ]                                        (7)
+
+(7) is (4) without its constants and without the factor 1 / (2 std^2), as in the code of the CPS paper, of Flow-GRPO and
+of Flow-Factory: log-ratios are 2 std^2 times those of (4). The KL of `losses.flow_grpo_kl` is exact for both steps.
+
 In a rollout, pinned places of a stream (`LatentSpec.moves`) hold the scene's latents at every step. Places that move
 and do not count (`LatentSpec.counts`) get no noise: they take the Euler step.
 
@@ -22,7 +35,7 @@ unchanged policy is already off 1.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +49,7 @@ from world_distill.structs import Condition, LatentSpec, PyTree, Rollout
 # One number for the whole batch, or one an example.
 Scalars = Float[ArrayLike, ""] | Float[ArrayLike, " b"]
 Streams = Mapping[str, LatentSpec]
+Sde = Literal["flow_grpo", "cps"]  # which stochastic step: equations (1) and (2), or (5) and (6)
 
 
 def sde_step(
@@ -46,18 +60,20 @@ def sde_step(
     g: Scalars,
     noise: Latents | None,
     counts: Places | None = None,
+    sde: Sde = "flow_grpo",
 ) -> tuple[Latents, Latents, Float[Array, " b"]]:
-    """One sampler step from `t` to `t_next`, equations (1) to (3), in float32.
+    """One sampler step from `t` to `t_next`, equations (1) to (3) or (6), in float32.
 
     Args:
         x: latents at time `t`.
         v: velocity at `x`.
         t: time of `x`, in (0, 1].
         t_next: time to go to, in [0, t).
-        g: diffusion coefficient; 0 is an Euler step.
+        g: diffusion coefficient, or the std of a CPS step; 0 is an Euler step.
         noise: standard normal z; None stops at the mean, which is what recomputing a
             log-probability needs.
         counts: of each stream [n], where g applies; other places take the Euler step. None: everywhere.
+        sde: which stochastic step.
 
     Returns:
         (x_next, mean, std [b]).
@@ -68,6 +84,11 @@ def sde_step(
         time, after, drift = (broadcast_time(value, x.ndim) for value in (t, t_next, g))
         if mask:
             drift = drift * _by_place(mask[0], x.ndim)
+        if sde == "cps":
+            kept = jnp.sqrt((after - drift) * (after + drift))
+            # The step into t = 0 has no noise: 0 / tiny.
+            removed = drift**2 / jnp.maximum(after + kept, jnp.finfo(jnp.float32).tiny)
+            return x + v * (after - time) - removed * (x + (1 - time) * v)
         return x + (v + drift**2 / (2 * time) * (x + (1 - time) * v)) * (after - time)
 
     def add(mean, noise, *mask):
@@ -76,7 +97,7 @@ def sde_step(
 
     masks = () if counts is None else (counts,)
     t_row, next_row, g_row = (jnp.asarray(value, jnp.float32).reshape(-1) for value in (t, t_next, g))
-    std = g_row * jnp.sqrt(-(next_row - t_row))
+    std = g_row if sde == "cps" else g_row * jnp.sqrt(-(next_row - t_row))
     mean = map_float32(mean_of, x, v, *masks)
     x_next = mean if noise is None else map_float32(add, mean, noise, *masks)
     return x_next, mean, jnp.broadcast_to(std, (rows,))
@@ -100,6 +121,17 @@ def gaussian_log_prob(x_next: Latents, mean: Latents, std: Scalars, counts: Plac
     return jnp.where(std > 0, log_prob, 0.0)
 
 
+def step_log_prob(x_next: Latents, mean: Latents, std: Scalars, counts: Places | None, sde: Sde) -> Float[Array, " b"]:
+    """Log-probability of a step, float32 [b]: equation (4), or (7) of a CPS step. 0 where `std` is 0.
+
+    `x_next` is the action that was taken, so no gradient goes into it.
+    """
+    if sde == "flow_grpo":
+        return gaussian_log_prob(x_next, mean, std, counts)
+    square = map_float32(lambda x, mean: (x - mean) ** 2, jax.lax.stop_gradient(x_next), mean)
+    return jnp.where(jnp.asarray(std) > 0, -masked_mean(square, counts), 0.0)
+
+
 def flow_grpo_diffusion(
     times: Float[np.ndarray, " n"], eta: float, window: tuple[int, int] | None = None
 ) -> Float[np.ndarray, " k"]:
@@ -118,7 +150,6 @@ def flow_grpo_diffusion(
             although eta > 0.
     """
     times = np.asarray(times, np.float64)
-    k = len(times) - 1
     if eta < 0:
         raise ValueError(f"eta must not be negative, got {eta}")
     t = times[:-1]
@@ -126,15 +157,49 @@ def flow_grpo_diffusion(
     # authors' code.
     g = eta * np.sqrt(t / (1 - np.where(t == 1, times[1], t)))
     g[times[1:] == 0] = 0.0
+    return _in_window(g, eta, window)
+
+
+def cps_diffusion(
+    times: Float[np.ndarray, " n"], eta: float, window: tuple[int, int] | None = None
+) -> Float[np.ndarray, " k"]:
+    """Standard deviations of CPS's steps for a grid [k + 1], equation (5): a float32 host table [k].
+
+    Args:
+        times: the sampler's grid, see `flow.sampling_times`.
+        eta: noise level in [0, 1]; 0 is the ODE, 1 replaces all noise by fresh noise.
+        window: see `flow_grpo_diffusion`.
+
+    Raises:
+        ValueError: eta outside of [0, 1], and see `flow_grpo_diffusion`.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"CPS takes eta from 0 to 1, where all noise of a step is fresh; got {eta}")
+    std = np.asarray(times, np.float64)[1:] * math.sin(eta * math.pi / 2)
+    return _in_window(std, eta, window)
+
+
+def _in_window(diffusion: np.ndarray, eta: float, window: tuple[int, int] | None) -> np.ndarray:
+    """The table in float32, 0 outside of the window."""
+    k = len(diffusion)
     if window is not None:
         start, length = window
         if start < 0 or length < 1 or start + length > k:
             raise ValueError(f"SDE window (start, length) = {window} does not fit {k} steps")
         inside = (np.arange(k) >= start) & (np.arange(k) < start + length)
-        g = np.where(inside, g, 0.0)
-    if eta > 0 and not g.any():
+        diffusion = np.where(inside, diffusion, 0.0)
+    if eta > 0 and not diffusion.any():
         raise ValueError(f"no stochastic step is left of {k} steps with window {window}")
-    return g.astype(np.float32)
+    return diffusion.astype(np.float32)
+
+
+DIFFUSIONS: Mapping[str, Callable[..., np.ndarray]] = {"flow_grpo": flow_grpo_diffusion, "cps": cps_diffusion}
+
+
+def step_stds(times: Float[np.ndarray, " n"], diffusion: Float[np.ndarray, " k"], sde: Sde) -> Float[np.ndarray, " k"]:
+    """Standard deviations of a grid's steps [k], in float64 on the host, from their table of `DIFFUSIONS`."""
+    diffusion = np.asarray(diffusion, np.float64)
+    return diffusion if sde == "cps" else diffusion * np.sqrt(-np.diff(np.asarray(times, np.float64)))
 
 
 def sample_keys(key: Key[Array, ""], sample_ids: Int[ArrayLike, " b"]) -> Key[Array, " b"]:
@@ -196,6 +261,7 @@ def rollout(
     times: Float[ArrayLike, " n"],
     streams: Streams,
     diffusion: Float[ArrayLike, " k"] | None = None,
+    sde: Sde = "flow_grpo",
     keep_states: bool,
 ) -> Rollout:
     """Sample one clip per key. Traceable; the steps are one `lax.scan`.
@@ -211,7 +277,8 @@ def rollout(
         keys: one typed PRNG key a sample, from `sample_keys`.
         times: the sampler's grid [k + 1], noisiest first, see `flow.sampling_times`.
         streams: the model's latents, `interfaces.ModelFamily.latents`.
-        diffusion: g of every step [k]; None samples the ODE and draws no step noise.
+        diffusion: g, or CPS's std, of every step [k]; None samples the ODE and draws no step noise.
+        sde: which stochastic step.
         keep_states: also return the visited states, velocities and log-probabilities.
 
     Raises:
@@ -233,11 +300,11 @@ def rollout(
         v = denoise(base, lora, x, jnp.broadcast_to(t, (rows,)), condition)
         v = still(map_float32(lambda v: v, v), streams)
         noise = draw_noise(keys, index + 1, streams) if stochastic else None
-        x_next, mean, std = sde_step(x, v, t, t_next, g, noise, noisy)
+        x_next, mean, std = sde_step(x, v, t, t_next, g, noise, noisy, sde)
         x_next = pin(x_next, condition.scene, streams)
         if not keep_states:
             return x_next, None
-        return x_next, (x, v, gaussian_log_prob(x_next, mean, std, counts))
+        return x_next, (x, v, step_log_prob(x_next, mean, std, counts, sde))
 
     start = initial_noise(keys, condition.scene, streams)
     latents, kept = jax.lax.scan(step, start, (times[:-1], times[1:], g, jnp.arange(k)))

@@ -7,6 +7,8 @@ whole range:
                   noise, hi = floor(fraction N) the low-noise tail. Index lo + floor(u (hi - lo)),
                   u = (i + U) / T, so every index is equally likely for every T. (The released code
                   cuts at whole indices, which is the same only where T divides hi - lo.)
+    by dt         the same indices, each as likely as its step t_j - t_{j+1} is long: the largest j with
+                  sum of the shares of lo .. j - 1 <= u. On an even grid the law is that of `discrete`.
     logit-normal  u = (i + U) / T,  t = sigmoid(ndtri(u)), shifted, at least 0.01
     uniform       u = (i + U) / T,  t = low + (1 - low) u, shifted
 
@@ -35,18 +37,20 @@ def stratified_times(
     *,
     skip_first: bool,
     keep_fraction: float,
+    by_dt: bool = False,
 ) -> Int[Array, " count"]:
     """Indices into the sampler's grid, rising (noisiest first), one from each of `count` strata.
 
     Each of the n indices is drawn `count` / n times on average, and at least floor(`count` / n) - 1
-    times in every draw.
+    times in every draw; `by_dt`, `count` times its share of the steps' lengths.
 
     Args:
         key: one typed PRNG key.
-        times: the sampler's grid [N + 1]; only its length counts.
+        times: the sampler's grid [N + 1], on the host; without `by_dt` only its length counts.
         count: number of strata, T.
         skip_first: leave out index 0, where the latents are pure noise.
-        keep_fraction: share of the grid to keep, from the noisy end, in (0, 1].
+        keep_fraction: share of the grid's indices to keep, from the noisy end, in (0, 1].
+        by_dt: draw an index by the length of the step from it, t_j - t_{j+1}.
 
     Raises:
         ValueError: if nothing of the grid is left, or an argument is out of range.
@@ -58,6 +62,10 @@ def stratified_times(
     high = math.floor(keep_fraction * steps + 1e-9)  # 0.29 * 100 is 28.999... in binary
     if high - low < 1:
         raise ValueError(f"no index left of {steps} steps: {skip_first=}, {keep_fraction=}")
+    if by_dt:
+        lengths = -np.diff(np.asarray(times, np.float64))[low:high]
+        ends = np.cumsum(lengths)[:-1] / lengths.sum()
+        return low + jnp.sum(_stratified_units(key, count)[:, None] >= jnp.asarray(ends, jnp.float32), axis=1)
     # Whole numbers only: stratum i holds n of the n `count` equal pieces, and each index `count` neighbours of them.
     pieces = (high - low) * np.arange(count)
     drawn = jax.random.randint(key, (count,), jnp.asarray(pieces), jnp.asarray(pieces + high - low))

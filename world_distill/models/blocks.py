@@ -152,16 +152,17 @@ class StreamLayout:
         if not adapted or self._alone:
             h = self.rows(self.gather(x))
             return [layer(h, lora, scale) for layer, lora in zip(layers, loras, strict=True)]
-        inner = jnp.concatenate([lora["a"] for lora in adapted], axis=-1).astype(x.dtype)
+        factors = [self.factors(layer, lora) for layer, lora in zip(layers, loras, strict=True)]
+        inner = jnp.concatenate([a for a, _ in filter(None, factors)], axis=-1).astype(x.dtype)
         h = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
         h = pin_order(self.mesh, h, _WITHIN, (0, 1, 2))
         found, start = [], 0
-        for layer, lora in zip(layers, loras, strict=True):
-            if lora is None:
+        for layer, pair in zip(layers, factors, strict=True):
+            if pair is None:
                 found.append(layer(h[..., : x.shape[-1]]))
                 continue
-            rank = lora["b"].shape[0]
-            outer = jnp.pad(lora["b"], ((start, inner.shape[-1] - start - rank), (0, 0)))
+            rank = pair[1].shape[0]
+            outer = jnp.pad(pair[1], ((start, inner.shape[-1] - start - rank), (0, 0)))
             found.append(layer.add_bias(joint_product(h, layer.kernel[...], outer)))
             start += rank
         return found
@@ -174,25 +175,44 @@ class StreamLayout:
         parts = x.shape[2:]
         if self._alone:
             return layer(self.rows(x.reshape(*x.shape[:2], -1)), lora, scale)
-        kernel = layer.kernel[...].reshape(*parts, -1)
-        if lora is None:
+        kernel, factors = layer.kernel[...].reshape(*parts, -1), self.factors(layer, lora)
+        if factors is None:
             return layer.add_bias(self.scatter(jnp.tensordot(x, kernel, len(parts))))
-        inner = self.scatter(jnp.tensordot(x, lora["a"].astype(x.dtype).reshape(*parts, -1), len(parts)))
+        a, b = (factor.astype(x.dtype) for factor in factors)
+        inner = self.scatter(jnp.tensordot(x, a.reshape(*parts, -1), len(parts)))
         y = self.scatter(jnp.tensordot(x, kernel, len(parts)))
-        return layer.add_bias(y + (scale * inner) @ lora["b"].astype(x.dtype))
+        return layer.add_bias(y + (scale * inner) @ b)
+
+    def factors(self, layer: Linear, lora: Lora) -> tuple[Float[Array, "i r"], Float[Array, "r o"]] | None:
+        """LoRA's factors, gathered along `fsdp` as the layer's weights are (`settle`); their gradients are scattered."""
+        if lora is None:
+            return None
+        inputs, outputs = layer.axes
+        own = [name if name == "embed" else "factor" for name in layer.axes]  # as `lora.lora_axes`
+        a = constrain(self.mesh, lora["a"], (_whole(inputs), None), (own[0], None))
+        b = constrain(self.mesh, lora["b"], (None, _whole(outputs)), (None, own[1]))
+        return a, b
 
     def settle(self, block: nnx.Module, cut_out: nnx.Module) -> None:
-        """Fixes where a TPU keeps the weights of one block, as it is cut out of the stacked blocks.
+        """Gathers the weights of one block along `fsdp`, and fixes where a TPU keeps them.
+
+        The compiler would else spread a product over the devices that share its weights: parts of it come one after the
+        other, each with its own zeros to write into and its own copies.
 
         Args:
-          block: its kernels keep the order in memory that the stacked ones have. Else the compiler copies the kernels
-            of all blocks, into the order that suits a product best.
+          block: cut out of the stacked blocks. Its kernels keep the order in memory that the stacked ones have. Else the
+            compiler copies the kernels of all blocks, into the order that suits a product best.
           cut_out: a part of the block whose weights are cut out before they are used. A wide product that cuts them out
             itself takes a fifth longer.
         """
-        if platform_of(self.mesh) != "tpu":
-            return
         for _, layer in nnx.iter_modules(block):
             if isinstance(layer, Linear):
-                layer.kernel[...] = pin_order(self.mesh, layer.kernel[...], layer.axes, (0, 1))
-        nnx.update(cut_out, jax.lax.optimization_barrier(nnx.state(cut_out)))
+                kernel = pin_order(self.mesh, layer.kernel[...], layer.axes, (0, 1))
+                layer.kernel[...] = constrain(self.mesh, kernel, tuple(map(_whole, layer.axes)), layer.axes)
+        if platform_of(self.mesh) == "tpu":
+            nnx.update(cut_out, jax.lax.optimization_barrier(nnx.state(cut_out)))
+
+
+def _whole(name: str | None) -> str | None:
+    """A weight's logical axis once it is gathered along `fsdp`."""
+    return None if name == "embed" else name

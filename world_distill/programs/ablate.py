@@ -87,7 +87,7 @@ RECORDS = re.compile(r"(seed|world|scenes|annotator|model|base|text_length|demon
 # What has no effect on a training step in which L_RL has no weight.
 LATE = re.compile(
     r"objective\.(rl|rl_weight|beta_d|beta_old|beta_base|awm_.*|nft_.*|grpo_.*|skip_first|keep_fraction)|judge\..*"
-    r"|rollout\.(weights\..*|distill_min_time|clip|normalise|std|std_floor|min_valid|negative_scale)|sampler\.(eta|window)"
+    r"|rollout\.(weights\..*|distill_min_time|clip|normalise|std|std_floor|min_valid|negative_scale)|sampler\.(eta|sde|window)"
     r"|optimizer\.learning_rate|" + "|".join(rf"{key}(\..*)?" for key in run_folder.FREE_KEYS)
 )
 

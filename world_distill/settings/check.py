@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
+
 from world_distill.settings.objective import Objective, last_point
 from world_distill.settings.rollout import DISTILL, RolloutSettings
 
@@ -77,6 +79,11 @@ RULES = (
         lambda o, c: c.staleness and o.rl == "awm" and o.awm_old == "current",
         "rollout.staleness = 1 needs AWM's ratio: set objective.awm_old to start or ema",
     ),
+    _Rule(
+        lambda o, c: o.times != "index" and not (o.uses_visited or o.uses_renoised),
+        "objective.times has no effect without an anchor, AWM or DiffusionNFT: Flow-GRPO takes every stochastic step"
+        " alike. Set it to index",
+    ),
 )
 
 
@@ -86,7 +93,9 @@ def uses_demonstrator(objective: Objective, settings: RolloutSettings) -> bool:
     return objective.anchored or rewarded or settings.role == "demonstrator"
 
 
-def check(objective: Objective, settings: RolloutSettings, *, stochastic: bool, guidance: float = 1.0) -> None:
+def check(
+    objective: Objective, settings: RolloutSettings, *, stochastic: bool, guidance: float = 1.0, sde: str = "flow_grpo"
+) -> None:
     """Raises ValueError, with all reasons, where settings go together badly.
 
     Args:
@@ -94,6 +103,7 @@ def check(objective: Objective, settings: RolloutSettings, *, stochastic: bool, 
       settings: settings of the rollouts.
       stochastic: whether the sampler has noise.
       guidance: scale of the Demonstrator's guidance.
+      sde: the sampler's stochastic step.
     """
     reasons = [rule.reason for rule in RULES if rule.broken(objective, settings)]
     if guidance > 1 and not uses_demonstrator(objective, settings):
@@ -105,8 +115,37 @@ def check(objective: Objective, settings: RolloutSettings, *, stochastic: bool, 
         reasons.append("sampler.eta above 0 is for objective.rl = flow_grpo; the others sample the ODE")
     if not stochastic and objective.rl == "flow_grpo":
         reasons.append("objective.rl = flow_grpo needs stochastic steps: set sampler.eta above 0 (its authors: 0.7)")
+    if not stochastic and sde != "flow_grpo":
+        reasons.append(f"sampler.sde = {sde} has no effect without noise: set sampler.eta above 0, or sde = flow_grpo")
     if reasons:
         raise ValueError("settings that do not go together:\n  " + "\n  ".join(reasons))
+
+
+def check_noise(times: np.ndarray, stds: np.ndarray, *, eta: float) -> None:
+    """Raises ValueError where the noise of a step is above the noise level that it lands on.
+
+    For grids that are listed (`sampler.explicit`): the model was distilled for these noise levels and knows no other.
+    A grid of steps and shift, whose model knows all levels, is not looked at: Flow-GRPO's own setting (eta 0.7, ten
+    steps, shift 3) has such a step at low noise.
+
+    Args:
+      times: the sampler's grid [k + 1].
+      stds: standard deviations of its steps [k], see `sampling.step_stds`; 0 where a step has no noise.
+      eta: `sampler.eta`.
+    """
+    levels = np.asarray(times[1:], np.float64)
+    # CPS's greatest std is the level itself, rounded to float32.
+    loud = np.flatnonzero(stds > levels * (1 + 1e-6))
+    if not len(loud):
+        return
+    noisy = stds > 0
+    most = np.floor(100 * eta * np.min(levels[noisy] / stds[noisy])) / 100  # the std is proportional to eta
+    steps = "\n".join(f"    step {i}: std {stds[i]:.3g}, t_next {levels[i]:.3g}" for i in loud)
+    raise ValueError(
+        f"with sampler.eta = {eta:g}, steps of sampler.explicit (counted from 0) add noise above the noise level t_next"
+        f" that they land on:\n{steps}\n  Set sampler.eta to {most:g} or less, set sampler.sde = cps, whose noise is"
+        " never above it, or leave these steps out of sampler.window"
+    )
 
 
 def _settled(objective: Objective) -> int:

@@ -33,6 +33,9 @@ class Objective:
       anchor_states: "visited" (states of the rollout) or "renoised" (RL's re-noised clips; one forward serves both
         losses, and their gradients are not logged apart).
       anchor_loss: "mse" (Eq. 11) or "decoupled" (length and direction apart, see `losses.decoupled_gap`).
+      times: how the sampler's times of visited states and of re-noised clips are drawn: "index" (all alike, as in
+        Eq. 11 and AWM) or "by_dt" (each by the length of the step from it, as Eq. 9 weighs them). On LTX-2's distilled
+        grid the first four of eight steps are half of the draws by index, and 2.5 % by dt.
       updates: optimiser updates on one batch of rollouts.
       minibatches: parts that the rows are dealt out to; each update takes the next one, with rollouts of every group.
       draws: random times in one update, for each row.
@@ -41,6 +44,7 @@ class Objective:
       micro_batch: rows in one forward; 0 takes all; None: as `sharding.rows_at_once` says.
       skip_first: leave pure noise out of the times of re-noised clips.
       keep_fraction: share of the sampler's grid, noisiest first, that these times are drawn from (for 14 steps: 0.9).
+        It counts times, not their distances: 0.9 of 8 leaves out the last one.
       awm_weighting: weight over t of AWM's log-likelihood: uniform, t, t2, huber or ghuber
         (`losses.awm_log_likelihood`).
       awm_power: exponent of ghuber.
@@ -60,6 +64,8 @@ class Objective:
       grpo_beta: weight of Flow-GRPO's exact KL to the base given the task.
       ema_decay: decay, per update, of the slow average of the trained weights, which is evaluated and exported; warmed
         up as min(ema_decay, (1 + n) / (10 + n)).
+      log_by_step: log what is computed for each row (losses, ratios, cosines) by the sampler's step, too:
+        `train/NAME/step_I`, counted from 0, one more figure for each step.
 
     Raises:
       SettingError: a value out of its range (`settings.ranges`).
@@ -70,6 +76,7 @@ class Objective:
     beta_d: Schedule = ((0, 0.01),)
     anchor_states: str = "visited"
     anchor_loss: str = "mse"
+    times: str = "index"
     updates: int = 4
     minibatches: int = 4
     draws: int = 2
@@ -91,6 +98,7 @@ class Objective:
     grpo_clip: float = 1e-3
     grpo_beta: float = 0.0
     ema_decay: float = 0.98
+    log_by_step: bool = False
 
     def __post_init__(self):
         ranges.check("objective", self)

@@ -46,12 +46,18 @@ class SamplerSettings:
       steps: sampler steps of a rollout.
       shift: shift of the uniform grid of times: t -> shift t / (1 + (shift - 1) t).
       explicit: times in place of the shifted grid, noisiest first. Empty: the grid.
-      eta: noise of the SDE steps; 0 samples the ODE. Flow-GRPO needs noise; its authors take 0.7.
-      window: (start, length) of the steps that stay stochastic. Empty: all but the last.
+      eta: noise of the SDE steps; 0 samples the ODE. Flow-GRPO needs noise: its authors take 0.7, and 0.8 with `cps`,
+        where 1 is the most.
+      sde: stochastic step: "flow_grpo" (std eta sqrt(t / (1 - t)) sqrt(t - t_next), for short steps) or "cps" (std
+        t_next sin(eta pi / 2), eta at most 1), which lands on the noise level t_next on any grid. The unit of a
+        log-probability differs (`core.sampling`): `cps` is used with an `objective.grpo_clip` of 1e-5 to 1e-4.
+      window: (start, length) of the steps that stay stochastic, counted from 0; (4, 4) are the last four of eight. The
+        step into 0 has no noise. Empty: all steps.
     """
 
     steps: int = 12
     shift: float = 5.0
     explicit: tuple[float, ...] = ()
     eta: float = 0.0
+    sde: str = "flow_grpo"
     window: tuple[int, ...] = ()

@@ -58,6 +58,13 @@ class Carry(NamedTuple):
     count: jax.Array  # [] int32, finished updates
 
 
+class StepSums(NamedTuple):
+    """A loss by the step of the sampler at which rows computed it: a mean over updates needs sums and counts."""
+
+    total: jax.Array  # [k]
+    count: jax.Array  # [k] int32, rows
+
+
 def make_train_step(
     family: ModelFamily,
     objective: Objective,
@@ -65,8 +72,9 @@ def make_train_step(
     grid: np.ndarray,
     diffusion: np.ndarray | None = None,
     guidance: float = 1.0,
+    sde: sampling.Sde = "flow_grpo",
 ) -> Callable[[TrainState, PyTree, TrainBatch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`train_step` for one sampler grid [k + 1] (and its diffusion coefficients [k], for Flow-GRPO).
+    """`train_step` for one sampler grid [k + 1] (and its table [k] of `sampling.DIFFUSIONS[sde]`, for Flow-GRPO).
 
     `guidance` is the scale of the Demonstrator, which leads away from `TrainBatch.negative`. Every other velocity in
     the losses is without guidance, that of the base told the task, too.
@@ -76,7 +84,7 @@ def make_train_step(
     """
     if objective.rl == "flow_grpo" and (diffusion is None or not np.any(diffusion)):
         raise ValueError("objective.rl = flow_grpo needs stochastic steps: set sampler.eta above 0")
-    return functools.partial(train_step, Losses(family, objective, grid, diffusion, guidance), optimizer)
+    return functools.partial(train_step, Losses(family, objective, grid, diffusion, guidance, sde), optimizer)
 
 
 def train_step(
@@ -86,7 +94,8 @@ def train_step(
 
     Metrics, all float32 scalars: `train/LOSS` of each loss (RL's over judged rows), `train/gradient_norm` of the whole
     gradient, `train/anchor_gradient_norm` and `train/rl_gradient_norm` of its two parts as they are weighted (not where
-    one pass serves both) and `train/anchor_to_rl`, the first over the second.
+    one pass serves both) and `train/anchor_to_rl`, the first over the second. With `objective.log_by_step` also
+    `train/LOSS/step_I`, the mean over the rows that looked at the sampler's step I, counted from 0; NaN if none did.
     """
     objective = losses.objective
     weights = Weights(
@@ -97,7 +106,7 @@ def train_step(
     policies = Policies(start=state.lora_rolled if ahead else state.lora, old=state.lora_old)
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), objective.updates)
     first = Carry(state.lora, state.lora_ema, state.opt_state, state.step * objective.updates)
-    last, seen = jax.lax.scan(
+    last, (seen, by_step) = jax.lax.scan(
         lambda carry, job: update(losses, optimizer, carry, *job, base, batch, policies, weights),
         first,
         (keys, jnp.arange(objective.updates)),
@@ -105,6 +114,10 @@ def train_step(
     step = state.step + 1
     old_decay = schedules.ema_decay_linear(step, objective.old_slope, objective.old_maximum)
     metrics = {f"train/{name}": value.mean() for name, value in seen.items()}
+    for name, (total, count) in by_step.items():
+        total, count = total.sum(axis=0), count.sum(axis=0)
+        mean = jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+        metrics |= {f"train/{name}/step_{i}": mean[i] for i in range(mean.size)}
     metrics |= {"train/beta_d": weights.beta_d, "train/rl_weight": weights.rl}
     metrics["train/lora_norm"] = optax.tree.norm(last.lora)
     new = TrainState(
@@ -129,18 +142,23 @@ def update(
     batch: TrainBatch,
     policies: Policies,
     weights: Weights,
-) -> tuple[Carry, dict[str, jax.Array]]:
-    """One optimiser update, the step's `index`-th, on its part of the rows: (what the next one needs, metrics)."""
+) -> tuple[Carry, tuple[dict[str, jax.Array], dict[str, StepSums]]]:
+    """One optimiser update, the step's `index`-th, on its part of the rows.
+
+    Returns (what the next update needs, (metrics, losses by the sampler's step)).
+    """
     objective = losses.objective
     batch = _minibatch(batch, objective.minibatches, index)
     draws = draw_rows(key, objective, batch, losses.grid, losses.diffusion)
-    grads, found = gradients(losses, carry.lora, base, batch, policies, weights, draws)
+    grads, found, looked = gradients(losses, carry.lora, base, batch, policies, weights, draws)
     total = _sum(grads)
     changes, opt_state = optimizer.update(total, carry.opt_state, carry.lora)
     lora = optax.apply_updates(carry.lora, changes)
     decay = jnp.minimum(objective.ema_decay, (1.0 + carry.count) / (10.0 + carry.count))
     lora_ema = schedules.ema_update(carry.lora_ema, lora, decay)
-    return Carry(lora, lora_ema, opt_state, carry.count + 1), _measures(objective, found, grads, total, changes)
+    by_step = {name: _step_sums(found[name], at, len(losses.grid) - 1) for name, at in looked.items()}
+    after = Carry(lora, lora_ema, opt_state, carry.count + 1)
+    return after, (_measures(objective, found, grads, total, changes), by_step)
 
 
 def gradients(
@@ -151,8 +169,11 @@ def gradients(
     policies: Policies,
     weights: Weights,
     draws: Draw,
-) -> tuple[dict[str, PyTree], dict[str, jax.Array]]:
-    """Gradients of the mean loss over rows and draws, by name of the pass; every row's losses by name."""
+) -> tuple[dict[str, PyTree], dict[str, jax.Array], dict[str, jax.Array]]:
+    """Gradients of the mean loss over rows and draws, by name of the pass; every row's losses [jobs r] by name.
+
+    And with `objective.log_by_step`, the step of the sampler at which each of them was computed, [jobs r]; else {}.
+    """
     objective, passes, rows = losses.objective, losses.passes(), batch.rows
     micro = objective.micro_batch or rows
     if rows % micro:
@@ -166,18 +187,20 @@ def gradients(
         piece, draw = batch, jax.tree.map(lambda x: x[number], draws)
         if pieces > 1:
             piece, draw = _rows(batch, take), jax.tree.map(lambda x: take(x, 0), draw)
-        grads, found = {}, {}
-        for name, loss_fn in passes:
+        grads, found, looked = {}, {}, {}
+        for name, at, loss_fn in passes:
             # One after the other, so that only one pass's activations are in memory.
             executor, grads = jax.lax.optimization_barrier((lora, grads)) if grads else (lora, grads)
             grads[name], of_pass = jax.grad(loss_fn, has_aux=True)(executor, base, policies, piece, draw, weights)
             found |= of_pass
-        return jax.tree.map(jnp.add, accumulated, grads), found
+            if objective.log_by_step:
+                looked |= dict.fromkeys(of_pass, getattr(draw, at))
+        return jax.tree.map(jnp.add, accumulated, grads), (found, looked)
 
-    zeros = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), lora) for name, _ in passes}
+    zeros = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), lora) for name, _, _ in passes}
     jobs = (jnp.repeat(jnp.arange(objective.draws), pieces), jnp.tile(jnp.arange(pieces), objective.draws))
-    grads, found = jax.lax.scan(accumulate, zeros, jobs)
-    return jax.tree.map(lambda g: g / (rows * objective.draws), grads), found
+    grads, (found, looked) = jax.lax.scan(accumulate, zeros, jobs)
+    return jax.tree.map(lambda g: g / (rows * objective.draws), grads), found, looked
 
 
 def draw_rows(
@@ -199,12 +222,12 @@ def draw_rows(
         indices = jax.random.permutation(key, indices) if blocks > 1 else indices
         return jnp.repeat(indices.reshape(draws, blocks), tied, axis=1)
 
-    count = draws * blocks
-    visited = times.stratified_times(keys[0], grid, count, skip_first=False, keep_fraction=1.0)
+    count, by_dt = draws * blocks, objective.times == "by_dt"
+    visited = times.stratified_times(keys[0], grid, count, skip_first=False, keep_fraction=1.0, by_dt=by_dt)
     visited = renoised = spread(keys[1], visited)
     if objective.uses_renoised:
         renoised = times.stratified_times(
-            keys[2], grid, count, skip_first=objective.skip_first, keep_fraction=objective.keep_fraction
+            keys[2], grid, count, skip_first=objective.skip_first, keep_fraction=objective.keep_fraction, by_dt=by_dt
         )
         renoised = spread(keys[3], renoised)
     stochastic = np.flatnonzero(diffusion) if diffusion is not None else np.arange(len(grid) - 1)
@@ -246,6 +269,12 @@ def _measures(
     seen["gradient_norm"] = optax.tree.norm(total)
     seen["update_norm"] = optax.tree.norm(changes)
     return seen
+
+
+def _step_sums(losses: jax.Array, at: jax.Array, steps: int) -> StepSums:
+    """Of losses [jobs r] that were computed at these steps of the sampler."""
+    here = at[..., None] == jnp.arange(steps)
+    return StepSums(jnp.where(here, losses[..., None], 0.0).sum(axis=(0, 1)), here.sum(axis=(0, 1)))
 
 
 def _deal(x: jax.Array, axis: int, parts: int, index: jax.Array) -> jax.Array:

@@ -52,6 +52,7 @@ class Pass(NamedTuple):
     """(lora, base, policies, rows, draw, weights) -> (weighted sum, losses [r] by name)."""
 
     name: str  # whose gradient it gives: "anchor", "rl", or "both" where one forward pass serves both
+    at: str  # the field of `Draw` that has the steps of the sampler that it looks at
     loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -63,8 +64,9 @@ class Losses:
       family: the model.
       objective: settings.
       grid: the sampler's times [k + 1].
-      diffusion: its diffusion coefficients [k], for Flow-GRPO.
+      diffusion: its table [k] of `sampling.DIFFUSIONS`, for Flow-GRPO.
       guidance: scale of the Demonstrator's classifier-free guidance; 1: none.
+      sde: its stochastic step.
     """
 
     family: ModelFamily
@@ -72,19 +74,20 @@ class Losses:
     grid: np.ndarray
     diffusion: np.ndarray | None
     guidance: float = 1.0
+    sde: sampling.Sde = "flow_grpo"
 
     def passes(self) -> list[Pass]:
         """The passes that the objective needs."""
         objective, found = self.objective, []
         renoised_anchor = objective.anchored and objective.anchor_states == "renoised"
         if objective.uses_visited:
-            found.append(Pass("anchor", self.anchor_on_visited))
+            found.append(Pass("anchor", "visited", self.anchor_on_visited))
         if objective.rl in ("awm", "nft"):
-            found.append(Pass("both" if renoised_anchor else "rl", self.on_renoised))
+            found.append(Pass("both" if renoised_anchor else "rl", "renoised", self.on_renoised))
         elif renoised_anchor:
-            found.append(Pass("anchor", self.on_renoised))
+            found.append(Pass("anchor", "renoised", self.on_renoised))
         if objective.rl == "flow_grpo":
-            found.append(Pass("rl", self.flow_grpo_on_steps))
+            found.append(Pass("rl", "steps", self.flow_grpo_on_steps))
         return found
 
     def anchor_on_visited(
@@ -138,15 +141,16 @@ class Losses:
         t, t_next = self._times(at), self._times(at + 1)
         g = jnp.asarray(self.diffusion, jnp.float32)[at]
         x, x_next = self._latents(rows.states, at), self._latents(rows.states, at + 1)
-        _, mean, std = sampling.sde_step(x, self.family.denoise(base, lora, x, t, rows.task), t, t_next, g, None)
-        log_prob = sampling.gaussian_log_prob(x_next, mean, std, mask)
+        v = self.family.denoise(base, lora, x, t, rows.task)
+        _, mean, std = sampling.sde_step(x, v, t, t_next, g, None, sde=self.sde)
+        log_prob = sampling.step_log_prob(x_next, mean, std, mask, self.sde)
         out = {}
         out["rl"], out["ratio"] = losses.flow_grpo_surrogate(
             log_prob, each(rows.log_probs, at), rows.advantages, objective.grpo_clip
         )
         if objective.grpo_beta:
             v_base = jax.lax.stop_gradient(self.family.denoise(base, None, x, t, rows.task))
-            _, mean_base, _ = sampling.sde_step(x, v_base, t, t_next, g, None)
+            _, mean_base, _ = sampling.sde_step(x, v_base, t, t_next, g, None, sde=self.sde)
             out["kl"] = losses.flow_grpo_kl(mean, mean_base, std, mask)
         return self._total(out, weights, draw)
 

@@ -39,7 +39,7 @@ from world_distill.devices.sharding import (
 )
 from world_distill.interfaces import Denoise, ModelFamily
 from world_distill.settings import old_configs
-from world_distill.settings.check import check
+from world_distill.settings.check import check, check_noise
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import section
 from world_distill.settings.objective import Objective, Phase
@@ -124,7 +124,10 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     in_update = rows_at_once(mesh, rows // objective.minibatches, objective.micro_batch)
     objective = dataclasses.replace(objective, micro_batch=in_update)
     grid, diffusion = build.sampler_grid(config)
-    check(objective, settings, stochastic=diffusion is not None, guidance=guidance.demonstrator)
+    sde = config.sampler.sde
+    check(objective, settings, stochastic=diffusion is not None, guidance=guidance.demonstrator, sde=sde)
+    if diffusion is not None and config.sampler.explicit:
+        check_noise(grid, sampling.step_stds(grid, diffusion, sde), eta=config.sampler.eta)
     distills = objective.rl != "none" and settings.weights.get(DISTILL, 0.0) != 0
     family = build.make_family(config, mesh)
     optimizer = _make_optimizer(config, family, mesh)
@@ -133,8 +136,9 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     keep_states = objective.uses_visited or distills or objective.rl == "flow_grpo"
     keep_velocities = distills or (objective.uses_visited and settings.role == "demonstrator")
     roll = functools.partial(
-        _roll, family, mesh, settings, guidance, grid=grid, keep_states=keep_states, keep_velocities=keep_velocities
-    )
+        _roll, family, mesh, settings, guidance, grid=grid, sde=sde, keep_states=keep_states,
+        keep_velocities=keep_velocities,
+    )  # fmt: skip
 
     def demonstrate(base, rollout, solution, negative=None):
         denoise = with_guidance(family.denoise, guidance.demonstrator, negative)
@@ -160,7 +164,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         # While a schedule holds a loss at weight 0, its forward passes are left out.
         noise = diffusion if phase.rl else None
         return jax.jit(
-            make_train_step(family, objective.in_phase(phase), optimizer, grid, noise, guidance.demonstrator),
+            make_train_step(family, objective.in_phase(phase), optimizer, grid, noise, guidance.demonstrator, sde),
             out_shardings=(shardings, replicated(mesh)),
             donate_argnums=0,
         )
@@ -231,6 +235,7 @@ def _roll(
     negative: Texts | None = None,
     *,
     grid: np.ndarray,
+    sde: sampling.Sde,
     keep_states: bool,
     keep_velocities: bool,
     diffusion: np.ndarray | None,
@@ -248,7 +253,7 @@ def _roll(
     def some(condition, keys):
         rollout = sampling.rollout(
             denoise, base, lora if executor else None, condition, keys, times=grid, streams=family.latents,
-            diffusion=diffusion, keep_states=keep_states,
+            diffusion=diffusion, sde=sde, keep_states=keep_states,
         )  # fmt: skip
         return _flat(_steps_first(rollout if keep_velocities else dataclasses.replace(rollout, velocities=None)))
 
