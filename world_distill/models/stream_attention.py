@@ -42,7 +42,8 @@ class StreamAttention(nnx.Module):
         mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ):
-        self.heads, self.eps, self.kind, self.mesh = heads, eps, kind, mesh
+        self.heads, self.eps, self.mesh = heads, eps, mesh
+        self.kind: AttentionKind = kind
         inner, source = inner or width, source or width
         self.q = Linear(width, inner, ("embed", "heads"), rngs=rngs)
         self.k = Linear(source, inner, ("embed", "heads"), rngs=rngs)

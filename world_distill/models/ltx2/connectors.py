@@ -163,5 +163,8 @@ def normalise_states(
 def project_states(
     states: Float[Array, "b l d k"], mask: Bool[Array, "b l"], kernel: Float[Array, "d*k o"]
 ) -> Float[Array, "b l o"]:
-    """One row for every token, float32: the normalised states of all layers times `kernel`."""
+    """One row for every token, float32: the normalised states of all layers times `kernel`.
+
+    No row depends on padding, so that padding may be cut off before.
+    """
     return normalise_states(states, mask) @ kernel.astype(jnp.float32)

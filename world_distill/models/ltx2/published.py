@@ -14,22 +14,19 @@ Naming = Literal["diffusers", "original"]
 NAMINGS: tuple[Naming, ...] = ("diffusers", "original")  # the order of the names in the tables below
 
 # What the networks here are built with, key and value in diffusers' config.json; another value is another network, such
-# as LTX-2.3. diffusers takes the second value where a key is missing, as in a config.json that is older than the key.
-_FIXED: dict[str, dict[str, tuple[Any, Any]]] = {
+# as LTX-2.3.
+_FIXED: dict[str, dict[str, Any]] = {
     "transformer": {
-        "rope_type": ("split", "interleaved"), "rope_double_precision": (True, True), "causal_offset": (1, 1),
-        "patch_size": (1, 1), "patch_size_t": (1, 1), "audio_patch_size": (1, 1), "audio_patch_size_t": (1, 1),
-        "timestep_scale_multiplier": (1000, 1000), "cross_attn_timestep_scale_multiplier": (1000, 1000),
-        "activation_fn": ("gelu-approximate", "gelu-approximate"),
-        "qk_norm": ("rms_norm_across_heads", "rms_norm_across_heads"), "norm_elementwise_affine": (False, False),
-        "attention_bias": (True, True), "attention_out_bias": (True, True), "ff_bias": (True, True),
-        "audio_ff_bias": (True, True), "use_prompt_embeddings": (True, True), "gated_attn": (False, False),
-        "audio_gated_attn": (False, False), "cross_attn_mod": (False, False), "audio_cross_attn_mod": (False, False),
+        "rope_type": "split", "rope_double_precision": True, "causal_offset": 1, "patch_size": 1, "patch_size_t": 1,
+        "audio_patch_size": 1, "audio_patch_size_t": 1, "timestep_scale_multiplier": 1000,
+        "cross_attn_timestep_scale_multiplier": 1000, "activation_fn": "gelu-approximate",
+        "qk_norm": "rms_norm_across_heads", "norm_elementwise_affine": False, "attention_bias": True,
+        "attention_out_bias": True, "ff_bias": True, "audio_ff_bias": True, "use_prompt_embeddings": True,
+        "gated_attn": False, "audio_gated_attn": False, "cross_attn_mod": False, "audio_cross_attn_mod": False,
     },
     "connectors": {
-        "rope_type": ("split", "interleaved"), "rope_double_precision": (True, True),
-        "per_modality_projections": (False, False), "proj_bias": (False, False), "video_gated_attn": (False, False),
-        "audio_gated_attn": (False, False),
+        "rope_type": "split", "rope_double_precision": True, "per_modality_projections": False, "proj_bias": False,
+        "video_gated_attn": False, "audio_gated_attn": False,
     },
 }  # fmt: skip
 
@@ -52,9 +49,9 @@ def _joined(beginnings: Names, ends: Names) -> dict[str, tuple[str, str]]:
     }
 
 
-def _both(*names: str) -> tuple[str, str]:
+def _both(name: str) -> tuple[str, str]:
     """A name that is the same in diffusers and in the original code."""
-    return names[0], names[-1]
+    return name, name
 
 
 _ATTENTION: Names = {
@@ -124,8 +121,9 @@ CONNECTOR_LORA_NAMES: Names = {
 }
 _CONNECTOR_NORM_NAMES: Names = _joined(_CONNECTOR_ATTENTIONS, _NORMS)
 PROJECTION_NAMES = ("text_proj_in", "aggregate_embed")
-# (blocks, width) of published transformers, for messages about files that were made for another one.
-KNOWN_SIZES = {(48, 4096): "LTX-2"}
+# (blocks, width) of published transformers, for messages about files that were made for another one. The width is what
+# most layers read: with both streams, that of the audio.
+KNOWN_SIZES = {(48, 4096): "LTX-2", (48, 2048): "LTX-2"}
 
 
 def transformer_config(config: Mapping[str, Any], audio: Audio = "joint") -> LTX2Config:
@@ -187,17 +185,17 @@ def connector_config(config: Mapping[str, Any], audio: Audio = "joint") -> Conne
 
 
 def _check_fixed(part: str, config: Mapping[str, Any]) -> None:
-    for key, (value, otherwise) in _FIXED[part].items():
-        if (found := config.get(key, otherwise)) != value:
+    config = {"rope_type": "interleaved"} | dict(config)  # of the keys, the only one whose default is another value
+    for key, value in _FIXED[part].items():
+        if (found := config.get(key, value)) != value:
             raise ValueError(f"{part}/config.json has {key} = {found}; only {value} is built here")
 
 
 def published_configs(network: LTX2Config, connectors: ConnectorConfig) -> dict[str, dict[str, Any]]:
     """diffusers' config.json of transformer and connectors, from ours."""
-    fixed = {part: {key: value for key, (value, _) in keys.items()} for part, keys in _FIXED.items()}
     seconds, rows, columns = network.ranges
     transformer = {
-        "_class_name": "LTX2VideoTransformer3DModel", **fixed["transformer"], "in_channels": network.channels,
+        "_class_name": "LTX2VideoTransformer3DModel", **_FIXED["transformer"], "in_channels": network.channels,
         "out_channels": network.channels, "num_attention_heads": network.heads,
         "attention_head_dim": network.width // network.heads, "cross_attention_dim": network.width,
         "vae_scale_factors": list(network.stride), "pos_embed_max_pos": seconds, "base_height": rows,
@@ -216,7 +214,7 @@ def published_configs(network: LTX2Config, connectors: ConnectorConfig) -> dict[
     return {
         "transformer": transformer,
         "connectors": {
-            "_class_name": "LTX2TextConnectors", **fixed["connectors"], "caption_channels": connectors.width,
+            "_class_name": "LTX2TextConnectors", **_FIXED["connectors"], "caption_channels": connectors.width,
             "text_proj_in_factor": connectors.states, "connector_rope_base_seq_len": connectors.places,
             "rope_theta": connectors.theta,
             **{f"{stream}_connector_{key}": value for stream in ("video", "audio") for key, value in sizes.items()},
