@@ -62,6 +62,9 @@ def test_original_names_are_those_of_the_single_file():
         "per_channel_statistics.std-of-means": (128,),
     }.items():
         assert names[name] == shape
+    paths = {entry.path: entry.name for entry in vae_entries(FULL, "original")}
+    assert paths["mean"] == "per_channel_statistics.mean-of-means"
+    assert paths["encoder.middle.conv1.kernel"] == "encoder.down_blocks.8.res_blocks.{n}.conv1.conv.weight"
     rest = ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
     assert all(re.fullmatch(UNUSED, f"per_channel_statistics.{name}") for name in rest)
     assert not any(re.fullmatch(UNUSED, name) for name in names)
