@@ -48,7 +48,7 @@ def to_bytes(clips: Float[Array, "b F H W 3"]) -> UInt8[Array, "b F H W 3"]:
 
 def to_values(clips: UInt8[Array | np.ndarray, "b F H W 3"]) -> Float[Array, "b F H W 3"]:
     """Bytes as float32 values in [-1, 1]."""
-    return clips.astype(jnp.float32) / 127.5 - 1
+    return jnp.asarray(clips).astype(jnp.float32) / 127.5 - 1
 
 
 def random_weights(key: jax.Array, shapes: PyTree, dtype: Any) -> PyTree:

@@ -11,8 +11,7 @@ from world_distill.models.ltx2.codec import LTX2Codec
 from world_distill.models.ltx2.vae_tensors import vae_entries
 from world_distill.models.tensor_map import our_shapes
 
-SCALES = (1, 1, 1), (8, 32, 32)
-SMALL = (1, 1, 1), (4, 6, 5)
+LATENTS, PIXELS = (1, 1, 1), (4, 6, 5)
 
 
 def unfold(z):
@@ -38,9 +37,9 @@ def fold(x):
 def test_tiles_of_what_looks_at_one_latent_make_the_whole(grid, tile, overlap):
     z = np.random.default_rng(0).normal(size=(2, *grid, 4)).astype(np.float32)
     whole = unfold(z)
-    found = jax.jit(lambda z: tiles.in_tiles(unfold, z, grid, tile, overlap, SMALL))(z)
+    found = jax.jit(lambda z: tiles.in_tiles(unfold, z, grid, tile, overlap, scale=LATENTS, scale_after=PIXELS))(z)
     np.testing.assert_allclose(found, whole, atol=1e-5)
-    back = jax.jit(lambda x: tiles.in_tiles(fold, x, grid, tile, overlap, SMALL[::-1]))(whole)
+    back = jax.jit(lambda x: tiles.in_tiles(fold, x, grid, tile, overlap, scale=PIXELS, scale_after=LATENTS))(whole)
     np.testing.assert_allclose(back, fold(whole), atol=1e-5)
 
 
@@ -76,7 +75,8 @@ def seam(overlap):
     z = np.random.default_rng(0).normal(size=(1, *grid, 4)).astype(np.float32)
     decode = lambda z: vae.decode(weights, z, config)  # noqa: E731
     whole = jax.jit(decode)(z)
-    found = jax.jit(lambda z: tiles.in_tiles(decode, z, grid, tile, (overlap, 1, overlap), SCALES))(z)
+    scales = {"scale": LATENTS, "scale_after": (8, 32, 32)}
+    found = jax.jit(lambda z: tiles.in_tiles(decode, z, grid, tile, (overlap, 1, overlap), **scales))(z)
     squares = np.square(found - whole) / np.var(whole)
     return np.sqrt([squares.mean((0, 2, 3, 4)).max(), squares.mean((0, 1, 2, 4)).max()])
 

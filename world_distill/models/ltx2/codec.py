@@ -66,8 +66,9 @@ class LTX2Codec:
 
     def _in_tiles(self, run: Callable[..., jax.Array], x: jax.Array, grid: tiles.Sizes, *, decodes: bool) -> jax.Array:
         tile = tiles.tile_shape(grid, self._fits, self.overlap)
-        scales = (1, 1, 1), (self.config.time, self.config.space, self.config.space)
-        return tiles.in_tiles(run, x, grid, tile, self.overlap, scales if decodes else scales[::-1])
+        latents, pixels = (1, 1, 1), (self.config.time, self.config.space, self.config.space)
+        before, after = (latents, pixels) if decodes else (pixels, latents)
+        return tiles.in_tiles(run, x, grid, tile, self.overlap, scale=before, scale_after=after)
 
     def _fits(self, tile: tiles.Sizes) -> bool:
         """Whether a device's part of a tile has at most `places` latents."""

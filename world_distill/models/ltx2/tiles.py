@@ -7,6 +7,7 @@ the clip, the frames and pixels of its latents alone: 1 + 8k frames from 8 times
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +28,20 @@ def tile_shape(grid: Sizes, fits: Callable[[Sizes], bool], overlap: Sizes) -> Si
     Raises:
       ValueError: tiles would have to be smaller than twice their overlap.
     """
-    counts, tile = [1, 1, 1], grid
-    while not fits(tile):
+    counts, (f, h, w) = [1, 1, 1], grid
+    while not fits((f, h, w)):
         # One cut more where a tile is longest beside what cuts make it compute twice.
-        axis = max(range(3), key=lambda i: tile[i] / overlap[i])
+        axis = max(range(3), key=lambda i: (f, h, w)[i] / overlap[i])
         counts[axis] += 1
-        shared = (counts[axis] - 1) * overlap[axis]
-        side = -(-(grid[axis] + shared) // counts[axis])
-        if side < 2 * overlap[axis]:
-            raise ValueError(f"latents of {grid} do not fit into memory: tiles of {tile} are too large still")
-        tile = (*tile[:axis], side, *tile[axis + 1 :])
-    return tile
+        f, h, w = (-(-(n + (k - 1) * o) // k) for n, k, o in zip(grid, counts, overlap, strict=True))
+        if (f, h, w)[axis] < 2 * overlap[axis]:
+            raise ValueError(f"latents of {grid} do not fit into memory, even in tiles of {(f, h, w)}")
+    return f, h, w
 
 
 def in_tiles(
-    run: Callable[[Array], Array], x: Float[Array, "b f h w c"], grid: Sizes, tile: Sizes, overlap: Sizes,
-    scale: tuple[Sizes, Sizes],
+    run: Callable[[Array], Array], x: Float[Array, "b f h w c"], grid: Sizes, tile: Sizes, overlap: Sizes, *,
+    scale: Sizes, scale_after: Sizes,
 ) -> Float[Array, "b g p q d"]:  # fmt: skip
     """`run(x)` by tiles; in an overlap, a tile's share grows in a straight line, from 0 a quarter into the overlap.
 
@@ -52,28 +51,33 @@ def in_tiles(
       grid: latent frames, rows and columns of the whole.
       tile: the same of a tile.
       overlap: latents that neighbouring tiles share, at least.
-      scale: frames (after the first), rows and columns of `x`, and those of the result, for each of the latents.
+      scale: frames (after the first), rows and columns of `x` for each of the latents.
+      scale_after: those of the result.
     """
     if tile == grid:
         return run(x)
     starts = [_starts(*sizes) for sizes in zip(grid, tile, overlap, strict=True)]
-    sizes, results = (_extent(tile, by) for by in scale)
+    sizes, results = _extent(tile, scale), _extent(tile, scale_after)
     windows = [
         jnp.asarray(_windows(start * by, size, margin * by // 4), jnp.float32)
-        for start, by, size, margin in zip(starts, scale[1], results, overlap, strict=True)
+        for start, by, size, margin in zip(starts, scale_after, results, overlap, strict=True)
     ]
-    place = lambda numbers, by: [0, *(jnp.asarray(s * b)[n] for s, b, n in zip(starts, by, numbers, strict=True)), 0]  # noqa: E731
+
+    def corner(numbers: Array, scale: Sizes) -> list[Any]:
+        """Where a tile begins, along all axes of an array."""
+        first = (jnp.asarray(start * by)[n] for start, by, n in zip(starts, scale, numbers, strict=True))
+        return [0, *first, 0]
 
     def step(total: Array, numbers: Array) -> tuple[Array, None]:
-        part = jax.lax.dynamic_slice(x, place(numbers, scale[0]), (len(x), *sizes, x.shape[-1]))
+        part = jax.lax.dynamic_slice(x, corner(numbers, scale), (len(x), *sizes, x.shape[-1]))
         f, h, w = (window[n] for window, n in zip(windows, numbers, strict=True))
         y = run(part) * f[:, None, None, None] * h[:, None, None] * w[:, None]
-        at = place(numbers, scale[1])
+        at = corner(numbers, scale_after)
         there = jax.lax.dynamic_slice(total, at, y.shape)
         return jax.lax.dynamic_update_slice(total, there + y, at), None
 
     part = jax.eval_shape(run, jax.ShapeDtypeStruct((len(x), *sizes, x.shape[-1]), x.dtype))
-    total = jnp.zeros((len(x), *_extent(grid, scale[1]), part.shape[-1]), jnp.float32)
+    total = jnp.zeros((len(x), *_extent(grid, scale_after), part.shape[-1]), jnp.float32)
     numbers = np.array(list(itertools.product(*(range(len(s)) for s in starts))))
     return jax.lax.scan(step, total, jnp.asarray(numbers))[0]
 
