@@ -89,9 +89,9 @@ def test_eight_devices_make_what_one_makes(kept, shape, sizes):
 def test_latents_and_clips_are_those_of_diffusers(seed, clip, rows):
     pytest.importorskip("torch", reason="torch is in the extra `torch`")
     pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
-    from tests.models.ltx2 import make_goldens
+    from tests.models.ltx2 import make_vae_goldens
 
-    live = case(make_goldens.vae(seed, clip, rows))
+    live = case(make_vae_goldens.vae(seed, clip, rows))
     found = encode(live.weights, values(live.pixels), config=CONFIG)
     np.testing.assert_allclose(found, live.encoded, atol=5e-5)
     np.testing.assert_allclose(decode(live.weights, live.latents, config=CONFIG), live.clips, atol=5e-5)
