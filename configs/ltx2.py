@@ -13,9 +13,9 @@ Variants, `--config ltx2:VARIANT`:
   dev       distill for the undistilled model: 30 steps of a shifted grid, a guided Demonstrator
   debug     the same code on a tiny untrained network, in the sandbox's world: minutes on a CPU, no downloads
 
-Public (WMSD, arXiv 2606.12072): the 8-step distilled sampler without guidance, LoRA, 24 rollouts a task, beta_d .01, AWM,
-100 training steps. Ours, since nothing is published: rank and targets of LoRA, tasks of a step, learning rate, number
-of updates and draws, how times are drawn, fps, and the weights of the rewards.
+Public (WMSD, arXiv 2606.12072): the 8-step distilled sampler without guidance, LoRA, 24 rollouts a task, beta_d .01,
+AWM, 100 training steps. Ours, since nothing is published: rank and targets of LoRA, tasks of a step, learning rate,
+number of updates and draws, how times are drawn, fps, and the weights of the rewards.
 
 Both streams are sampled (`model.audio = "joint"`), as the published pipelines do. `--config.model.audio=off` has the
 video stream alone: another Demonstrator, in two thirds of the memory.
@@ -97,7 +97,7 @@ def _shrink(c: ConfigDict) -> None:
     c.model.width, c.model.audio_width, c.model.audio_channels = 32, 16, 4
     c.model.depth, c.model.heads, c.model.text_width, c.model.time_width = 2, 2, 24, 16
     c.model.vae.encoder_widths, c.model.vae.encoder_blocks = (8, 8, 16, 16), (1, 1, 1, 1, 1)
-    c.model.vae.decoder_widths, c.model.vae.decoder_blocks = (4, 8, 16), (1, 1, 1, 1)
+    c.model.vae.decoder_widths, c.model.vae.decoder_blocks = (8, 16, 32), (1, 1, 1, 1)
     c.model.connectors = ConfigDict({
         "width": 24, "heads": 2, "depth": 2, "registers": 4, "length": 64, "states": 3
     })  # fmt: skip

@@ -76,8 +76,8 @@ class LTX2Encoders:
             return lambda texts: [encode_text(text, self.text_width) for text in texts]
         if not self.text_encoder:
             raise ValueError(
-                "no text encoder: set config.model.text_encoder to a folder with text_encoder/ (Gemma 3), tokenizer/ and,"
-                " unless config.model.text_projection names a file, connectors/"
+                "no text encoder: set config.model.text_encoder to a folder with text_encoder/ (Gemma 3), tokenizer/"
+                " and, unless config.model.text_projection names a file, connectors/"
             )
         from world_distill.models.ltx2.text import GemmaTextEncoder
 

@@ -1,4 +1,4 @@
-"""`interfaces.ModelFamily` for LTX-2 (2.0, 19B): transformer of two streams, text connectors, autoencoder of the picture.
+"""`interfaces.ModelFamily` for LTX-2 (2.0, 19B): transformer of two streams, text connectors, picture's autoencoder.
 
 The base is `{"transformer": weights, "connectors": weights, "vae": weights}`. LoRA and full differences are of the
 transformer. Records store what the text projection gives, one row a token; the connectors read it on the device.
@@ -92,9 +92,7 @@ class LTX2Family(lora_lib.Adapted):
     @functools.cached_property
     def encoders(self) -> LTX2Encoders:
         sizes = self.connectors
-        return LTX2Encoders(
-            self.codec, self.size, self.text_encoder, self.text_projection, sizes.width, sizes.length
-        )
+        return LTX2Encoders(self.codec, self.size, self.text_encoder, self.text_projection, sizes.width, sizes.length)
 
     @property
     def published(self) -> LTX2Published:
@@ -112,7 +110,9 @@ class LTX2Family(lora_lib.Adapted):
 
     def on(self, mesh: Mesh) -> "LTX2Family":
         """The same with its activations laid out on a mesh."""
-        parts = {name: dataclasses.replace(getattr(self, name), mesh=mesh) for name in ("config", "connectors", "codec")}
+        parts = {
+            name: dataclasses.replace(getattr(self, name), mesh=mesh) for name in ("config", "connectors", "codec")
+        }
         return dataclasses.replace(self, **parts)
 
     def init_base(self, key: jax.Array) -> PyTree:
