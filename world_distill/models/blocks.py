@@ -164,7 +164,7 @@ class StreamLayout:
         return layer.add_bias(y + (scale * inner) @ b)
 
     def factors(self, layer: Linear, lora: Lora) -> tuple[Float[Array, "i r"], Float[Array, "r o"]] | None:
-        """LoRA's factors, gathered along `fsdp` as the layer's weights are (`settle`); their gradients are scattered."""
+        """LoRA's factors, gathered along `fsdp` as the layer's weights are (`settle`); gradients are scattered."""
         if lora is None:
             return None
         inputs, outputs = layer.axes
@@ -180,8 +180,8 @@ class StreamLayout:
         other, each with its own zeros to write into and its own copies.
 
         Args:
-          block: cut out of the stacked blocks. Its kernels keep the order in memory that the stacked ones have. Else the
-            compiler copies the kernels of all blocks, into the order that suits a product best.
+          block: cut out of the stacked blocks. Its kernels keep the order in memory that the stacked ones have. Else
+            the compiler copies the kernels of all blocks, into the order that suits a product best.
           cut_out: a part of the block whose weights are cut out before they are used. A wide product that cuts them out
             itself takes a fifth longer.
         """
