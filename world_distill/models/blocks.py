@@ -6,6 +6,7 @@ units, and the products' sums are scattered (sequence parallelism: Korthikanti e
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -153,8 +154,8 @@ class StreamLayout:
             h = self.rows(self.gather(x))
             return [layer(h, lora, scale) for layer, lora in zip(layers, loras, strict=True)]
         inner = jnp.concatenate([lora["a"] for lora in adapted], axis=-1).astype(x.dtype)
-        h = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
-        h = pin_order(self.mesh, h, _WITHIN, (0, 1, 2))
+        gathered = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
+        h: Array = _pin_rows(self.mesh, gathered)
         found, start = [], 0
         for layer, lora in zip(layers, loras, strict=True):
             if lora is None:
@@ -196,3 +197,12 @@ class StreamLayout:
             if isinstance(layer, Linear):
                 layer.kernel[...] = pin_order(self.mesh, layer.kernel[...], layer.axes, (0, 1))
         nnx.update(cut_out, jax.lax.optimization_barrier(nnx.state(cut_out)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pin_rows(mesh: Mesh | None, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """`pin_order` of gathered tokens, row by row. Only forward: a pinned gradient would be summed on every device."""
+    return pin_order(mesh, x, _WITHIN, (0, 1, 2))
+
+
+_pin_rows.defvjp(lambda mesh, x: (_pin_rows(mesh, x), None), lambda mesh, _, dx: (dx,))
