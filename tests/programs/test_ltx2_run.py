@@ -17,7 +17,7 @@ from world_distill.weights.lora_layouts import LoraModel
 pytestmark = pytest.mark.once
 
 SMALL = {
-    "steps": 2, "save_every": 1, "model.size": (64, 96), "world.size": 64, "objective.updates": 1,
+    "steps": 2, "save_every": 1, "model.size": (64, 64), "world.size": 64, "objective.updates": 1,
     "objective.minibatches": 1, "objective.draws": 2, "host_devices": 8, "mesh.data": 2, "mesh.tensor": 2,
     "scenes.train": 3, "scenes.validation": 1, "scenes.test": 2, "annotator.pairs": 2, "evaluate_batch": 8,
     "encode_batch": 2, "judge.factory": "hash_judge:HashJudge",
@@ -56,7 +56,7 @@ def joint(records, tmp_path_factory):
 
 def test_records_hold_a_scene_and_a_row_a_token(records):
     record = RecordReader(records, "train")[0]
-    assert record.scene["video"].shape == (1, 2, 3, 6) and record.task_states["text"].shape[1] == 24
+    assert record.scene["video"].shape == (1, 2, 2, 6) and record.task_states["text"].shape[1] == 24
 
 
 def test_both_streams_train_and_the_audio_layers_stay(joint):
@@ -103,6 +103,6 @@ def test_the_executor_and_its_files_make_the_same_clips(records, joint, tmp_path
         found = read_lora(path, LoraModel.of(opened.family), scale=opened.family.lora_scale).tree
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, jax.device_get(opened.executor))
         assert cli.main([*flags, "--config", "ltx2:debug", *changes, "--executor", str(path), "--out", layout]) == 0
-    assert made["run"].shape == (9, 64, 96, 3) and made["run"].std() > 0
+    assert made["run"].shape == (9, 64, 64, 3) and made["run"].std() > 0
     for layout in ("comfy", "diffusers"):
         np.testing.assert_allclose(made[layout].astype(int), made["run"].astype(int), atol=1, err_msg=layout)

@@ -6,6 +6,7 @@ units, and the products' sums are scattered (sequence parallelism: Korthikanti e
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -154,8 +155,8 @@ class StreamLayout:
             return [layer(h, lora, scale) for layer, lora in zip(layers, loras, strict=True)]
         factors = [self.factors(layer, lora) for layer, lora in zip(layers, loras, strict=True)]
         inner = jnp.concatenate([a for a, _ in filter(None, factors)], axis=-1).astype(x.dtype)
-        h = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
-        h = pin_order(self.mesh, h, _WITHIN, (0, 1, 2))
+        gathered = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
+        h: Array = _pin_rows(self.mesh, gathered)
         found, start = [], 0
         for layer, pair in zip(layers, factors, strict=True):
             if pair is None:
@@ -216,3 +217,12 @@ class StreamLayout:
 def _whole(name: str | None) -> str | None:
     """A weight's logical axis once it is gathered along `fsdp`."""
     return None if name == "embed" else name
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pin_rows(mesh: Mesh | None, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """`pin_order` of gathered tokens, row by row. Only forward: a pinned gradient would be summed on every device."""
+    return pin_order(mesh, x, _WITHIN, (0, 1, 2))
+
+
+_pin_rows.defvjp(lambda mesh, x: (_pin_rows(mesh, x), None), lambda mesh, _, dx: (dx,))

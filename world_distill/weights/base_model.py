@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ def _load_converted(path: pathlib.Path, family: ModelFamily, expected: PyTree, s
     """The arrays that have a sharding, read straight into it."""
     shapes, metadata = array_store.describe(path)
     _check_family(path, metadata, family)
-    _check_weights(path, shapes, expected)
+    _check_weights(path, _read_by(family, shapes), expected)
     _check_settings(path, metadata, family)
     wanted = {
         part: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), expected[part], places)
@@ -104,7 +105,7 @@ def open_base(family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh) 
     expected = abstract_base(family, mesh)
     shapes, metadata = array_store.describe(path)
     _check_family(path, metadata, family)
-    _check_weights(path, shapes, expected)
+    _check_weights(path, _read_by(family, shapes), expected)
     _check_settings(path, metadata, family)
     wanted = array_store.by_name(expected)
 
@@ -119,6 +120,12 @@ def _check_family(path: str | pathlib.Path, metadata: Mapping[str, Any], family:
         raise UserError(
             f"{path} holds a model of family {metadata.get('family')}, config.model.family is {family.name}"
         )
+
+
+def _read_by(family: ModelFamily, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The arrays of a checkpoint without those that the family leaves unread."""
+    unread = family.published.unread if family.published is not None else ""
+    return {name: shape for name, shape in shapes.items() if not re.fullmatch(unread, name)}
 
 
 def _check_settings(path: str | pathlib.Path, metadata: Mapping[str, Any], family: ModelFamily) -> None:

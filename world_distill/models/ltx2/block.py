@@ -15,11 +15,12 @@ from world_distill.models.ltx2.config import LTX2Config
 from world_distill.models.stream_attention import Rotation, StreamAttention
 
 
-class Given(NamedTuple):
-    """What all blocks are told about one stream.
+class StreamInputs(NamedTuple):
+    """What the layers of one stream read beside its tokens.
 
     Attributes:
       text: its text states, projected [b l d].
+      time: embedding of every time [b s d].
       modulation: of self-attention and MLP, for every time [b s 6 d]: shift, scale and gate of each.
       av_modulation: of AV cross-attention [b s 5 d]: scale and shift from audio to video, the same from video to
         audio, and the gate of what the stream receives. None without the other stream.
@@ -30,6 +31,7 @@ class Given(NamedTuple):
     """
 
     text: Float[Array, "b l d"]
+    time: Float[Array, "b s d"]
     modulation: Float[Array, "b s 6 d"]
     av_modulation: Float[Array, "b s 5 d"] | None
     spread: Callable[[Array], Array]
@@ -55,7 +57,7 @@ class StreamBlock(nnx.Module):
         if config.joint:
             self.av_table = table_param(5, width, rngs)
 
-    def attend(self, x: Float[Array, "b n d"], given: Given, lora: Lora, scale: float) -> Float[Array, "b n d"]:
+    def attend(self, x: Float[Array, "b n d"], given: StreamInputs, lora: Lora, scale: float) -> Float[Array, "b n d"]:
         """Self-attention, then attention to the text, each added to the residual stream."""
         shift, gain, gate = self._modulation(given)[:3]
         h = _modulate(x, gain, shift, self.config.eps)
@@ -65,7 +67,9 @@ class StreamBlock(nnx.Module):
         h = rms_norm(x, eps=self.config.eps)
         return x + self.cross_attention(h, sub(lora, "cross_attention"), scale, text=given.text)
 
-    def feed(self, x: Float[Array, "b n d"], given: Given, lora: Lora, scale: float) -> Float[Array, "b n d"]:
+    def feed_forward(
+        self, x: Float[Array, "b n d"], given: StreamInputs, lora: Lora, scale: float
+    ) -> Float[Array, "b n d"]:
         """The MLP, added to the residual stream."""
         shift, gain, gate = self._modulation(given)[3:]
         stream, factors = self.config.stream, sub(lora, "mlp")
@@ -73,7 +77,7 @@ class StreamBlock(nnx.Module):
         h = stream.down(jax.nn.gelu(h).reshape(*x.shape[:2], -1), self.mlp.down, sub(factors, "down"), scale)
         return gated(x, h.reshape(x.shape), gate)
 
-    def _modulation(self, given: Given) -> list[Float[Array, "b n d"]]:
+    def _modulation(self, given: StreamInputs) -> list[Float[Array, "b n d"]]:
         return modulation_rows(self.table, given.modulation, given.spread)
 
 
@@ -93,17 +97,17 @@ class Block(nnx.Module):
             self.video_to_audio = attention(config.audio_width, source=config.width)
 
     def __call__(
-        self, x: dict[str, Float[Array, "b _n _d"]], given: Mapping[str, Given], lora: Lora, scale: float
+        self, x: dict[str, Float[Array, "b _n _d"]], given: Mapping[str, StreamInputs], lora: Lora, scale: float
     ) -> dict[str, Float[Array, "b _n _d"]]:
         """The residual streams after the block."""
         parts = {name: (getattr(self, name), given[name], sub(lora, name), scale) for name in x}
         x = {name: part.attend(x[name], *args) for name, (part, *args) in parts.items()}
         if self.config.joint:
             x = self._exchange(x, given, lora, scale)
-        return {name: part.feed(x[name], *args) for name, (part, *args) in parts.items()}
+        return {name: part.feed_forward(x[name], *args) for name, (part, *args) in parts.items()}
 
     def _exchange(
-        self, x: dict[str, Float[Array, "b _n _d"]], given: Mapping[str, Given], lora: Lora, scale: float
+        self, x: dict[str, Float[Array, "b _n _d"]], given: Mapping[str, StreamInputs], lora: Lora, scale: float
     ) -> dict[str, Float[Array, "b _n _d"]]:
         """AV cross-attention. Both directions read the streams as they come in."""
         rows = {

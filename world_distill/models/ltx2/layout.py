@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from world_distill.models.ltx2.config import Audio, LTX2Config
+from world_distill.models.ltx2.config import LTX2Config
 from world_distill.models.ltx2.connectors import ConnectorConfig
 from world_distill.models.ltx2.published import (
     KNOWN_SIZES,
@@ -20,12 +20,15 @@ from world_distill.models.ltx2.vae import VaeConfig
 from world_distill.models.ltx2.vae_tensors import published_vae_config, vae_config, vae_entries
 from world_distill.models.tensor_map import Entry, Published
 
-# What every published file keeps in float32: tables of modulation.
-FLOAT32 = {"transformer": r"(.*\.)?(av_)?table"}
+# Not `audio`: a base with both streams serves the video stream alone.
 _NETWORK = (
-    "audio", "channels", "width", "audio_channels", "audio_width", "depth", "heads", "text_width", "time_width", "eps",
+    "channels", "width", "audio_channels", "audio_width", "depth", "heads", "text_width", "time_width", "eps",
     "theta", "stride", "ranges", "audio_stride", "audio_hop", "audio_rate",
 )  # fmt: skip
+# What only both streams read.
+AUDIO = r"connectors\.audio\..*|transformer\.(.*\.)?(audio|av_\w+|audio_to_video|video_to_audio)(\..*)?"
+# Of published tensors, what is no part of the base: the projection of the text states belongs to `encode`.
+IGNORED = {"connectors": r"text_proj_in\..*|aggregate_embed\..*"}
 _CONNECTORS = ("width", "heads", "depth", "registers", "length", "states", "eps", "theta", "places")
 
 
@@ -52,7 +55,11 @@ class LTX2Published:
 
     @property
     def float32(self) -> Mapping[str, str]:
-        return FLOAT32
+        return {}  # published files hold bfloat16 throughout
+
+    @property
+    def unread(self) -> str:
+        return "" if self.network.joint else AUDIO
 
     @property
     def known_sizes(self) -> Mapping[tuple[int, int], str]:
@@ -75,7 +82,6 @@ def describe(
     connectors: Mapping[str, Any],
     vae: Mapping[str, Any],
     index: Mapping[str, Any] | None = None,
-    audio: Audio = "joint",
 ) -> Published:
     """What there is to convert, from diffusers' config.json of each part.
 
@@ -83,8 +89,8 @@ def describe(
       ValueError: a network that is not built here, such as LTX-2.3's, or sizes that do not fit together.
     """
     del index  # it names the parts' classes
-    network, codec = transformer_config(transformer, audio), vae_config(vae)
+    network, codec = transformer_config(transformer), vae_config(vae)
     if network.channels != codec.channels:
         raise ValueError(f"its transformer has {network.channels} latent channels, its vae {codec.channels}")
-    layout = LTX2Published(network, connector_config(connectors, audio), codec)
-    return Published(sizes=dict(layout.sizes), entries=layout.entries(), constants={})
+    layout = LTX2Published(network, connector_config(connectors), codec)
+    return Published(sizes=dict(layout.sizes), entries=layout.entries(), constants={}, ignored=IGNORED)

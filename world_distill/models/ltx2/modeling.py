@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from world_distill.devices.sharding import constrain
 from world_distill.models.blocks import scan_blocks, spread_times
 from world_distill.models.layers import Linear, Lora, layer_norm, sinusoid, stack, sub
-from world_distill.models.ltx2.block import Block, Given, modulation_rows, table_param
+from world_distill.models.ltx2.block import Block, StreamInputs, modulation_rows, table_param
 from world_distill.models.ltx2.config import LTX2Config
 from world_distill.models.ltx2.rope import audio_positions, rotate_halves, split_rope, video_positions
 from world_distill.models.stream_attention import Rotation
@@ -56,7 +56,7 @@ class StreamEnds(nnx.Module):
     """What one stream has outside the blocks."""
 
     def __init__(self, config: LTX2Config, name: str, *, rngs: nnx.Rngs):
-        self.config = config
+        self.config, self.name = config, name
         width, channels = config.widths[name], config.channels if name == "video" else config.audio_channels
         self.patch = Linear(channels, width, (None, "embed"), rngs=rngs)
         self.text_in = Linear(config.text_width, width, (None, "embed"), rngs=rngs)
@@ -68,23 +68,49 @@ class StreamEnds(nnx.Module):
         self.table = table_param(2, width, rngs)
         self.head = Linear(width, channels, ("embed", None), rngs=rngs)
 
-    def embed(self, x: Float[Array, "b n c"], lora: Lora, scale: float) -> Float[Array, "b m d"]:
-        """Tokens as the residual stream lies, filled up behind their end."""
-        stream = self.config.stream
-        spare = stream.length(x.shape[1]) - x.shape[1]
-        h = jnp.pad(x.astype(self.patch.kernel.dtype), ((0, 0), (0, spare), (0, 0)))
-        return self.patch(stream.lay(h), sub(lora, "patch"), scale)
+    def embed(
+        self,
+        x: Float[Array, "b p *grid c"],
+        t: Float[Array, "b s"],
+        text: Float[Array, "b l e"],
+        columns: Int[np.ndarray, " p"],
+        lora: Lora,
+        scale: float,
+    ) -> tuple[Float[Array, "b n d"], StreamInputs]:
+        """Tokens as the residual stream lies, filled up behind their end, and what goes with them.
 
-    def project_text(self, text: Float[Array, "b l e"], lora: Lora, scale: float) -> Float[Array, "b l d"]:
-        """The text states in the stream's width."""
-        h = jax.nn.gelu(self.text_in(text.astype(self.text_in.kernel.dtype), sub(lora, "text_in"), scale))
-        return self.text_out(h, sub(lora, "text_out"), scale)
+        Args:
+          x: latents, the p places first.
+          t: times.
+          text: states for this stream.
+          columns: which of `t` each place has.
+          lora: factors, a tree like the weights.
+          scale: of LoRA's product.
+        """
+        config, stream, dtype = self.config, self.config.stream, self.patch.kernel.dtype
+        grid = x.shape[1:-1]
+        tokens = math.prod(grid)
+        length = stream.length(tokens)
+        h = jnp.pad(x.reshape(len(x), tokens, -1).astype(dtype), ((0, 0), (0, length - tokens), (0, 0)))
+        h = self.patch(stream.lay(h), sub(lora, "patch"), scale)
+        text = jax.nn.gelu(self.text_in(text.astype(dtype), sub(lora, "text_in"), scale))
+        text = self.text_out(text, sub(lora, "text_out"), scale)
+        time, modulation = self.time(t, sub(lora, "time"), scale)
+        av_modulation = None
+        if config.joint:
+            _, rows = self.av_time(t, sub(lora, "av_time"), scale)
+            _, gate = self.av_gate(t, sub(lora, "av_gate"), scale)
+            av_modulation = jnp.concatenate([rows, gate], axis=2)
+        columns = np.pad(np.repeat(columns, tokens // len(columns)), (0, length - tokens), mode="edge")
+        spread = functools.partial(spread_times, columns=columns)
+        rotations = _rotations(config, self.name, grid, length)
+        return h, StreamInputs(text, time, modulation, av_modulation, spread, *rotations, tokens)
 
     def velocity(
-        self, h: Float[Array, "b m d"], time: Float[Array, "b s d"], given: Given, lora: Lora, scale: float
+        self, h: Float[Array, "b m d"], given: StreamInputs, lora: Lora, scale: float
     ) -> Float[Array, "b n c"]:
         """The stream's result from the last block's, in float32."""
-        shift, gain = modulation_rows(self.table, time[:, :, None], given.spread)
+        shift, gain = modulation_rows(self.table, given.time[:, :, None], given.spread)
         # The blocks' norms are RMSNorms; this one takes off the mean, too.
         h = layer_norm(h.astype(jnp.float32), self.config.eps) * (1 + gain) + shift
         h = self.head(h.astype(self.head.kernel.dtype), sub(lora, "head"), scale)
@@ -128,27 +154,11 @@ class LTX2DiT(nnx.Module):
         """
         if times is None and t.shape[1] != 1:
             raise ValueError(f"{t.shape[1]} times, and `times` does not say which places have which")
-        config = self.config
-        streams, given, embeddings = {}, {}, {}
+        config, streams, given = self.config, {}, {}
         for name in config.widths:
+            columns = np.zeros(x[name].shape[1], int) if times is None else np.asarray(times[name], int)
             ends: StreamEnds = getattr(self, name)
-            places, factors = x[name].shape[1], sub(lora, name)
-            tokens = math.prod(x[name].shape[1:-1])
-            streams[name] = ends.embed(x[name].reshape(len(t), tokens, -1), factors, scale)
-            length = streams[name].shape[1]
-            columns = np.zeros(places, int) if times is None else np.asarray(times[name], int)
-            columns = np.pad(np.repeat(columns, tokens // places), (0, length - tokens), mode="edge")
-            embeddings[name], modulation = ends.time(t, sub(factors, "time"), scale)
-            av_modulation = None
-            if config.joint:
-                _, rows = ends.av_time(t, sub(factors, "av_time"), scale)
-                _, gate = ends.av_gate(t, sub(factors, "av_gate"), scale)
-                av_modulation = jnp.concatenate([rows, gate], axis=2)
-            rotation, av_rotation = _rotations(config, name, x[name].shape[1:-1], length)
-            given[name] = Given(
-                ends.project_text(text[name], factors, scale), modulation, av_modulation,
-                functools.partial(spread_times, columns=columns), rotation, av_rotation, tokens,
-            )  # fmt: skip
+            streams[name], given[name] = ends.embed(x[name], t, text[name], columns, sub(lora, name), scale)
 
         lay = functools.partial(jax.tree.map, config.stream.lay)
         graph, blocks = nnx.split(self.blocks)
@@ -162,9 +172,9 @@ class LTX2DiT(nnx.Module):
         streams = scan_blocks(block, streams, (blocks, sub(lora, "blocks")), config.remat, lay=lay)
         velocities = {}
         for name, h in streams.items():
-            ends = getattr(self, name)
-            velocities[name] = ends.velocity(h, embeddings[name], given[name], sub(lora, name), scale)
-        return {name: v.reshape(x[name].shape) for name, v in velocities.items()}
+            velocity = getattr(self, name).velocity(h, given[name], sub(lora, name), scale)
+            velocities[name] = velocity.reshape(x[name].shape)
+        return velocities
 
 
 def _rotations(config: LTX2Config, name: str, grid: tuple[int, ...], length: int) -> tuple[Rotation, Rotation | None]:
