@@ -73,7 +73,7 @@ def _transformer_inputs(family: LTX2Family) -> dict[str, np.ndarray]:
 def _our_transformer(family: LTX2Family, weights: PyTree, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     t = jnp.array([[0.0, TIME]])
     times = {"video": (0,) + (1,) * (GRID[0] - 1), "audio": (1,) * MOMENTS}
-    x, text = ({name: inputs[f"{name}{end}"] for name in ("video", "audio")} for end in ("", "_text"))
+    x, text = ({name: jnp.asarray(inputs[f"{name}{end}"]) for name in ("video", "audio")} for end in ("", "_text"))
     found = jax.jit(lambda weights: family.network(weights, x, t, text, None, 1.0, times))(weights)
     return {f"transformer_{name}": np.asarray(v) for name, v in found.items()}
 
