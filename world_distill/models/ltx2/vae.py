@@ -2,8 +2,8 @@
 
 A clip of 1 + 8k frames becomes 1 + k latent frames, 32 times smaller in height and width. The encoder is causal: a
 latent frame depends on no later frame, so the first one is the latent of the first frame alone. The decoder looks both
-ways in time. Both repeat the first frame beyond the clip's ends (the decoder the last one, too). Beyond the border of a
-frame, the encoder sees zeros and the decoder mirrored pixels.
+ways in time. Before a clip's first frame, both see the first frame again; after the last, the decoder sees the last
+again. Beyond the border of a frame, the encoder sees zeros and the decoder mirrored pixels.
 
 On several devices, each has some of the clips and a part of their width or height, and sends the lines at its borders
 to its neighbours before every convolution. All else happens within a pixel or within a box of pixels.
