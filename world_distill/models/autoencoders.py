@@ -1,10 +1,9 @@
-"""What the video autoencoders share: convolutions over frames, bytes, fresh weights and where weights lie.
+"""What the video autoencoders share: bytes, fresh weights, and where weights lie.
 
 Weights are nested dicts of arrays; a convolution is `{"kernel": [t h w i o], "bias": [o]}`.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,32 +12,6 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from world_distill.structs import PyTree
-
-
-def convolve(
-    weights: Mapping[str, Array],
-    x: Float[Array, "b f h w i"],
-    strides: tuple[int, int, int] = (1, 1, 1),
-    *,
-    same: bool = True,
-    dtype: Any = None,
-) -> Float[Array, "b g p q o"]:
-    """A convolution that never goes beyond the frames given.
-
-    Args:
-      weights: kernel and bias; they are used in the type of `x`.
-      x: frames.
-      strides: of time, height and width.
-      same: whether zeros around each frame keep its height and width.
-      dtype: of the result; None: that of `x`.
-    """
-    kernel = weights["kernel"]
-    sides = [(size // 2, size // 2) if same else (0, 0) for size in kernel.shape[1:3]]
-    y = jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), strides, [(0, 0), *sides], dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        preferred_element_type=dtype,
-    )  # fmt: skip
-    return y + weights["bias"].astype(y.dtype)
 
 
 def to_bytes(clips: Float[Array, "b F H W 3"]) -> UInt8[Array, "b F H W 3"]:

@@ -28,7 +28,7 @@ class LTX2Codec:
     device, four times as much on four that share the clip. Larger clips are cut into tiles that overlap. Tiles are not
     exact, since a pixel depends on latents up to 21 places away. With random weights of the published depth, whose
     residual branches are scaled by .3, the worst line of pixels at a seam is off by 13 % of the clip's standard
-    deviation (root mean square); an overlap of 2 latents, diffusers' default, makes that 60 %.
+    deviation (root mean square). An overlap of 2 latents makes that 91 %. No trained weights were measured.
 
     Args:
       config: sizes of the autoencoder.

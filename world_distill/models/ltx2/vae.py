@@ -2,8 +2,8 @@
 
 A clip of 1 + 8k frames becomes 1 + k latent frames, 32 times smaller in height and width. The encoder is causal: a
 latent frame depends on no later frame, so the first one is the latent of the first frame alone. The decoder looks both
-ways in time. Both repeat the first frame beyond the clip's ends (the decoder the last one, too). Beyond the border of a
-frame, the encoder sees zeros and the decoder mirrored pixels.
+ways in time. Before a clip's first frame, both see the first frame again; after the last, the decoder sees the last
+again. Beyond the border of a frame, the encoder sees zeros and the decoder mirrored pixels.
 
 On several devices, each has some of the clips and a part of their width or height, and sends the lines at its borders
 to its neighbours before every convolution. All else happens within a pixel or within a box of pixels.
@@ -17,6 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from world_distill.devices.sharding import pixel_axes, pixels_spec
-from world_distill.models.autoencoders import convolve
 from world_distill.models.layers import rms_norm
 from world_distill.structs import PyTree
 
@@ -244,13 +244,35 @@ def _unfold(x: Array) -> Array:
 def _causal(p: PyTree, x: Array, *, frame: _Frame) -> Array:
     """A convolution that sees earlier frames only; before the first, the first again."""
     x = jnp.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0)), mode="edge")
-    return convolve(p, frame.extend(x, mirror=False), same=False)
+    return _conv(p, frame.extend(x, mirror=False)).astype(x.dtype)
 
 
-def _both_ways(p: PyTree, x: Array, *, frame: _Frame, dtype=None) -> Array:
+def _both_ways(p: PyTree, x: Array, *, frame: _Frame, dtype: Any = None) -> Array:
     """A convolution that sees a frame before and one after; beyond the ends, the first and the last again."""
     x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)), mode="edge")
-    return convolve(p, frame.extend(x, mirror=True), same=False, dtype=dtype)
+    return _conv(p, frame.extend(x, mirror=True)).astype(dtype or x.dtype)
+
+
+def _conv(p: PyTree, x: Array) -> Array:
+    """A convolution that never goes beyond x, float32.
+
+    It is the sum of one over single frames for each of the kernel's frames. XLA's compiler for TPUs takes minutes over
+    convolutions in three dimensions with many channels, and lays out their inputs anew.
+    """
+    taps, rows, columns, _, outputs = p["kernel"].shape
+    b, frames, height, width, channels = x.shape
+    frames, shape = frames - taps + 1, (height - rows + 1, width - columns + 1, outputs)
+
+    def add(y: Array, tap: tuple[Array, Array]) -> tuple[Array, None]:
+        place, kernel = tap
+        each = jax.lax.dynamic_slice_in_dim(x, place, frames, axis=1).reshape(b * frames, height, width, channels)
+        return y + jax.lax.conv_general_dilated(
+            each, kernel.astype(x.dtype), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=jnp.float32,
+        ), None  # fmt: skip
+
+    y = jnp.broadcast_to(p["bias"].astype(jnp.float32), (b * frames, *shape))
+    return jax.lax.scan(add, y, (jnp.arange(taps), p["kernel"]))[0].reshape(b, frames, *shape)
 
 
 def _norm(x: Array) -> Array:

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from world_distill.devices.sharding import spread_pixels
-from world_distill.models.autoencoders import convolve
 from world_distill.structs import PyTree
 
 
@@ -225,27 +224,27 @@ def _encoder(weights: PyTree, x: Array, config: VaeConfig, tape: _Tape) -> Array
         lower = level < len(config.multiples) - 1
         halves = lower and config.halve_time[level]
         if lower:
-            x = convolve(part["space"], jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))), (1, 2, 2), same=False)
+            x = _conv(part["space"], jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))), (1, 2, 2), same=False)
         if halves:
             joined = tape.join(x)
             if tape.first:
                 x = (
                     x
                     if x.shape[1] == 1
-                    else jnp.concatenate([x[:, :1], convolve(part["time"], joined, (2, 1, 1))], axis=1)
+                    else jnp.concatenate([x[:, :1], _conv(part["time"], joined, (2, 1, 1))], axis=1)
                 )
             else:
-                x = convolve(part["time"], joined, (2, 1, 1))
+                x = _conv(part["time"], joined, (2, 1, 1))
         if config.shortcuts:
             x = x + _average(start, out * config.encoder_width, 2 if halves else 1, 2 if lower else 1)
     x = _middle(p, x, tape)
     x = _causal(p["conv_out"], jax.nn.silu(_norm(p["norm_out"], x)), tape)
-    return convolve(weights["quant"], x)
+    return _conv(weights["quant"], x)
 
 
 def _decoder(weights: PyTree, z: Array, config: VaeConfig, tape: _Tape) -> Array:
     p = weights["decoder"]
-    x = _middle(p, _causal(p["conv_in"], convolve(weights["post_quant"], z), tape), tape)
+    x = _middle(p, _causal(p["conv_in"], _conv(weights["post_quant"], z), tape), tape)
     doubles = (*reversed(config.halve_time), False)
     for level, out in enumerate(reversed(config.multiples)):
         part, start = p[f"up_{level}"], x
@@ -255,7 +254,7 @@ def _decoder(weights: PyTree, z: Array, config: VaeConfig, tape: _Tape) -> Array
             break
         if doubles[level]:
             x = _double_time(part["time"], x, tape)
-        x = convolve(part["space"], jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+        x = _conv(part["space"], jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
         if config.shortcuts:
             x = x + _repeat(start, out * config.decoder_width, 2 if doubles[level] else 1, tape.first)
     return _causal(p["conv_out"], jax.nn.silu(_norm(p["norm_out"], x)), tape)
@@ -270,15 +269,15 @@ def _middle(p: PyTree, x: Array, tape: _Tape) -> Array:
 def _residual(p: PyTree, x: Array, tape: _Tape) -> Array:
     h = _causal(p["conv1"], jax.nn.silu(_norm(p["norm1"], x)), tape)
     h = _causal(p["conv2"], jax.nn.silu(_norm(p["norm2"], h)), tape)
-    return h + (convolve(p["shortcut"], x) if "shortcut" in p else x)
+    return h + (_conv(p["shortcut"], x) if "shortcut" in p else x)
 
 
 def _attention(p: PyTree, x: Array) -> Array:
     """Self-attention of one head within each frame."""
     b, f, h, w, c = x.shape
-    q, k, v = jnp.split(convolve(p["qkv"], _norm(p["norm"], x)).reshape(b * f, h * w, 1, 3 * c), 3, axis=-1)
+    q, k, v = jnp.split(_conv(p["qkv"], _norm(p["norm"], x)).reshape(b * f, h * w, 1, 3 * c), 3, axis=-1)
     y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-    return x + convolve(p["out"], y)
+    return x + _conv(p["out"], y)
 
 
 def _double_time(p: PyTree, x: Array, tape: _Tape) -> Array:
@@ -289,7 +288,7 @@ def _double_time(p: PyTree, x: Array, tape: _Tape) -> Array:
     if not rest.shape[1]:
         return head
     b, f, h, w, c = rest.shape
-    pairs = convolve(p, joined).reshape(b, f, h, w, 2, c).transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * f, h, w, c)
+    pairs = _conv(p, joined).reshape(b, f, h, w, 2, c).transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * f, h, w, c)
     return tape.keep_first(x, pairs) if even else jnp.concatenate([head, pairs], axis=1)
 
 
@@ -313,7 +312,16 @@ def _repeat(x: Array, outputs: int, time: int, first: bool) -> Array:
 
 
 def _causal(p: PyTree, x: Array, tape: _Tape) -> Array:
-    return convolve(p, tape.extend(x, p["kernel"].shape[0] - 1))
+    return _conv(p, tape.extend(x, p["kernel"].shape[0] - 1))
+
+
+def _conv(p: PyTree, x: Array, strides: tuple[int, int, int] = (1, 1, 1), *, same: bool = True) -> Array:
+    """A convolution that keeps height and width (`same`), or not, and never goes beyond the frames given."""
+    kernel = p["kernel"]
+    sides = [(size // 2, size // 2) if same else (0, 0) for size in kernel.shape[1:3]]
+    dims = ("NDHWC", "DHWIO", "NDHWC")
+    y = jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, [(0, 0), *sides], dimension_numbers=dims)
+    return y + p["bias"].astype(x.dtype)
 
 
 def _norm(p: PyTree, x: Array) -> Array:
