@@ -6,6 +6,7 @@ units, and the products' sums are scattered (sequence parallelism: Korthikanti e
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -142,7 +143,9 @@ class StreamLayout:
                 continue
             rank = lora["b"].shape[0]
             outer = jnp.pad(lora["b"], ((start, inner.shape[-1] - start - rank), (0, 0)))
-            found.append(layer.add_bias(joint_product(h, layer.kernel[...], outer)))
+            # Where the layer's weights lie; else both would be gathered once more, joined.
+            outer = constrain(self.mesh, outer, (None, layer.axes[1]), (None, "factor"))
+            found.append(layer.add_bias(joint_product(h, layer.dense_kernel, outer)))
             start += rank
         return found
 
@@ -154,7 +157,7 @@ class StreamLayout:
         parts = x.shape[2:]
         if self._alone:
             return layer(self.rows(x.reshape(*x.shape[:2], -1)), lora, scale)
-        kernel = layer.kernel[...].reshape(*parts, -1)
+        kernel = layer.dense_kernel.reshape(*parts, -1)
         if lora is None:
             return layer.add_bias(self.scatter(jnp.tensordot(x, kernel, len(parts))))
         inner = self.scatter(jnp.tensordot(x, lora["a"].astype(x.dtype).reshape(*parts, -1), len(parts)))
@@ -162,17 +165,24 @@ class StreamLayout:
         return layer.add_bias(y + (scale * inner) @ lora["b"].astype(x.dtype))
 
     def settle(self, block: nnx.Module, cut_out: nnx.Module) -> None:
-        """Fixes where a TPU keeps the weights of one block, as it is cut out of the stacked blocks.
+        """Fixes where the weights of one block lie, as it is cut out of the stacked blocks.
 
         Args:
-          block: its kernels keep the order in memory that the stacked ones have. Else the compiler copies the kernels
-            of all blocks, into the order that suits a product best.
-          cut_out: a part of the block whose weights are cut out before they are used. A wide product that cuts them out
-            itself takes a fifth longer.
+          block: its kernels are gathered along `fsdp`, those of int8 before they are turned into the model's dtype,
+            which is twice as wide. On a TPU they keep the order in memory that the stacked ones have. Else the compiler
+            copies the kernels of all blocks, into the order that suits a product best.
+          cut_out: a part of the block whose weights a TPU cuts out before they are used. A wide product that cuts them
+            out itself takes a fifth longer.
         """
-        if platform_of(self.mesh) != "tpu":
-            return
+        on_tpu = platform_of(self.mesh) == "tpu"
         for _, layer in nnx.iter_modules(block):
             if isinstance(layer, Linear):
-                layer.kernel[...] = pin_order(self.mesh, layer.kernel[...], layer.axes, (0, 1))
-        nnx.update(cut_out, jax.lax.optimization_barrier(nnx.state(cut_out)))
+                kernel = layer.kernel.get_value()  # an array or an Int8Kernel of two
+                if on_tpu:
+                    pin = functools.partial(pin_order, self.mesh, names=layer.axes, order=(0, 1))
+                    kernel = jax.tree.map(pin, kernel)
+                whole = tuple(None if name == "embed" else name for name in layer.axes)
+                gather = functools.partial(constrain, self.mesh, names=whole, gradient=layer.axes)
+                layer.kernel.set_value(jax.tree.map(gather, kernel))
+        if on_tpu:
+            nnx.update(cut_out, jax.lax.optimization_barrier(nnx.state(cut_out)))
