@@ -7,6 +7,7 @@ the extra `tpu` and no TPU. A program takes minutes; with --json, what is there 
 
     python tests/benchmarks/step_cycles.py --json cycles.json
     python tests/benchmarks/step_cycles.py --topology v5p:2x2x1 --program demonstrator
+    python tests/benchmarks/step_cycles.py --json cycles.json --int8        # the same over kernels of int8
 
 Other code of the same size, read in the same way on v5p:2x2x1: MaxDiffusion's forward without LoRA, its tokens split
 four ways, takes 1,473 million cycles and 7.8 GiB; a plain LoRA step, scan and remat without RoPE, split like ours,

@@ -141,7 +141,8 @@ def build(
       vae: sizes of the autoencoder, as in `VaeConfig`.
       dtype: type of the transformer's weights, bfloat16 or float32.
       int8: keep the kernels of the blocks as 8-bit integers, with a scale for each output channel (`models.int8`).
-        They take half the memory of bfloat16, and are turned into `dtype` block by block. For LoRA alone.
+        They take half the memory of bfloat16, and are turned into `dtype` block by block; `remat` = "none" keeps all
+        of them in `dtype` for the backward pass. For LoRA alone.
       vae_dtype: type of the autoencoder's weights.
       piece: latent frames decoded at a time; 0: all.
       rows: clips decoded at a time, over all devices; 0: all; None: as `sharding.rows_at_once` says.
