@@ -47,8 +47,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model = ConfigDict({
         "family": "ltx2", "size": (512, 768), "frames": 121, "fps": 24.0, "audio": "joint", "audio_counts": False,
         "channels": 128, "width": 4096, "audio_channels": 128, "audio_width": 2048, "depth": 48, "heads": 32,
-        "text_width": 3840, "time_width": 256, "dtype": "bfloat16", "vae_dtype": "bfloat16", "remat": "full",
-        "attention": None, "places": 6144, "rows": None, "text_encoder": "", "text_projection": "",
+        "text_width": 3840, "time_width": 256, "dtype": "bfloat16", "int8": False, "vae_dtype": "bfloat16",
+        "remat": "full", "attention": None, "places": 6144, "rows": None, "text_encoder": "", "text_projection": "",
         "stride": (8, 32, 32), "ranges": (20, 2048, 2048), "vae": VAE,
         "connectors": {"width": 3840, "heads": 30, "depth": 2, "registers": 128, "length": 1024, "states": 49},
     })  # fmt: skip

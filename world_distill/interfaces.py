@@ -136,6 +136,10 @@ class ModelFamily(Protocol):
         """Logical axis names of every base weight: a tree like the base with a tuple of names or None per leaf."""
         ...
 
+    def int8_kernels(self) -> Sequence[str]:
+        """Dotted paths of the kernels that `models.int8` keeps as int8 on devices; `denoise` takes the base so."""
+        ...
+
     def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:
         """An Executor that equals the Demonstrator: LoRA of `rank`, or full differences if `rank` is None."""
         ...

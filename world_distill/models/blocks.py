@@ -164,7 +164,7 @@ class StreamLayout:
                 continue
             rank = pair[1].shape[0]
             outer = jnp.pad(pair[1], ((start, inner.shape[-1] - start - rank), (0, 0)))
-            found.append(layer.add_bias(joint_product(h, layer.kernel[...], outer)))
+            found.append(layer.add_bias(joint_product(h, layer.dense_kernel, outer)))
             start += rank
         return found
 
@@ -176,7 +176,7 @@ class StreamLayout:
         parts = x.shape[2:]
         if self._alone:
             return layer(self.rows(x.reshape(*x.shape[:2], -1)), lora, scale)
-        kernel, factors = layer.kernel[...].reshape(*parts, -1), self.factors(layer, lora)
+        kernel, factors = layer.dense_kernel.reshape(*parts, -1), self.factors(layer, lora)
         if factors is None:
             return layer.add_bias(self.scatter(jnp.tensordot(x, kernel, len(parts))))
         a, b = (factor.astype(x.dtype) for factor in factors)
@@ -198,20 +198,26 @@ class StreamLayout:
         """Gathers the weights of one block along `fsdp`, and fixes where a TPU keeps them.
 
         The compiler would else spread a product over the devices that share its weights: parts of it come one after the
-        other, each with its own zeros to write into and its own copies.
+        other, each with its own zeros to write into and its own copies. Kernels of int8 are gathered before they are
+        turned into the model's dtype, which is twice as wide.
 
         Args:
           block: cut out of the stacked blocks. Its kernels keep the order in memory that the stacked ones have. Else
             the compiler copies the kernels of all blocks, into the order that suits a product best.
-          cut_out: a part of the block whose weights are cut out before they are used. A wide product that cuts them out
-            itself takes a fifth longer.
+          cut_out: a part of the block whose weights a TPU cuts out before they are used. A wide product that cuts them
+            out itself takes a fifth longer.
         """
         for _, layer in nnx.iter_modules(block):
             if isinstance(layer, Linear):
-                kernel = pin_order(self.mesh, layer.kernel[...], layer.axes, (0, 1))
-                layer.kernel[...] = constrain(self.mesh, kernel, tuple(map(_whole, layer.axes)), layer.axes)
+                lay = functools.partial(_settled, self.mesh, names=layer.axes)
+                layer.kernel.set_value(jax.tree.map(lay, layer.kernel.get_value()))  # an array, or those of int8
         if platform_of(self.mesh) == "tpu":
             nnx.update(cut_out, jax.lax.optimization_barrier(nnx.state(cut_out)))
+
+
+def _settled(mesh: Mesh | None, kernel: Array, names: tuple[str | None, ...]) -> Array:
+    """One kernel as `StreamLayout.settle` lays it out, and its gradient as the kernel lay before."""
+    return constrain(mesh, pin_order(mesh, kernel, names, (0, 1)), tuple(map(_whole, names)), names)
 
 
 def _whole(name: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Rows of texts against LTX-2's own pipeline and connectors, on a small random Gemma 3 and a tokenizer of a few words."""
+"""Rows of texts against LTX-2's own pipeline, on a small random Gemma 3 and a tokenizer of a few words."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 
 
 def rows_of_the_pipeline(folder, length):
-    """[b length d] float32 and the mask [b length]: normalised and projected as the published code does, padded left."""
+    """Rows [b length d] float32 and their mask [b length], by the published code, which pads on the left."""
     import torch
     import transformers
     from diffusers import LTX2ImageToVideoPipeline
