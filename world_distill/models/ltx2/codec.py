@@ -30,6 +30,9 @@ class LTX2Codec:
     residual branches are scaled by .3, the worst line of pixels at a seam is off by 13 % of the clip's standard
     deviation (root mean square). An overlap of 2 latents makes that 91 %. No trained weights were measured.
 
+    XLA's compiler for v5e plans 1.3 GiB of temporaries on each of four chips that share a clip of 121 frames at
+    512x768, 6.8 GiB on a chip that has it alone, and, for 1088x1920 in tiles, 9.6 GiB on each of four.
+
     Args:
       config: sizes of the autoencoder.
       dtype: of its weights, in which it decodes; it encodes in float32.
