@@ -77,6 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "mlp": 3, "text_width": 64, "add_scene": True, "remat": False,
         "unroll": 4,  # all blocks: a quarter faster on a CPU
         "merge_lora": True,  # the faster way for small layers
+        "int8": False,
     })  # fmt: skip
 
     c.scenes.factory = "world_distill.sandbox:write_scenes"

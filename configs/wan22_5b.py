@@ -39,8 +39,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # Sizes as published; see `world_distill.models.wan`.
     c.model = ConfigDict({
         "family": "wan", "size": (480, 832), "frames": 49, "fps": 24.0, "channels": 48, "width": 3072, "depth": 30,
-        "heads": 24, "mlp": 14336, "text_width": 4096, "time_width": 256, "dtype": "bfloat16", "vae_dtype": "float32",
-        "remat": "full", "attention": None, "piece": 2, "rows": None, "text_encoder": "",
+        "heads": 24, "mlp": 14336, "text_width": 4096, "time_width": 256, "dtype": "bfloat16", "int8": False,
+        "vae_dtype": "float32", "remat": "full", "attention": None, "piece": 2, "rows": None, "text_encoder": "",
         "vae": {
             "channels": 48, "encoder_width": 160, "decoder_width": 256, "multiples": (1, 2, 4, 4), "blocks": 2,
             "halve_time": (False, True, True), "patch": 2, "shortcuts": True,

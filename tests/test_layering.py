@@ -19,8 +19,9 @@ MOST_TOP_LEVEL = 8  # modules directly in world_distill/
 
 # What families share; the other folders of models/ know nothing of each other.
 SHARED_BY_MODELS = {
-    "models", "models.attention", "models.blocks", "models.functional", "models.hashed_words", "models.layers",
-    "models.lora", "models.parity", "models.products", "models.rope", "models.tensor_map",
+    "models", "models.attention", "models.autoencoders", "models.blocks", "models.functional", "models.hashed_words",
+    "models.int8", "models.layers", "models.lora", "models.parity", "models.products", "models.rope",
+    "models.stream_attention", "models.tensor_map",
 }  # fmt: skip
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}

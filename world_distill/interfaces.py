@@ -91,6 +91,7 @@ class PublishedLayout(Protocol):
     lora_names: Mapping[str, tuple[str, str]]  # layer -> its names in diffusers and in the original code
     known_sizes: Mapping[tuple[int, int], str]  # (blocks, width) -> what people call the model of these sizes
     float32: Mapping[str, str]  # part -> pattern of the paths of its arrays that everyone keeps in float32
+    unread: str  # pattern of the paths of arrays that a checkpoint may have and this family does not read; "": none
 
     def entries(self, naming: Literal["diffusers", "original"] = "diffusers") -> dict[str, list[Any]]:
         """`models.tensor_map.Entry` of every published tensor, by part of the base."""
@@ -133,6 +134,10 @@ class ModelFamily(Protocol):
 
     def base_axes(self) -> PyTree:
         """Logical axis names of every base weight: a tree like the base with a tuple of names or None per leaf."""
+        ...
+
+    def int8_kernels(self) -> Sequence[str]:
+        """Dotted paths of the kernels that `models.int8` keeps as int8 on devices; `denoise` takes the base so."""
         ...
 
     def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:

@@ -7,6 +7,7 @@ the extra `tpu` and no TPU. A program takes minutes; with --json, what is there 
 
     python tests/benchmarks/step_cycles.py --json cycles.json
     python tests/benchmarks/step_cycles.py --topology v5p:2x2x1 --program demonstrator
+    python tests/benchmarks/step_cycles.py --json cycles.json --int8        # the same over kernels of int8
 
 Other code of the same size, read in the same way on v5p:2x2x1: MaxDiffusion's forward without LoRA, its tokens split
 four ways, takes 1,473 million cycles and 7.8 GiB; a plain LoRA step, scan and remat without RoPE, split like ours,
@@ -41,10 +42,10 @@ def abstract(shape, dtype, sharding):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def make_program(program: str, devices: list, depth: int | None):
+def make_program(program: str, devices: list, depth: int | None, int8: bool):
     """A jitted function and its abstract arguments."""
     rows = len(devices) // 4
-    changes = {"mesh.fsdp": -1, "mesh.tensor": 4} | ({"model.depth": depth} if depth else {})
+    changes = {"mesh.fsdp": -1, "mesh.tensor": 4, "model.int8": int8} | ({"model.depth": depth} if depth else {})
     config = load_config("wan_sizes:14b", changes)
     mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
     family = build.make_family(config, mesh)
@@ -74,8 +75,8 @@ def make_program(program: str, devices: list, depth: int | None):
     return jax.jit(jax.grad(loss), out_shardings=placed), (factors, base, x, *given)
 
 
-def measure(program: str, topology: str, depth: int | None) -> dict:
-    function, given = make_program(program, plan.topology(topology), depth)
+def measure(program: str, topology: str, depth: int | None, int8: bool) -> dict:
+    function, given = make_program(program, plan.topology(topology), depth, int8)
     started = time.process_time()
     compiled = function.lower(*given).compile()
     seconds = time.process_time() - started
@@ -96,7 +97,7 @@ def table(rows: dict[str, dict]) -> str:
         parts = " | ".join(f"{row['cycles'][kind] / 1e6:,.0f}" for kind in cycles.KINDS)
         total = sum(row["cycles"].values()) / 1e6
         lines.append(
-            f"| {key.replace(' ', ' | ')} | {total:,.0f} | {parts} | {row['sent'] / 1e9:.1f} | {row['peak']:.1f} | "
+            f"| {key.replace(' ', ' | ', 1)} | {total:,.0f} | {parts} | {row['sent'] / 1e9:.1f} | {row['peak']:.1f} | "
             f"{row['compile']:.0f} |"
         )
     return "\n".join(lines)
@@ -108,14 +109,15 @@ def main() -> None:
     parser.add_argument("--topology", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--program", nargs="+", default=PROGRAMS, choices=PROGRAMS)
     parser.add_argument("--depth", type=int, help="blocks (default: all 40)")
+    parser.add_argument("--int8", action="store_true", help="the blocks' kernels as int8 (`model.int8`)")
     args = parser.parse_args()
     rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for topology in args.topology:
         for program in args.program:
-            key = f"{topology} {program}"
+            key = f"{topology} {program}{', int8' if args.int8 else ''}"
             if key not in rows:
                 print(f"{key} ...", flush=True)
-                rows[key] = measure(program, topology, args.depth)
+                rows[key] = measure(program, topology, args.depth, args.int8)
                 if args.json:
                     args.json.write_text(json.dumps(rows, indent=1))
     print(table(rows))

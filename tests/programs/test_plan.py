@@ -151,8 +151,9 @@ def test_phases_of_a_small_model_compile_for_a_slice(tmp_path):
 def test_tensor_parallel_blocks_scatter_their_sums():
     flags = {"mesh.fsdp": 1, "mesh.tensor": 4, "objective.rl": "none", "model.width": 512, "model.heads": 4}
     config = load_config("wan22_5b:debug", flags | {"model.size": (256, 256), "model.depth": 2})
-    [rollout] = plan.make_plan(config, plan.topology("v5e:2x2"), ("rollout",))
+    rollout, update = plan.make_plan(config, plan.topology("v5e:2x2"), ("rollout", "update"))
     assert rollout.collectives["reduce-scatter"] >= 3  # attention, cross-attention, MLP
+    assert update.collectives["reduce-scatter"] >= 9  # these, twice, and their gradients
 
 
 @needs_compiler

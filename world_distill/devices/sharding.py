@@ -161,22 +161,31 @@ def gathered(mesh: Mesh | None, tree: PyTree) -> PyTree:
 
 
 def spread_pixels(mesh: Mesh | None, x: jax.Array) -> jax.Array:
-    """Frames [b f h w c] with rows along data and fsdp, and width or height along context and along tensor.
+    """Frames [b f h w c] with rows along data and fsdp, and width or height along context and along tensor."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, pixels_spec(mesh, x.shape)))
+
+
+def pixels_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """The partition of `spread_pixels` for frames of a shape [b f h w c]."""
+    height, width = pixel_axes(mesh, *shape[2:4])
+    rows = dividing_spec(mesh, ("batch",), shape[:1])[0]
+    return PartitionSpec(rows, None, height or None, width or None, None)
+
+
+def pixel_axes(mesh: Mesh, height: int, width: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of the mesh that a frame's height and its width are divided by.
 
     Width is divided first; what divides neither by an axis of the mesh is not divided by it.
     """
-    if mesh is None or mesh.size == 1:
-        return x
-    parts: dict[int, tuple[str, ...]] = {2: (), 3: ()}
+    parts: list[tuple[str, ...]] = [(), ()]
     for axis in ("context", "tensor"):
-        for dim in (3, 2):
-            ways = math.prod(mesh.shape[name] for name in (*parts[dim], axis))
-            if x.shape[dim] % ways == 0:
+        for dim, size in ((1, width), (0, height)):
+            if size % math.prod(mesh.shape[name] for name in (*parts[dim], axis)) == 0:
                 parts[dim] += (axis,)
                 break
-    rows = dividing_spec(mesh, ("batch",), x.shape[:1])[0]
-    spec = PartitionSpec(rows, None, parts[2] or None, parts[3] or None, None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return parts[0], parts[1]
 
 
 def rows_at_once(mesh: Mesh | None, count: int, asked: int | None) -> int:

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("tiny", "wan")
+FAMILIES = ("ltx2", "tiny", "wan")
 
 
 def build(family: str, **sizes):

@@ -6,12 +6,14 @@ units, and the products' sums are scattered (sequence parallelism: Korthikanti e
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
@@ -21,6 +23,7 @@ from world_distill.devices.sharding import constrain, pin_order, platform_of
 from world_distill.models.attention import SAVED, tile
 from world_distill.models.layers import Linear, Lora
 from world_distill.models.products import joint_product
+from world_distill.structs import PyTree
 
 # What a backward pass computes again: nothing; all but matrix products and attention ("dots"); all but attention; the
 # whole block ("full"). All but "none" keep the inputs of blocks; "offload" is "full" with these in the host's memory.
@@ -46,19 +49,19 @@ _KEPT = {
 
 
 def scan_blocks(
-    block: Callable[[Array, Any], Array],
-    x: Array,
+    block: Callable[[PyTree, Any], PyTree],
+    x: PyTree,
     layers: Any,
     remat: Remat,
     *,
-    lay: Callable[[Array], Array] = lambda x: x,
+    lay: Callable[[PyTree], PyTree] = lambda x: x,
     unroll: int = 1,
-) -> Array:
+) -> PyTree:
     """`x` after all blocks, one after the other: `x = block(x, layer)`.
 
     Args:
       block: one block, given the residual stream and one layer's weights.
-      x: the residual stream.
+      x: the residual stream; a tree of arrays where there are several.
       layers: weights with a leading axis of layers.
       remat: what the backward pass computes again.
       lay: lays out the input of each block, which is kept for the backward pass (`StreamLayout.lay`).
@@ -71,6 +74,24 @@ def scan_blocks(
     if remat != "none":
         body = jax.checkpoint(body, policy=_KEPT[remat])
     return jax.lax.scan(body, x, layers, unroll=unroll)[0]
+
+
+def spread_times(y: Float[Array, "b s d"], columns: np.ndarray) -> Float[Array, "b n d"]:
+    """`y[:, columns]`, for each token the row of its time.
+
+    Made of choices between runs of tokens, which the compiler repeats where the result is read. A lookup it would write
+    out.
+    """
+    tokens = jnp.arange(len(columns))[:, None]
+    result = y[:, columns[0], None]
+    for start in np.flatnonzero(np.diff(columns)) + 1:
+        result = jnp.where(tokens < start, result, y[:, columns[start], None])
+    return jnp.broadcast_to(result, (len(y), len(columns), y.shape[-1]))
+
+
+def gated(x: Float[Array, "b n d"], h: Float[Array, "b n d"], gate: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """`x + gate h`, in float32."""
+    return (x.astype(jnp.float32) + h.astype(jnp.float32) * gate).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +155,8 @@ class StreamLayout:
             return [layer(h, lora, scale) for layer, lora in zip(layers, loras, strict=True)]
         factors = [self.factors(layer, lora) for layer, lora in zip(layers, loras, strict=True)]
         inner = jnp.concatenate([a for a, _ in filter(None, factors)], axis=-1).astype(x.dtype)
-        h = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
-        h = pin_order(self.mesh, h, _WITHIN, (0, 1, 2))
+        gathered = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
+        h: Array = _pin_rows(self.mesh, gathered)
         found, start = [], 0
         for layer, pair in zip(layers, factors, strict=True):
             if pair is None:
@@ -143,7 +164,7 @@ class StreamLayout:
                 continue
             rank = pair[1].shape[0]
             outer = jnp.pad(pair[1], ((start, inner.shape[-1] - start - rank), (0, 0)))
-            found.append(layer.add_bias(joint_product(h, layer.kernel[...], outer)))
+            found.append(layer.add_bias(joint_product(h, layer.dense_kernel, outer)))
             start += rank
         return found
 
@@ -155,7 +176,7 @@ class StreamLayout:
         parts = x.shape[2:]
         if self._alone:
             return layer(self.rows(x.reshape(*x.shape[:2], -1)), lora, scale)
-        kernel, factors = layer.kernel[...].reshape(*parts, -1), self.factors(layer, lora)
+        kernel, factors = layer.dense_kernel.reshape(*parts, -1), self.factors(layer, lora)
         if factors is None:
             return layer.add_bias(self.scatter(jnp.tensordot(x, kernel, len(parts))))
         a, b = (factor.astype(x.dtype) for factor in factors)
@@ -177,22 +198,37 @@ class StreamLayout:
         """Gathers the weights of one block along `fsdp`, and fixes where a TPU keeps them.
 
         The compiler would else spread a product over the devices that share its weights: parts of it come one after the
-        other, each with its own zeros to write into and its own copies.
+        other, each with its own zeros to write into and its own copies. Kernels of int8 are gathered before they are
+        turned into the model's dtype, which is twice as wide.
 
         Args:
           block: cut out of the stacked blocks. Its kernels keep the order in memory that the stacked ones have. Else
             the compiler copies the kernels of all blocks, into the order that suits a product best.
-          cut_out: a part of the block whose weights are cut out before they are used. A wide product that cuts them out
-            itself takes a fifth longer.
+          cut_out: a part of the block whose weights a TPU cuts out before they are used. A wide product that cuts them
+            out itself takes a fifth longer.
         """
         for _, layer in nnx.iter_modules(block):
             if isinstance(layer, Linear):
-                kernel = pin_order(self.mesh, layer.kernel[...], layer.axes, (0, 1))
-                layer.kernel[...] = constrain(self.mesh, kernel, tuple(map(_whole, layer.axes)), layer.axes)
+                lay = functools.partial(_settled, self.mesh, names=layer.axes)
+                layer.kernel.set_value(jax.tree.map(lay, layer.kernel.get_value()))  # an array, or those of int8
         if platform_of(self.mesh) == "tpu":
             nnx.update(cut_out, jax.lax.optimization_barrier(nnx.state(cut_out)))
+
+
+def _settled(mesh: Mesh | None, kernel: Array, names: tuple[str | None, ...]) -> Array:
+    """One kernel as `StreamLayout.settle` lays it out, and its gradient as the kernel lay before."""
+    return constrain(mesh, pin_order(mesh, kernel, names, (0, 1)), tuple(map(_whole, names)), names)
 
 
 def _whole(name: str | None) -> str | None:
     """A weight's logical axis once it is gathered along `fsdp`."""
     return None if name == "embed" else name
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pin_rows(mesh: Mesh | None, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """`pin_order` of gathered tokens, row by row. Only forward: a pinned gradient would be summed on every device."""
+    return pin_order(mesh, x, _WITHIN, (0, 1, 2))
+
+
+_pin_rows.defvjp(lambda mesh, x: (_pin_rows(mesh, x), None), lambda mesh, _, dx: (dx,))

@@ -14,6 +14,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from world_distill.models.int8 import Int8Kernel
+
 Lora = dict | None
 
 
@@ -38,10 +40,16 @@ class Linear(nnx.Module):
         self.bias = nnx.data(nnx.Param(zeros(rngs.params(), (outputs,))) if bias else None)
 
     def __call__(self, x: Float[Array, "*n i"], lora: Lora = None, scale: float = 1.0) -> Float[Array, "*n o"]:
-        y = x @ self.kernel[...]
+        y = x @ self.dense_kernel
         if lora is not None:
             y = y + scale * ((x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype))
         return self.add_bias(y)
+
+    @property
+    def dense_kernel(self) -> Float[Array | np.ndarray, "i o"]:
+        """The kernel to compute with, whether it is kept as int8 or not."""
+        kernel = self.kernel.get_value()
+        return kernel.dense() if isinstance(kernel, Int8Kernel) else kernel
 
     def add_bias(self, y: Float[Array, "*n o"]) -> Float[Array, "*n o"]:
         """`y + b`."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from world_distill.models.int8 import Int8Kernel, block_kernels
 from world_distill.structs import PyTree
 
 DIFFERENCES = "differences"  # beside factors: full differences of some weights
@@ -93,17 +94,31 @@ def init_differences(base: PyTree, pattern: str) -> PyTree:
     """Full differences, all zero, of the weights whose dotted path matches the pattern: a part of the base's tree.
 
     Raises:
-      ValueError: the pattern matches no weight.
+      ValueError: the pattern matches no weight, or a kernel of int8.
     """
     flat: dict[str, Any] = dict(flatten_dict(base, sep="."))
-    found = {path: jnp.zeros(w.shape, jnp.float32) for path, w in flat.items() if re.fullmatch(pattern, path)}
+    found = {path: w for path, w in flat.items() if re.fullmatch(pattern, path)}
+    if kept := [path for path, w in found.items() if isinstance(w, Int8Kernel)]:
+        raise ValueError(
+            f"executor.differences {pattern!r} matches {kept[0]}, and model.int8 is for kernels that stay frozen: leave"
+            " kernels out, or set model.int8 = False"
+        )
     if not found:
         raise ValueError(f"executor.differences {pattern!r} matches no weight; weights are: {', '.join(sorted(flat))}")
-    return unflatten_dict(found, sep=".")
+    return unflatten_dict({path: jnp.zeros(w.shape, jnp.float32) for path, w in found.items()}, sep=".")
 
 
 def init_full(base: PyTree) -> PyTree:
-    """A full Executor: float32 differences from every weight of the base, all zero."""
+    """A full Executor: float32 differences from every weight of the base, all zero.
+
+    Raises:
+      ValueError: a base with kernels of int8.
+    """
+    if any(isinstance(w, Int8Kernel) for w in flatten_dict(base).values()):
+        raise ValueError(
+            "executor.rank = 0 trains every weight, and model.int8 is for weights that stay frozen: set executor.rank"
+            " for LoRA, or model.int8 = False"
+        )
     return {"full": jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), base)}
 
 
@@ -148,11 +163,13 @@ class Adapted(abc.ABC):
       adapted: part of the base (an outermost key) that the Executor changes; None: all of it.
       lora_targets: pattern of the dotted paths, within that part, of the layers that LoRA adapts.
       lora_differences: pattern of the weights that get full differences beside LoRA; empty: none.
+      int8: the kernels of the blocks of that part are kept as int8.
     """
 
     adapted: str | None
     lora_targets: str
     lora_differences: str = ""
+    int8: bool = False
 
     @abc.abstractmethod
     def init_base(self, key: jax.Array) -> PyTree:
@@ -165,6 +182,13 @@ class Adapted(abc.ABC):
     def adapted_part(self, base: PyTree) -> PyTree:
         """What the Executor changes, of a tree like the base."""
         return base if self.adapted is None else base[self.adapted]
+
+    def int8_kernels(self) -> list[str]:
+        """Dotted paths of the base's kernels that are kept as int8."""
+        if not self.int8:
+            return []
+        part = "" if self.adapted is None else f"{self.adapted}."
+        return [f"{part}{path}" for path in block_kernels(self.adapted_part(self.base_axes()))]
 
     def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:
         """An Executor that equals the Demonstrator: LoRA of `rank`, or full differences if `rank` is None."""

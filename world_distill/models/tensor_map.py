@@ -76,11 +76,13 @@ class Published:
       sizes: as in a config's section `model`.
       entries: of each part of the base, whose tensors lie in a folder of that name.
       constants: arrays of the base by dotted path that are no tensors there, but stand in a config.
+      ignored: of a part, pattern of the names of tensors that are not converted.
     """
 
     sizes: dict[str, Any]
     entries: dict[str, list[Entry]]
     constants: dict[str, np.ndarray]
+    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def check_names(entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]]) -> list[str]:

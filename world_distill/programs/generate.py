@@ -180,7 +180,7 @@ def _settings(request: Request, config) -> dict[str, Any]:
         "sampler": request.sampler,
         "steps": request.steps or given.steps,
         "shift": given.shift if request.shift is None else request.shift,
-        "sigmas": list(given.explicit) or None,
+        "sigmas": None,
         "guidance": request.guidance,
         "negative": request.negative if request.guidance != 1 else None,
         "seed": request.seed,
@@ -188,12 +188,10 @@ def _settings(request: Request, config) -> dict[str, Any]:
         "base": config.base,
         "version": world_distill.__version__,
     }
-    if request.steps or request.shift is not None:
-        settings["sigmas"] = None
-    if request.times:
-        settings["sigmas"] = list(request.times if request.times[-1] == 0 else (*request.times, 0.0))
-    if settings["sigmas"]:
-        settings |= {"steps": len(settings["sigmas"]) - 1, "shift": None}
+    own = () if request.steps or request.shift is not None else given.explicit
+    if times := list(request.times or own):
+        times += [] if times[-1] == 0 else [0.0]
+        settings |= {"sigmas": times, "steps": len(times) - 1, "shift": None}
     return settings
 
 

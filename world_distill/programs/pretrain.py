@@ -158,6 +158,10 @@ def pretrain(config, workdir, *, command: str) -> dict:
     settings = config.pretrain
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)
+    if family.int8_kernels():
+        raise UserError(
+            "model.int8 is for kernels that stay frozen, and `pretrain` trains them: set model.int8 = False"
+        )
     source = build.make(config, "clips")
     state, step_fn = make_training(config, family, mesh)
     rows = batch_sharding(mesh)

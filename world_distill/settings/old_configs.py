@@ -20,8 +20,11 @@ def is_old(config: Any) -> bool:
 def translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in today's keys and units, with the gradient that the old ones had; today's are unchanged."""
     config = copy.deepcopy(dict(config))
-    if config.get("model", {}).get("family") == "tiny" and "base" in config:
+    family = config.get("model", {}).get("family")
+    if family == "tiny" and "base" in config:
         _name_base(config)
+    if family in ("tiny", "wan"):
+        config["model"].setdefault("int8", False)
     if not is_old(config):
         return config
     objective = config["objective"]

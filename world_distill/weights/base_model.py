@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from world_distill.build import start_devices
 from world_distill.devices.sharding import tree_shardings
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
+from world_distill.models.int8 import Int8Kernel, quantise, quantised, quantised_axes
 from world_distill.storage import array_store
 from world_distill.storage.weight_files import load_weights
 from world_distill.structs import PyTree
@@ -22,11 +24,17 @@ RANDOM = "random"
 
 
 @functools.lru_cache(maxsize=32)
-def abstract_base(family: ModelFamily, mesh: jax.sharding.Mesh) -> PyTree:
-    """Shapes and shardings of the base on a mesh."""
-    shapes = jax.eval_shape(family.init_base, jax.random.key(0))
-    places = tree_shardings(mesh, family.base_axes(), shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+def abstract_base(family: ModelFamily, mesh: jax.sharding.Mesh, *, int8: bool = True) -> PyTree:
+    """Shapes and shardings of the base on a mesh; without `int8` before any of its kernels is turned into int8."""
+    shapes, axes = jax.eval_shape(family.init_base, jax.random.key(0)), family.base_axes()
+    if int8:
+        shapes = jax.eval_shape(functools.partial(quantised, paths=family.int8_kernels()), shapes)
+        axes = quantised_axes(axes, shapes)
+    return jax.tree.map(_abstract, shapes, tree_shardings(mesh, axes, shapes))
+
+
+def _abstract(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def abstract_executor(family: ModelFamily, mesh: jax.sharding.Mesh, rank: int) -> PyTree:
@@ -48,13 +56,18 @@ def origin(base: str) -> dict[str, Any]:
 
 
 def load_base(
-    family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh, *, parts: Sequence[str] | None = None
+    family: ModelFamily,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    *,
+    parts: Sequence[str] | None = None,
+    int8: bool = True,
 ) -> PyTree:
     """The frozen base, placed on the mesh: the one copy that serves Demonstrator and Executor.
 
     `config.base` is a checkpoint of `world-distill convert`, a weight file of `world-distill pretrain`, "random" for
     untrained weights, or the name of weights that ship with the family. With `parts`, only these of the base's
-    outermost keys.
+    outermost keys. Without `int8`, kernels that the family keeps as int8 come as they are stored.
 
     Raises:
       UserError: no weights are named, or they do not fit the config's sizes.
@@ -69,49 +82,64 @@ def load_base(
     def chosen(tree):
         return tree if parts is None else {part: tree[part] for part in parts}
 
-    expected = abstract_base(family, mesh)
-    shardings = chosen(jax.tree.map(lambda x: x.sharding, expected))
+    kernels = set(family.int8_kernels()) if int8 else set()
+    placed = chosen(abstract_base(family, mesh, int8=int8))
     if path == RANDOM:
-        return jax.jit(lambda key: chosen(family.init_base(key)), out_shardings=shardings)(jax.random.key(0))
+        shardings = jax.tree.map(lambda x: x.sharding, placed)
+        return jax.jit(lambda key: chosen(quantised(family.init_base(key), kernels)), out_shardings=shardings)(
+            jax.random.key(0)
+        )
+    read = _reader(path, family, mesh)
+    arrays = read([name for name in array_store.by_name(placed) if name not in kernels])
+    for name, kernel in array_store.by_name(placed).items():
+        if name in kernels:  # one at a time: the dense kernels together may not fit
+            arrays[name] = jax.block_until_ready(_quantiser(kernel)(read([name])[name]))
+    return unflatten_dict(arrays, sep=".")
+
+
+@functools.lru_cache(maxsize=32)
+def _quantiser(kernel: Int8Kernel) -> Callable[[jax.Array], Int8Kernel]:
+    """A program that turns dense kernels into int8 ones like this abstract one."""
+    shardings = jax.tree.map(lambda x: x.sharding, kernel)
+    return jax.jit(lambda dense: quantise(dense.astype(kernel.dtype)), out_shardings=shardings)
+
+
+def _reader(
+    path: str | pathlib.Path, family: ModelFamily, mesh: jax.sharding.Mesh
+) -> Callable[[Sequence[str]], dict[str, Any]]:
+    """A function that places arrays of the base on the mesh, by their dotted paths; each call reads them anew.
+
+    Raises:
+      UserError: the weights at `path` are not the family's.
+    """
+    expected = abstract_base(family, mesh, int8=False)
+    wanted = array_store.by_name(expected)
     if pathlib.Path(path).is_dir():
-        return _load_converted(pathlib.Path(path), family, expected, shardings)
-    weights, _ = load_weights(path)
-    _check_weights(path, {name: x.shape for name, x in array_store.by_name(weights).items()}, expected)
-    return jax.device_put(chosen(weights), shardings)
+        shapes, metadata = array_store.describe(path)
+        _check_family(path, metadata, family)
+        _check_weights(path, _read_by(family, shapes), expected)
+        _check_settings(path, metadata, family)
 
+        def read(names):
+            tree = unflatten_dict({name: wanted[name] for name in names}, sep=".")
+            return array_store.by_name(array_store.load(path, tree))
 
-def _load_converted(path: pathlib.Path, family: ModelFamily, expected: PyTree, shardings: PyTree) -> PyTree:
-    """The arrays that have a sharding, read straight into it."""
-    shapes, metadata = array_store.describe(path)
-    _check_family(path, metadata, family)
-    _check_weights(path, shapes, expected)
-    _check_settings(path, metadata, family)
-    wanted = {
-        part: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), expected[part], places)
-        for part, places in shardings.items()
-    }
-    return array_store.load(path, wanted)
+        return read
+    weights = array_store.by_name(load_weights(path)[0])
+    _check_weights(path, {name: x.shape for name, x in weights.items()}, expected)
+    return lambda names: {name: jax.device_put(weights[name], wanted[name].sharding) for name in names}
 
 
 def open_base(family: ModelFamily, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[str], jax.Array]:
-    """A function that gives an array of the base by its dotted path; see `load_base`.
+    """A function that gives an array of the base by its dotted path, as it is stored; see `load_base`.
 
     From a checkpoint of `world-distill convert`, each array is read when it is asked for, and kept nowhere.
     """
     path = base_path(family, config.base)
     if not path or path == RANDOM or not pathlib.Path(path).is_dir():
-        return array_store.by_name(load_base(family, config, mesh)).__getitem__
-    expected = abstract_base(family, mesh)
-    shapes, metadata = array_store.describe(path)
-    _check_family(path, metadata, family)
-    _check_weights(path, shapes, expected)
-    _check_settings(path, metadata, family)
-    wanted = array_store.by_name(expected)
-
-    def read(name: str) -> jax.Array:
-        return array_store.by_name(array_store.load(path, unflatten_dict({name: wanted[name]}, sep=".")))[name]
-
-    return read
+        return array_store.by_name(load_base(family, config, mesh, int8=False)).__getitem__
+    read = _reader(path, family, mesh)
+    return lambda name: read([name])[name]
 
 
 def _check_family(path: str | pathlib.Path, metadata: Mapping[str, Any], family: ModelFamily) -> None:
@@ -119,6 +147,12 @@ def _check_family(path: str | pathlib.Path, metadata: Mapping[str, Any], family:
         raise UserError(
             f"{path} holds a model of family {metadata.get('family')}, config.model.family is {family.name}"
         )
+
+
+def _read_by(family: ModelFamily, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The arrays of a checkpoint without those that the family leaves unread."""
+    unread = family.published.unread if family.published is not None else ""
+    return {name: shape for name, shape in shapes.items() if not re.fullmatch(unread, name)}
 
 
 def _check_settings(path: str | pathlib.Path, metadata: Mapping[str, Any], family: ModelFamily) -> None:

@@ -123,7 +123,7 @@ def unread_by_diffusers(lora: PyTree, model: LoraModel) -> list[str]:
 def missing_for_diffusers(layers: Collection[str]) -> list[str]:
     """Why diffusers stops at a file in ComfyUI's layout that adapts these layers, a line each; empty: it does not."""
     lines = []
-    if not any(name.startswith("blocks.") for name in layers):
+    if not any(name.startswith(("blocks.", "transformer_blocks.")) for name in layers):
         lines.append("it adapts no block")
     if "patch_embedding" in layers:
         lines.append("it adapts patch_embedding")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from world_distill.errors import UserError
+from world_distill.models.ltx2 import layout as ltx2
 from world_distill.models.tensor_map import Published
 from world_distill.models.wan import published as wan
 
@@ -19,7 +20,10 @@ class _Reader(NamedTuple):
 
 
 # By the class of the transformer in diffusers.
-_READERS = {"WanTransformer3DModel": _Reader("wan", ("transformer", "vae"), wan.describe)}
+_READERS = {
+    "LTX2VideoTransformer3DModel": _Reader("ltx2", ("transformer", "connectors", "vae"), ltx2.describe),
+    "WanTransformer3DModel": _Reader("wan", ("transformer", "vae"), wan.describe),
+}
 _PARTS = tuple(dict.fromkeys(part for reader in _READERS.values() for part in reader.parts))
 
 # Of a model on the Hugging Face hub, no more than what is converted; its text encoder is the larger part.

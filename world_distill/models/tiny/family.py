@@ -96,6 +96,7 @@ class TinyFamily(lora_lib.Adapted):
       lora_differences: pattern of the weights that get full differences beside LoRA.
       merge_lora: add that product to the weights before a forward pass, in place of two thin matrix products a layer.
         The same function; faster for small layers and many tokens, and a gradient as large as the weights.
+      int8: keep the kernels of the blocks as int8.
     """
 
     config: TinyConfig
@@ -105,6 +106,7 @@ class TinyFamily(lora_lib.Adapted):
     lora_scale: float = 1.0
     lora_differences: str = ""
     merge_lora: bool = False
+    int8: bool = False
 
     name = "tiny"
     adapted = None
@@ -180,6 +182,7 @@ def build(
     remat: bool = False,
     unroll: int = 4,
     merge_lora: bool = False,
+    int8: bool = False,
     lora_targets: str = r"blocks\..*",
     lora_scale: float = 1.0,
     lora_differences: str = "",
@@ -200,17 +203,22 @@ def build(
       remat: compute activations again in the backward pass.
       unroll: blocks in one turn of the layer scan.
       merge_lora: add LoRA's product to the weights first, instead of applying the factors one after the other.
+      int8: keep the kernels of the blocks as 8-bit integers, with a scale for each output channel (`models.int8`). For
+        LoRA alone, and not with `merge_lora`.
       lora_targets: pattern of the paths of the layers that LoRA adapts.
       lora_scale: factor of LoRA's product.
       lora_differences: pattern of the weights that get full differences beside LoRA; empty: none.
 
     Raises:
-      ValueError: `size` is not a multiple of `patch`, or `frames` is not 1 + a multiple of `stride`.
+      ValueError: `size` is not a multiple of `patch`, `frames` is not 1 + a multiple of `stride`, or `int8` with
+        `merge_lora`.
     """
     if size % patch:
         raise ValueError(f"model.size={size} is not a multiple of model.patch={patch}")
     if (frames - 1) % stride:
         raise ValueError(f"model.frames={frames} is not 1 + a multiple of model.stride={stride}")
+    if int8 and merge_lora:
+        raise ValueError("model.merge_lora adds LoRA to whole kernels, which model.int8 never makes: set one to False")
     grid = (1 + (frames - 1) // stride, size // patch, size // patch)
     config = TinyConfig(
         grid=grid, channels=3 * stride * patch * patch, text_width=text_width,
@@ -223,4 +231,5 @@ def build(
         lora_scale=lora_scale,
         lora_differences=lora_differences,
         merge_lora=merge_lora,
+        int8=int8,
     )

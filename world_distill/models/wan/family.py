@@ -39,6 +39,7 @@ class WanFamily(lora_lib.Adapted):
       lora_targets: pattern of the layers that LoRA adapts.
       lora_scale: factor on the product of LoRA's factors (alpha / rank).
       lora_differences: pattern of the weights that get full differences beside LoRA.
+      int8: keep the kernels of the blocks as int8.
     """
 
     config: WanConfig
@@ -51,6 +52,7 @@ class WanFamily(lora_lib.Adapted):
     lora_targets: str = r"blocks\..*"
     lora_scale: float = 1.0
     lora_differences: str = ""
+    int8: bool = False
 
     name = "wan"
     adapted = "transformer"
@@ -120,6 +122,7 @@ def build(
     fps: float = 24.0,
     vae: Mapping[str, Any] | None = None,
     dtype: str = "bfloat16",
+    int8: bool = False,
     vae_dtype: str = "float32",
     piece: int = 0,
     rows: int | None = None,
@@ -137,6 +140,9 @@ def build(
       fps: frames a second.
       vae: sizes of the autoencoder, as in `VaeConfig`.
       dtype: type of the transformer's weights, bfloat16 or float32.
+      int8: keep the kernels of the blocks as 8-bit integers, with a scale for each output channel (`models.int8`).
+        They take half the memory of bfloat16, and are turned into `dtype` block by block; `remat` = "none" keeps all
+        of them in `dtype` for the backward pass. For LoRA alone.
       vae_dtype: type of the autoencoder's weights.
       piece: latent frames decoded at a time; 0: all.
       rows: clips decoded at a time, over all devices; 0: all; None: as `sharding.rows_at_once` says.
@@ -159,7 +165,7 @@ def build(
     return WanFamily(
         config, WanCodec(codec, jnp.dtype(vae_dtype), piece, rows), size=(size[0], size[1]), frames=frames, fps=fps,
         dtype=jnp.dtype(dtype), text_encoder=text_encoder, lora_targets=lora_targets, lora_scale=lora_scale,
-        lora_differences=lora_differences,
+        lora_differences=lora_differences, int8=int8,
     )  # fmt: skip
 
 

@@ -24,9 +24,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.sharding import pin_order, platform_of
-from world_distill.models.attention import AttentionKind, attend_on
-from world_distill.models.blocks import Remat, StreamLayout, scan_blocks
+from world_distill.devices.sharding import platform_of
+from world_distill.models.attention import AttentionKind
+from world_distill.models.blocks import Remat, StreamLayout, gated, scan_blocks, spread_times
 from world_distill.models.layers import (
     LayerNorm,
     Linear,
@@ -38,6 +38,7 @@ from world_distill.models.layers import (
     sub,
 )
 from world_distill.models.rope import rope_waves, rotate
+from world_distill.models.stream_attention import Rotation, StreamAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,65 +90,18 @@ class WanConfig:
         return StreamLayout(self.mesh)
 
 
-class Attention(nnx.Module):
-    """Multi-head attention with RMSNorm on queries and keys over all heads at once."""
-
-    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        width = config.width
-        self.q = Linear(width, width, ("embed", "heads"), rngs=rngs)
-        self.k = Linear(width, width, ("embed", "heads"), rngs=rngs)
-        self.v = Linear(width, width, ("embed", "heads"), rngs=rngs)
-        self.out = Linear(width, width, ("heads", "embed"), rngs=rngs)
-        ones = nnx.with_partitioning(jax.nn.initializers.ones, ("heads",))
-        self.q_norm = nnx.Param(ones(rngs.params(), (width,)))
-        self.k_norm = nnx.Param(ones(rngs.params(), (width,)))
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        text: Float[Array, "b l d"] | None,
-        rope: tuple | None,
-        lora: Lora,
-        scale: float,
-        keys: int | None = None,
-    ) -> Float[Array, "b n d"]:
-        config, stream = self.config, self.config.stream
-        eps = config.eps
-        layers, factors = (self.q, self.k, self.v), [sub(lora, name) for name in "qkv"]
-        if text is None:
-            q, k, v = stream.up(x, layers, factors, scale)
-            source = x.shape
-        else:
-            [q] = stream.up(x, layers[:1], factors[:1], scale)
-            h = stream.rows(text)
-            k, v = (layer(h, factor, scale) for layer, factor in zip(layers[1:], factors[1:], strict=True))
-            source = text.shape
-        split = lambda y, like: y.reshape(*like[:-1], config.heads, -1)  # noqa: E731
-        q, k, v = split(q, x.shape), split(k, source), split(v, source)
-        # As the attention kernel of TPUs reads them: head by head.
-        by_head = functools.partial(
-            pin_order, config.mesh, names=("batch", "length", "heads", None), order=(0, 2, 1, 3)
-        )
-        q = by_head(q)
-        if text is None:
-            k, v = by_head(k), by_head(v)
-        q, k = _norm_heads(q, self.q_norm[...], eps), _norm_heads(k, self.k_norm[...], eps)
-        if rope is not None:
-            cos, sin = rope
-            q, k = (rotate(y, cos, sin, platform_of(config.mesh)) for y in (q, k))
-        y = attend_on(config.mesh, q, k, v, config.attention, itself=text is None, keys=keys)
-        return stream.down(y, self.out, sub(lora, "out"), scale).reshape(x.shape)
-
-
 class Block(nnx.Module):
     """Self-attention, text cross-attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.self_attention = Attention(config, rngs=rngs)
+        attention = functools.partial(
+            StreamAttention, config.width, config.heads, eps=config.eps, kind=config.attention, mesh=config.mesh,
+            rngs=rngs,
+        )  # fmt: skip
+        self.self_attention = attention()
         self.cross_norm = LayerNorm(config.width, rngs=rngs)
-        self.cross_attention = Attention(config, rngs=rngs)
+        self.cross_attention = attention()
         self.mlp = Mlp(config.width, config.mlp, rngs=rngs)
         normal = nnx.with_partitioning(jax.nn.initializers.normal(config.width**-0.5), (None, "embed"))
         self.table = nnx.Param(normal(rngs.params(), (6, config.width)))
@@ -158,7 +112,7 @@ class Block(nnx.Module):
         modulation: Float[Array, "b s 6 d"],
         spread: Callable[[Array], Array],
         text: Float[Array, "b l d"],
-        rope: tuple,
+        rotation: Rotation,
         lora: Lora,
         scale: float,
         keys: int | None = None,
@@ -168,13 +122,15 @@ class Block(nnx.Module):
         table = self.table[...].astype(jnp.float32) + modulation.astype(jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = (spread(y) for y in jnp.moveaxis(table, 2, 0))
         h = _modulate(x, scale1, shift1, eps)
-        x = _gated(x, self.self_attention(h, None, rope, sub(lora, "self_attention"), scale, keys), gate1)
+        factors = sub(lora, "self_attention")
+        h = self.self_attention(h, factors, scale, rotations=(rotation, rotation), keys=keys)
+        x = gated(x, h, gate1)
         h = self.cross_norm(x, eps)
-        x = x + self.cross_attention(h, text, None, sub(lora, "cross_attention"), scale)
+        x = x + self.cross_attention(h, sub(lora, "cross_attention"), scale, text=text)
         factors = sub(lora, "mlp")
         [h] = stream.up(_modulate(x, scale2, shift2, eps), [self.mlp.up], [sub(factors, "up")], scale)
         h = stream.down(jax.nn.gelu(h).reshape(*x.shape[:2], -1), self.mlp.down, sub(factors, "down"), scale)
-        return _gated(x, h.reshape(x.shape), gate2)
+        return gated(x, h.reshape(x.shape), gate2)
 
 
 class WanDiT(nnx.Module):
@@ -234,9 +190,10 @@ class WanDiT(nnx.Module):
         tokens = math.prod(grid)
         spare = config.stream.length(tokens) - tokens
         rope = rope_waves(grid, config.rope_dims, theta=config.theta)
-        rope = tuple(jnp.pad(y, ((0, spare), (0, 0))) for y in rope)
+        cos, sin = (jnp.pad(y, ((0, spare), (0, 0))) for y in rope)
+        rotation = functools.partial(rotate, cos=cos, sin=sin, platform=platform_of(config.mesh))
         columns = np.repeat(np.arange(f) if times is None else np.asarray(times), tokens // f)
-        spread = functools.partial(_spread, columns=np.pad(columns, (0, spare), mode="edge"))
+        spread = functools.partial(spread_times, columns=np.pad(columns, (0, spare), mode="edge"))
 
         h = x.astype(dtype).reshape(b, f, grid[1], p, grid[2], p, -1).transpose(0, 1, 2, 4, 3, 5, 6)
         h = jnp.pad(h.reshape(b, tokens, -1), ((0, 0), (0, spare), (0, 0)))
@@ -248,7 +205,7 @@ class WanDiT(nnx.Module):
             weights, layer_lora = layer
             own: Any = nnx.merge(graph, weights)
             config.stream.settle(own, own.mlp)
-            return lay(own(h, modulation, spread, text, rope, layer_lora, scale, tokens))
+            return lay(own(h, modulation, spread, text, rotation, layer_lora, scale, tokens))
 
         h = scan_blocks(block, h, (blocks, sub(lora, "blocks")), config.remat, lay=lay)
         shift, gain = jnp.moveaxis(self.table[...].astype(jnp.float32) + time.astype(jnp.float32)[:, :, None], 2, 0)
@@ -257,31 +214,6 @@ class WanDiT(nnx.Module):
         return h.reshape(x.shape).astype(jnp.float32)
 
 
-def _norm_heads(x: Float[Array, "b n h e"], weight: Float[Array, " d"], eps: float) -> Float[Array, "b n h e"]:
-    """RMSNorm over all heads at once."""
-    x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=(-2, -1), keepdims=True) + eps)
-    return (y * weight.reshape(x.shape[-2:])).astype(x.dtype)
-
-
-def _spread(y: Float[Array, "b s d"], columns: np.ndarray) -> Float[Array, "b n d"]:
-    """`y[:, columns]`, for each token the row of its time.
-
-    Made of choices between runs of tokens, which the compiler repeats where the result is read. A lookup it would write
-    out.
-    """
-    tokens = jnp.arange(len(columns))[:, None]
-    result = y[:, columns[0], None]
-    for start in np.flatnonzero(np.diff(columns)) + 1:
-        result = jnp.where(tokens < start, result, y[:, columns[start], None])
-    return jnp.broadcast_to(result, (len(y), len(columns), y.shape[-1]))
-
-
 def _modulate(x: Float[Array, "b n d"], scale: Float[Array, "b n d"], shift: Float[Array, "b n d"], eps: float):
     """`norm(x) (1 + scale) + shift`."""
     return (layer_norm(x.astype(jnp.float32), eps) * (1 + scale) + shift).astype(x.dtype)
-
-
-def _gated(x: Float[Array, "b n d"], h: Float[Array, "b n d"], gate: Float[Array, "b n d"]):
-    """`x + gate h`."""
-    return (x.astype(jnp.float32) + h.astype(jnp.float32) * gate).astype(x.dtype)

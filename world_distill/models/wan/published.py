@@ -113,6 +113,10 @@ class WanPublished:
         return FLOAT32
 
     @property
+    def unread(self) -> str:
+        return ""
+
+    @property
     def known_sizes(self) -> Mapping[tuple[int, int], str]:
         return KNOWN_SIZES
 

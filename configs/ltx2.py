@@ -1,0 +1,107 @@
+"""World Model Self-Distillation of LTX-2 (2.0, 19B), the model of the paper's main result.
+
+Commands:  world-distill convert MODEL weights/ltx2 --dtype bfloat16   (LTX-2's distilled model in diffusers' layout)
+           world-distill annotate / encode --config ltx2 …            (see launch/README.md)
+           world-distill train --config ltx2[:VARIANT] --config.data=data --workdir runs/ltx2
+Hardware:  see launch/README.md, "What the TPU compiler says".
+Result:    not measured yet; no chip has run it.
+
+Variants, `--config ltx2:VARIANT`:
+  wmsd      distillation with RL (AWM) from a VLM judge, which `launch/serve_judge.sh` starts; the default
+  wmsd_grpo the same with Flow-GRPO by coefficient-preserving steps, noise in the last four steps alone
+  distill   on-policy distillation (Eq. 11) alone: needs no judge
+  dev       distill for the undistilled model: 30 steps of a shifted grid, a guided Demonstrator
+  debug     the same code on a tiny untrained network, in the sandbox's world: minutes on a CPU, no downloads
+
+Public (WMSD, arXiv 2606.12072): the 8-step distilled sampler without guidance, LoRA, 24 rollouts a task, beta_d .01,
+AWM, 100 training steps. Ours, since nothing is published: rank and targets of LoRA, tasks of a step, learning rate,
+number of updates and draws, how times are drawn, fps, and the weights of the rewards.
+
+Both streams are sampled (`model.audio = "joint"`), as the published pipelines do. `--config.model.audio=off` has the
+video stream alone: another Demonstrator, in two thirds of the memory.
+
+References are to be made with diffusers 0.39 or newer: before, the text connectors took tokens in another order.
+"""
+
+from ml_collections import ConfigDict
+
+from world_distill.config import UserError, default_config, did_you_mean, load_config, parse_arg
+
+VARIANTS = ("wmsd", "wmsd_grpo", "distill", "dev", "debug")
+# The published sampler of the distilled model.
+TIMES = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875)
+VAE = {
+    "channels": 128, "encoder_widths": (256, 512, 1024, 2048), "encoder_blocks": (4, 6, 6, 2, 2),
+    "steps": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"), "decoder_widths": (256, 512, 1024),
+    "decoder_blocks": (5, 5, 5, 5), "patch": 4,
+}  # fmt: skip
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config of a variant; see the module's text."""
+    variant = parse_arg(arg, variant="wmsd").variant
+    if variant not in VARIANTS:
+        raise UserError(f"unknown variant {variant!r}; {did_you_mean(variant, VARIANTS)}")
+    c = default_config()
+    # Sizes as published; see `world_distill.models.ltx2`.
+    c.model = ConfigDict({
+        "family": "ltx2", "size": (512, 768), "frames": 121, "fps": 24.0, "audio": "joint", "audio_counts": False,
+        "channels": 128, "width": 4096, "audio_channels": 128, "audio_width": 2048, "depth": 48, "heads": 32,
+        "text_width": 3840, "time_width": 256, "dtype": "bfloat16", "int8": False, "vae_dtype": "bfloat16",
+        "remat": "full", "attention": None, "places": 6144, "rows": None, "text_encoder": "", "text_projection": "",
+        "stride": (8, 32, 32), "ranges": (20, 2048, 2048), "vae": VAE,
+        "connectors": {"width": 3840, "heads": 30, "depth": 2, "registers": 128, "length": 1024, "states": 49},
+    })  # fmt: skip
+    c.text_length = 512
+
+    # On accelerators one clip on each chip at a time.
+    c.rollout.micro_batch = c.objective.micro_batch = None
+    vlms = load_config("wan22_5b:wmsd")  # annotator, filters and judges do not depend on the model
+    for section in ("annotator", "filters", "judge", "held_out"):
+        c[section] = vlms[section].copy_and_resolve_references()
+    c.annotator.options.seconds = 5.0  # model.frames / model.fps
+
+    c.sampler.steps, c.sampler.shift, c.sampler.explicit = len(TIMES), 1.0, TIMES
+    # The video stream alone: nothing judges the sound, and a loss without it would spoil it.
+    c.executor.targets = r"blocks\.video\.(self_attention|cross_attention)\.(q|k|v|out)|blocks\.video\.mlp\.(up|down)"
+    c.rollout.tasks, c.rollout.group = 8, 24
+    c.steps = 100
+    c.objective.times = "by_dt"
+    if variant == "wmsd_grpo":
+        c.objective.rl = "flow_grpo"
+        c.objective.grpo_clip = 1e-4
+        c.sampler.sde, c.sampler.eta, c.sampler.window = "cps", 0.8, (4, 4)
+    if variant in ("distill", "dev"):
+        c.objective.rl = "none"
+        c.objective.beta_d = ((0, 1.0),)
+    if variant == "dev":
+        # The published grid depends on the number of tokens (mu 2.78 at 6,144) and ends at .1; this shift is exp(2.78).
+        c.sampler.steps, c.sampler.shift, c.sampler.explicit = 30, 16.2, ()
+        c.objective.times = "index"
+        c.demonstrator.guidance = 3.0
+    if variant == "debug":
+        _shrink(c)
+    return c
+
+
+def _shrink(c: ConfigDict) -> None:
+    """Makes everything tiny, and puts the sandbox's world in the place of pictures and VLMs."""
+    small = load_config("wan22_5b:debug")
+    for section in ("world", "scenes", "annotator", "filters", "judge", "held_out", "benchmark", "optimizer"):
+        if section in small:
+            c[section] = small[section]
+    for key in ("base", "text_length", "encode_batch", "save_every", "evaluate_tasks", "steps"):
+        c[key] = small[key]
+    c.model.size, c.model.frames, c.model.fps = (96, 96), 9, 8.0
+    c.model.channels = c.model.vae.channels = 6
+    c.model.width, c.model.audio_width, c.model.audio_channels = 32, 16, 4
+    c.model.depth, c.model.heads, c.model.text_width, c.model.time_width = 2, 2, 24, 16
+    c.model.vae.encoder_widths, c.model.vae.encoder_blocks = (8, 8, 16, 16), (1, 1, 1, 1, 1)
+    c.model.vae.decoder_widths, c.model.vae.decoder_blocks = (8, 16, 32), (1, 1, 1, 1)
+    c.model.connectors = ConfigDict({
+        "width": 24, "heads": 2, "depth": 2, "registers": 4, "length": 64, "states": 3
+    })  # fmt: skip
+    c.model.dtype = c.model.vae_dtype = "float32"
+    c.model.text_encoder = "words"  # states without weights
+    c.executor.rank, c.executor.alpha = 4, 4.0
+    c.rollout.tasks, c.rollout.group = 4, 2

@@ -1,0 +1,108 @@
+"""LTX-2 from scenes to a LoRA file, on 8 devices: encode, train, evaluate, export, generate; joint and video alone."""
+
+import jax
+import numpy as np
+import pytest
+from small import check_advantages
+
+from world_distill import cli
+from world_distill.data.records.reader import RecordReader
+from world_distill.programs import evaluate, generate, prepare, train
+from world_distill.settings.loading import load_config
+from world_distill.storage.metric_log import read_log
+from world_distill.training import run_folder
+from world_distill.weights.lora_files import read_lora
+from world_distill.weights.lora_layouts import LoraModel
+
+pytestmark = pytest.mark.once
+
+SMALL = {
+    "steps": 2, "save_every": 1, "model.size": (64, 64), "world.size": 64, "objective.updates": 1,
+    "objective.minibatches": 1, "objective.draws": 2, "host_devices": 8, "mesh.data": 2, "mesh.tensor": 2,
+    "scenes.train": 3, "scenes.validation": 1, "scenes.test": 2, "annotator.pairs": 2, "evaluate_batch": 8,
+    "encode_batch": 2, "judge.factory": "hash_judge:HashJudge",
+}  # fmt: skip
+GRPO = {
+    "objective.rl": "flow_grpo", "objective.times": "index", "sampler.sde": "cps", "sampler.eta": 0.8,
+    "sampler.window": (4, 4), "objective.grpo_clip": 1e-4, "objective.beta_d": ((0, 0.1),), "objective.draws": 1,
+}  # fmt: skip
+
+
+def config_of(**changes):
+    return load_config("ltx2:debug", SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ltx2")
+    prepare.make_records(config_of(), folder / "data")
+    return folder / "data"
+
+
+def run_of(records, folder, **changes):
+    config = config_of(**changes)
+    config.data = str(records)
+    train.train(config, folder)
+    return config
+
+
+@pytest.fixture(scope="module")
+def joint(records, tmp_path_factory):
+    """The folder of a finished run with both streams."""
+    folder = tmp_path_factory.mktemp("joint")
+    check_advantages(run_of(records, folder), folder)
+    return folder
+
+
+def test_records_hold_a_scene_and_a_row_a_token(records):
+    record = RecordReader(records, "train")[0]
+    assert record.scene["video"].shape == (1, 2, 2, 6) and record.task_states["text"].shape[1] == 24
+
+
+def test_both_streams_train_and_the_audio_layers_stay(joint):
+    opened = run_folder.open_run(joint)
+    video = opened.executor["blocks"]["video"]
+    assert opened.executor.keys() == {"blocks"} and opened.executor["blocks"].keys() == {"video"}
+    assert all(np.abs(layer["b"]).max() > 0 for layer in video["self_attention"].values())
+    assert opened.family.latents["audio"].shape == (28, 4) and not opened.family.latents["audio"].counts.any()
+    lines = read_log(joint / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2] and all(line["train/gradient_norm"] > 0 for line in lines)
+
+
+def test_a_run_goes_on_bit_for_bit(records, joint, tmp_path):
+    run_of(records, tmp_path, steps=1)
+    run_of(records, tmp_path)
+    whole, stopped = (run_folder.open_run(folder).executor for folder in (joint, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, whole, stopped)
+
+
+@pytest.mark.parametrize("audio", ["joint", "off"])
+def test_flow_grpo_with_noise_in_the_last_steps(records, tmp_path, audio):
+    config = run_of(records, tmp_path, **GRPO, **{"model.audio": audio, "steps": 1})
+    [line] = read_log(tmp_path / "metrics.jsonl")
+    assert line["train/gradient_norm"] > 0 and np.isfinite(line["train/ratio"])
+    base = run_folder.open_run(tmp_path).base
+    assert ("audio" in base["transformer"]) == ("audio" in base["connectors"]) == (audio == "joint")
+    check_advantages(config, tmp_path)
+
+
+def test_the_executor_and_its_files_make_the_same_clips(records, joint, tmp_path, monkeypatch):
+    opened = run_folder.open_run(joint)
+    rows = evaluate.evaluate_roles(opened, roles=("demonstrator", "executor"), split="test")["rows"]
+    assert [row["n"] for row in rows] == [2, 2]
+
+    made = {}
+    monkeypatch.setattr(generate, "_write", lambda folder, job, clip, *rest: made.setdefault(str(folder), clip))
+    image = next((records / "scenes" / "test").glob("*.png"))
+    flags = ["generate", "--image", str(image), "--task", "[red disc]: Go to the blue ring.", "--batch", "1"]
+    changes = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    assert cli.main([*flags, "--executor", str(joint), "--out", "run"]) == 0
+    for layout in ("comfy", "diffusers"):
+        path = tmp_path / f"{layout}.safetensors"
+        assert cli.main(["export", "--workdir", str(joint), "--format", layout, "--out", str(path)]) == 0
+        found = read_lora(path, LoraModel.of(opened.family), scale=opened.family.lora_scale).tree
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, jax.device_get(opened.executor))
+        assert cli.main([*flags, "--config", "ltx2:debug", *changes, "--executor", str(path), "--out", layout]) == 0
+    assert made["run"].shape == (9, 64, 64, 3) and made["run"].std() > 0
+    for layout in ("comfy", "diffusers"):
+        np.testing.assert_allclose(made[layout].astype(int), made["run"].astype(int), atol=1, err_msg=layout)

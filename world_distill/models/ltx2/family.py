@@ -1,0 +1,221 @@
+"""`interfaces.ModelFamily` for LTX-2 (2.0, 19B): transformer of two streams, text connectors, picture's autoencoder.
+
+The base is `{"transformer": weights, "connectors": weights, "vae": weights}`. LoRA and full differences are of the
+transformer. Records store what the text projection gives, one row a token; the connectors read it on the device.
+
+The audio stream moves with the video's and is not decoded. With `audio="off"` the video stream is alone: 13.0 of 18.9 B
+parameters, and another model, since the joint one's picture listens to its sound.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from world_distill.models import lora as lora_lib
+from world_distill.models.functional import Functional, functional
+from world_distill.models.ltx2.codec import PLACES, LTX2Codec
+from world_distill.models.ltx2.config import LTX2Config
+from world_distill.models.ltx2.connectors import ConnectorConfig, TextConnectors
+from world_distill.models.ltx2.encoders import LTX2Encoders
+from world_distill.models.ltx2.layout import LTX2Published
+from world_distill.models.ltx2.modeling import LTX2DiT
+from world_distill.models.ltx2.vae import VaeConfig
+from world_distill.structs import Condition, Latents, LatentSpec, PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LTX2Family(lora_lib.Adapted):
+    """Sizes and pure functions; see `interfaces.ModelFamily` for the contract.
+
+    Args:
+      config: sizes of the transformer.
+      connectors: sizes of the text connectors.
+      codec: the autoencoder.
+      size: height and width of a clip in pixels.
+      frames: of a clip.
+      audio_counts: whether the audio stream counts in losses, step noise and log-probabilities.
+      dtype: of the transformer's and the connectors' weights.
+      text_encoder, text_projection: see `LTX2Encoders`.
+      lora_targets: pattern of the layers that LoRA adapts.
+      lora_scale: factor on the product of LoRA's factors (alpha / rank).
+      lora_differences: pattern of the weights that get full differences beside LoRA.
+      int8: keep the kernels of the blocks as int8.
+    """
+
+    config: LTX2Config
+    connectors: ConnectorConfig
+    codec: LTX2Codec
+    size: tuple[int, int]
+    frames: int
+    audio_counts: bool = False
+    dtype: Any = jnp.dtype("bfloat16")
+    text_encoder: str = ""
+    text_projection: str = ""
+    lora_targets: str = r"blocks\.video\..*"
+    lora_scale: float = 1.0
+    lora_differences: str = ""
+    int8: bool = False
+
+    name = "ltx2"
+    adapted = "transformer"
+    shipped_bases = {}  # noqa: RUF012  (never changed)
+
+    def __post_init__(self):
+        self.codec.config.check_clip(self.frames, *self.size)
+
+    @property
+    def fps(self) -> float:
+        return self.config.fps
+
+    @functools.cached_property
+    def latents(self) -> Mapping[str, LatentSpec]:
+        """The picture, whose first latent frame is the scene, and the sound that belongs to it."""
+        config, sizes = self.config, self.codec.config
+        frames = 1 + (self.frames - 1) // sizes.time
+        shape = (frames, *(side // sizes.space for side in self.size), config.channels)
+        found = {"video": LatentSpec(shape, moves=np.arange(frames) > 0)}
+        if config.joint:
+            rate = config.audio_rate / config.audio_hop / config.audio_stride  # latents a second
+            moments = round(self.frames / config.fps * rate)
+            counts = np.full(moments, self.audio_counts)
+            found["audio"] = LatentSpec((moments, config.audio_channels), counts=counts)
+        return found
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(np.prod(spec.shape[:-1])) for spec in self.latents.values())
+
+    @functools.cached_property
+    def encoders(self) -> LTX2Encoders:
+        sizes = self.connectors
+        return LTX2Encoders(self.codec, self.size, self.text_encoder, self.text_projection, sizes.width, sizes.length)
+
+    @property
+    def published(self) -> LTX2Published:
+        return LTX2Published(self.config, self.connectors, self.codec.config)
+
+    @functools.cached_property
+    def network(self) -> Functional:
+        """The transformer as a function of its weights."""
+        return functional(LTX2DiT, self.config)
+
+    @functools.cached_property
+    def connect(self) -> Functional:
+        """The connectors as a function of their weights."""
+        return functional(TextConnectors, self.connectors)
+
+    def on(self, mesh: Mesh) -> "LTX2Family":
+        """The same with its activations laid out on a mesh."""
+        parts = {
+            name: dataclasses.replace(getattr(self, name), mesh=mesh) for name in ("config", "connectors", "codec")
+        }
+        return dataclasses.replace(self, **parts)
+
+    def init_base(self, key: jax.Array) -> PyTree:
+        networks = {"transformer": self.network, "connectors": self.connect}
+        base = {name: network.init(jax.random.fold_in(key, i)) for i, (name, network) in enumerate(networks.items())}
+        base = jax.tree.map(lambda x: x.astype(self.dtype), base)
+        return base | {"vae": self.codec.init(jax.random.fold_in(key, 2))}
+
+    def base_axes(self) -> PyTree:
+        return {"transformer": self.network.axes(), "connectors": self.connect.axes(), "vae": self.codec.axes()}
+
+    def denoise(
+        self, base: PyTree, lora: PyTree | None, x_t: Latents, t: jax.Array, condition: Condition
+    ) -> dict[str, jax.Array]:
+        weights, lora = lora_lib.apply_full(base["transformer"], lora)
+        rows = condition.text["text"]
+        text = self.connect(base["connectors"], rows.states, rows.mask)
+        video = self.latents["video"]
+        x = dict(x_t) | {"video": jnp.concatenate([condition.scene["video"], x_t["video"][:, 1:]], axis=1)}
+        # The scene's frame has time 0, all else the clip's.
+        times = {name: (1,) * spec.shape[0] for name, spec in self.latents.items()}
+        times["video"] = tuple(map(int, video.moves))
+        both = jnp.stack([jnp.zeros_like(t), t], 1)
+        velocity = self.network(weights, x, both, text, lora, self.lora_scale, times)
+        free = video.moves.astype(np.float32)[:, None, None, None]
+        return velocity | {"video": velocity["video"] * free}
+
+
+def build(
+    *,
+    size: tuple[int, int] = (512, 768),
+    frames: int = 121,
+    fps: float = 24.0,
+    audio: str = "joint",
+    audio_counts: bool = False,
+    vae: Mapping[str, Any] | None = None,
+    connectors: Mapping[str, Any] | None = None,
+    dtype: str = "bfloat16",
+    int8: bool = False,
+    vae_dtype: str = "bfloat16",
+    places: int = PLACES,
+    rows: int | None = None,
+    text_encoder: str = "",
+    text_projection: str = "",
+    lora_targets: str = r"blocks\.video\..*",
+    lora_scale: float = 1.0,
+    lora_differences: str = "",
+    **network: Any,
+) -> LTX2Family:
+    """The family of LTX-2 (2.0).
+
+    Args:
+      size: height and width of a clip in pixels, multiples of 32 with the published sizes.
+      frames: frames of a clip: 1 + a multiple of 8 with the published sizes.
+      fps: frames a second; RoPE and the length of the sound depend on it.
+      audio: joint samples picture and sound together, as the published pipelines do; off has the video stream alone.
+      audio_counts: let the audio stream count in losses, step noise and log-probabilities. Nothing judges the sound.
+      vae: sizes of the autoencoder, as in `VaeConfig`.
+      connectors: sizes of the text connectors, as in `ConnectorConfig`.
+      dtype: type of the weights of transformer and connectors, bfloat16 or float32.
+      int8: keep the kernels of the transformer's blocks as 8-bit integers, with a scale for each output channel
+        (`models.int8`). They take half the memory of bfloat16. For LoRA alone.
+      vae_dtype: type of the autoencoder's weights.
+      places: latents of a clip that a device decodes at once; larger clips are decoded in tiles, see `LTX2Codec`.
+      rows: clips decoded at a time, over all devices; 0: all; None: as `sharding.rows_at_once` says.
+      text_encoder: for `encode` and `generate`: folder with text_encoder/ and tokenizer/ of the published model, or
+        "words" for states without weights.
+      text_projection: file or folder with the checkpoint's text projection; empty: connectors/ of `text_encoder`.
+      lora_targets: pattern of the paths of the layers that LoRA adapts.
+      lora_scale: factor of LoRA's product.
+      lora_differences: pattern of the weights that get full differences beside LoRA; empty: none.
+      **network: sizes of the transformer, as in `LTX2Config`.
+
+    Raises:
+      ValueError: sizes that do not fit together, or that the autoencoder cannot cut into latents.
+    """
+    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in network.items()}
+    config = LTX2Config(audio=_one_of(audio), fps=fps, **lists)
+    codec, texts = codec_sizes(vae or {}), ConnectorConfig(audio=config.audio, **(connectors or {}))
+    if config.channels != codec.channels:
+        raise ValueError(f"model.channels = {config.channels}, but model.vae.channels = {codec.channels}")
+    if config.text_width != texts.width:
+        raise ValueError(f"model.text_width = {config.text_width}, but model.connectors.width = {texts.width}")
+    if config.stride != (codec.time, codec.space, codec.space):
+        raise ValueError(f"model.stride = {config.stride}, but model.vae compresses {(codec.time, codec.space)}")
+    if audio_counts and not config.joint:
+        raise ValueError("model.audio_counts has no effect with model.audio = off: there is no audio stream")
+    return LTX2Family(
+        config, texts, LTX2Codec(codec, jnp.dtype(vae_dtype), places=places, rows=rows), size=(size[0], size[1]),
+        frames=frames, audio_counts=audio_counts, dtype=jnp.dtype(dtype), text_encoder=text_encoder,
+        text_projection=text_projection, lora_targets=lora_targets, lora_scale=lora_scale,
+        lora_differences=lora_differences, int8=int8,
+    )  # fmt: skip
+
+
+def _one_of(audio: str) -> Any:
+    if audio not in ("joint", "off"):
+        raise ValueError(f"model.audio = {audio!r}: it is joint or off")
+    return audio
+
+
+def codec_sizes(sizes: Mapping[str, Any]) -> VaeConfig:
+    """The autoencoder's sizes, from a config's section."""
+    return VaeConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()})
