@@ -1,14 +1,19 @@
 """Training over a base whose kernels are int8: on any mesh, and with the same setting to the end."""
 
+import importlib.util
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import PATTERN, make_inputs, small_config
 
 from tests.runs import final_states
 from world_distill import build
+from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
-from world_distill.programs import pretrain, train
+from world_distill.programs import plan, pretrain, train
 from world_distill.settings.loading import from_json, load_config, to_json
 from world_distill.training import run_folder
 from world_distill.training.step_programs import make_programs
@@ -60,9 +65,33 @@ def test_a_base_of_14_billion_takes_half_the_memory():
     sizes = []
     for on in (False, True):
         config = load_config("wan_sizes:14b", {"mesh.fsdp": -1, "mesh.tensor": 4, "model.int8": on})
-        mesh = build.make_mesh(**config.mesh.to_dict(), devices=jax.devices()[:4])
+        mesh = make_mesh(**config.mesh.to_dict(), devices=jax.devices()[:4])
         base = base_model.abstract_base(build.make_family(config, mesh), mesh)["transformer"]["blocks"]
         sizes.append(
             sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(base)) / 2**30
         )
     assert sizes[0] == pytest.approx(6.54, abs=0.02) and sizes[1] == pytest.approx(3.28, abs=0.02)
+
+
+@pytest.mark.tpu
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is in the extra `tpu`")
+def test_a_tpu_holds_no_stack_of_wide_kernels():
+    """Its compiler could take the conversion of all blocks' kernels out of the loop over blocks."""
+    wide = {"model.dtype": "bfloat16", "model.remat": "full", "mesh.fsdp": 2, "mesh.tensor": 2}
+    config = load_config("wan22_5b:mid", {"model.int8": True, **wide})
+    mesh = make_mesh(**config.mesh.to_dict(), devices=plan.topology("v5e:2x2"))
+    family = build.make_family(config, mesh)
+    base, lora = base_model.abstract_base(family, mesh), base_model.abstract_executor(family, mesh, 4)
+    condition = plan._condition(config, family, mesh, 2)
+    lie = jax.tree.leaves(condition)[0].sharding
+    x = {name: jax.ShapeDtypeStruct((2, *s.shape), jnp.float32, sharding=lie) for name, s in family.latents.items()}
+    t = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=lie)
+
+    def loss(lora, base, *given):
+        return sum(jnp.mean(jnp.square(v)) for v in family.denoise(base, lora, *given).values())
+
+    text = jax.jit(jax.grad(loss)).lower(lora, base, x, t, condition).compile().as_text()
+    kernels = [x for x in jax.tree.leaves(base) if x.dtype == jnp.int8]
+    stacks = {",".join(map(str, x.sharding.shard_shape(x.shape))) for x in kernels}
+    stacks |= {",".join(map(str, x.shape)) for x in kernels}
+    assert {kind for kind, shape in re.findall(r"\b([a-z]\w*)\[([\d,]+)\]", text) if shape in stacks} == {"s8"}
