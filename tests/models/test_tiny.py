@@ -331,7 +331,7 @@ def test_sizes_that_fit():
     family = models.build("tiny", size=20, frames=7, patch=4, stride=3, width=32, heads=2)
     assert shape_of(family) == (3, 5, 5, 3 * 3 * 16)
     np.testing.assert_array_equal(counts_of(family), [0, 1, 1])
-    with pytest.raises(ValueError, match="unknown model family 'huge'; there are: tiny"):
+    with pytest.raises(ValueError, match="unknown model family 'huge'; there are: ltx2, tiny, wan,"):
         models.build("huge")
 
 
