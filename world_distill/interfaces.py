@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import jax
 import numpy as np
 
-from world_distill.structs import Condition, Latents, LatentSpec, PyTree
+from world_distill.structs import Condition, Latents, LatentSpec, PyTree, Texts
 
 
 class Denoise(Protocol):
@@ -123,6 +123,13 @@ class ModelFamily(Protocol):
     def denoise(
         self, base: PyTree, lora: PyTree | None, x_t: Latents, t: jax.Array, condition: Condition
     ) -> dict[str, jax.Array]: ...
+
+    def read_texts(self, base: PyTree, texts: Texts) -> Texts:
+        """What `denoise` makes of texts before it looks at latents and time (traceable); it takes either.
+
+        A sampler asks for it once. A family without such a part gives `texts` back.
+        """
+        ...
 
     def on(self, mesh: jax.sharding.Mesh) -> "ModelFamily":
         """The same for programs that run on a mesh: it may lay its activations out there."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from world_distill.core import sampling, unipc
 from world_distill.core.guidance import with_guidance
+from world_distill.core.texts import read_once
 from world_distill.devices.sharding import batch_sharding
 from world_distill.interfaces import ModelFamily
 
@@ -42,6 +43,7 @@ def make_sampler(
 
     @jax.jit
     def sample(base, lora, condition, negative, key, rows):
+        condition, negative = read_once(functools.partial(family.read_texts, base), condition, negative)
         denoise, keys = with_guidance(family.denoise, scale, negative), sampling.sample_keys(key, rows)
         if isinstance(schedule, UniPC):
             solver = unipc.unipc_schedule(schedule.steps, schedule.shift)

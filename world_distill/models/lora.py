@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from world_distill.models.int8 import Int8Kernel, block_kernels
-from world_distill.structs import PyTree
+from world_distill.structs import PyTree, Texts
 
 DIFFERENCES = "differences"  # beside factors: full differences of some weights
 
@@ -182,6 +182,11 @@ class Adapted(abc.ABC):
     def adapted_part(self, base: PyTree) -> PyTree:
         """What the Executor changes, of a tree like the base."""
         return base if self.adapted is None else base[self.adapted]
+
+    def read_texts(self, base: PyTree, texts: Texts) -> Texts:
+        """The texts themselves: the network reads them as they are."""
+        del base
+        return texts
 
     def int8_kernels(self) -> list[str]:
         """Dotted paths of the base's kernels that are kept as int8."""

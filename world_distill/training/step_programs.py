@@ -29,6 +29,7 @@ from world_distill import build
 from world_distill.core import flow, losses, sampling
 from world_distill.core.guidance import with_guidance
 from world_distill.core.schedules import piecewise_linear
+from world_distill.core.texts import read_once
 from world_distill.devices.sharding import (
     batch_sharding,
     like_weights,
@@ -248,9 +249,11 @@ def _roll(
     rows = first_row + jnp.arange(jax.tree.leaves(task)[0].shape[0])
     keys = sampling.sample_keys(key, rows)
     executor = settings.role == "executor"
-    denoise = with_guidance(family.denoise, guidance.rollout if executor else guidance.demonstrator, negative)
+    scale = guidance.rollout if executor else guidance.demonstrator
 
     def some(condition, keys):
+        condition, told = read_once(functools.partial(family.read_texts, base), condition, negative)
+        denoise = with_guidance(family.denoise, scale, told)
         rollout = sampling.rollout(
             denoise, base, lora if executor else None, condition, keys, times=grid, streams=family.latents,
             diffusion=diffusion, sde=sde, keep_states=keep_states,

@@ -26,7 +26,7 @@ from world_distill.models.ltx2.encoders import LTX2Encoders
 from world_distill.models.ltx2.layout import LTX2Published
 from world_distill.models.ltx2.modeling import LTX2DiT
 from world_distill.models.ltx2.vae import VaeConfig
-from world_distill.structs import Condition, Latents, LatentSpec, PyTree
+from world_distill.structs import Condition, Latents, LatentSpec, PyTree, Texts, Tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,12 +126,19 @@ class LTX2Family(lora_lib.Adapted):
     def base_axes(self) -> PyTree:
         return {"transformer": self.network.axes(), "connectors": self.connect.axes(), "vae": self.codec.axes()}
 
+    def read_texts(self, base: PyTree, texts: Texts) -> Texts:
+        """What the connectors make of rows, for each stream; every place is a token."""
+        if "text" not in texts:
+            return texts
+        rows = texts["text"]
+        found = self.connect(base["connectors"], rows.states, rows.mask)
+        return {name: Tokens(states, jnp.ones(states.shape[:2], bool)) for name, states in found.items()}
+
     def denoise(
         self, base: PyTree, lora: PyTree | None, x_t: Latents, t: jax.Array, condition: Condition
     ) -> dict[str, jax.Array]:
         weights, lora = lora_lib.apply_full(base["transformer"], lora)
-        rows = condition.text["text"]
-        text = self.connect(base["connectors"], rows.states, rows.mask)
+        text = {name: states.states for name, states in self.read_texts(base, condition.text).items()}
         video = self.latents["video"]
         x = dict(x_t) | {"video": jnp.concatenate([condition.scene["video"], x_t["video"][:, 1:]], axis=1)}
         # The scene's frame has time 0, all else the clip's.
