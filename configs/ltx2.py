@@ -95,11 +95,11 @@ def _shrink(c: ConfigDict) -> None:
     c.model.size, c.model.frames, c.model.fps = (96, 96), 9, 8.0
     c.model.channels = c.model.vae.channels = 6
     c.model.width, c.model.audio_width, c.model.audio_channels = 32, 16, 4
-    c.model.depth, c.model.heads, c.model.text_width, c.model.time_width = 2, 2, 24, 16
+    c.model.depth, c.model.heads, c.model.text_width = 2, 2, 24
     c.model.vae.encoder_widths, c.model.vae.encoder_blocks = (8, 8, 16, 16), (1, 1, 1, 1, 1)
     c.model.vae.decoder_widths, c.model.vae.decoder_blocks = (8, 16, 32), (1, 1, 1, 1)
     c.model.connectors = ConfigDict({
-        "width": 24, "heads": 2, "depth": 2, "registers": 4, "length": 64, "states": 3
+        "width": 24, "heads": 2, "depth": 2, "registers": 4, "length": 1024, "states": 3
     })  # fmt: skip
     c.model.dtype = c.model.vae_dtype = "float32"
     c.model.text_encoder = "words"  # states without weights

@@ -5,12 +5,14 @@ import pathlib
 
 import nbclient
 import nbformat
+import pytest
 
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "colab"
 TINY_WAN = {
     "model.size": (64, 64), "model.depth": 1, "sampler.steps": 2, "rollout.tasks": 1, "rollout.group": 2,
     "objective.updates": 1, "objective.minibatches": 1, "objective.draws": 1, "optimizer.learning_rate": ((0, 0.1),),
 }  # fmt: skip
+TINY_LTX2 = TINY_WAN | {"sampler.explicit": (1.0, 0.6)}
 
 
 def execute(name, folder, **parameters):
@@ -31,11 +33,12 @@ def shown(cells, kind):
 
 
 def test_every_notebook_is_run():
-    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {"quickstart", "wan22_5b"}
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {"ltx2", "quickstart", "wan22_5b"}
 
 
-def test_wan_runs_from_published_weights_to_clips_of_a_lora_file(tmp_path):
-    cells = execute("wan22_5b", tmp_path, workdir="run", steps=2, settings=TINY_WAN)
+@pytest.mark.parametrize("name, settings", [("wan22_5b", TINY_WAN), ("ltx2", TINY_LTX2)])
+def test_a_model_runs_from_published_weights_to_clips_of_a_lora_file(tmp_path, name, settings):
+    cells = execute(name, tmp_path, workdir="run", steps=2, settings=settings)
     before, after = (page for page in shown(cells, "text/html") if "<video" in page)
     assert [before.count("data:video/mp4;base64,"), after.count("data:video/mp4;base64,")] == [2, 3]
     clips = {json.loads(path.read_text())["role"]: path for path in (tmp_path / "run" / "tiny").glob("clips*/*.json")}
