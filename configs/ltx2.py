@@ -17,8 +17,8 @@ Public (WMSD, arXiv 2606.12072): the 8-step distilled sampler without guidance, 
 AWM, 100 training steps. Ours, since nothing is published: rank and targets of LoRA, tasks of a step, learning rate,
 number of updates and draws, how times are drawn, fps, and the weights of the rewards.
 
-Both streams are sampled (`model.audio = "joint"`), as the published pipelines do. `--config.model.audio=off` has the
-video stream alone: another Demonstrator, in two thirds of the memory.
+Both streams are sampled, as the published pipelines do. `--config ltx2:VARIANT,audio=off` has the video stream alone:
+another Demonstrator, in two thirds of the memory.
 
 References are to be made with diffusers 0.39 or newer: before, the text connectors took tokens in another order.
 """
@@ -39,13 +39,14 @@ VAE = {
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config of a variant; see the module's text."""
-    variant = parse_arg(arg, variant="wmsd").variant
+    parsed = parse_arg(arg, variant="wmsd", audio="joint")
+    variant = parsed.variant
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}; {did_you_mean(variant, VARIANTS)}")
     c = default_config()
     # Sizes as published; see `world_distill.models.ltx2`.
     c.model = ConfigDict({
-        "family": "ltx2", "size": (512, 768), "frames": 121, "fps": 24.0, "audio": "joint", "audio_counts": False,
+        "family": "ltx2", "size": (512, 768), "frames": 121, "fps": 24.0, "audio": parsed.audio, "audio_counts": False,
         "channels": 128, "width": 4096, "audio_channels": 128, "audio_width": 2048, "depth": 48, "heads": 32,
         "text_width": 3840, "time_width": 256, "dtype": "bfloat16", "int8": False, "vae_dtype": "bfloat16",
         "remat": "full", "attention": None, "places": 6144, "rows": None, "text_encoder": "", "text_projection": "",

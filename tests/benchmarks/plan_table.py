@@ -30,6 +30,8 @@ ROWS = [
     *((f"wan_sizes:{size}", "v5p:2x2x1", PHASES) for size in ("14b", "19b")),
     *((f"wan_sizes:{size}", "v6e:4x4", PHASES) for size in ("14b", "19b")),
     ("wan22_5b:wmsd", "2*v5p:4x4x4", PHASES),  # two slices
+    *(("ltx2:wmsd", topology, (*PHASES, "decode")) for topology in ("v5e:2x2", "v5p:2x2x1", "v5p:4x4x4", "v6e:4x4")),
+    ("ltx2:wmsd,audio=off", "v5e:2x2", (*PHASES, "decode")),
 ]
 TENSOR = [
     ("wan_sizes:13b", "v5e:2x2"), ("wan_sizes:13b", "v5p:2x2x2"), ("wan_sizes:13b", "v6e:4x4"),
