@@ -227,7 +227,7 @@ def clip_digest(clip: np.ndarray) -> bytes:
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3:
         raise ValueError(f"a clip is [F H W 3] uint8, not {clip.dtype} {clip.shape}")
     digest = hashlib.sha256(repr(clip.shape).encode() + b"\0")
-    digest.update(np.ascontiguousarray(clip))
+    digest.update(np.ascontiguousarray(clip).data)
     return digest.digest()
 
 

@@ -198,8 +198,7 @@ def build(
     Raises:
       ValueError: sizes that do not fit together, or that the autoencoder cannot cut into latents.
     """
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in network.items()}
-    config = LTX2Config(audio=_one_of(audio), fps=fps, **lists)
+    config = LTX2Config(audio=_one_of(audio), fps=fps, **_with_tuples(network))
     codec, texts = codec_sizes(vae or {}), ConnectorConfig(audio=config.audio, **(connectors or {}))
     if config.channels != codec.channels:
         raise ValueError(f"model.channels = {config.channels}, but model.vae.channels = {codec.channels}")
@@ -225,4 +224,9 @@ def _one_of(audio: str) -> Any:
 
 def codec_sizes(sizes: Mapping[str, Any]) -> VaeConfig:
     """The autoencoder's sizes, from a config's section."""
-    return VaeConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()})
+    return VaeConfig(**_with_tuples(sizes))
+
+
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with tuples in place of JSON's lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
