@@ -1,0 +1,117 @@
+"""The eight steps of the distilled sampler against diffusers' image-to-video pipeline, from given noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.ltx2 import TIMES
+from tests.models.ltx2.small_ltx2 import connector_weights, weights_of
+from tests.models.ltx2.small_vae import CONFIG as VAE
+from world_distill.core import sampling
+from world_distill.core.flow import sampling_times
+from world_distill.models.ltx2.codec import LTX2Codec
+from world_distill.models.ltx2.config import LTX2Config
+from world_distill.models.ltx2.connectors import ConnectorConfig, project_states
+from world_distill.models.ltx2.family import LTX2Family
+from world_distill.structs import Condition, Tokens
+
+pytestmark = pytest.mark.torch
+LENGTH, WORDS, MOMENTS = 16, 10, 18  # places of a text, its real tokens, audio latents of 17 frames at 24 a second
+
+
+def draw(*shape):
+    return np.random.default_rng(shape).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """diffusers' networks, every parameter drawn: transformer, connectors, vae, audio_vae."""
+    torch = pytest.importorskip("torch", reason="torch is in the extra `torch`")
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    from tests.models.ltx2 import make_goldens, make_vae_goldens
+
+    del torch
+    network = make_goldens.TRANSFORMER | {
+        "in_channels": 4, "out_channels": 4, "audio_in_channels": 8, "audio_out_channels": 8, "caption_channels": 24,
+    }  # fmt: skip
+    sound = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=8, output_channels=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=None, in_channels=2,
+        resolution=32, latent_channels=4, norm_type="pixel", causality_axis="height", mid_block_add_attention=False,
+        sample_rate=16000, mel_hop_length=160, is_causal=True, mel_bins=8,
+    )  # fmt: skip
+    sound.latents_mean.zero_()
+    sound.latents_std.fill_(1.0)
+    return {
+        "transformer": make_goldens.redraw(diffusers.LTX2VideoTransformer3DModel(**network), 1),
+        "connectors": make_goldens.redraw(LTX2TextConnectors(**make_goldens.CONNECTORS), 2),
+        "vae": make_vae_goldens.codec(3),
+        "audio_vae": sound,
+    }
+
+
+def family_of(audio):
+    network = LTX2Config(
+        audio=audio, channels=4, width=40, audio_channels=8, audio_width=24, depth=2, heads=4, text_width=24,
+        remat="none",
+    )  # fmt: skip
+    texts = ConnectorConfig(audio=audio, width=24, heads=3, depth=2, registers=4, length=LENGTH, states=3)
+    codec = LTX2Codec(VAE, np.dtype("float32"))
+    return LTX2Family(network, texts, codec, size=(64, 96), frames=17, dtype=np.dtype("float32"))
+
+
+@pytest.mark.parametrize("audio", ["joint", "off"])
+def test_eight_steps_are_the_pipelines(parts, audio):
+    import diffusers
+    import torch
+
+    family = family_of(audio)
+    assert family.latents["video"].shape == (3, 2, 3, 4)
+    scene, noise = draw(1, 1, 2, 3, 4), {name: draw(1, *spec.shape) for name, spec in family.latents.items()}
+    sound = noise.get("audio", draw(1, MOMENTS, 8))
+    states = draw(1, LENGTH, 24, 3)
+    mask = np.arange(LENGTH)[None] >= LENGTH - WORDS
+
+    # Ours, with the text's real tokens first.
+    theirs = {name: {k: v.numpy() for k, v in part.state_dict().items()} for name, part in parts.items()}
+    connectors, kernel = connector_weights(family.connectors, theirs["connectors"])
+    base = {"transformer": weights_of(family.config, theirs["transformer"]), "connectors": connectors}
+    rows = np.roll(np.asarray(project_states(*map(jnp.asarray, (states, mask, kernel)))), WORDS, axis=1)
+    condition = Condition(
+        {"text": Tokens(jnp.asarray(rows), jnp.asarray(mask[:, ::-1]))}, {"video": jnp.asarray(scene)}
+    )
+    x = jax.tree.map(jnp.asarray, noise | {"video": np.concatenate([scene, noise["video"][:, 1:]], 1)})
+    denoise = jax.jit(family.denoise)
+    times = sampling_times(8, explicit=TIMES)
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        v = denoise(base, None, x, jnp.full(1, t), condition)
+        x = sampling.sde_step(x, v, t, t_next, 0.0, None)[0]
+
+    pipeline = diffusers.LTX2ImageToVideoPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift_terminal=None),
+        text_encoder=None, tokenizer=None, vocoder=None, **parts,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    if audio == "off":
+        run = parts["transformer"].forward
+        pipeline.transformer.forward = lambda *args, **kwargs: run(*args, **(kwargs | {"isolate_modalities": True}))
+    mean, std = (getattr(parts["vae"], f"latents_{name}").numpy() for name in ("mean", "std"))
+    start = np.concatenate([scene, noise["video"][:, 1:]], 1) * std + mean
+    off = {f"{name}guidance_scale": 1.0 for name in ("", "audio_")}
+    off |= {f"{name}{key}": value for name in ("", "audio_") for key, value in
+            (("stg_scale", 0.0), ("modality_scale", 1.0), ("guidance_rescale", 0.0))}  # fmt: skip
+    found = pipeline(
+        image=None, latents=torch.from_numpy(np.moveaxis(start, -1, 1).copy()),
+        audio_latents=torch.from_numpy(sound.reshape(1, MOMENTS, 4, 2).swapaxes(1, 2).copy()),
+        height=64, width=96, num_frames=17, frame_rate=24.0, num_inference_steps=8, sigmas=list(TIMES),
+        use_cross_timestep=False, image_crf=0, prompt_embeds=torch.from_numpy(states).flatten(2),
+        prompt_attention_mask=torch.from_numpy(mask).long(), output_type="latent", return_dict=False, **off,
+    )  # fmt: skip
+    video = (np.moveaxis(found[0].numpy(), 1, -1) - mean) / std
+    assert np.abs(video).max() > 1
+    np.testing.assert_allclose(np.asarray(x["video"]), video, rtol=0, atol=2e-4)
+    if audio == "joint":
+        heard = found[1].numpy().swapaxes(1, 2).reshape(1, MOMENTS, 8)
+        np.testing.assert_allclose(np.asarray(x["audio"]), heard, rtol=0, atol=2e-4)
