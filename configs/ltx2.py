@@ -10,7 +10,7 @@ Variants, `--config ltx2:VARIANT`:
   wmsd      distillation with RL (AWM) from a VLM judge, which `launch/serve_judge.sh` starts; the default
   wmsd_grpo the same with Flow-GRPO by coefficient-preserving steps, noise in the last four steps alone
   distill   on-policy distillation (Eq. 11) alone: needs no judge
-  dev       distill for the undistilled model: 30 steps of a shifted grid, a guided Demonstrator
+  dev       distill for the undistilled model: 30 steps of its own grid, a guided Demonstrator
   debug     the same code on a tiny untrained network, in the sandbox's world: minutes on a CPU, no downloads
 
 Public (WMSD, arXiv 2606.12072): the 8-step distilled sampler without guidance, LoRA, 24 rollouts a task, beta_d .01,
@@ -22,6 +22,8 @@ another Demonstrator, in two thirds of the memory.
 
 References are to be made with diffusers 0.39 or newer: before, the text connectors took tokens in another order.
 """
+
+import math
 
 from ml_collections import ConfigDict
 
@@ -35,6 +37,13 @@ VAE = {
     "steps": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"), "decoder_widths": (256, 512, 1024),
     "decoder_blocks": (5, 5, 5, 5), "patch": 4,
 }  # fmt: skip
+
+
+def dev_times(steps: int, tokens: int) -> tuple[float, ...]:
+    """The undistilled model's grid: shifted the more, the more tokens a clip has, and stretched to end at .1."""
+    shift = math.exp(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
+    shifted = [shift * t / (1 + (shift - 1) * t) for t in (1 - k * (1 - 1 / steps) / (steps - 1) for k in range(steps))]
+    return tuple(round(1 - (1 - t) * (1 - 0.1) / (1 - shifted[-1]), 6) for t in shifted)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -76,8 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.objective.rl = "none"
         c.objective.beta_d = ((0, 1.0),)
     if variant == "dev":
-        # The published grid depends on the number of tokens (mu 2.78 at 6,144) and ends at .1; this shift is exp(2.78).
-        c.sampler.steps, c.sampler.shift, c.sampler.explicit = 30, 16.2, ()
+        c.sampler.steps, c.sampler.explicit = 30, dev_times(30, tokens=16 * 16 * 24)
         c.objective.times = "index"
         c.demonstrator.guidance = 3.0
     if variant == "debug":

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.ltx2 import TIMES
+from configs.ltx2 import TIMES, dev_times
 from tests.models.ltx2.small_ltx2 import connector_weights, weights_of
 from tests.models.ltx2.small_vae import CONFIG as VAE
 from world_distill.core import sampling
@@ -18,6 +18,14 @@ from world_distill.structs import Condition, Tokens
 
 pytestmark = pytest.mark.torch
 LENGTH, WORDS, MOMENTS = 16, 10, 18  # places of a text, its real tokens, audio latents of 17 frames at 24 a second
+
+
+def test_times_of_the_undistilled_model_are_the_schedulers():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is in the extra `torch`")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
+    for tokens, mu in ((1024, 0.95), (6144, 0.95 + 5 / 3 * 1.1)):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 30, 30), mu=mu)
+        np.testing.assert_allclose(dev_times(30, tokens), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
 
 
 def draw(*shape):
