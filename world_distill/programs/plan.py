@@ -12,12 +12,13 @@ assumed utilisation.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ import numpy as np
 from world_distill import build, console
 from world_distill.devices import chips, flops
 from world_distill.devices import cycles as cycles_lib
-from world_distill.devices.sharding import batch_sharding, make_mesh, replicated, rows_or_whole
+from world_distill.devices.sharding import batch_sharding, kept_rows, make_mesh, replicated
 from world_distill.errors import UserError, did_you_mean
 from world_distill.settings import objective
 from world_distill.settings.loading import override
@@ -128,7 +129,7 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
     # Each phase takes what the one before gives, laid out as the compiler chose.
     key = jax.eval_shape(lambda: jax.random.key(0))
     task, solution = (_condition(config, family, mesh, settings.tasks * settings.group) for _ in range(2))
-    negative = _texts(config, family, (), replicated(mesh)) if programs.guidance.used else None
+    negative = _texts(config, family, (), lambda shape: replicated(mesh)) if programs.guidance.used else None
     at = (_abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
     given = (state.lora, base, task, solution, *at, negative)
     held = (base, state)
@@ -157,18 +158,21 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
 
 
 def _condition(config, family, mesh, rows: int) -> Condition:
-    sharding = rows_or_whole(mesh, rows)
-    scene = {name: _shape((rows, *x.shape), x.dtype, sharding) for name, x in family.encoders.scenes.items()}
-    return Condition(_texts(config, family, (rows,), sharding), scene)
+    lie = functools.partial(kept_rows, mesh)
+    scene = {}
+    for name, x in family.encoders.scenes.items():
+        shape = (rows, *x.shape)
+        scene[name] = _shape(shape, x.dtype, lie(shape))
+    return Condition(_texts(config, family, (rows,), lie), scene)
 
 
-def _texts(config, family, rows: tuple[int, ...], sharding: jax.sharding.Sharding) -> Texts:
+def _texts(config, family, rows: tuple[int, ...], lie: Callable[[tuple[int, ...]], jax.sharding.Sharding]) -> Texts:
     texts = {}
     for name, length in build.text_lengths(family, config).items():
         spec = family.encoders.texts[name]
-        texts[name] = Tokens(
-            _shape((*rows, length, spec.width), spec.dtype, sharding), _shape((*rows, length), jnp.bool_, sharding)
-        )
+        shape = (*rows, length)
+        states = (*shape, spec.width)
+        texts[name] = Tokens(_shape(states, spec.dtype, lie(states)), _shape(shape, jnp.bool_, lie(shape)))
     return texts
 
 

@@ -25,7 +25,7 @@ from world_distill.core import advantages
 from world_distill.core.metrics import within_group_correlations
 from world_distill.data.records.batches import ROLES, TaskBatch, TaskBatches
 from world_distill.devices import hosts
-from world_distill.devices.sharding import batch_sharding, rows_or_whole
+from world_distill.devices.sharding import batch_sharding, kept_rows, rows_or_whole
 from world_distill.errors import UserError
 from world_distill.interfaces import Judge
 from world_distill.judges.ask import judge_clips
@@ -200,8 +200,8 @@ class Collector:
         """What every rollout is told, task and solution: on each device those of its own rollouts."""
         group = self.settings.group_in(phase.rl)
         rows = _places(tasks, np.repeat(np.arange(tasks.count), group))
-        sharding = rows_or_whole(self._programs.mesh, len(rows))
-        put = lambda x: hosts.place_rows(np.asarray(x), rows, sharding)  # noqa: E731
+        mesh = self._programs.mesh
+        put = lambda x: hosts.place_rows(x, rows, kept_rows(mesh, (len(rows), *x.shape[1:])))  # noqa: E731
         scene = jax.tree.map(put, tasks.scene)
         task, solution = (Condition(jax.tree.map(put, tasks.texts[role]), scene) for role in ROLES)
         return task, solution

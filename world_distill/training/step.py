@@ -187,6 +187,8 @@ def gradients(
         piece, draw = batch, jax.tree.map(lambda x: x[number], draws)
         if pieces > 1:
             piece, draw = _rows(batch, take), jax.tree.map(lambda x: take(x, 0), draw)
+            # Else the compiler would round all states to the model's dtype before the loop, and keep both.
+            piece = jax.lax.optimization_barrier(piece)
         grads, found, looked = {}, {}, {}
         for name, at, loss_fn in passes:
             # One after the other, so that only one pass's activations are in memory.
