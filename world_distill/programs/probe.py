@@ -17,7 +17,7 @@ from world_distill.errors import UserError
 from world_distill.evaluation.probe_figures import ROLES, Probed
 from world_distill.evaluation.scoring import Evaluator
 from world_distill.interfaces import Judge, ModelFamily
-from world_distill.judges.ask import check_judge, judge_clips
+from world_distill.judges.ask import check_judge, judge_clips, refuse_clip
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import Rubric
 from world_distill.structs import PyTree, Texts
@@ -54,7 +54,9 @@ def probe(
     family = build.make_family(config, mesh)
     if problem := scene_problem(reader[0].scene, family.encoders.scenes):
         raise UserError(f"{reader.index_path}: {problem}")
-    judge, rubric = build.make(config, "judge"), build.make_rubric(config)
+    judge = build.make(config, "judge")
+    rubric = build.make_rubric(config, judge=judge)
+    refuse_clip(judge, config.rollout.clip)
     for line in check_judge(judge):
         console.say(f"judge: {line}")
     base, lora = base_model.load_base(family, config, mesh), _executor(config, family, mesh)
