@@ -119,7 +119,7 @@ def rubric_for(judge: Judge | None, path: str = "", *, fps: float = 0.0) -> Rubr
         return load_rubric(path or None, fps=fps)
     if path:
         raise UserError(f"the rubric {path} has no effect with a learned reward, which reads the task alone")
-    return Rubric({name: f"{name}: {{task}}" for name in measures})
+    return Rubric({name: f"{answered}: {{task}}" for name, answered in measures.items()})
 
 
 def _length(frames: int, fps: float) -> str:
