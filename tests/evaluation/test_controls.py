@@ -153,3 +153,11 @@ def test_at_the_start_of_training(tmp_path, monkeypatch):
 
     assert controls.at_start(Broken(), None, RUBRIC, QUESTIONS, tmp_path)(shown()) == {}
     assert "not asked: eight refused in a row" in lines[-1]
+
+
+def test_a_clip_without_a_control_moves_no_pair():
+    some = shown(done=[False] * 3 + [True] * 5)  # the first three stand still anyway
+    rows = {(row["control"], row["question"]): row for row in asked(Judge(), some)["rows"]}
+    still = rows["still", "task"]
+    assert still["n"] == 5 and (still["plain_rate"], still["rate"], still["difference"]) == (1, 0, -1)
+    assert rows["done", "task"]["n"] == 8 and rows["done", "task"]["plain_rate"] == 5 / 8

@@ -106,7 +106,7 @@ def test_the_first_judged_step_asks_about_controls(inputs, tmp_path, monkeypatch
     lines = []
     monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
     changes = {
-        "judge.factory": f"{__name__}:Watching", "judge.controls": 3, "steps": 2, "objective.updates": 1,
+        "judge.factory": f"{__name__}:Watching", "judge.controls": 3, "steps": 3, "objective.updates": 1,
         "objective.rl_weight": ((0, 0.0), (1, 1.0)), "objective.minibatches": 1,
     }  # fmt: skip
     config = small_config(inputs, **changes)
@@ -115,7 +115,7 @@ def test_the_first_judged_step_asks_about_controls(inputs, tmp_path, monkeypatch
     assert found["clips"] == 3 and {row["control"] for row in found["rows"]} > {"still", "other", "instruction"}
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     noted = [{k: v for k, v in line.items() if k.startswith("controls/")} for line in log]
-    assert noted[0] == {} and noted[1]["controls/instruction/task"] == 1.0
+    assert noted[0] == noted[2] == {} and noted[1]["controls/instruction/task"] == 1.0
     assert any("control instruction" in line and "passes for agent" in line for line in lines)
     rows = config.rollout.tasks * config.rollout.group
     assert log[1]["judge/misses"] == rows * len(QUESTIONS)  # the controls' are not the step's
