@@ -47,10 +47,11 @@ def test_numbers_by_name_come_from_one_look_a_clip():
     assert scorer.calls == [3, 2] and scores.keys() == {"VQ", "TA"}
     assert scores["VQ"].tolist() == [clip.mean() for clip in made]
     assert scores["TA"].tolist() == [len(task) for task in tasks]
-    again = made[[0, 0, 1]]
+    made = list(made)
+    asked = [JudgeRequest(made[i], "", "TA", task) for i, task in ((0, "a"), (0, "bcd"), (1, "a"), (0, "a"))]
     scorer.calls.clear()
-    judged(judge, again, ["a", "b", "a"])  # one clip with two tasks is two looks
-    assert scorer.calls == [3]
+    assert [answer.log_odds for answer in judge.ask(asked)] == [1, 3, 1, 1]
+    assert scorer.calls == [3]  # one clip with two tasks is two looks
 
 
 def test_other_names_and_thresholds():
