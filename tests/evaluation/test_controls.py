@@ -12,7 +12,7 @@ from world_distill.core.metrics import mean_interval, paired_rate_interval
 from world_distill.errors import UserError
 from world_distill.evaluation import controls
 from world_distill.interfaces import JudgeAnswer
-from world_distill.judges.controls import CONTROLS
+from world_distill.judges.controls import CONTROLS, INSTRUCTION
 from world_distill.judges.memory.cache import JudgmentCache
 
 
@@ -137,6 +137,23 @@ def test_missing_answers_are_counted_and_prove_nothing():
     text = controls.text(result)
     assert "56 pairs lack an answer" in text and "no answers" in text
     assert "nothing is known about this judge" in controls.text(asked(Failing(), questions=("agent",)))
+
+
+class Filtered(Judge):
+    """Behind a filter that refuses instructions."""
+
+    name = "filtered-1"
+
+    def ask(self, requests):
+        if any(INSTRUCTION in r.question for r in requests):
+            raise UserError("refused 8 different questions")
+        return super().ask(requests)
+
+
+def test_a_control_that_is_refused_costs_itself_alone():
+    result = asked(Filtered())
+    assert {row["control"] for row in result["rows"]} == set(CONTROLS) - {"instruction"}
+    assert controls.warnings(result) == ["control instruction was not asked: refused 8 different questions"]
 
 
 def test_at_the_start_of_training(tmp_path, monkeypatch):

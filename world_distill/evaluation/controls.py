@@ -50,13 +50,22 @@ def ask_controls(
     Returns:
       `judge`, `rubric`, `clips` (how many), and `rows`: for each control and question what `compare` says, and
       `no_answer`, the clips without an answer to one of the two. A control that cannot be made of any clip has no row.
+      `failed` says why a control was not asked: a server's filter may refuse all instructions to a judge.
+
+    Raises:
+      UserError: the judge cannot be asked about the plain clips, or about any control.
     """
     plain = _scores(judge, cache, shown, rubric, questions)
-    rows = []
+    rows, failed, last = [], {}, None
     for number, (name, control) in enumerate(CONTROLS.items(), 1):
         made = make_controls(name, shown)
         at = [i for i, one in enumerate(made) if one is not None]
-        scores = _scores(judge, cache, [one for one in made if one is not None], rubric, questions, name) if at else {}
+        scores: dict[str, np.ndarray] = {}
+        try:
+            if at:
+                scores = _scores(judge, cache, [one for one in made if one is not None], rubric, questions, name)
+        except UserError as error:
+            failed[name], last = str(error), error
         for question, values in scores.items():
             fails, rated = question in control.fails, has_rate(judge, question)
             row = compare(values, plain[question][at], rated=rated)
@@ -64,7 +73,9 @@ def ask_controls(
             rows.append({"control": name, "question": question, "no_answer": len(at) - row["n"]} | row)
         if progress is not None:
             progress(number)
-    return {"judge": judge.name, "rubric": rubric.version, "clips": len(shown), "rows": rows}
+    if last is not None and not rows:
+        raise last
+    return {"judge": judge.name, "rubric": rubric.version, "clips": len(shown), "rows": rows, "failed": failed}
 
 
 def compare(control: np.ndarray, plain: np.ndarray, *, rated: bool) -> dict[str, Any]:
@@ -99,8 +110,8 @@ def _passes(row: Mapping[str, Any]) -> bool:
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:
-    """A sentence for each control that passes."""
-    lines = []
+    """A sentence for each control that passes, or that was not asked."""
+    lines = [f"control {name} was not asked: {why}" for name, why in result["failed"].items()]
     for row in result["rows"]:
         if not row["passes"]:
             continue
@@ -125,7 +136,7 @@ def text(result: Mapping[str, Any]) -> str:
     lines.append("A row without a verdict is none that a sound judge has to say no to.")
     found = warnings(result)
     if not any(row["passes"] is not None for row in result["rows"]):
-        found = ["none of these questions and controls can be compared: nothing is known about this judge"]
+        found.append("none of these questions and controls can be compared: nothing is known about this judge")
     return "\n".join([*lines, *(f"warning: {line}" for line in found)])
 
 
