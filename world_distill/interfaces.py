@@ -219,9 +219,9 @@ class Judge(Protocol):
     reached.
 
     A learned reward has `measures: Mapping[str, str]`: names of its numbers, which take the place of a rubric's
-    questions, and what each is, in words that change when the answer does. With `thresholds: Mapping[str, float]`, a
-    number above its threshold counts as a yes, and the answer is by how much it is above. A measure without a threshold
-    is answered as it is, and has no rate.
+    questions, and what each is, in words that change when the answer does. It also has `thresholds: Mapping[str,
+    float]`: a number above its threshold counts as a yes, and the answer is by how much it is above. A measure without
+    a threshold is answered as it is, and has no rate.
     """
 
     name: str  # identifies model, version and sampling: part of the cache key

@@ -59,7 +59,7 @@ def pixels(url):
 
 
 def served(item):
-    """What the fake server's model says about an item."""
+    """The fake server's numbers about an item."""
     frames = np.stack([pixels(url) for url in item["frames"]])
     return {"VQ": float(frames.mean()), "TA": float(len(item["task"]))}
 

@@ -13,6 +13,7 @@ from world_distill.judges import ScorerJudge
 from world_distill.judges.ask import has_rate, judge_clips, refuse_clip
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import load_rubric, rubric_for
+from world_distill.programs import notebook
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.training.collect import check_reward
 
@@ -133,6 +134,12 @@ def test_it_takes_the_place_of_a_rubric():
         rubric_for(judge, "1")
     assert rubric_for(None, "1").version == load_rubric("1").version
     assert rubric_for(None).names == load_rubric().names
+
+
+def test_in_a_notebook():
+    told = [notebook.Told("task", task, "a", {}, {}) for task in ("abc", "abcd")]
+    scores = notebook.judge(ScorerJudge(Several(), **TWO), clips(2), told).scores
+    assert scores["TA"].tolist() == [3, 4] and scores.keys() == {"VQ", "TA"}
 
 
 def test_settings_in_log_odds_are_refused():

@@ -126,14 +126,15 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
 
 def text(result: Mapping[str, Any]) -> str:
     """The figures as a table, and what passes."""
-    rows = [["control", "question", "n", "plain", "control", "difference", "score", "control's", ""]]
+    rows = [["control", "question", "n", "plain yes", "control yes", "difference", "plain", "control", ""]]
     for row in result["rows"]:
         rows.append([row["control"], row["question"], str(row["n"]), *_figures(row)])
     lines = [f"{result['judge']} (rubric {result['rubric']}) on {result['clips']} clips and their controls", ""]
     lines.append(table(rows))
     if missing := sum(row["no_answer"] for row in result["rows"]):
         lines.append(f"{missing} pairs lack an answer")
-    lines.append("A row without a verdict is none that a sound judge has to say no to.")
+    lines.append("held: the judge says no, or clearly less often yes than to the plain clips; passes: it does not.")
+    lines.append("Where a sound judge may say yes, there is no verdict.")
     found = warnings(result)
     if not any(row["passes"] is not None for row in result["rows"]):
         found.append("none of these questions and controls can be compared: nothing is known about this judge")

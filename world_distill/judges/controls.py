@@ -135,7 +135,7 @@ def make_controls(name: str, shown: Sequence[Shown]) -> list[Shown | None]:
 
 
 def label(question: str, control: str) -> str:
-    """What the cache calls a question about a control, so that it counts among no others."""
+    """A name for a question about a control in the cache, so that it counts among no others."""
     return f"{question} ({control})"
 
 

@@ -106,7 +106,7 @@ def load_rubric(path: str | os.PathLike | None = None, *, fps: float = 0.0) -> R
 
 
 def rubric_for(judge: Judge | None, path: str = "", *, fps: float = 0.0) -> Rubric:
-    """What a judge is asked: the rubric that `path` names (see `load_rubric`), or a learned reward's measures.
+    """The questions for a judge: the rubric that `path` names (see `load_rubric`), or a learned reward's measures.
 
     A measure stands in the place of a question, and is about the task alone.
 

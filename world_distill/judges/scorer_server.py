@@ -6,7 +6,7 @@ The protocol, version 1. A request is `POST ADDRESS/score` with JSON; a server a
                                         "frames": ["data:image/jpeg;base64,...", ...], "numbers": [0, 3, 6, ...]}]}
     {"scores": [{"VQ": 1.31, "MQ": 0.2, "TA": null}]}
 
-`numbers` are those of the frames in a clip of `count`, from 0. With `form = "mp4"` an item has `"video":
+`numbers` are those of the frames in a clip of `count`, from 0. Where `form = "mp4"`, an item has `"video":
 "data:video/mp4;base64,..."` in place of `frames` and `numbers`. null, NaN or a missing name means that there is no
 number. A server refuses what it does not take by status 400 or 422, and says why in `{"error": {"message": ...}}`; it
 answers 429 or 503, with Retry-After, while it is busy.
@@ -77,7 +77,7 @@ class _Sent:
         return f"{self.frames}x{self.max_side} {picture} {self.fps:g}"
 
     def item(self, clip: np.ndarray, task: str) -> dict[str, Any]:
-        """What a server is told about a clip [F H W 3] uint8."""
+        """An item of a request, about a clip [F H W 3] uint8."""
         about: dict[str, Any] = {"task": task, "fps": self.fps, "count": len(clip)}
         if self.form == "mp4":
             with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +198,7 @@ class ScorerServerJudge:
         return figures
 
     async def _test(self, server: Server) -> str:
-        """What a server gives red pictures, in words. Raises UserError, or Failure if it could not be reached."""
+        """Has a server score red pictures, and says what it gave. Raises UserError, or Failure if it is not reached."""
         body = self._body([self._sent.item(probe_clip(PROBE_FRAMES), PROBE_TASK)])
         problem = ""
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""What judges behind servers share: their test, work side by side, and requests that a server refuses.
+"""Parts that judges behind servers share: their test, work side by side, and requests that a server refuses.
 
 A server that has passed its self-test and refuses a request refuses that one: a filter held a clip back, or a question
 is too long. It has no answer, and the others keep theirs. Where one after another is refused, all stops.

@@ -42,7 +42,7 @@ def probe(
 ) -> tuple[Probed, dict[str, Any]]:
     """The judge's answers about both models' clips, and what was asked: judge, rubric, hits and misses of the cache.
 
-    With `controls`, its answers about negative controls stand there, too (`evaluation.controls.ask_controls`).
+    Where there are `controls`, its answers about those stand there, too (`evaluation.controls.ask_controls`).
 
     Args:
       config: names model, sampler, judge and rubric.
