@@ -88,6 +88,7 @@ def test_what_is_no_finite_number_is_no_answer():
         ({"scorer": f"{PLACE}:brightness", "measures": ()}, "measures names"),
         ({"scorer": f"{PLACE}:brightness", "measures": ("a{b}",)}, "measures names"),
         ({"scorer": f"{PLACE}:brightness", "thresholds": {"x": 1}}, "thresholds has x, and measures score"),
+        ({"scorer": f"{PLACE}:brightness", "thresholds": {"score": "a"}}, "threshold of score is a finite number"),
     ],
 )
 def test_a_scorer_that_cannot_be_used_says_why(options, text):

@@ -51,17 +51,19 @@ class Measures:
             raise UserError(f"measures names the scorer's numbers, without any of {{ }} / :, not {dict(self.sources)}")
         if unknown := [name for name in self.thresholds if name not in self.sources]:
             raise UserError(f"thresholds has {', '.join(unknown)}, and measures {', '.join(self.sources)}")
+        if bad := [name for name, value in self.thresholds.items() if as_number(value) is None]:
+            raise UserError(f"the threshold of {bad[0]} is a finite number, not {self.thresholds[bad[0]]!r}")
 
     @classmethod
     def of(cls, measures: Sequence[str] | Mapping[str, str], thresholds: Mapping[str, float] | None) -> "Measures":
         """From options: `measures` lists the scorer's names, or maps other names to them."""
         named = measures if isinstance(measures, Mapping) else {name: name for name in _listed(measures)}
-        return cls(dict(named), {name: float(value) for name, value in (thresholds or {}).items()})
+        return cls(dict(named), dict(thresholds or {}))
 
     @property
     def asked(self) -> dict[str, str]:
         """Measure -> what is answered, in words that change when the answer does: the cache has them in its keys."""
-        above = {name: f" above {value!r}" for name, value in self.thresholds.items()}
+        above = {name: f" above {float(value)!r}" for name, value in self.thresholds.items()}
         return {name: source + above.get(name, "") for name, source in self.sources.items()}
 
     def answer(self, measure: str, numbers: Mapping[str, Any]) -> JudgeAnswer:
