@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.objective.grpo_clip = 1e-4
         c.sampler.sde, c.sampler.eta, c.sampler.window = "cps", 0.8, (4, 4)
     if variant in ("distill", "dev"):
-        c.objective.rl = "none"
+        c.objective.rl, c.judge.controls = "none", 0
         c.objective.beta_d = ((0, 1.0),)
     if variant == "dev":
         c.sampler.steps, c.sampler.explicit = 30, dev_times(30, tokens=16 * 16 * 24)

@@ -78,6 +78,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "give_up_after": 900.0,
     })  # fmt: skip
     c.judge.keep_clips = 0.01
+    if variant == "wmsd":
+        c.judge.controls = 8  # 168 questions, once
     c.held_out.options = c.judge.options.copy_and_resolve_references()
     c.held_out.options.model = ""  # of another maker than the judge's, if possible
     if variant == "official":

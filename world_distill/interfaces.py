@@ -197,11 +197,13 @@ class JudgeRequest:
 
     clip: np.ndarray  # [F H W 3] uint8
     question: str  # the full text, task included
+    name: str = ""  # of the question in its rubric
+    task: str = ""  # alone
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeAnswer:
-    """log p(yes) - log p(no) of the first answer token, or why there is none."""
+    """log p(yes) - log p(no) of the first answer token, or a learned reward's number, or why there is none."""
 
     log_odds: float | None
     error: str | None = None
@@ -215,6 +217,11 @@ class Judge(Protocol):
     figures since its last call, which are logged with the step's. `check() -> list[str]` tests it before training, in a
     line each; it raises UserError if it cannot judge, and an error that is a ConnectionError too if it cannot be
     reached.
+
+    A learned reward has `measures: Mapping[str, str]`: names of its numbers, which take the place of a rubric's
+    questions, and what each is, in words that change when the answer does. It also has `thresholds: Mapping[str,
+    float]`: a number above its threshold counts as a yes, and the answer is by how much it is above. A measure without
+    a threshold is answered as it is, and has no rate.
     """
 
     name: str  # identifies model, version and sampling: part of the cache key

@@ -13,6 +13,8 @@ from world_distill.data.records.reader import EncodedRecord, RecordReader
 from world_distill.errors import UserError
 from world_distill.evaluation.probe_figures import Probed, figures, standing, table, words
 from world_distill.interfaces import JudgeAnswer
+from world_distill.judges.controls import is_control
+from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.programs import probe
 
 N = 20
@@ -166,6 +168,23 @@ def test_an_interrupted_probe_goes_on_and_says_the_same(folder, tmp_path, capsys
     again = result(tmp_path / "cut")
     assert again["hits"] == 24 and again["misses"] == whole["misses"] - 24
     assert {key for key in whole if whole[key] != again[key]} == {"hits", "misses"}
+
+
+def test_controls_are_made_of_the_demonstrators_clips(folder, tmp_path, capsys):
+    assert call(folder, tmp_path, "--limit", "5", "--controls", "3") == 0
+    found = result(tmp_path)
+    rows = {(row["control"], row["question"]): row for row in found["controls"]["rows"]}
+    assert found["controls"]["clips"] == 3 and found["misses"] == 5 * 2 * 3
+    assert rows["instruction", "task"]["n"] == 3
+    with JudgmentCache(tmp_path / "judgments.sqlite") as cache:
+        entries = list(cache.entries())
+    plain = [entry for entry in entries if not is_control(entry.about.question)]
+    assert len(plain) == 5 * 2 * 3  # those of the comparison, and no more
+    told = [entry.about.task for entry in plain if entry.about.question == "task"]
+    wanted = [entry for entry in plain if entry.about.question == "task" and entry.about.task in told[:3]]
+    # The Demonstrator's come first.
+    assert rows["instruction", "task"]["plain_score"] == pytest.approx(np.mean([e.log_odds for e in wanted[:3]]))
+    assert "instruction" in capsys.readouterr().out
 
 
 def test_keep_writes_the_tasks_on_which_it_is_better(folder, tmp_path, capsys):

@@ -45,7 +45,7 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     base = base_model.load_base(family, config, mesh)
     state = programs.init(base, config.seed)
     judge = build.make(config, "judge")
-    reader, rubric = RecordReader(data, "train"), build.make_rubric(config)
+    reader, rubric = RecordReader(data, "train"), build.make_rubric(config, judge=judge)
     lengths = build.text_lengths(family, config)
     negative = load_negative(reader, programs.guidance, lengths, mesh)
     collector = Collector(programs, judge=judge, cache=None, rubric=rubric, negative=negative)

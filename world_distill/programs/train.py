@@ -22,6 +22,7 @@ from world_distill.devices.clock import UPDATE, Clock
 from world_distill.devices.interruption import Interruption
 from world_distill.devices.profiler import Profiler
 from world_distill.errors import UserError
+from world_distill.evaluation.controls import at_start
 from world_distill.evaluation.held_out import audit
 from world_distill.evaluation.scoring import QUESTIONS, summarise
 from world_distill.judges.ask import begun_rubric, note_other_rubrics
@@ -91,8 +92,14 @@ def train(
     if cache is not None and inputs.judge is not None:
         if restored is not None and not config.judge.rubric and not config.judge.cache:
             rubric = begun_rubric(cache, rubric)  # the reward's wording is part of what is trained
-        note_other_rubrics(cache, rubric)
-    collector = Collector(programs, judge=inputs.judge, cache=cache, rubric=rubric, negative=inputs.negative)
+        note_other_rubrics(cache, rubric, held_out=inputs.held_out and inputs.held_out.rubric)
+    controls = None
+    if config.judge.controls and inputs.judge is not None and hosts.is_main():
+        ask = at_start(inputs.judge, cache, rubric, collection.questions, workdir)
+        controls = config.judge.controls, ask
+    collector = Collector(
+        programs, judge=inputs.judge, cache=cache, rubric=rubric, negative=inputs.negative, controls=controls
+    )
     evaluator, validation, held_out = inputs.evaluator, inputs.validation, inputs.held_out
     run_folder.claim_folder(config, workdir)
 

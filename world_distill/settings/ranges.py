@@ -146,6 +146,7 @@ RANGES: Mapping[str, Range | OneOf] = {
     "filters.min_sharpness": SOME,
     "filters.near": Range(-1, 64),
     "judge.keep_clips": SHARE,
+    "judge.controls": SOME,
     "scenes.train": SOME,
     "scenes.validation": SOME,
     "scenes.test": SOME,

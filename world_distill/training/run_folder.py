@@ -1,7 +1,7 @@
 """A run's folder: its config, its records, its state on the mesh, and what later programs need of it.
 
 `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`, `judged_clips/` if some are kept,
-and `data/` where the config names no other records.
+`controls.json` where the judge was asked about negative controls, and `data/` where the config names no other records.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
 FREE_KEYS = (
     "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch",
     "encode_batch", "ablation", "checkpoints", "held_out", "judge.cache", "judge.keep_clips",
+    "judge.controls",
 )  # fmt: skip
 
 
