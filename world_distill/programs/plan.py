@@ -6,9 +6,9 @@ config's real sizes, and compiled for the topology. What is printed of memory, c
 operations are counted from the traced programs (`flops`).
 
 Times are predictions. On TPUs they are ranges: the compiler's cycles (`cycles`) by the clock, attention kernels at a
-share of the peak (`KERNEL_SHARES`), and the time in which chips wait for collectives, over all links or over the two of
-one axis of the torus. Where the compiler estimates no cycles, as for GPUs, they are the operations by the peak and an
-assumed utilisation.
+share of the peak (`chips.Chip.attention`, at worst half of it), and the time in which chips wait for collectives, over
+all links or over the two of one axis of the torus. Where the compiler estimates no cycles, as for GPUs, they are the
+operations by the peak and an assumed utilisation.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from world_distill.weights import base_model
 LOCAL = "local"
 PHASES = ("rollout", "demonstrator", "update", "decode", "encode")  # names of what `make_plan` compiles
 GIB = 2**30
-KERNEL_SHARES = (0.7, 0.35)  # of the peak, at which attention kernels may run: assumed, since nobody estimates them
+KERNEL_SHARE = 0.7  # of the peak, at which attention kernels run at best where `chips` does not say
 UTILISATION = 0.4  # share of the peak that times assume without an estimate
 
 
@@ -252,10 +252,11 @@ def _predict(phase: Phase, estimate: cycles_lib.Estimate, sharding: jax.sharding
     if not estimate.total or chip is None or not chip.ghz:
         return
     hertz, kernels = chip.ghz * 1e9, phase.kernel_flops / len(devices) / (chip.tflops * 1e12)
+    best = chip.attention or KERNEL_SHARE
     links = (chip.sends * 1e9, chip.sends * 1e9 * min(2 / chip.links, 1.0))
     low, high = (
         estimate.total / hertz + kernels / share + estimate.waiting(hertz, bandwidth)
-        for share, bandwidth in zip(KERNEL_SHARES, links, strict=True)
+        for share, bandwidth in zip((best, best / 2), links, strict=True)
     )
     phase.seconds = low, high
 
