@@ -7,7 +7,7 @@ over keys.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -164,10 +164,10 @@ def splash_attention(
     n_full, m_full = n + -n % tile_q, m + -m % tile(m)
     tile_k = key_tile(m_full)
     at_once = tile_k if tile_k <= 1024 else tile_k // 2
-    two_passes = {"block_q_dq": tile_q, "block_kv_dq": tile_k}
+    more: dict[str, Any] = {} if one_pass else {"block_q_dq": tile_q, "block_kv_dq": tile_k}
     sizes = kernel.BlockSizes(
         block_q=tile_q, block_kv=tile_k, block_kv_compute=at_once, block_q_dkv=tile_q, block_kv_dkv=tile_k,
-        block_kv_dkv_compute=at_once, use_fused_bwd_kernel=one_pass, **{} if one_pass else two_passes,
+        block_kv_dkv_compute=at_once, use_fused_bwd_kernel=one_pass, **more,
     )  # fmt: skip
     run = kernel.make_splash_mha(
         masks.MultiHeadMask([masks.FullMask((n_full, m_full))] * heads), block_sizes=sizes, head_shards=1,
