@@ -18,10 +18,13 @@ from world_distill import build
 from world_distill.data.annotation.annotate import annotate_images
 from world_distill.data.images.filters import Filters
 from world_distill.data.records import fit
+from world_distill.data.records.clips import ClipSource
 from world_distill.data.records.encode import encode_records
 from world_distill.data.records.negative import keep_negative
 from world_distill.data.records.reader import RecordError, RecordReader
 from world_distill.data.records.splits import Splits, check_names
+from world_distill.data.videos.convert import VIDEOS
+from world_distill.errors import UserError
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import section
 from world_distill.structs import PyTree
@@ -78,17 +81,50 @@ class Encoder:
         *,
         name: str,
         metadata: Mapping[str, str] | None = None,
+        clips: ClipSource | None = None,
         **options,
     ) -> dict[str, int]:
         """`encode_records` with these encoders; its other `options` and its counts."""
         encoders = self._family.encoders
         weights = pathlib.Path(base_model.base_path(self._family, self._config.base) or "").name
         metadata = {**(metadata or {}), **fit.identity(self._family), "weights": weights}
+        size = encoders.image_size
+        if clips is not None:
+            metadata |= fit.clip_identity(self._family)
+            size = clips.size
         return encode_records(
             reader, folder, name=name, encode_scene=lambda images: encoders.scene(self._codec, images),
-            encode_text=encoders.text, size=encoders.image_size, scenes=encoders.scenes, metadata=metadata,
+            encode_text=encoders.text, size=size, scenes=encoders.scenes, metadata=metadata, clips=clips,
             lengths=build.text_lengths(self._family, self._config), **options,
         )  # fmt: skip
+
+    def clips_of(self, reader: RecordReader, videos: pathlib.Path | None = None) -> ClipSource | None:
+        """What gives annotated records the clips of their videos; None where they are of pictures.
+
+        `videos` is the folder of the videos, if they have moved since they were imported.
+
+        Raises:
+          UserError: the folder is not there, or is given for records of pictures.
+        """
+        if VIDEOS not in reader.metadata:
+            if videos is not None:
+                raise UserError(f"--videos {videos}: {reader.index_path} was not imported from videos")
+            return None
+        root = pathlib.Path(reader.metadata[VIDEOS]) if videos is None else videos
+        if not root.is_dir():
+            raise UserError(
+                f"{root}, the folder of the videos of {reader.index_path}, is not there: name it with --videos, or take"
+                " --no-clips, which encodes their first frames alone"
+            )
+        frames, height, width = fit.clip_shape(self._family)
+        return ClipSource(
+            root.resolve(), frames, self._family.fps, (height, width), latents=fit.clip_latents(self._family),
+            encode=lambda clip: self._encode(self._codec, clip),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def _encode(self) -> Callable[..., Mapping[str, jax.Array]]:
+        return jax.jit(self._family.codec.encode)
 
     def keep_negative(self, folder: pathlib.Path, name: str) -> bool:
         """Encodes the config's negative text for a record set that lacks it; returns whether it did.
