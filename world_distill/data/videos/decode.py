@@ -19,6 +19,7 @@ from world_distill.data.records.encoder_calls import fit_image
 from world_distill.storage.video_files import require_pyav
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+_UNSPECIFIED, _LARGE = 2, 720  # FFmpeg's number of a colour matrix that is not named; pixels of height
 _TOLERANCE = 1e-3  # of a clip's frame interval, by which a video may be too short: times are rounded
 
 
@@ -134,7 +135,10 @@ def _timed(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
 
 def _pixels(frame: Any, stream: Any) -> np.ndarray:
     """A frame as RGB [H W 3], upright, with square pixels."""
-    pixels = frame.to_ndarray(format="rgb24")
+    # FFmpeg reads untagged colours by BT.601; players take those of large pictures for BT.709.
+    untagged_large = frame.colorspace == _UNSPECIFIED and frame.height >= _LARGE
+    colours = {"src_colorspace": "ITU709"} if untagged_large else {}
+    pixels = frame.reformat(format="rgb24", **colours).to_ndarray()
     shape = float(stream.sample_aspect_ratio or 1)
     if abs(shape - 1) > 0.01:
         height, width = pixels.shape[:2]
