@@ -203,6 +203,19 @@ def test_full_differences_are_fine_tuned_too(films, tmp_path):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(run_folder.open_run(tmp_path).executor))
 
 
+def test_tasks_without_solutions_are_enough(films, tmp_path):
+    making.write(tmp_path / "mp4" / "a.mp4", fps=4, count=9)
+    (tmp_path / "mp4" / "a.txt").write_text("[grey wall]: Get lighter.")
+    data = tmp_path / "data"
+    imported(tmp_path / "mp4", data)
+    config = small_config(films[0], **SFT, steps=1)
+    encode(config, data)
+    assert RecordReader(data, "films")[0].solution == ""
+    config.data = str(data)
+    train.train(config, tmp_path / "run")
+    assert read_log(tmp_path / "run" / "metrics.jsonl")[0]["train/sft"] > 0
+
+
 def test_other_records_and_settings_are_refused_with_the_reason(films, tmp_path):
     folder = films[0]
     with pytest.raises(RecordError, match="holds no clips to learn from: `world-distill import-videos`"):

@@ -57,10 +57,18 @@ def test_the_step_is_the_gradient_of_flow_matching_on_the_clips(family, base, lo
 
 
 def test_what_lies_at_the_pinned_places_of_the_clips_does_not_matter(family, base, lora, clips):
-    objective = make_objective(**SFT)
+    class Looking(type(family)):
+        """Takes the scene from the noisy latents, as other families might."""
+
+        def denoise(self, base, lora, x_t, t, condition):
+            v = super().denoise(base, lora, x_t, t, condition)["video"]
+            return {"video": v * (1 + x_t["video"][:, :1].mean())}
+
+    objective, looking = make_objective(**SFT), Looking()
     other = clips.replace(latents={"video": clips.latents["video"].at[:, 0].set(7.0)})
-    one, another = (run(family, base, lora, batch, objective)[0].lora for batch in (clips, other))
-    jax.tree.map(np.testing.assert_array_equal, one, another)
+    one, another = (run(looking, base, lora, batch, objective) for batch in (clips, other))
+    jax.tree.map(np.testing.assert_array_equal, one[0].lora, another[0].lora)
+    assert one[1]["train/sft"] == another[1]["train/sft"]
 
 
 def test_the_demonstrator_is_never_computed(family, base, lora, clips):
@@ -105,6 +113,15 @@ def test_times_between_the_samplers_belong_to_the_step_that_passes_them(clips, l
     at, t = np.asarray(draw.renoised), np.asarray(draw.times)
     assert at.min() >= 0 and at.max() < STEPS and len(np.unique(at)) == STEPS
     assert ((GRID[at + 1] < t) & (t <= GRID[at])).all()
+
+
+def test_times_are_dealt_out_at_random(clips, lora):
+    """Strata rise with their number; a row has to see them all over many draws."""
+    objective = make_objective(**{**SFT, "draws": 16}, tied=1)
+    t = np.asarray(drawn(clips, objective, lora).times)
+    assert np.abs(t.mean(axis=0) - 0.5).max() < 0.25 and np.abs(t.mean(axis=1) - 0.5).max() < 0.35
+    together = np.asarray(drawn(clips, dataclasses.replace(objective, tied=0), lora).times)
+    assert (together == together[:, :1]).all() and len(np.unique(together)) == 16
 
 
 def test_losses_are_logged_by_the_step_of_the_sampler(family, base, lora, clips):

@@ -125,9 +125,11 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
     yield from (_of_fine_tuning if sft else _of_rollouts)(config, programs, base, wanted)
     size = family.encoders.image_size
     if wanted("encode") and size:
-        images, frames = (1, fit.clip_shape(family)[0]) if sft else (config.encode_batch, 1)
-        given = base, _shape((images, frames, *size, 3), np.uint8, replicated(mesh))
-        yield _compile("encode", jax.jit(family.codec.encode), given, base, calls=0)[0]
+        images = _shape((config.encode_batch, 1, *size, 3), np.uint8, replicated(mesh))
+        if sft:  # the videos' clips, one on each device
+            rows = mesh.shape["data"] * mesh.shape["fsdp"]
+            images = _shape((rows, fit.clip_shape(family)[0], *size, 3), np.uint8, batch_sharding(mesh))
+        yield _compile("encode", jax.jit(family.codec.encode), (base, images), base, calls=0)[0]
 
 
 def _of_fine_tuning(config, programs: Programs, base: PyTree, wanted: Callable[[str], bool]) -> Iterator[Phase]:

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 
 from world_distill import build
 from world_distill.data.annotation.annotate import annotate_images
@@ -24,6 +25,7 @@ from world_distill.data.records.negative import keep_negative
 from world_distill.data.records.reader import RecordError, RecordReader
 from world_distill.data.records.splits import Splits, check_names
 from world_distill.data.videos.convert import VIDEOS
+from world_distill.devices.sharding import batch_sharding
 from world_distill.errors import UserError
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import section
@@ -92,6 +94,8 @@ class Encoder:
         if clips is not None:
             metadata |= fit.clip_identity(self._family)
             size = clips.size
+            # Whole calls of the clips' encoder.
+            options["batch"] = -(-options["batch"] // clips.rows) * clips.rows
         return encode_records(
             reader, folder, name=name, encode_scene=lambda images: encoders.scene(self._codec, images),
             encode_text=encoders.text, size=size, scenes=encoders.scenes, metadata=metadata, clips=clips,
@@ -117,14 +121,18 @@ class Encoder:
                 " --no-clips, which encodes their first frames alone"
             )
         frames, height, width = fit.clip_shape(self._family)
-        return ClipSource(
-            root.resolve(), frames, self._family.fps, (height, width), latents=fit.clip_latents(self._family),
-            encode=lambda clip: self._encode(self._codec, clip),
-        )  # fmt: skip
+        mesh = build.start_devices(self._config)
+        # A clip on each device, or on those that share one along context and tensor.
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        encode = jax.jit(build.make_family(self._config, mesh).codec.encode)
 
-    @functools.cached_property
-    def _encode(self) -> Callable[..., Mapping[str, jax.Array]]:
-        return jax.jit(self._family.codec.encode)
+        def on_all_devices(clips: np.ndarray) -> dict[str, np.ndarray]:
+            return jax.device_get(encode(self._codec, jax.device_put(clips, batch_sharding(mesh))))
+
+        return ClipSource(
+            root.resolve(), frames, self._family.fps, (height, width), rows=rows, encode=on_all_devices,
+            latents=fit.clip_latents(self._family),
+        )  # fmt: skip
 
     def keep_negative(self, folder: pathlib.Path, name: str) -> bool:
         """Encodes the config's negative text for a record set that lacks it; returns whether it did.

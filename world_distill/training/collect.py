@@ -213,7 +213,7 @@ class Collector:
         lacking = {
             name: np.zeros((len(tasks), *spec.shape), np.float32)
             for name, spec in self._programs.family.latents.items()
-            if name not in tasks.clip
+            if name not in tasks.clip and not spec.counts.any()
         }
         return TrainBatch(
             task=jax.tree.map(put, tasks.condition("task")), solution=None,
@@ -223,7 +223,8 @@ class Collector:
 
     def _placing(self, tasks: TaskBatch, phase: Phase) -> Callable[[Any], jax.Array]:
         """A function that lays an array [tasks ...] out over the devices: on each the rows of its own rollouts."""
-        rows = _places(tasks, np.repeat(np.arange(tasks.count), self.settings.group_in(phase.rl)))
+        group = self.settings.group_in(phase.rl)
+        rows = _places(tasks, np.repeat(np.arange(tasks.count), group))
         sharding = rows_or_whole(self._programs.mesh, len(rows))
         return lambda x: hosts.place_rows(np.asarray(x), rows, sharding)
 

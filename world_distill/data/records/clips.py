@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ class ClipSource:
       frames: of a clip.
       fps: frames a second of a clip.
       size: (height, width) of a clip in pixels.
-      encode: RGB clips [1 F H W 3] uint8 to latents [1 n ...] by stream.
+      rows: clips encoded at a time.
+      encode: RGB clips [rows F H W 3] uint8 to latents [rows n ...] by stream.
       latents: shape and dtype of each of these, of one clip.
     """
 
@@ -30,7 +31,8 @@ class ClipSource:
     frames: int
     fps: float
     size: tuple[int, int]
-    encode: Callable[[np.ndarray], Mapping[str, Any]]
+    rows: int
+    encode: Callable[[np.ndarray], Mapping[str, np.ndarray]]
     latents: Mapping[str, Any]
 
     def read(self, record: AnnotatedRecord, scene: np.ndarray) -> np.ndarray | str:
@@ -51,14 +53,17 @@ class ClipSource:
         clip[0] = scene
         return clip
 
-    def encoded(self, clip: np.ndarray) -> dict[str, np.ndarray]:
-        """Latents [n ...] of a clip [F H W 3] by stream.
+    def encoded(self, clips: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Latents [n ...] by stream of each of at most `rows` clips [F H W 3].
 
         Raises RecordError if the encoder returns other shapes than it says.
         """
-        arrays = {name: np.asarray(array) for name, array in self.encode(clip[None]).items()}
+        if not clips:
+            return []
+        # Always as many, so that one program serves all.
+        arrays = self.encode(np.stack([*clips, *[clips[-1]] * (self.rows - len(clips))]))
         shapes = {name: array.shape for name, array in arrays.items()}
-        wanted = {name: (1, *spec.shape) for name, spec in self.latents.items()}
+        wanted = {name: (self.rows, *spec.shape) for name, spec in self.latents.items()}
         if shapes != wanted:
-            raise RecordError(f"a clip {clip.shape} was encoded to {shapes}, not to {wanted}")
-        return {name: array[0] for name, array in arrays.items()}
+            raise RecordError(f"{self.rows} clips {clips[0].shape} were encoded to {shapes}, not to {wanted}")
+        return [{name: array[i] for name, array in arrays.items()} for i in range(len(clips))]

@@ -111,7 +111,7 @@ class EncodeJob:
         used = [image for image in whole if any(record.id in states for record in image.records)]
         pixels = {image.image_id: image.pixels for image in used if image.pixels is not None}
         scenes = scenes_of(pixels, self.encode_scene, self.batch) if pixels else {}
-        for image, clip in zip(used, map_ordered(self._clip, used, threads=_VIDEO_THREADS), strict=True):
+        for image, clip in self._with_clips(used):
             kept = [record for record in image.records if record.id in states]
             if not _finite(scenes[image.image_id]):
                 left_out += [_line(record, "picture", "its latents are not finite") for record in kept]
@@ -119,26 +119,32 @@ class EncodeJob:
             if isinstance(clip, str):
                 left_out += [_line(record, "video", clip) for record in kept]
                 continue
-            latents = {} if clip is None else self._latents(clip)
-            if not _finite(latents):
-                left_out += [_line(record, "video", "its latents are not finite") for record in kept]
-                continue
             for record in kept:
                 task, solution = states[record.id]
                 yield EncodedRecord(
                     id=record.id, image_id=record.image_id, task=record.task, solution=record.solution,
                     agent=record.agent, kind=record.kind, scene=scenes[image.image_id], task_states=task,
-                    solution_states=solution, image_png=image.picture, clip=latents,
+                    solution_states=solution, image_png=image.picture, clip=clip,
                 )  # fmt: skip
 
-    def _clip(self, image: _Image) -> np.ndarray | str | None:
-        """The clip of an image's records, or why it has none; None where records have no clips."""
-        assert image.pixels is not None  # damaged ones are left out before
-        return None if self.clips is None else self.clips.read(image.records[0], image.pixels)
+    def _with_clips(self, images: Sequence[_Image]) -> Iterator[tuple[_Image, dict[str, np.ndarray] | str]]:
+        """Each image with the latents of its clip, or why it has none; {} where records have no clips."""
+        source = self.clips
+        if source is None:
+            yield from ((image, {}) for image in images)
+            return
 
-    def _latents(self, clip: np.ndarray) -> dict[str, np.ndarray]:
-        assert self.clips is not None  # it has read the clip
-        return self.clips.encoded(clip)
+        def read(image: _Image) -> np.ndarray | str:
+            assert image.pixels is not None  # damaged ones are left out before
+            return source.read(image.records[0], image.pixels)
+
+        waiting: list[tuple[_Image, np.ndarray | str]] = []
+        for image, clip in zip(images, map_ordered(read, images, threads=_VIDEO_THREADS), strict=True):
+            waiting.append((image, clip))
+            if sum(not isinstance(clip, str) for _, clip in waiting) == source.rows:
+                yield from _encoded(source, waiting)
+                waiting = []
+        yield from _encoded(source, waiting)
 
     def _states(self, texts: Sequence[str]) -> list[dict[str, np.ndarray] | str]:
         """States [l d] of every text, by name, or why the encoder cannot take it."""
@@ -172,6 +178,19 @@ class EncodeJob:
                 why = f"{tokens[name]} tokens, and texts are padded to {self.lengths[name]}: raise config.text_length"
                 return _line(record, role, why) | {"tokens": tokens}
         return None
+
+
+def _encoded(
+    source: ClipSource, read: Sequence[tuple[_Image, np.ndarray | str]]
+) -> Iterator[tuple[_Image, dict[str, np.ndarray] | str]]:
+    """The same with latents in the place of clips, or why there are none; at most `source.rows` clips."""
+    latents = iter(source.encoded([clip for _, clip in read if not isinstance(clip, str)]))
+    for image, clip in read:
+        if isinstance(clip, str):
+            yield image, clip
+            continue
+        found = next(latents)
+        yield image, found if _finite(found) else "its latents are not finite"
 
 
 def _finite(arrays: Mapping[str, np.ndarray]) -> bool:
