@@ -315,7 +315,4 @@ def test_other_families_are_fine_tuned_on_mp4s(name, tmp_path, capsys):
     lines = read_log(whole / "metrics.jsonl")
     assert len(lines) == 2 and all(np.isfinite(line["train/sft"]) and line["train/gradient_norm"] > 0 for line in lines)
     assert cli.main(["export", "--workdir", str(whole), "--out", str(tmp_path / "lora.safetensors")]) == 0
-    if name.startswith("ltx2"):
-        assert "audio" in family.latents
-        with pytest.raises(RecordError, match="no audio, which counts in this model's losses"):
-            train.train(load_config(name, TINY | {"data": str(data), "model.audio_counts": True}), tmp_path / "no")
+    assert ("audio" in family.latents) == name.startswith("ltx2")  # of which the clips have none

@@ -212,14 +212,13 @@ class RecordReader:
         record = self._read(shard, row)
         clip = read_clip(self._shards[shard][2 * row + 1], record.id)
         if isinstance(clip, int):
-            if not clip < row:
-                raise RecordError(f"its clip is said to be beside record {clip}")
-            owner = self._stored(shard, clip)[0]
-            if owner.image_id != record.image_id:
-                raise RecordError(f"record {clip} does not hold the clip of image {record.image_id!r}")
-            clip = read_clip(self._shards[shard][2 * clip + 1], owner.id)
-            if isinstance(clip, int):
-                raise RecordError(f"its clip is said to be beside record {row}, which has none of its own")
+            other = clip
+            if not other < row:
+                raise RecordError(f"its clip is said to be beside record {other}")
+            owner = self._stored(shard, other)[0]
+            clip = read_clip(self._shards[shard][2 * other + 1], owner.id)
+            if owner.image_id != record.image_id or isinstance(clip, int):
+                raise RecordError(f"record {other} does not hold the clip of image {record.image_id!r}")
         return dataclasses.replace(record, clip=clip)
 
     def _stored(self, shard: int, row: int) -> tuple[Any, int | None]:
