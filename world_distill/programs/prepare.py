@@ -84,6 +84,7 @@ class Encoder:
         name: str,
         metadata: Mapping[str, str] | None = None,
         clips: ClipSource | None = None,
+        batch: int = 8,
         **options,
     ) -> dict[str, int]:
         """`encode_records` with these encoders; its other `options` and its counts."""
@@ -95,11 +96,11 @@ class Encoder:
             metadata |= fit.clip_identity(self._family)
             size = clips.size
             # Whole calls of the clips' encoder.
-            options["batch"] = -(-options["batch"] // clips.rows) * clips.rows
+            batch = -(-batch // clips.rows) * clips.rows
         return encode_records(
             reader, folder, name=name, encode_scene=lambda images: encoders.scene(self._codec, images),
             encode_text=encoders.text, size=size, scenes=encoders.scenes, metadata=metadata, clips=clips,
-            lengths=build.text_lengths(self._family, self._config), **options,
+            lengths=build.text_lengths(self._family, self._config), batch=batch, **options,
         )  # fmt: skip
 
     def clips_of(self, reader: RecordReader, videos: pathlib.Path | None = None) -> ClipSource | None:

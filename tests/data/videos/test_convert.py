@@ -54,6 +54,8 @@ def test_a_folder_with_texts_beside_the_videos(clips, tmp_path, capsys):
     (folder / "empty.mp4").touch()
     (folder / "empty.txt").write_text(CAPTION)
     (folder / "notes.pdf").touch()
+    (folder / "alone.txt").write_text(CAPTION)
+    (folder / "rows.jsonl").touch()
     assert call(folder, out, "--licence", "CC0") == 0
     caption, task = read(out)
     assert (caption.task, caption.solution, caption.agent, caption.kind) == (CAPTION, CAPTION, "", "video")
@@ -63,7 +65,13 @@ def test_a_folder_with_texts_beside_the_videos(clips, tmp_path, capsys):
     assert left_out(out) == {"2.mp4": "no_text", "broken.mp4": "damaged", "empty.mp4": "damaged"}
     said = capsys.readouterr().out
     assert "records: 2" in said and "left_out: 3" in said and "left_out_damaged: 2" in said
-    assert "1 .pdf (no video by its name)" in said and "next: world-distill encode" in said
+    for line in (
+        "1 .pdf (no video by its name)",
+        "1 .txt (no video beside it)",
+        "1 .jsonl (rows: name the file itself)",
+    ):
+        assert line in said
+    assert "next: world-distill encode" in said
     assert RecordReader(out, "train_annotated").metadata["videos"] == str(folder)
 
 

@@ -126,10 +126,16 @@ def _in_folder(root: pathlib.Path, files: Sequence[File], unused: Unused) -> Ite
         with text.open() as opened:
             words = opened.read(1 << 20).decode("utf-8-sig", "replace")
         yield _video(pathlib.Path(video.path), video.name, {"task": words}, text.name)
-    known = {video.path for video in videos} | {table.path for table in tables}
+    used = {file.path for file in (*videos, *tables)}
     for file in files:
-        if file.path not in known and not file.name.lower().endswith(".txt") and not kinds.is_unremarkable(file.name):
-            unused.add(file.name, "no video by its name")
+        if file.path in used or kinds.is_unremarkable(file.name):
+            continue
+        if file.name.lower().endswith(".txt"):
+            if os.path.splitext(file.path)[0] in texts:
+                unused.add(file.name, "no video beside it")
+        else:
+            is_rows = kinds.rows_of(file.name) is not None
+            unused.add(file.name, "rows: name the file itself" if is_rows else "no video by its name")
 
 
 def _in_table(root: pathlib.Path, table: File) -> Iterator[Video | LeftOut]:
