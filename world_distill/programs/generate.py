@@ -121,7 +121,7 @@ def generate(request: Request, config) -> tuple[int, int]:
     Raises:
       UserError: flags or files that do not fit together, or clips of other settings in the folder.
     """
-    video_files.require_mp4()
+    video_files.require_pyav()
     settings = _settings(request, config)
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)

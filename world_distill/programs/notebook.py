@@ -238,7 +238,7 @@ class Trainer:
           cache: where the judge's answers are looked up and stored; None asks about everything.
 
         Raises:
-          ValueError: settings that do not go together, or RL without a judge.
+          ValueError: settings that do not go together, RL without a judge, or fine-tuning, which reads records.
           UserError: rewards that this judge does not give.
         """
         config = model.config.copy_and_resolve_references()
@@ -249,6 +249,8 @@ class Trainer:
             config.rollout.spread = False
         self.model = model
         self.programs = make_programs(config, model.mesh)
+        if self.programs.objective.sft:
+            raise ValueError("objective.kind = sft learns from clips of records: use `world-distill train`")
         settings, rl = self.programs.rollout_settings, self.programs.objective.rl
         if rl != "none" and settings.questions and judge is None:
             raise ValueError(f"objective.rl = {rl} with rewards {', '.join(settings.questions)} needs a judge")

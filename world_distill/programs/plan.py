@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from world_distill import build, console
+from world_distill.data.records import fit
 from world_distill.devices import chips, flops
 from world_distill.devices import cycles as cycles_lib
 from world_distill.devices.sharding import batch_sharding, kept_rows, make_mesh, replicated
@@ -33,8 +34,8 @@ from world_distill.errors import UserError, did_you_mean
 from world_distill.settings import objective
 from world_distill.settings.loading import override
 from world_distill.settings.rollout import RolloutSettings
-from world_distill.structs import Condition, PyTree, Texts, Tokens, TrainBatch
-from world_distill.training.step_programs import Programs, make_programs
+from world_distill.structs import Condition, PyTree, Rollout, Texts, Tokens, TrainBatch
+from world_distill.training.step_programs import FINE_TUNING, Programs, make_programs
 from world_distill.weights import base_model
 
 LOCAL = "local"
@@ -119,12 +120,36 @@ def make_plan(config, devices: list[Any], only: tuple[str, ...] = (), *, say=lam
 def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase]:
     mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
     programs = make_programs(config, mesh)
-    family, settings, state = programs.family, programs.rollout_settings, programs.state
+    family, sft = programs.family, programs.objective.sft
     base = base_model.abstract_base(family, mesh)
-    # A step in which every loss has a weight.
+    wanted = lambda name: not only or name in only  # noqa: E731
+    yield from (_of_fine_tuning if sft else _of_rollouts)(config, programs, base, wanted)
+    size = family.encoders.image_size
+    if wanted("encode") and size:
+        images = _shape((config.encode_batch, 1, *size, 3), np.uint8, replicated(mesh))
+        if sft:  # the videos' clips, one on each device
+            rows = mesh.shape["data"] * mesh.shape["fsdp"]
+            images = _shape((rows, fit.clip_shape(family)[0], *size, 3), np.uint8, batch_sharding(mesh))
+        yield _compile("encode", jax.jit(family.codec.encode), (base, images), base, calls=0)[0]
+
+
+def _of_fine_tuning(config, programs: Programs, base: PyTree, wanted: Callable[[str], bool]) -> Iterator[Phase]:
+    """The update alone: clips of records stand in the rollouts' place."""
+    mesh, family, settings, state = programs.mesh, programs.family, programs.rollout_settings, programs.state
+    rows = settings.tasks * settings.group
+    sharding = rows_or_whole(mesh, rows)
+    clips = {name: _shape((rows, *spec.shape), jnp.float32, sharding) for name, spec in family.latents.items()}
+    if wanted("update"):
+        task = _condition(config, family, mesh, rows)
+        given = state, base, _batch(programs, Rollout(clips), task, None, None, False, None)
+        yield _compile("update", programs.update[FINE_TUNING], given, (base, state))[0]
+
+
+def _of_rollouts(config, programs: Programs, base: PyTree, wanted: Callable[[str], bool]) -> Iterator[Phase]:
+    """The phases of a step in which every loss has a weight."""
+    mesh, family, settings, state = programs.mesh, programs.family, programs.rollout_settings, programs.state
     active = programs.objective.rl != "none"
     in_force = objective.Phase(rl=active, anchor=programs.objective.anchored)
-    wanted = lambda name: not only or name in only  # noqa: E731
 
     # Each phase takes what the one before gives, laid out as the compiler chose.
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -151,10 +176,6 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
         if wanted("decode"):
             judged = active and bool(settings.questions)
             yield _compile("decode", programs.decode, (base, rollout.latents), held, calls=int(judged))[0]
-    size = family.encoders.image_size
-    if wanted("encode") and size:
-        images = _shape((config.encode_batch, 1, *size, 3), np.uint8, replicated(mesh))
-        yield _compile("encode", jax.jit(family.codec.encode), (base, images), base, calls=0)[0]
 
 
 def _condition(config, family, mesh, rows: int) -> Condition:

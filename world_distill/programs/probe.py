@@ -123,8 +123,9 @@ def keep_better(probed: Probed, reader: RecordReader, folder: pathlib.Path, name
     kept = {record for record, value in advantage.items() if not value <= 0}  # NaN: not judged
     if not kept:
         raise UserError(f"the Demonstrator is better on none of {len(advantage)} tasks: no records are left to write")
+    whole = RecordReader(reader.index_path.parent, reader.index_path.stem, clips=reader.has_clips)
     write_records(
-        folder, name, (record for record in reader if record.id in kept), reader.shards,
+        folder, name, (record for record in whole if record.id in kept), reader.shards,
         metadata={**reader.metadata, "kept_of": reader.fingerprint}, scene_dtype=reader.metadata.get("scene_dtype"),
     )  # fmt: skip
     if (negative := read_negative(reader.index_path.parent, reader.index_path.stem)) is not None:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from world_distill import build, console
 from world_distill.data.records.batches import TaskBatches, task_batches
-from world_distill.data.records.fit import check_fit
+from world_distill.data.records.fit import check_clips, check_fit
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordError, RecordReader
 from world_distill.devices import hosts
@@ -81,11 +81,16 @@ def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = Tru
     for records in filter(None, (reader, validation)):
         check_fit(records, family)
     programs = make_programs(config, mesh)
+    fine_tunes = programs.objective.sft
+    if fine_tunes:
+        check_clips(reader, family)
     settings = programs.rollout_settings
     hosts.agree("config", to_json(config))
     hosts.agree("set of records", reader.fingerprint)
     lengths = build.text_lengths(family, config)
-    tasks = task_batches(reader, tasks_per_step=settings.tasks, seed=config.seed, lengths=lengths)
+    tasks = task_batches(
+        reader, tasks_per_step=settings.tasks, seed=config.seed, lengths=lengths, solutions=not fine_tunes
+    )
     negative = load_negative(reader, programs.guidance, lengths, mesh)
     judge = build.make(config, "judge") if settings.questions and programs.objective.rl != "none" else None
     rubric = build.make_rubric(config, judge=judge)
@@ -121,7 +126,7 @@ def _records(config: ConfigDict, workdir: pathlib.Path) -> tuple[RecordReader, R
     """The records to learn from, and those to look at meanwhile."""
     folder = run_folder.data_folder(config, workdir)
     try:
-        reader = RecordReader(folder, config.train_set)
+        reader = RecordReader(folder, config.train_set, clips=config.objective.kind == "sft")
     except RecordError as error:
         raise RecordError(
             f"{error}. Records come from `world-distill encode`; --config.data says in which folder they are, and"

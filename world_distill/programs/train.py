@@ -1,4 +1,4 @@
-"""`world-distill train`: one loop for distillation, RL and both (WMSD), for every model family.
+"""`world-distill train`: one loop for distillation, RL, both (WMSD) and fine-tuning, for every model family.
 
     for every step:
         collect     the Executor's rollouts, judged and weighed        (collect.py)
@@ -200,6 +200,7 @@ def train(
 def _short(values: dict[str, float]) -> dict[str, str]:
     """The few figures of a progress line."""
     names = {
+        "sft": "train/sft",
         "anchor": "train/anchor",
         "reward": "reward/total",
         "task": "rate/task",

@@ -6,6 +6,8 @@
     3. judge         decoded clips on the host, answers from the cache on disk where it has them
     4. weigh         rewards to group-relative advantages, failed judgments masked
 
+Supervised fine-tuning takes the records' clips in place of 1, and leaves 2 to 4 out.
+
 A rollout depends on (seed, step, row) and the weights alone, so a resumed or repeated run makes the same clips, finds
 their judgments in the cache, and goes on bit for bit as before.
 """
@@ -148,6 +150,8 @@ class Collector:
         """
         started = time.perf_counter()
         phase = self._objective.phase(step)
+        if self._objective.sft:
+            return Pending(step, phase, tasks, self._of_records(tasks, phase), None, None, None, started)
         task, solution = self._conditions(tasks, phase)
         rollout = self._roll[phase.rl](lora, base, task, solution, *_key(key, step), self._negative)
         # Only clips that will be judged are decoded.
@@ -225,13 +229,31 @@ class Collector:
 
     def _conditions(self, tasks: TaskBatch, phase: Phase) -> tuple[Condition, Condition]:
         """What every rollout is told, task and solution: on each device those of its own rollouts."""
-        group = self.settings.group_in(phase.rl)
-        rows = _places(tasks, np.repeat(np.arange(tasks.count), group))
-        mesh = self._programs.mesh
-        put = lambda x: hosts.place_rows(x, rows, kept_rows(mesh, (len(rows), *x.shape[1:])))  # noqa: E731
+        put = self._placing(tasks, phase)
         scene = jax.tree.map(put, tasks.scene)
         task, solution = (Condition(jax.tree.map(put, tasks.texts[role]), scene) for role in ROLES)
         return task, solution
+
+    def _of_records(self, tasks: TaskBatch, phase: Phase) -> TrainBatch:
+        """The records' clips, told their tasks. A stream that they lack, which counts nowhere, is 0: its mean."""
+        put = self._placing(tasks, phase)
+        lacking = {
+            name: np.zeros((len(tasks), *spec.shape), np.float32)
+            for name, spec in self._programs.family.latents.items()
+            if name not in tasks.clip and not spec.counts.any()
+        }
+        return TrainBatch(
+            task=jax.tree.map(put, tasks.condition("task")), solution=None,
+            latents=jax.tree.map(put, tasks.clip | lacking),
+            states=None, demonstrator=None, log_probs=None, advantages=None, valid=None,
+        )  # fmt: skip
+
+    def _placing(self, tasks: TaskBatch, phase: Phase) -> Callable[[Any], jax.Array]:
+        """A function that lays an array [tasks ...] out over the devices: on each the rows of its own rollouts."""
+        group = self.settings.group_in(phase.rl)
+        rows = _places(tasks, np.repeat(np.arange(tasks.count), group))
+        lie = functools.partial(kept_rows, self._programs.mesh)
+        return lambda x: hosts.place_rows(np.asarray(x), rows, lie((len(rows), *x.shape[1:])))
 
     def _ask(self, tasks: TaskBatch, clips: np.ndarray, numbers: np.ndarray) -> Judgment:
         """The judge's answers about clips; `numbers` are their rows in a batch of `group` clips of each task."""

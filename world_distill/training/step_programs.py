@@ -7,7 +7,8 @@
     motion        final latents                             -> how much each clip moves
     update        a state, the base, a batch                -> the next state, metrics        (step.py)
 
-With guidance, `roll` and `demonstrate` also take the states of the negative text.
+With guidance, `roll` and `demonstrate` also take the states of the negative text. Supervised fine-tuning
+(`objective.kind` = sft) runs `update` alone.
 
 `train` runs them, `benchmark` times each alone, `plan` compiles them for machines that are not there. Runs of one
 process that have the same settings share them, so that the second neither traces nor compiles: seeds of an ablation, a
@@ -54,6 +55,7 @@ from world_distill.training.step_losses import in_shape
 from world_distill.weights import base_model
 
 PHASES = (Phase(True, True), Phase(True, False), Phase(False, True))
+FINE_TUNING = Phase(False, False)  # the one phase of supervised fine-tuning
 # All that the programs are made from; seeds, judges and records are not.
 SECTIONS = (*build.FAMILY_SECTIONS, "demonstrator", "rollout", "objective", "optimizer", "sampler")
 
@@ -192,7 +194,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         demonstrate=jax.jit(demonstrate),
         motion=jax.jit(motion),
         finish=jax.jit(finish) if keep_states else None,
-        update={phase: train_step(phase) for phase in PHASES},
+        update={phase: train_step(phase) for phase in ((FINE_TUNING,) if objective.sft else PHASES)},
         _init=init,
     )
 
