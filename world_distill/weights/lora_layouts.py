@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,9 +17,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from world_distill.errors import UserError
-from world_distill.interfaces import ModelFamily
+from world_distill.interfaces import ModelFamily, PublishedLayout
 from world_distill.models.lora import DIFFERENCES
-from world_distill.models.tensor_map import Entry, transpose
+from world_distill.models.tensor_map import Entry, LoraRules, our_shapes, transpose
+from world_distill.storage.array_store import by_name
 from world_distill.structs import PyTree
 
 Layout = Literal["diffusers", "comfy"]
@@ -37,12 +38,14 @@ class LoraModel:
       shapes: our path -> shape of the base's kernel, [i o] or [layers i o].
       entries: all arrays of the adapted part, by layout. Without them only factors of linear layers are known.
       known_sizes: (blocks, width) -> what people call the published model of these sizes.
+      rules: what diffusers reads of files with the original names.
     """
 
     names: Mapping[str, tuple[str, str]]
     shapes: Mapping[str, tuple[int, ...]]
     entries: Mapping[Layout, Sequence[Entry]] = dataclasses.field(default_factory=dict)
     known_sizes: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    rules: LoraRules = dataclasses.field(default_factory=LoraRules)
 
     @classmethod
     def of(cls, family: ModelFamily) -> "LoraModel":
@@ -53,13 +56,40 @@ class LoraModel:
             "diffusers": layout.entries("diffusers")[family.adapted],
             "comfy": layout.entries("original")[family.adapted],
         }
-        return cls(layout.lora_names, family.kernel_shapes(), entries, layout.known_sizes)
+        return cls(layout.lora_names, family.kernel_shapes(), entries, layout.known_sizes, layout.lora_rules)
+
+    @classmethod
+    def whole(cls, layout: PublishedLayout) -> "LoraModel":
+        """That of all parts of a published model; paths begin with the part."""
+        names = {
+            f"{part}.{path}": both for part, layers in layout.all_lora_names.items() for path, both in layers.items()
+        }
+
+        def entries(naming: Literal["diffusers", "original"]) -> list[Entry]:
+            return [
+                dataclasses.replace(entry, path=f"{part}.{entry.path}")
+                for part, found in (layout.entries(naming) | layout.apart(naming)).items()
+                if part in layout.all_lora_names
+                for entry in found
+            ]
+
+        theirs = entries("diffusers")
+        kernels = by_name(our_shapes(entry for entry in theirs if entry.path.endswith(".kernel")))
+        shapes = {path.removesuffix(".kernel"): shape for path, shape in kernels.items()}
+        return cls(
+            names, shapes, {"diffusers": theirs, "comfy": entries("original")}, layout.known_sizes, layout.lora_rules
+        )
 
     @property
     def sizes(self) -> tuple[int, int] | None:
         """(blocks, width); None where no blocks are stacked."""
         stacked = [shape for shape in self.shapes.values() if len(shape) == 3]
         return (stacked[0][0], Counter(shape[1] for shape in stacked).most_common(1)[0][0]) if stacked else None
+
+    @property
+    def widths(self) -> set[int]:
+        """What layers of blocks read."""
+        return {shape[1] for shape in self.shapes.values() if len(shape) == 3}
 
     @functools.cached_property
     def kernels(self) -> dict[str, Entry]:
@@ -115,22 +145,13 @@ def _difference_tensors(differences: PyTree, model: LoraModel, layout: Layout) -
 
 
 def unread_by_diffusers(lora: PyTree, model: LoraModel) -> list[str]:
-    """What diffusers' reader of the original names does not take of such a file, a line each; empty: it reads all."""
-    layers = {model.names[path][1] for path, *_ in _factors(lora)}
-    return missing_for_diffusers(layers)
-
-
-def missing_for_diffusers(layers: Collection[str]) -> list[str]:
-    """Why diffusers stops at a file in ComfyUI's layout that adapts these layers, a line each; empty: it does not."""
-    lines = []
-    if not any(name.startswith(("blocks.", "transformer_blocks.")) for name in layers):
-        lines.append("it adapts no block")
-    if "patch_embedding" in layers:
-        lines.append("it adapts patch_embedding")
-    for part in ("text_embedding", "time_embedding"):
-        if len({f"{part}.0", f"{part}.2"} & set(layers)) == 1:
-            lines.append(f"it adapts one of the two layers of {part}")
-    return lines
+    """Why diffusers does not read such a file in ComfyUI's layout, a line each; empty: it reads all."""
+    layers = [model.names[path][1] for path, *_ in _factors(lora)]
+    tensors = {f"{layer}.lora_{x.upper()}.weight": (layer, x) for layer in layers for x in "ab"}
+    changed = flatten_dict(lora.get(DIFFERENCES, {}), sep=".")
+    entries = {entry.path: entry for entry in model.entries.get("comfy", ())}
+    tensors |= {f"{entries[path].name}.diff": (entries[path].name, "diff") for path in changed}
+    return model.rules.stops(tensors)
 
 
 def check_targets(family: ModelFamily) -> None:

@@ -25,15 +25,48 @@ from world_distill.weights.lora_layouts import METADATA_KEY, LoraModel
 _PLAIN = (None, "LORA")
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
+    """A linear layer of one block."""
+
     path: str  # in our tree
     block: int  # along our leading axis; 0 where there is none
     name: str  # in diffusers
 
 
-class _Weight(NamedTuple):
+class Factors(NamedTuple):
+    """Names of a layer's two factors, and what their product is multiplied by."""
+
+    down: str
+    up: str
+    strength: float
+
+
+class Weight(NamedTuple):
+    """An array of one block, by its entry."""
+
     entry: Entry
     block: int
+
+
+@dataclasses.dataclass
+class Plan:
+    """What each tensor of a LoRA file changes, and how strongly.
+
+    Attributes:
+      factors: layer -> its factors.
+      differences: key of a tensor that is added as it is -> the weight.
+      left_out: part of `lora_names.LEFT_OUT` -> keys that are not read.
+      ranks: rank -> layers.
+      strengths: alpha / rank -> layers.
+      notes: what the reader had to assume.
+    """
+
+    factors: dict[Layer, Factors]
+    differences: dict[str, Weight]
+    left_out: dict[str, list[str]]
+    ranks: dict[int, int]
+    strengths: dict[float, int]
+    notes: list[str]
 
 
 @dataclasses.dataclass
@@ -64,10 +97,10 @@ def read(
     *,
     scale: float,
     without: Collection[str] = (),
+    alpha: float | None = None,
 ) -> Reading:
     """Our Executor, float32, from the tensors of a LoRA file: `scale a b` is the change that the file makes.
 
-    Names are those of `lora_names`. Alpha is a layer's tensor `alpha`, or what the settings of PEFT say, or the rank.
     All our factors get the largest rank of the file: missing entries are zero in `a` and in `b`, whole blocks that the
     file does not adapt among them. Such entries compute nothing, and get no gradient either: training goes on with what
     the file adapts.
@@ -78,22 +111,54 @@ def read(
       model: what LoRA files may change.
       scale: of our product, not 0.
       without: parts of `lora_names.LEFT_OUT` that are not read.
+      alpha: of a file that does not say it; None takes the rank.
+
+    Raises:
+      ValueError: as `plan`; values that are not finite. The tensors are named.
+    """
+    _check_finite(tensors)
+    found = plan(tensors, metadata, model, without=without, alpha=alpha)
+    tree = unflatten_dict(_read_factors(tensors, found.factors, model, scale), sep=".")
+    if differences := _read_differences(tensors, found.differences):
+        tree[DIFFERENCES] = unflatten_dict(differences, sep=".")
+    held = collections.Counter(_part_of(lora_names.parse(key)) for key in found.differences)
+    return Reading(tree, found.left_out, dict(held), found.ranks, found.strengths, found.notes)
+
+
+def plan(
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    model: LoraModel,
+    *,
+    without: Collection[str] = (),
+    alpha: float | None = None,
+    may_leave_out: bool = True,
+) -> Plan:
+    """What each tensor of a LoRA file changes. Of their values, only `alpha` is read.
+
+    Names are those of `lora_names`. Alpha is a layer's tensor `alpha`, or what the settings of PEFT say, or the
+    argument, or the rank.
+
+    Args:
+      tensors: by name; what has a `shape` and becomes an array for numpy.
+      metadata, model, without, alpha: as for `read`.
+      may_leave_out: whether the caller has a flag for `without`, which errors then name.
 
     Raises:
       ValueError: no LoRA; another kind of adapter; a part that this model does not have or hold, and `without` does not
-        name; layers that the model lacks or whose sizes are others; one factor without the other; a layer twice; values
-        that are not finite. The tensors are named.
+        name; layers that the model lacks or whose sizes are others; one factor without the other; a layer twice;
+        `alpha` for a file that says its own. The tensors are named.
     """
     if unknown := set(without) - lora_names.LEFT_OUT.keys():
         raise ValueError(
             f"{', '.join(sorted(unknown))} cannot be left out; these can: {', '.join(lora_names.LEFT_OUT)}"
         )
-    _check_finite(tensors)
     settings = _settings(metadata)
-    _check_kind(tensors, settings)
+    _check_kind(tensors, settings, metadata)
+    layers = _layers(model)
     left_out: dict[str, list[str]] = {}
     for key in tensors:
-        if part := lora_names.other_part(key):
+        if (part := lora_names.other_part(key)) and lora_names.flat(lora_names.parse(key).layer) not in layers:
             left_out.setdefault(part, []).append(key)
     gone = {key for found in left_out.values() for key in found}
     keys = {key: lora_names.parse(key) for key in tensors if key not in gone}
@@ -107,47 +172,59 @@ def read(
     for key, found in changes.items():
         if (part := _part_of(found)) in without:
             left_out.setdefault(part, []).append(key)
-    _check_left_out(left_out, without)
-    changes = {key: found for key, found in changes.items() if _part_of(found) not in left_out}
+    _check_left_out(left_out, without, may_leave_out)
+    _check_layers(tensors, {key: lora_names.flat(found.layer) for key, found in factors.items()}, model, layers)
 
-    _check_layers(tensors, {key: lora_names.flat(found.layer) for key, found in factors.items()}, model)
-    result = Reading({}, left_out, {}, {}, {}, [])
-    flat = _read_factors(tensors, factors, settings, model, scale, result)
-    differences = _read_differences(tensors, changes, weights, result)
-    result.tree = unflatten_dict(flat, sep=".")
-    if differences:
-        result.tree[DIFFERENCES] = unflatten_dict(differences, sep=".")
+    result = Plan({}, {}, left_out, {}, {}, [])
+    _plan_factors(tensors, factors, settings, model, alpha, result)
+    gone = {key for found in left_out.values() for key in found}
+    for key in (key for key in changes if key not in gone):
+        entry, _ = result.differences[key] = weights[key]
+        if math.prod(tensors[key].shape) != math.prod(entry.shape):
+            raise ValueError(
+                f"it was made for a model of other sizes: {key} is {list(tensors[key].shape)}, not {list(entry.shape)}"
+            )
     return result
 
 
-def _read_factors(tensors, factors, settings, model: LoraModel, scale: float, result: Reading) -> dict[str, Any]:
-    """Dotted path -> factors `a` and `b`, of all layers that the file adapts."""
-    misfits, changes = [], {}
+def _plan_factors(tensors, factors, settings, model: LoraModel, given: float | None, result: Plan) -> None:
+    """Finds the factors of all layers that the file adapts, and their strengths."""
+    says_alpha = "lora_alpha" in settings or any(found.part == "alpha" for found in factors.values())
+    if given is not None and says_alpha:
+        raise ValueError(f"it says its alpha, so alpha = {given:g} is not for it: leave that out")
+    misfits = []
     for layer, slot in _sort(factors, _layers(model)).items():
         *_, i, o = model.shapes[layer.path]
-        down, up = (np.asarray(tensors[slot[part]], np.float32) for part in ("a", "b"))
-        rank = down.shape[0] if down.ndim else 0
+        down, up = (tuple(tensors[slot[part]].shape) for part in ("a", "b"))
         # A convolution has its window's axes at the end of `lora_A`, and axes of length 1 in `lora_B`.
-        flat, kernel = down.reshape(rank, -1) if rank else down, model.kernels.get(layer.path)
-        if not rank or flat.shape != (rank, i) or up.shape[:2] != (o, rank) or up.size != o * rank:
-            found = f"{slot['a']} {list(down.shape)} with {list(up.shape)}"
-            misfits.append(f"{found} where {layer.path} needs [r, {i}] with [{o}, r]")
+        rank = down[0] if down else 0
+        if not rank or math.prod(down) != rank * i or up[:2] != (o, rank) or math.prod(up) != o * rank:
+            misfits.append(f"{slot['a']} {list(down)} with {list(up)} where {layer.path} needs [r, {i}] with [{o}, r]")
             continue
-        a = flat.T if kernel is None else kernel.ours(flat.reshape(rank, *kernel.shape[1:]))
-        alpha = float(tensors[slot["alpha"]].item()) if "alpha" in slot else None
-        strength = _strength(settings, layer.name, alpha, rank)
-        changes[layer] = a, up.reshape(o, rank).T * np.float32(strength / scale)
+        alpha = float(np.asarray(tensors[slot["alpha"]], np.float32).item()) if "alpha" in slot else None
+        strength = _strength(settings, layer.name, alpha, rank, given)
+        result.factors[layer] = Factors(slot["a"], slot["b"], strength)
         result.ranks[rank] = result.ranks.get(rank, 0) + 1
         result.strengths[strength] = result.strengths.get(strength, 0) + 1
     if misfits:
         raise ValueError(f"it was made for a model of other sizes: {some(misfits, '; ')}")
     # PEFT keeps alpha beside its files; everyone else who writes none means the rank.
-    of_peft = any(key.startswith("base_model.") for key in factors)
-    if of_peft and not settings and not any(found.part == "alpha" for found in factors.values()):
+    if any(key.startswith("base_model.") for key in factors) and not settings and not says_alpha and given is None:
         result.notes.append(
-            "PEFT wrote it, and adapter_config.json is not beside it, so alpha is taken to be the rank (strength 1)"
+            "PEFT wrote it, and adapter_config.json is not beside it, so alpha is taken to be the rank (strength 1);"
+            " if training had another, give it"
         )
 
+
+def _read_factors(tensors, factors: Mapping[Layer, Factors], model: LoraModel, scale: float) -> dict[str, Any]:
+    """Dotted path -> factors `a` and `b`, of all layers that the file adapts."""
+    changes = {}
+    for layer, found in factors.items():
+        down, up = (np.asarray(tensors[key], np.float32) for key in found[:2])
+        rank, kernel = len(down), model.kernels.get(layer.path)
+        down = down.reshape(rank, -1)
+        a = down.T if kernel is None else kernel.ours(down.reshape(rank, *kernel.shape[1:]))
+        changes[layer] = a, up.reshape(-1, rank).T * np.float32(found.strength / scale)
     rank, flat = max((a.shape[1] for a, _ in changes.values()), default=0), {}
     for path in sorted({layer.path for layer in changes}):
         *stack, i, o = model.shapes[path]
@@ -160,42 +237,34 @@ def _read_factors(tensors, factors, settings, model: LoraModel, scale: float, re
     return flat
 
 
-def _read_differences(tensors, changes, weights: Mapping[str, _Weight], result: Reading) -> dict[str, np.ndarray]:
+def _read_differences(tensors, changes: Mapping[str, Weight]) -> dict[str, np.ndarray]:
     """Dotted path -> difference of our array, zero in blocks that the file does not change."""
     found: dict[str, np.ndarray] = {}
-    for key, parsed in changes.items():
-        entry, block = weights[key]
-        value = np.asarray(tensors[key], np.float32)
-        if value.size != math.prod(entry.shape):
-            raise ValueError(
-                f"it was made for a model of other sizes: {key} is {list(value.shape)}, not {list(entry.shape)}"
-            )
-        ours = entry.ours(value.reshape(entry.shape))
+    for key, (entry, block) in changes.items():
+        ours = entry.ours(np.asarray(tensors[key], np.float32).reshape(entry.shape))
         if entry.path not in found:
             found[entry.path] = np.zeros((entry.blocks, *ours.shape) if entry.blocks else ours.shape, np.float32)
         found[entry.path][(block,) if entry.blocks else ()] += ours
-        part = _part_of(parsed)
-        result.held[part] = result.held.get(part, 0) + 1
     return found
 
 
 # ---- Which layer a name means
 
 
-def _layers(model: LoraModel) -> dict[str, _Layer]:
+def _layers(model: LoraModel) -> dict[str, Layer]:
     """Every name that a file may have for a layer of the model: without prefixes, and flat."""
     layers = {}
     for path in model.names.keys() & model.shapes.keys():
         for n in range(model.shapes[path][0] if "{n}" in model.names[path][0] else 1):
             theirs, original = (name.format(n=n) for name in model.names[path])
             for name in (theirs, original):
-                layers[lora_names.flat(name)] = _Layer(path, n, theirs)
+                layers[lora_names.flat(name)] = Layer(path, n, theirs)
     return layers
 
 
-def _sort(keys: Mapping[str, lora_names.Key], layers: Mapping[str, _Layer]) -> dict[_Layer, dict[str, str]]:
+def _sort(keys: Mapping[str, lora_names.Key], layers: Mapping[str, Layer]) -> dict[Layer, dict[str, str]]:
     """Layer -> names of its tensors, by part: a, b, and alpha where there is one."""
-    slots: dict[_Layer, dict[str, str]] = {}
+    slots: dict[Layer, dict[str, str]] = {}
     for key, found in keys.items():
         slot = slots.setdefault(layers[lora_names.flat(found.layer)], {})
         if found.part in slot:
@@ -206,10 +275,10 @@ def _sort(keys: Mapping[str, lora_names.Key], layers: Mapping[str, _Layer]) -> d
     return slots
 
 
-def _weights(model: LoraModel, changes: Mapping[str, lora_names.Key]) -> dict[str, _Weight]:
+def _weights(model: LoraModel, changes: Mapping[str, lora_names.Key]) -> dict[str, Weight]:
     """The array that each difference changes."""
     entries = [entry for layout in model.entries.values() for entry in layout]
-    tensors = {name: _Weight(entry, n) for entry in entries for n, name in enumerate(entry.names)}
+    tensors = {name: Weight(entry, n) for entry in entries for n, name in enumerate(entry.names)}
     by_name = {lora_names.flat(name): weight for name, weight in tensors.items()}
     found = {}
     for key, (layer, part) in changes.items():
@@ -240,7 +309,9 @@ def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
         raise ValueError(f"it holds values that are not finite, so every frame would be black: {some(broken)}")
 
 
-def _check_kind(keys: Iterable[str], settings: Mapping[str, Any]) -> None:
+def _check_kind(keys: Iterable[str], settings: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    if mark := next((f"{key} = {metadata[key]}" for key in lora_names.REFERENCES if key in metadata), None):
+        raise ValueError(f"it is an IC-LoRA ({mark}), which needs a reference clip; nothing here gives it one")
     kinds: dict[tuple[str, str], list[str]] = {}
     for key in keys:
         if kind := lora_names.refused_kind(key):
@@ -256,22 +327,20 @@ def _an(kind: str) -> str:
     return f"{'an' if kind[0] in 'aAO' else 'a'} {kind}"
 
 
-def _check_left_out(left_out: Mapping[str, Collection[str]], without: Collection[str]) -> None:
+def _check_left_out(left_out: Mapping[str, Collection[str]], without: Collection[str], may_leave_out: bool) -> None:
     for part, keys in left_out.items():
         if part not in without:
-            raise ValueError(
-                f"it also holds {lora_names.LEFT_OUT[part]}: {some(keys)}. To go on without: --without {part} of"
-                f" generate, config.executor.start_without of training"
-            )
+            flags = f"--without {part} of generate, config.executor.start_without of training"
+            way = f". To go on without: {flags}" if may_leave_out else ""
+            raise ValueError(f"it also holds {lora_names.LEFT_OUT[part]}: {some(keys)}{way}")
 
 
-def _check_layers(tensors, layer_of: Mapping[str, str], model: LoraModel) -> None:
+def _check_layers(tensors, layer_of: Mapping[str, str], model: LoraModel, layers: Collection[str]) -> None:
     """Raises ValueError where the file adapts layers that the model lacks."""
-    layers = _layers(model)
     unknown = [key for key, layer in layer_of.items() if layer not in layers]
     theirs = sizes_of({key: tuple(tensors[key].shape) for key in layer_of})
     ours = model.sizes
-    if theirs and ours and (theirs[0] > ours[0] or theirs[1] != ours[1]):
+    if theirs and ours and (theirs[0] > ours[0] or theirs[1] not in model.widths):
         first = [layer for layer in layer_of.values() if re.sub(r"\d+", "0", layer, count=1) in layers]
         if first:
             raise ValueError(
@@ -288,7 +357,7 @@ def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
     numbers, widths = set(), collections.Counter()
     for key, shape in shapes.items():
         found = lora_names.parse(key)
-        match = re.match(r"blocks[._](\d+)[._]", found.layer)
+        match = re.match(r"(?:transformer_)?blocks[._](\d+)[._]", found.layer)
         if match and found.part == "a" and len(shape) == 2:
             numbers.add(int(match[1]))
             widths[shape[1]] += 1
@@ -312,13 +381,15 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError(f"its {METADATA_KEY}, which says how strong it is, is not the JSON of a dict") from error
 
 
-def _strength(settings: Mapping[str, Any], name: str, alpha: float | None, rank: int) -> float:
+def _strength(
+    settings: Mapping[str, Any], name: str, alpha: float | None, rank: int, given: float | None = None
+) -> float:
     """What PEFT multiplies lora_B lora_A by."""
     if alpha is not None:
         return alpha / rank
     patterns = settings.get("alpha_pattern") or {}
     chosen = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    set_to = next(chosen, settings.get("lora_alpha", rank))
+    set_to = next(chosen, settings.get("lora_alpha", rank if given is None else given))
     return set_to / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
