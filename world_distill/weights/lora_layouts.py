@@ -139,18 +139,23 @@ def _difference_tensors(differences: PyTree, model: LoraModel, layout: Layout) -
     entries, tensors = {entry.path: entry for entry in model.entries.get(layout, ())}, {}
     for path, array in flatten_dict(differences, sep=".").items():
         for name, value in entries[path].scatter(np.asarray(array, np.float32)).items():
-            layer, end = name.removesuffix(".weight").removesuffix(".bias"), name.endswith(".bias")
-            tensors[f"{PREFIXES[layout]}{layer}.{'diff_b' if end else 'diff'}"] = value
+            layer, kind = _changed(name)
+            tensors[f"{PREFIXES[layout]}{layer}.{kind}"] = value
     return tensors
+
+
+def _changed(name: str) -> tuple[str, str]:
+    """(layer, kind) under which a file keeps the difference of a tensor."""
+    return name.removesuffix(".weight").removesuffix(".bias"), "diff_b" if name.endswith(".bias") else "diff"
 
 
 def unread_by_diffusers(lora: PyTree, model: LoraModel) -> list[str]:
     """Why diffusers does not read such a file in ComfyUI's layout, a line each; empty: it reads all."""
-    layers = [model.names[path][1] for path, *_ in _factors(lora)]
-    tensors = {f"{layer}.lora_{x.upper()}.weight": (layer, x) for layer in layers for x in "ab"}
-    changed = flatten_dict(lora.get(DIFFERENCES, {}), sep=".")
     entries = {entry.path: entry for entry in model.entries.get("comfy", ())}
-    tensors |= {f"{entries[path].name}.diff": (entries[path].name, "diff") for path in changed}
+    found = [(model.names[path][1], kind) for path, *_ in _factors(lora) for kind in "ab"]
+    found += [_changed(entries[path].names[0]) for path in flatten_dict(lora.get(DIFFERENCES, {}), sep=".")]
+    ends = {"a": "lora_A.weight", "b": "lora_B.weight"}
+    tensors = {f"{PREFIXES['comfy']}{layer}.{ends.get(kind, kind)}": (layer, kind) for layer, kind in found}
     return model.rules.stops(tensors)
 
 

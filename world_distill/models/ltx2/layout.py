@@ -39,7 +39,8 @@ _CONNECTORS = ("width", "heads", "depth", "registers", "length", "states", "eps"
 
 def _lora_stops(tensors: Mapping[str, tuple[str, str]]) -> list[str]:
     if strange := sorted(name for name in tensors if "lora" not in name):
-        return [f"{len(strange)} tensors have no `lora` in their names, {strange[0]} for one"]
+        more = f" and {len(strange) - 1} more" if strange[1:] else ""
+        return [f"tensors have no `lora` in their names: {strange[0]}{more}"]
     return []
 
 
