@@ -64,12 +64,13 @@ def assert_same(dest, expected):
 
 
 def test_the_single_file_gives_the_checkpoint_of_the_folder(tmp_path, weights, expected, capsys):
-    source = save_single(tmp_path / "x.safetensors", originals(weights))
+    source = save_single(tmp_path / "x.safetensors", originals(weights), license="LTX-2 Community\nall of it")
     assert cli.main(["convert", str(source), str(tmp_path / "dest"), "--json", str(tmp_path / "x.json")]) == 0
     assert_same(tmp_path / "dest", expected)
     found = json.loads((tmp_path / "x.json").read_text())
     assert found["ignored"] == {"audio_vae": 2, "vocoder": 1} and found["layout"] == "original"
     assert "not converted: audio_vae, 2 tensors" in capsys.readouterr().out
+    assert array_store.describe(tmp_path / "dest")[1]["license"] == "LTX-2 Community"
 
 
 def test_settings_that_shapes_do_not_show_come_from_the_header(tmp_path, weights):
@@ -344,6 +345,16 @@ def test_what_is_not_read_says_what_it_is(tmp_path, weights, kind, message):
     with pytest.raises((UserError, TensorFileError), match=message):
         convert.convert(source, tmp_path / "dest", vae=vae)
     assert not list(tmp_path.glob("dest*"))
+
+
+def test_a_file_of_the_hub_and_a_transformer_without_its_parts_say_what_to_do(tmp_path, weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", "Lightricks/LTX-2/ltx-2-19b-dev.safetensors", "dest"]) == 2
+    assert "`hf download Lightricks/LTX-2 ltx-2-19b-dev.safetensors`" in capsys.readouterr().err
+    folder = save_folder(tmp_path / "executor", weights)
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(UserError, match="put the other folders of its base beside it"):
+        convert.convert(folder, tmp_path / "dest")
 
 
 # ---- Beside diffusers

@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 import safetensors.numpy
+from ml_collections import ConfigDict
 
 from tests.models.ltx2.published_ltx2 import (
     LAYOUT,
@@ -21,14 +23,15 @@ from tests.models.ltx2.published_ltx2 import (
 from tests.weights.test_convert import make_source, tensors
 from tests.weights.test_lora_forms import FORMS, TEXT, factors, save, speed_changes
 from tests.weights.test_lora_forms import expected as changes_of_wan
-from world_distill import cli
+from world_distill import cli, models
+from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
 from world_distill.models.ltx2.text import read_projection
 from world_distill.models.wan.published import transformer_entries
 from world_distill.programs.export import describe
 from world_distill.settings.loading import load_config
 from world_distill.storage import array_store
-from world_distill.weights import convert, inspect_weights, lora_names, merging, published, verify
+from world_distill.weights import base_model, convert, inspect_weights, lora_names, merging, published, verify
 from world_distill.weights.lora_layouts import LoraModel
 from world_distill.weights.merging import Merge
 
@@ -91,7 +94,9 @@ def test_every_layer_of_the_distilled_lora_is_in_the_base_and_the_projection(tmp
     )
     out = capsys.readouterr().out
     assert f"--config.model.text_projection={beside}" in out and "merged: distilled.safetensors at 0.5" in out
-    assert array_store.describe(tmp_path / "dest")[1]["merged"] == [{"file": "distilled.safetensors", "scale": 0.5}]
+    metadata = array_store.describe(tmp_path / "dest")[1]
+    assert metadata["merged"] == [{"file": "distilled.safetensors", "scale": 0.5}]
+    assert metadata["beside"] == {"text_projection": beside.name}
     assert sorted(path.name for path in tmp_path.glob("dest*")) == ["dest", beside.name]
     assert cli.main(["convert", str(start), str(tmp_path / "dest"), "--merge", str(file)]) == 2
     (tmp_path / "dest").rename(tmp_path / "other")
@@ -196,6 +201,24 @@ def test_the_checkpoint_and_what_is_exported_from_it_say_what_was_merged(tmp_pat
         with pytest.raises(UserError, match=message):
             verify.check_same_model(single, tmp_path / "dest", "keep", merges=merges)
     verify.check_same_model(single, tmp_path / "dest", "keep", merges=[Merge(file, 0.5)])
+
+
+def test_texts_for_a_merged_base_need_its_projection(tmp_path, single):
+    convert.convert(single, tmp_path / "dest", merges=[Merge(save(tmp_path / "x.safetensors", distilled()[0]))])
+    sizes = array_store.describe(tmp_path / "dest")[1]["model"]
+    small = {"size": (64, 64), "frames": 9, "dtype": "float32", "vae_dtype": "float32"}
+    config, mesh = ConfigDict({"base": str(tmp_path / "dest")}), make_mesh(devices=jax.devices()[:1])
+
+    def load(**settings):
+        return base_model.load_base(models.build("ltx2", **sizes, **small, **settings), config, mesh, parts=("vae",))
+
+    projection = tmp_path / "dest.text_projection.safetensors"
+    with pytest.raises(
+        UserError, match=f"changes the text_projection is .*--config.model.text_projection={projection}"
+    ):
+        load(text_encoder="gemma")
+    load(text_encoder="gemma", text_projection=str(projection))
+    load()  # no text is encoded
 
 
 @pytest.mark.parametrize(

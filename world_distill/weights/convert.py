@@ -72,8 +72,10 @@ def convert(
         raise UserError(f"{there[0]} exists already; remove it, or name another folder")
     metadata = {
         "family": found.family, "model": found.model.sizes, "source": name or source.name, "layout": found.layout,
-        "revision": revision, "license": license, **({"merged": merged.metadata()} if merges else {}),
+        "revision": revision, "license": license,
     }  # fmt: skip
+    if merges:
+        metadata |= {"merged": merged.metadata(), "beside": {part: path.name for part, path in beside.items()}}
     writer = array_store.Writer(dest, metadata)
     try:
         _write(writer, found, merged, dtype)

@@ -15,13 +15,14 @@ from collections.abc import Mapping
 
 from world_distill.errors import UserError
 from world_distill.models.tensor_map import Published
-from world_distill.storage.safetensors_folder import FLOATS_8, TensorFiles, open_tensors
+from world_distill.storage.safetensors_folder import FLOATS_8, TensorFileError, TensorFiles, open_tensors
 from world_distill.weights import published
 from world_distill.weights.single_files import TAKE, TAKE_WAN, PartView, Source, open_file
 
 _ORIGINALS = {"Wan-AI/Wan2.2-TI2V-5B": TAKE_WAN}  # repositories of the original layout, whose autoencoder is a pickle
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+LICENSE_LENGTH = 200  # characters; some files hold the whole text
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 
 
@@ -89,12 +90,24 @@ def _local_revision(path: pathlib.Path) -> str:
 
 
 def _license(path: pathlib.Path) -> str:
+    if path.is_file():
+        return _license_of_file(path)
     readme = path / "README.md"
     if not readme.is_file():
         return ""
     parts = readme.read_text(errors="replace").split("---")
     match = re.search(r"^license:\s*['\"]?([\w.-]+)", parts[1] if len(parts) > 2 else "", re.MULTILINE)
     return match[1] if match else ""
+
+
+def _license_of_file(path: pathlib.Path) -> str:
+    """What the header of a safetensors file says, its first line."""
+    try:
+        with open_tensors(path) as file:
+            text = (file.metadata() or {}).get("license", "")
+    except TensorFileError:  # another kind of file, which is named when it is opened
+        return ""
+    return text.strip().partition("\n")[0][:LICENSE_LENGTH]
 
 
 # ---- What it is
@@ -150,7 +163,11 @@ def check_readable(path: pathlib.Path) -> None:
             f"{path} holds no model: neither transformer/ and vae/ as in diffusers' layout, nor safetensors files"
         )
     if not path.exists():
-        raise UserError(f"{path} is not there; name a folder in diffusers' layout, a safetensors file, or OWNER/NAME")
+        match = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+\.safetensors)", str(path))
+        hint = f". If it is on the Hugging Face hub: `hf download {match[1]} {match[2]}`" if match else ""
+        raise UserError(
+            f"{path} is not there; name a folder in diffusers' layout, a safetensors file, or OWNER/NAME{hint}"
+        )
     with open(path, "rb") as file:
         head = file.read(4)
     if head == b"GGUF" or path.suffix == ".gguf":
