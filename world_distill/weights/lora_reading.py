@@ -338,15 +338,14 @@ def _check_left_out(left_out: Mapping[str, Collection[str]], without: Collection
 def _check_layers(tensors, layer_of: Mapping[str, str], model: LoraModel, layers: Collection[str]) -> None:
     """Raises ValueError where the file adapts layers that the model lacks."""
     unknown = [key for key, layer in layer_of.items() if layer not in layers]
-    theirs = sizes_of({key: tuple(tensors[key].shape) for key in layer_of})
-    ours = model.sizes
+    # By layers that are called as here, in whichever block.
+    alike = [key for key, layer in layer_of.items() if re.sub(r"\d+", "0", layer, count=1) in layers]
+    theirs, ours = sizes_of({key: tuple(tensors[key].shape) for key in alike}), model.sizes
     if theirs and ours and (theirs[0] > ours[0] or theirs[1] not in model.widths):
-        first = [layer for layer in layer_of.values() if re.sub(r"\d+", "0", layer, count=1) in layers]
-        if first:
-            raise ValueError(
-                f"it was made for a model of other sizes: {theirs[0]} block{'s' * (theirs[0] > 1)} of width {theirs[1]}"
-                f"{known_as(theirs, model.known_sizes)}; this model has {ours[0]} of width {ours[1]}"
-            )
+        raise ValueError(
+            f"it was made for a model of other sizes: {theirs[0]} block{'s' * (theirs[0] > 1)} of width {theirs[1]}"
+            f"{known_as(theirs, model.known_sizes)}; this model has {ours[0]} of width {ours[1]}"
+        )
     if unknown:
         part = "none" if len(unknown) == len(layer_of) else "not all"
         raise ValueError(f"it is of another model: {part} of its layers are this one's; {some(unknown)}")
