@@ -91,6 +91,7 @@ class PublishedLayout(Protocol):
     lora_names: Mapping[str, tuple[str, str]]  # layer -> its names in diffusers and in the original code
     # The same for every part that LoRA files may change, part -> layer -> names; a key of `apart` is a part, too.
     all_lora_names: Mapping[str, Mapping[str, tuple[str, str]]]
+    absent_lora_names: Mapping[str, tuple[str, str]]  # of layers that published models have and this one leaves out
     lora_rules: Any  # `models.tensor_map.LoraRules`
     known_sizes: Mapping[tuple[int, int], str]  # (blocks, width) -> what people call the model of these sizes
     float32: Mapping[str, str]  # part -> pattern of the paths of its arrays that everyone keeps in float32

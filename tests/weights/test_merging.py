@@ -272,6 +272,8 @@ def test_an_alpha_beside_the_files_own_and_one_too_many_are_refused(tmp_path, si
     assert "it says its alpha, so alpha = 4 is not for it" in capsys.readouterr().err
     assert cli.main([*call, "--alpha", "4", "--alpha", "5"]) == 2
     assert "2 --alpha for 1 --merge: give one, or one for each" in capsys.readouterr().err
+    assert cli.main([*call[:3], "--alpha", "4"]) == 2
+    assert "--alpha is of a LoRA that --merge names" in capsys.readouterr().err
     assert cli.main([*call[:3], "--merge", str(tmp_path / "none.safetensors")]) == 2
     assert "it is not there" in capsys.readouterr().err
 

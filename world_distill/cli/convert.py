@@ -75,6 +75,8 @@ def _merge(text: str) -> tuple[pathlib.Path, float]:
 def run(args: argparse.Namespace) -> int:
     from world_distill.weights import convert, merging, sources, verify
 
+    if args.alpha and not args.merge:
+        raise UserError("--alpha is of a LoRA that --merge names")
     alphas = arguments.one_each("--alpha", args.alpha, "--merge", len(args.merge), 0)
     merges = [
         merging.Merge(path, scale, alpha or None) for (path, scale), alpha in zip(args.merge, alphas, strict=True)

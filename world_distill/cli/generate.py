@@ -7,7 +7,7 @@ from world_distill.cli import arguments
 from world_distill.errors import UserError
 from world_distill.storage import atomic
 
-PARTS = ("biases", "norms", "modulation", "weights", "text-encoder", "image-branch", "text-connectors")
+PARTS = ("biases", "norms", "modulation", "weights", "text-encoder", "image-branch", "audio", "text-connectors")
 
 RECIPE = "wan22_5b:official"  # the config of --recipe
 

@@ -28,7 +28,7 @@ class ExecutorSettings:
         `blocks\..*\.bias`, which speed LoRAs change. Empty: none.
       start: LoRA of diffusers, ComfyUI or PEFT to start from; only for published families. Empty: none.
       start_without: parts of that file to leave out: biases, norms, modulation, weights, text-encoder, image-branch,
-        text-connectors.
+        audio, text-connectors.
       start_alpha: alpha of that file, where it does not say it; 0: what the file says, or its rank.
     """
 

@@ -145,7 +145,7 @@ def _lora(path: pathlib.Path, model: LoraModel, alpha: float | None) -> dict[str
 
 def _here(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], model: LoraModel, alpha: float | None) -> str:
     """What this project does with the file."""
-    without = sorted({part for key in tensors if (part := lora_names.other_part(key))})
+    without = sorted(lora_reading.other_parts(tensors, model))
     try:
         found = lora_reading.read(tensors, metadata, model, scale=1.0, without=without, alpha=alpha)
     except ValueError as error:

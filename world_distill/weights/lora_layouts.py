@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -39,6 +39,7 @@ class LoraModel:
       entries: all arrays of the adapted part, by layout. Without them only factors of linear layers are known.
       known_sizes: (blocks, width) -> what people call the published model of these sizes.
       rules: what diffusers reads of files with the original names.
+      absent: names, as `names` has them, of layers that published models have and this one leaves out.
     """
 
     names: Mapping[str, tuple[str, str]]
@@ -46,6 +47,7 @@ class LoraModel:
     entries: Mapping[Layout, Sequence[Entry]] = dataclasses.field(default_factory=dict)
     known_sizes: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict)
     rules: LoraRules = dataclasses.field(default_factory=LoraRules)
+    absent: Collection[tuple[str, str]] = ()
 
     @classmethod
     def of(cls, family: ModelFamily) -> "LoraModel":
@@ -56,7 +58,8 @@ class LoraModel:
             "diffusers": layout.entries("diffusers")[family.adapted],
             "comfy": layout.entries("original")[family.adapted],
         }
-        return cls(layout.lora_names, family.kernel_shapes(), entries, layout.known_sizes, layout.lora_rules)
+        absent = tuple(layout.absent_lora_names.values())
+        return cls(layout.lora_names, family.kernel_shapes(), entries, layout.known_sizes, layout.lora_rules, absent)
 
     @classmethod
     def whole(cls, layout: PublishedLayout) -> "LoraModel":

@@ -56,7 +56,7 @@ PARTS = {
 }
 # Differences of what is not a factor: which of `LEFT_OUT` a part, or the layer's name, belongs to.
 BIASES, NORMS, MODULATION, WEIGHTS = "biases", "norms", "modulation", "weights"
-TEXT, IMAGE, CONNECTORS = "text-encoder", "image-branch", "text-connectors"
+TEXT, IMAGE, CONNECTORS, AUDIO = "text-encoder", "image-branch", "text-connectors", "audio"
 # What a reader may be told to leave out, and why it would be.
 LEFT_OUT = {
     BIASES: "differences of biases (`diff_b`), as speed LoRAs have them",
@@ -65,6 +65,7 @@ LEFT_OUT = {
     WEIGHTS: "whole differences of weights (`diff`)",
     TEXT: "LoRA of the text encoder, which is not trained or loaded with the model here",
     IMAGE: "LoRA of the image branch (`k_img`, `img_emb`, …), which this model lacks",
+    AUDIO: "LoRA of LTX-2's audio stream, where the model has none (`model.audio` is off)",
     CONNECTORS: "LoRA of LTX-2's text projection and connectors, which only `convert --merge` adds to a base",
 }
 

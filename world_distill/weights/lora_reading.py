@@ -156,10 +156,7 @@ def plan(
     settings = _settings(metadata)
     _check_kind(tensors, settings, metadata)
     layers = _layers(model)
-    left_out: dict[str, list[str]] = {}
-    for key in tensors:
-        if (part := lora_names.other_part(key)) and lora_names.flat(lora_names.parse(key).layer) not in layers:
-            left_out.setdefault(part, []).append(key)
+    left_out = other_parts(tensors, model)
     gone = {key for found in left_out.values() for key in found}
     keys = {key: lora_names.parse(key) for key in tensors if key not in gone}
     if not any(key.part in ("a", "b") or key.part.startswith("diff") for key in keys.values()):
@@ -185,6 +182,20 @@ def plan(
                 f"it was made for a model of other sizes: {key} is {list(tensors[key].shape)}, not {list(entry.shape)}"
             )
     return result
+
+
+def other_parts(keys: Iterable[str], model: LoraModel) -> dict[str, list[str]]:
+    """Part of `lora_names.LEFT_OUT` -> keys that belong to it and to no layer of the model."""
+    layers, absent = _layers(model), {lora_names.flat(name) for names in model.absent for name in names}
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        layer = lora_names.flat(lora_names.parse(key).layer)
+        if layer in layers:
+            continue
+        is_absent = re.sub(r"(?<=blocks_)\d+", "{n}", layer, count=1) in absent
+        if part := lora_names.AUDIO if is_absent else lora_names.other_part(key):
+            found.setdefault(part, []).append(key)
+    return found
 
 
 def _plan_factors(tensors, factors, settings, model: LoraModel, given: float | None, result: Plan) -> None:

@@ -1,5 +1,6 @@
 """LoRA files for LTX-2 in the forms that trainers write: each gives the change that its tensors say, or is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.models.ltx2.small_ltx2 import CONFIG, MODEL
+from tests.models.ltx2.small_ltx2 import CONFIG, CONNECTORS, MODEL, OFF
 from tests.weights.test_lora_forms import save
 from world_distill import build, cli
 from world_distill.errors import UserError
-from world_distill.models.ltx2.layout import LORA_RULES
-from world_distill.models.ltx2.published import LORA_NAMES
+from world_distill.models.ltx2.layout import LORA_RULES, LTX2Published
+from world_distill.models.ltx2.published import LORA_NAMES, lora_names
+from world_distill.models.ltx2.vae import VaeConfig
 from world_distill.programs import generate, probe
 from world_distill.settings.loading import load_config
 from world_distill.storage.safetensors_folder import TensorFileError
@@ -129,6 +131,29 @@ def test_the_connectors_are_left_out_when_told(tmp_path):
     found = read_lora(path, MODEL, scale=0.5, without=("text-connectors",))
     assert_changes(found.tree, changes)
     assert set(found.left_out["text-connectors"]) == set(CONNECTOR)
+
+
+def test_the_audio_stream_is_left_out_when_told_where_the_model_has_none(tmp_path):
+    audio = [path for path in KINDS if path not in lora_names(OFF)]
+    assert audio == ["blocks.audio_to_video.k", "blocks.audio.mlp.down", "audio.time.modulation", "video.av_gate.input",
+                     "audio.text_out"]  # fmt: skip
+    model = dataclasses.replace(
+        MODEL,
+        names=lora_names(OFF),
+        absent=[names for path, names in LORA_NAMES.items() if path not in lora_names(OFF)],
+    )
+    assert model.absent == list(LTX2Published(OFF, CONNECTORS, VaeConfig()).absent_lora_names.values())
+    for form in ("comfy", "peft", "flat"):
+        tensors, changes = factors(FORMS[form])
+        path = save(tmp_path / "x.safetensors", tensors)
+        with pytest.raises(
+            TensorFileError, match="LoRA of LTX-2's audio stream, where the model has none.*--without audio"
+        ):
+            read_lora(path, model, scale=0.5)
+        found = read_lora(path, model, scale=0.5, without=("audio",))
+        assert_changes(found.tree, {path: changes[path] for path in KINDS if path not in audio})
+        assert len(found.left_out["audio"]) == 2 * (2 + 2 + 3)
+        assert inspect(path, model)["here"] == "generate --executor FILE --without audio"
 
 
 # ---- What others read

@@ -10,6 +10,7 @@ from world_distill.models.ltx2.connectors import ConnectorConfig
 from world_distill.models.ltx2.published import (
     CONNECTOR_LORA_NAMES,
     KNOWN_SIZES,
+    LORA_NAMES,
     PROJECTION_LORA_NAMES,
     Naming,
     connector_config,
@@ -64,6 +65,10 @@ class LTX2Published:
         """Of the connectors and the text projection too, which LTX-2's own LoRA from dev to distilled changes."""
         beside = {path: (f"connectors.{theirs}", original) for path, (theirs, original) in CONNECTOR_LORA_NAMES.items()}
         return {"transformer": self.lora_names, "connectors": beside, "text_projection": PROJECTION_LORA_NAMES}
+
+    @property
+    def absent_lora_names(self) -> Mapping[str, tuple[str, str]]:
+        return {path: names for path, names in LORA_NAMES.items() if path not in self.lora_names}
 
     @property
     def lora_rules(self) -> LoraRules:

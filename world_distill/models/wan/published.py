@@ -103,6 +103,10 @@ class WanPublished:
         return {"transformer": LORA_NAMES}
 
     @property
+    def absent_lora_names(self) -> Mapping[str, tuple[str, str]]:
+        return {}
+
+    @property
     def lora_rules(self) -> LoraRules:
         return LORA_RULES
 
