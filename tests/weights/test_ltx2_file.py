@@ -33,7 +33,7 @@ from world_distill.models.ltx2.layout import LTX2Published
 from world_distill.models.ltx2.vae import VaeConfig
 from world_distill.storage import array_store
 from world_distill.storage.safetensors_folder import TensorFileError
-from world_distill.weights import convert, inspect_weights, lora_reading, merged_model, single_files
+from world_distill.weights import convert, inspect_weights, lora_plan, merged_model, single_files
 from world_distill.weights.lora_layouts import LoraModel
 
 PREFIX = "model.diffusion_model."
@@ -198,7 +198,7 @@ def test_the_distilled_lora_of_rank_384_changes_every_linear_layer(official):
         tensors |= {f"{name}.lora_A.weight": Shape(384, i), f"{name}.lora_B.weight": Shape(o, 384)}
     assert round(sum(np.prod(x.shape) for x in tensors.values()) / 1e9, 2) == 3.84  # 7.67 GB in bfloat16
     model = LoraModel.whole(LTX2Published(LTX2Config(), ConnectorConfig(), VaeConfig()))
-    found = lora_reading.plan(tensors, {}, model)
+    found = lora_plan.plan(tensors, {}, model)
     assert {key for factors in found.factors.values() for key in factors[:2]} == tensors.keys()
     assert not found.differences and not found.left_out and found.ranks == {384: len(layers)}
     changed = {layer.path for layer in found.factors}

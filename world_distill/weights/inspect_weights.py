@@ -14,7 +14,7 @@ import numpy as np
 from world_distill.errors import UserError
 from world_distill.storage import array_store
 from world_distill.storage.safetensors_folder import TensorFiles, open_tensors
-from world_distill.weights import lora_names, lora_reading, merging, single_files, sources
+from world_distill.weights import lora_names, lora_plan, lora_reading, merging, single_files, sources
 from world_distill.weights.lora_files import holds_lora, open_lora
 from world_distill.weights.lora_layouts import METADATA_KEY, LoraModel
 
@@ -114,7 +114,7 @@ def _lora(path: pathlib.Path, model: LoraModel, alpha: float | None) -> dict[str
     refused = collections.Counter(kind[0] for key in tensors if (kind := lora_names.refused_kind(key)))
     if refused:
         found["kind"] = ", ".join(refused)
-    if sizes := lora_reading.sizes_of({key: tuple(x.shape) for key, x in tensors.items()}):
+    if sizes := lora_plan.sizes_of({key: tuple(x.shape) for key, x in tensors.items()}):
         known = model.known_sizes.get(sizes, "no published model that is known here")
         found["made for"] = f"at least {sizes[0]} blocks of width {sizes[1]}: {known}"
     ranks = collections.Counter(len(tensors[k]) for k, key in keys.items() if key.part == "a")
@@ -145,7 +145,7 @@ def _lora(path: pathlib.Path, model: LoraModel, alpha: float | None) -> dict[str
 
 def _here(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], model: LoraModel, alpha: float | None) -> str:
     """What this project does with the file."""
-    without = sorted(lora_reading.other_parts(tensors, model))
+    without = sorted(lora_plan.other_parts(tensors, model))
     try:
         found = lora_reading.read(tensors, metadata, model, scale=1.0, without=without, alpha=alpha)
     except ValueError as error:
@@ -191,7 +191,7 @@ def _any_block(layer: str) -> str:
 def _count(lost: Sequence[str], count: int) -> str:
     if not lost:
         return f"reads all {count} tensors"
-    return f"reads {count - len(lost)} of {count} tensors, not {lora_reading.some(lost, shown=2)}"
+    return f"reads {count - len(lost)} of {count} tensors, not {lora_plan.some(lost, shown=2)}"
 
 
 def _layers(names) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from world_distill.errors import UserError
 from world_distill.interfaces import PublishedLayout
 from world_distill.models.tensor_map import Entry
-from world_distill.weights import lora_reading
+from world_distill.weights import lora_plan
 from world_distill.weights.lora_files import open_lazily
 from world_distill.weights.lora_layouts import LoraModel
 
@@ -66,11 +66,12 @@ class Merged:
     def __init__(self, merges: Iterable[Merge], layout: PublishedLayout, parts: Iterable[str]):
         self.merges, parts = tuple(merges), set(parts)
         self._changes: dict[tuple[str, int], list[_Change]] = {}
-        model = LoraModel.whole(layout)
+        model = LoraModel.whole(layout) if self.merges else None
         for merge in self.merges:
+            assert model is not None
             file, tensors, metadata = open_lazily(merge.path)
             try:
-                found = lora_reading.plan(tensors, metadata, model, alpha=merge.alpha, may_leave_out=False)
+                found = lora_plan.plan(tensors, metadata, model, alpha=merge.alpha, may_leave_out=False)
             except ValueError as error:
                 raise UserError(f"--merge {file}: {error}") from error
             products = {
