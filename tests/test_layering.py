@@ -26,7 +26,7 @@ SHARED_BY_MODELS = {
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 # And published.py, text.py and verify.py of every family; inside functions. `verify` runs diffusers beside ours.
-MAY_USE_TORCH = {"vlm.local", "vlm.picture_text", "weights.verify"}
+MAY_USE_TORCH = {"vlm.local", "vlm.picture_text", "weights.verify", "models.parity"}
 
 NOT_IN_CORE = {
     "flax.nnx", "os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "socket", "subprocess",

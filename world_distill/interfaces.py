@@ -89,12 +89,20 @@ class PublishedLayout(Protocol):
 
     sizes: Mapping[str, Any]  # as in a config's section `model`, with what shapes do not show (heads, eps)
     lora_names: Mapping[str, tuple[str, str]]  # layer -> its names in diffusers and in the original code
+    # The same for every part that LoRA files may change, part -> layer -> names; a key of `apart` is a part, too.
+    all_lora_names: Mapping[str, Mapping[str, tuple[str, str]]]
+    absent_lora_names: Mapping[str, tuple[str, str]]  # of layers that published models have and this one leaves out
+    lora_rules: Any  # `models.tensor_map.LoraRules`
     known_sizes: Mapping[tuple[int, int], str]  # (blocks, width) -> what people call the model of these sizes
     float32: Mapping[str, str]  # part -> pattern of the paths of its arrays that everyone keeps in float32
     unread: str  # pattern of the paths of arrays that a checkpoint may have and this family does not read; "": none
 
     def entries(self, naming: Literal["diffusers", "original"] = "diffusers") -> dict[str, list[Any]]:
         """`models.tensor_map.Entry` of every published tensor, by part of the base."""
+        ...
+
+    def apart(self, naming: Literal["diffusers", "original"] = "diffusers") -> dict[str, list[Any]]:
+        """Entries of published tensors that are no part of the base and that LoRA may change, by a name for them."""
         ...
 
     def configs(self, read: Callable[[str], Any]) -> dict[str, dict[str, Any]]:

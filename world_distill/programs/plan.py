@@ -137,8 +137,8 @@ def _of_fine_tuning(config, programs: Programs, base: PyTree, wanted: Callable[[
     """The update alone: clips of records stand in the rollouts' place."""
     mesh, family, settings, state = programs.mesh, programs.family, programs.rollout_settings, programs.state
     rows = settings.tasks * settings.group
-    sharding = rows_or_whole(mesh, rows)
-    clips = {name: _shape((rows, *spec.shape), jnp.float32, sharding) for name, spec in family.latents.items()}
+    shapes = {name: (rows, *spec.shape) for name, spec in family.latents.items()}
+    clips = {name: _shape(shape, jnp.float32, kept_rows(mesh, shape)) for name, shape in shapes.items()}
     if wanted("update"):
         task = _condition(config, family, mesh, rows)
         given = state, base, _batch(programs, Rollout(clips), task, None, None, False, None)

@@ -168,7 +168,8 @@ def _executor(config, family: ModelFamily, mesh: jax.sharding.Mesh) -> PyTree | 
     path = config.executor.start
     if not path:
         return None
-    return load_lora(path, family, mesh, without=tuple(config.executor.start_without))
+    without, alpha = tuple(config.executor.start_without), config.executor.start_alpha or None
+    return load_lora(path, family, mesh, without=without, alpha=alpha)
 
 
 def _check_judged(probed: Probed, limit: float) -> None:

@@ -83,6 +83,7 @@ RANGES: Mapping[str, Range | OneOf] = {
     "demonstrator.guidance": SCALE,
     "executor.rank": SOME,
     "executor.alpha": POSITIVE,
+    "executor.start_alpha": SOME,
     "sampler.steps": ONE,
     "sampler.shift": POSITIVE,
     "sampler.eta": SOME,

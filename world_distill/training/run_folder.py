@@ -128,7 +128,8 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
     """
     if family.published is None or not config.executor.rank:
         raise UserError(f"config.executor.start = {path!r}: only LoRA of a published family can be read from a file")
-    found = read_lora(path, LoraModel.of(family), scale=family.lora_scale, without=tuple(config.executor.start_without))
+    without, alpha = tuple(config.executor.start_without), config.executor.start_alpha or None
+    found = read_lora(path, LoraModel.of(family), scale=family.lora_scale, without=without, alpha=alpha)
     for line in found.notes:
         logging.warning("config.executor.start = %s: %s", path, line)
     lora = found.tree
