@@ -77,12 +77,15 @@ class Published:
       entries: of each part of the base, whose tensors lie in a folder of that name.
       constants: arrays of the base by dotted path that are no tensors there, but stand in a config.
       ignored: of a part, pattern of the names of tensors that are not converted.
+      text_weights: part and pattern of the name of an ignored tensor that text states depend on; None where there is
+        none. The checkpoint keeps its digest.
     """
 
     sizes: dict[str, Any]
     entries: dict[str, list[Entry]]
     constants: dict[str, np.ndarray]
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    text_weights: tuple[str, str] | None = None
 
 
 def check_names(entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]]) -> list[str]:

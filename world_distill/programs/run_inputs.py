@@ -77,7 +77,7 @@ def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = Tru
         check_targets(family)
     reader, validation = _records(config, workdir)
     for records in filter(None, (reader, validation)):
-        check_fit(records, family)
+        check_fit(records, family, base_model.origin(config.base))
     programs = make_programs(config, mesh)
     settings = programs.rollout_settings
     hosts.agree("config", to_json(config))

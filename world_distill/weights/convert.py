@@ -17,7 +17,7 @@ from tqdm import tqdm
 from world_distill.errors import UserError
 from world_distill.models.tensor_map import Entry, check_names
 from world_distill.storage import array_store
-from world_distill.storage.safetensors_folder import FLOATS_8, TYPES
+from world_distill.storage.safetensors_folder import FLOATS_8, TYPES, digest
 from world_distill.weights import sources
 
 Cast = Callable[[np.ndarray], np.ndarray]
@@ -68,7 +68,7 @@ def convert(
 
     metadata = {
         "family": found.family, "model": found.model.sizes, "source": name or source.name, "layout": found.layout,
-        "revision": revision, "license": license,
+        "revision": revision, "license": license, **_text_weights(found),
     }  # fmt: skip
     writer = array_store.Writer(dest, metadata)
     try:
@@ -81,6 +81,14 @@ def convert(
         "family": found.family, "layout": found.layout, "sizes": found.model.sizes, "arrays": writer.arrays,
         "gigabytes": writer.bytes / 1e9, "revision": revision,
     }  # fmt: skip
+
+
+def _text_weights(found: sources.Source) -> dict[str, str]:
+    """The digest of the tensor that only `encode` reads, for the checkpoint's metadata; {} where there is none."""
+    part, pattern = found.model.text_weights or ("", "")
+    files = found.files[part] if part else None
+    names = [name for name in files.shapes if re.fullmatch(pattern, name)] if files else []
+    return {"text_weights": digest(files[names[0]])} if files and names else {}
 
 
 def _write(writer: array_store.Writer, found: sources.Source, cast: Cast) -> None:

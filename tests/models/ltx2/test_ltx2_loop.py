@@ -67,7 +67,7 @@ def family_of(audio):
     )  # fmt: skip
     texts = ConnectorConfig(audio=audio, width=24, heads=3, depth=2, registers=4, length=LENGTH, states=3)
     codec = LTX2Codec(VAE, np.dtype("float32"))
-    return LTX2Family(network, texts, codec, size=(64, 96), frames=17, dtype=np.dtype("float32"))
+    return LTX2Family(network, codec, texts, size=(64, 96), frames=17, dtype=np.dtype("float32"))
 
 
 @pytest.mark.parametrize("audio", ["joint", "off"])

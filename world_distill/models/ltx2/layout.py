@@ -93,4 +93,7 @@ def describe(
     if network.channels != codec.channels:
         raise ValueError(f"its transformer has {network.channels} latent channels, its vae {codec.channels}")
     layout = LTX2Published(network, connector_config(connectors), codec)
-    return Published(sizes=dict(layout.sizes), entries=layout.entries(), constants={}, ignored=IGNORED)
+    return Published(
+        sizes=dict(layout.sizes), entries=layout.entries(), constants={}, ignored=IGNORED,
+        text_weights=("connectors", IGNORED["connectors"]),
+    )  # fmt: skip
