@@ -157,6 +157,14 @@ class ModelFamily(Protocol):
         """An Executor that equals the Demonstrator: LoRA of `rank`, or full differences if `rank` is None."""
         ...
 
+    def training_notes(self, rank: int | None) -> list[str]:
+        """Warnings, a sentence each, about what losses would do to the weights of `init_lora`'s Executor.
+
+        Raises:
+          ValueError: some of them would never change.
+        """
+        ...
+
     def lora_axes(self, lora: PyTree) -> PyTree:
         """Logical axis names of `init_lora`'s tree."""
         ...

@@ -31,6 +31,7 @@ class TorchTextEncoder(abc.ABC):
 
     title: str  # what people call the encoder
     model: str  # and the model whose folder is needed
+    model_types: tuple[str, ...]  # of transformers' config.json
     network_class: str  # of transformers
     packages: tuple[str, ...] = ("torch",)
     tokenizer_options: dict[str, Any] = {}  # noqa: RUF012  (never changed)
@@ -95,15 +96,20 @@ class TorchTextEncoder(abc.ABC):
         """Tokenizer and network."""
         import transformers
 
+        where = folder / "text_encoder"
         try:
+            config = transformers.AutoConfig.from_pretrained(where, local_files_only=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder / "tokenizer", local_files_only=True, **self.tokenizer_options
             )
+            if config.model_type not in self.model_types:  # before all its weights are read
+                raise ValueError(f"it is {config.model_type}, not {self.title}")
             network, found = getattr(transformers, self.network_class).from_pretrained(
-                folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
+                where, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
             )
         except Exception as error:  # of tokenizers, safetensors and transformers: each has kinds of its own
             raise ValueError(f"{folder}: text encoder or tokenizer cannot be read ({error})") from error
-        if found["missing_keys"]:  # transformers draws these at random and says so in its log only
-            raise ValueError(f"{folder / 'text_encoder'} lacks weights: {', '.join(sorted(found['missing_keys']))}")
+        if missing := sorted(found["missing_keys"]):  # transformers draws these at random and says so in its log only
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise ValueError(f"{where} lacks weights: {', '.join(missing[:5])}{more}")
         return tokenizer, network.eval().to(self.device)

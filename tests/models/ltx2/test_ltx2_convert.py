@@ -10,6 +10,7 @@ import pytest
 from world_distill import build, cli
 from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
+from world_distill.models.ltx2.text import projection_digest
 from world_distill.settings.loading import load_config
 from world_distill.storage import array_store
 from world_distill.weights import base_model
@@ -63,6 +64,11 @@ def test_numbers_are_those_of_diffusers(converted, capsys, folder):
              if "largest difference" in line}  # fmt: skip
     names = {"transformer_video", "transformer_audio", "connectors_video", "connectors_audio", "vae_encode"}
     assert found.keys() == names | {"vae_decode"} and max(found.values()) < 1e-4
+
+
+def test_the_checkpoint_knows_the_projection_that_it_came_with(converted, folder):
+    found = base_model.origin(str(converted))["text_weights"]
+    assert found and found == projection_digest(folder / "connectors")
 
 
 def test_a_base_with_audio_serves_the_video_stream_alone(converted):

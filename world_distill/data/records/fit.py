@@ -61,8 +61,8 @@ def check_encoders(family: ModelFamily, base: Mapping[str, Any]) -> None:
     if have and want and have != want:
         raise RecordError(
             f"the text projection that config.model names is not that of config.base: its weights have the digest"
-            f" {have}, and {want} came with the base. Let config.model.text_encoder or text_projection name the folder or file"
-            " that the base was converted from"
+            f" {have}, and {want} came with the base. Let config.model.text_encoder or text_projection name the folder"
+            " or file that the base was converted from"
         )
 
 

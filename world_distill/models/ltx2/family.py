@@ -9,12 +9,14 @@ parameters, and another model, since the joint one's picture listens to its soun
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from world_distill.models import lora as lora_lib
@@ -28,6 +30,11 @@ from world_distill.models.ltx2.layout import LTX2Published
 from world_distill.models.ltx2.modeling import LTX2DiT
 from world_distill.models.ltx2.vae import VaeConfig
 from world_distill.structs import Condition, Latents, LatentSpec, PyTree, Texts, Tokens
+
+# Arrays of the transformer that make the sound. Audio to video is not among them: it is how the picture hears.
+AUDIO = r"(blocks\.)?audio\..*|blocks\.video_to_audio\..*"
+# Those of them that the picture never hears: they come behind the last block.
+UNHEARD = r"audio\.(head\..*|table)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,6 +115,31 @@ class LTX2Family(ClipFamily):
             name: dataclasses.replace(getattr(self, name), mesh=mesh) for name in ("config", "connectors", "codec")
         }
         return dataclasses.replace(self, **parts)
+
+    def training_notes(self, rank: int | None) -> list[str]:
+        if not self.config.joint or self.audio_counts:
+            return []
+        names = sorted(flatten_dict(self.adapted_part(jax.eval_shape(self.init_base, jax.random.key(0))), sep="."))
+        if rank is None:
+            setting = "executor.rank = 0"
+        else:
+            patterns = (rf"({self.lora_targets})\.kernel", self.lora_differences)
+            names = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
+            setting = f"executor.targets = {self.lora_targets!r}"
+            if self.lora_differences:
+                setting += f" with executor.differences = {self.lora_differences!r}"
+            if idle := [name for name in names if re.fullmatch(UNHEARD, name)]:
+                raise ValueError(
+                    f"{setting} names {', '.join(idle)}, which would never change: the losses count the picture alone,"
+                    " and it does not hear them. Leave them out, or set model.audio_counts = True"
+                )
+        heard = [name for name in names if re.fullmatch(AUDIO, name)]
+        if not heard:
+            return []
+        return [
+            f"{setting} trains {len(heard)} arrays that make the sound, {heard[0]} for one, by losses that count the"
+            " picture alone: the sound will suffer. Take targets of the video stream, or set model.audio_counts = True"
+        ]
 
     def init_base(self, key: jax.Array) -> PyTree:
         networks = {"transformer": self.network, "connectors": self.connect}

@@ -39,7 +39,8 @@ class GemmaTextEncoder(TorchTextEncoder):
         projection that is not there or of another encoder.
     """
 
-    title, model, network_class = "Gemma", "LTX-2", "AutoModel"
+    title, model, network_class = "Gemma 3", "LTX-2", "AutoModel"
+    model_types = ("gemma3", "gemma3_text")
     tokenizer_options = {"padding_side": "left"}  # noqa: RUF012  (never changed)
 
     def __init__(

@@ -31,7 +31,7 @@ class UMT5TextEncoder(TorchTextEncoder):
     """
 
     title, model, network_class = "umT5", "a Wan model", "UMT5EncoderModel"
-    packages = ("ftfy", "torch")
+    model_types, packages = ("umt5",), ("ftfy", "torch")
 
     def __init__(
         self,
