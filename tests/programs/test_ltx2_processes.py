@@ -56,7 +56,9 @@ def scripts(*codes):
 def test_two_processes_encode_as_one(records, tmp_path):
     for path in records.glob("train_annotated*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    made = [jobs.start_scripts(scripts(ENCODE.replace("SHARD", f"{i}/2")), str(tmp_path), "unused")[0] for i in range(2)]
+    made = [
+        jobs.start_scripts(scripts(ENCODE.replace("SHARD", f"{i}/2")), str(tmp_path), "unused")[0] for i in range(2)
+    ]
     codes, said = jobs.finish(made)
     assert codes == [0, 0], said
     one, two = (list(RecordReader(folder, "train")) for folder in (records, tmp_path))
