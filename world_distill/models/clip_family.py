@@ -50,6 +50,8 @@ class ClipFamily(Adapted):
     shipped_bases = {}  # noqa: RUF012  (never changed)
 
     def __post_init__(self):
+        if self.frames < 2:
+            raise ValueError(f"model.frames = {self.frames}: the first frame is the scene, so that none is generated")
         self.codec.config.check_clip(self.frames, *self.size)
         if self.config.channels != self.codec.config.channels:
             raise ValueError(
@@ -66,9 +68,15 @@ class ClipFamily(Adapted):
 
 
 def split_settings(family: type, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A config's section `model` in two: fields of the family's class, and the rest, which are sizes of the network."""
+    """A config's section `model` in two: fields of the family's class, and the rest, which are sizes of the network.
+
+    Raises:
+      ValueError: a size that is no pair.
+    """
     names, settings = {field.name for field in dataclasses.fields(family)}, with_tuples(settings)
     own = {key: value for key, value in settings.items() if key in names}
+    if "size" in own and len(own["size"]) != 2:
+        raise ValueError(f"model.size = {own['size']}: it is (height, width)")
     return own, {key: value for key, value in settings.items() if key not in names}
 
 

@@ -123,6 +123,17 @@ def test_a_rollout_reads_its_texts_once(family, base):
         ({"size": (512, 760)}, "multiples of 32"),
         ({"text_width": 4096}, "model.connectors.width = 3840"),
         ({"channels": 64}, "model.vae.channels = 128"),
+        ({"frames": 1}, "the first frame is the scene, so that none is generated"),
+        ({"size": (512,)}, r"model.size = \(512,\): it is \(height, width\)"),
+        ({"size": (32, 64)}, "twice that at least"),
+        ({"size": (512, 2080)}, "positions up to 2048x2048 and 20 s"),
+        ({"frames": 481, "fps": 24.0}, r"and 20 s \(model.frames / model.fps\)"),
+        ({"heads": 30}, "model.width = 4096 does not divide into 30 heads"),
+        ({"audio_width": 2000}, "model.audio_width = 2000 does not divide into 32 heads"),
+        ({"connectors": {"heads": 7}}, "model.connectors.width = 3840 does not divide into 7 heads"),
+        ({"connectors": {"registers": 100}}, "connectors.length = 1024 is not a multiple of .* = 100"),
+        ({"stride": [8, 16, 16]}, r"model.stride = \(8, 16, 16\), but model.vae compresses"),
+        ({"vae": {"steps": ["spatial", "sideways"]}}, "vae.steps has 'sideways'"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, words):

@@ -65,6 +65,23 @@ class LTX2Family(ClipFamily):
             )
         if config.stride != (sizes.time, sizes.space, sizes.space):
             raise ValueError(f"model.stride = {config.stride}, but model.vae compresses {(sizes.time, sizes.space)}")
+        texts, seconds, *sides = self.connectors, *config.ranges
+        for name, width, heads in (
+            ("width", config.width, config.heads), ("audio_width", config.audio_width, config.heads),
+            ("connectors.width", texts.width, texts.heads),
+        ):  # fmt: skip
+            if width % (2 * heads):  # RoPE turns the halves of a head
+                raise ValueError(f"model.{name} = {width} does not divide into {heads} heads of an even width")
+        if texts.length % texts.registers:
+            raise ValueError(
+                f"model.connectors.length = {texts.length} is not a multiple of model.connectors.registers ="
+                f" {texts.registers}"
+            )
+        if self.frames > seconds * config.fps or any(side > most for side, most in zip(self.size, sides, strict=True)):
+            raise ValueError(
+                f"a clip of {self.size[0]}x{self.size[1]} pixels and {self.frames / config.fps:.3g} s: the model knows"
+                f" positions up to {sides[0]}x{sides[1]} and {seconds} s (model.frames / model.fps)"
+            )
         if self.audio_counts and not config.joint:
             raise ValueError("model.audio_counts has no effect with model.audio = off: there is no audio stream")
 
