@@ -1,5 +1,7 @@
 """LTX-2 from scenes to a LoRA file, on 8 devices: encode, train, evaluate, export, generate; joint and video alone."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -121,6 +123,31 @@ def test_a_run_that_trains_the_sound_says_so(records, tmp_path, monkeypatch, cap
     assert "warning: executor.targets" in (said := capsys.readouterr().err) and "the sound will suffer" in said
     open_inputs(config_of(data=str(records), evaluate_every=0), tmp_path, writes=False)
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--size", "60x64"], "multiples of 32"),
+        (["--frames", "8"], r"8 frames: their number must be 1 \+ a multiple of 8"),
+        (["--frames", "1"], "the first frame is the scene"),
+        (["--sampler", "unipc"], "distilled for a listed one"),
+        (["--sigmas", "0.5,1"], "times must fall strictly"),
+        (["--steps", "4", "--sigmas", "1,0.5"], "--sigmas lists 2 steps as they are"),
+        (["--config.model.text_encoder=nowhere", "--config.base=random"], r"nowhere has no text_encoder/"),
+        (["--config.model.text_encoder=", "--config.base=random"], "no text encoder: set config.model.text_encoder"),
+    ],
+)
+def test_flags_of_generate_that_do_not_fit_are_explained(records, tmp_path, capsys, flags, words):
+    image = next((records / "scenes" / "test").glob("*.png"))
+    changes = [f"--config.{key}={value}" for key, value in SMALL.items() if key != "model.size"]
+    size = [] if "--size" in flags else ["--size", "64x64"]
+    call = ["generate", "--config", "ltx2:debug", *changes, *size, "--image", str(image), "--task", "[red disc]: Go."]
+    try:
+        code = cli.main([*call, *flags, "--out", str(tmp_path)])
+    except SystemExit as error:  # of a flag that means nothing by itself
+        code = error.code
+    assert code == 2 and re.search(words, capsys.readouterr().err) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("audio", ["joint", "off"])

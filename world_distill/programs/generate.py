@@ -92,6 +92,9 @@ class Request:
             )
         if self.times and self.sampler != "euler":
             raise UserError("--sigmas is for --sampler euler; unipc makes its own from --steps and --shift")
+        listed = len(self.times) - (self.times[-1] == 0) if self.times else 0
+        if listed and (self.shift is not None or self.steps not in (0, listed)):
+            raise UserError(f"--sigmas lists {listed} steps as they are: leave out --steps and --shift")
         if (self.records is None) == (not self.images):
             raise UserError("give either --image with --task or --solution, or --records")
         if self.images and not self.tasks and not self.solutions:
@@ -189,6 +192,11 @@ def _settings(request: Request, config) -> dict[str, Any]:
         "version": world_distill.__version__,
     }
     own = () if request.steps or request.shift is not None else given.explicit
+    if own and request.sampler == "unipc":
+        raise UserError(
+            "--sampler unipc makes its own grid of times, and this model was distilled for a listed one"
+            " (config.sampler.explicit): take --sampler euler, or give --steps and --shift"
+        )
     if times := list(request.times or own):
         times += [] if times[-1] == 0 else [0.0]
         settings |= {"sigmas": times, "steps": len(times) - 1, "shift": None}
