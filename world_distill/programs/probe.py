@@ -52,9 +52,9 @@ def probe(
     """
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)
-    check_fit(reader, family, base_model.origin(config.base))
     if problem := scene_problem(reader[0].scene, family.encoders.scenes):
         raise UserError(f"{reader.index_path}: {problem}")
+    check_fit(reader, family, base_model.origin(config.base))
     judge, rubric = build.make(config, "judge"), build.make_rubric(config)
     for line in check_judge(judge):
         console.say(f"judge: {line}")
