@@ -3,7 +3,7 @@
 Commands:  world-distill convert MODEL weights/ltx2 --dtype bfloat16   (LTX-2's distilled model in diffusers' layout)
            world-distill annotate / encode --config ltx2 …            (see launch/README.md)
            world-distill train --config ltx2[:VARIANT] --config.data=data --workdir runs/ltx2
-Hardware:  see launch/README.md, "What the TPU compiler says".
+Hardware:  `world-distill plan --config ltx2 --config.mesh.tensor=4 --topology v5p:2x2x1` says what fits.
 Result:    not measured yet; no chip has run it.
 
 Variants, `--config ltx2:VARIANT`:
@@ -23,7 +23,8 @@ number of updates and draws, how times are drawn, fps, and the weights of the re
 Both streams are sampled, as the published pipelines do. `--config ltx2:VARIANT,audio=off` has the video stream alone:
 another Demonstrator, in two thirds of the memory.
 
-References are to be made with diffusers 0.39 or newer: before, the text connectors took tokens in another order.
+References are to be made with diffusers 0.39 or newer: before, the text connectors took tokens in another order. Its
+pipelines are to be called with `use_cross_timestep=False`: their default is LTX-2.3's way to modulate the streams.
 """
 
 import math

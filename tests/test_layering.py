@@ -19,14 +19,14 @@ MOST_TOP_LEVEL = 8  # modules directly in world_distill/
 
 # What families share; the other folders of models/ know nothing of each other.
 SHARED_BY_MODELS = {
-    "models", "models.attention", "models.autoencoders", "models.blocks", "models.functional", "models.hashed_words",
-    "models.int8", "models.layers", "models.lora", "models.parity", "models.products", "models.rope",
-    "models.stream_attention", "models.tensor_map",
+    "models", "models.attention", "models.autoencoders", "models.blocks", "models.clip_family", "models.encoders",
+    "models.functional", "models.hashed_words", "models.int8", "models.layers", "models.lora", "models.parity",
+    "models.products", "models.rope", "models.stream_attention", "models.tensor_map", "models.text_encoders",
 }  # fmt: skip
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 # And published.py, text.py and verify.py of every family; inside functions. `verify` runs diffusers beside ours.
-MAY_USE_TORCH = {"vlm.local", "vlm.picture_text", "weights.verify", "models.parity"}
+MAY_USE_TORCH = {"vlm.local", "vlm.picture_text", "weights.verify", "models.parity", "models.text_encoders"}
 
 NOT_IN_CORE = {
     "flax.nnx", "os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "socket", "subprocess",

@@ -109,8 +109,18 @@ def make_rubric(config: ConfigDict, part: str = "judge", *, judge: Judge | None 
 
 
 def text_lengths(family: ModelFamily, config: ConfigDict) -> dict[str, int]:
-    """Tokens that the family's texts are padded to, by the name of their states."""
-    return {name: spec.length or config.text_length for name, spec in family.encoders.texts.items()}
+    """Tokens that the family's texts are padded to, by the name of their states.
+
+    Raises:
+      UserError: `config.text_length` is more than the model reads.
+    """
+    texts = family.encoders.texts
+    for spec in texts.values():
+        if spec.length is None and spec.most is not None and config.text_length > spec.most:
+            raise UserError(
+                f"config.text_length = {config.text_length}: family {family.name} reads at most {spec.most} tokens"
+            )
+    return {name: spec.length or config.text_length for name, spec in texts.items()}
 
 
 def start_devices(config: ConfigDict) -> jax.sharding.Mesh:

@@ -35,11 +35,13 @@ class TextSpec:
       width: of its states.
       dtype: of its states.
       length: tokens that texts are padded to; None takes `config.text_length`.
+      most: that `config.text_length` may be; None: any number.
     """
 
     width: int
     dtype: Any
     length: int | None = None
+    most: int | None = None
 
 
 class Codec(Protocol):
@@ -61,7 +63,11 @@ class TextError(ValueError):
 
 
 class Encoders(Protocol):
-    """From scene images and texts to what the network is told. Called once a record, on the host, in any framework."""
+    """From scene images and texts to what the network is told. Called once a record, on the host, in any framework.
+
+    May also have `text_weights: str`: a digest of weights that `text` depends on and `name` does not tell apart, ""
+    where they are not at hand. Records of another digest are neither reused nor trained on.
+    """
 
     name: str  # names what `text` is: encoded records of another one are not reused
     image_size: tuple[int, int] | None  # (height, width) that scenes are cut to; None: they have to fit already
@@ -157,6 +163,14 @@ class ModelFamily(Protocol):
 
     def init_lora(self, key: jax.Array, base: PyTree, *, rank: int | None) -> PyTree:
         """An Executor that equals the Demonstrator: LoRA of `rank`, or full differences if `rank` is None."""
+        ...
+
+    def training_notes(self, rank: int | None) -> list[str]:
+        """Warnings, a sentence each, about what losses would do to the weights of `init_lora`'s Executor.
+
+        Raises:
+          ValueError: some of them would never change.
+        """
         ...
 
     def lora_axes(self, lora: PyTree) -> PyTree:

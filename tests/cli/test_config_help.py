@@ -8,7 +8,10 @@ from world_distill.errors import UserError
 from world_distill.settings.defaults import SECTIONS
 from world_distill.settings.loading import load_config
 
-SHIPPED = ("sandbox", "sandbox:wmsd_guided", "wan22_5b", "wan22_5b:wmsd", "wan22_5b:debug", "wan_sizes:14b")
+SHIPPED = (
+    "sandbox", "sandbox:wmsd_guided", "wan22_5b", "wan22_5b:wmsd", "wan22_5b:debug", "wan_sizes:14b", "ltx2",
+    "ltx2:debug",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -1,16 +1,22 @@
 """LTX-2 from scenes to a LoRA file, on 8 devices: encode, train, evaluate, export, generate; joint and video alone."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 from small import check_advantages
 
+from tests.runs import assert_same, final_states, lasting
 from world_distill import cli
-from world_distill.data.records.reader import RecordReader
+from world_distill.data.records.reader import RecordError, RecordReader
+from world_distill.errors import UserError
 from world_distill.programs import evaluate, generate, prepare, train
+from world_distill.programs.run_inputs import open_inputs
 from world_distill.settings.loading import load_config
 from world_distill.storage.metric_log import read_log
 from world_distill.training import run_folder
+from world_distill.weights import base_model
 from world_distill.weights.lora_files import read_lora
 from world_distill.weights.lora_layouts import LoraModel
 
@@ -71,9 +77,77 @@ def test_both_streams_train_and_the_audio_layers_stay(joint):
 
 def test_a_run_goes_on_bit_for_bit(records, joint, tmp_path):
     run_of(records, tmp_path, steps=1)
-    run_of(records, tmp_path)
-    whole, stopped = (run_folder.open_run(folder).executor for folder in (joint, tmp_path))
-    jax.tree.map(np.testing.assert_array_equal, whole, stopped)
+    config = run_of(records, tmp_path)
+    assert_same(*final_states(config, joint, tmp_path))  # weights, averages, moments, key, and the order of tasks
+    whole, stopped = (read_log(folder / "metrics.jsonl") for folder in (joint, tmp_path))
+    assert list(map(lasting, whole)) == list(map(lasting, stopped))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model.size": (64, 96)}, "image size '64x64', and this config has '64x96'"),
+        ({"model.channels": 5, "model.vae.channels": 5}, "arrays scene '2x2x6', and this config has '2x2x5'"),
+        ({"model.text_encoder": "gemma"}, "text encoder 'words', and this config has 'gemma'"),
+        ({"text_length": 8}, r"has a text of \d+ tokens, and texts are padded to 8"),
+        ({"text_length": 2000}, "config.text_length = 2000: family ltx2 reads at most 1024 tokens"),
+        ({"sampler.steps": 4}, "explicit times make 8 steps, but steps=4"),
+        ({"sampler.shift": 3.0}, "explicit times are used as they are"),
+        ({"sampler.explicit": (0.5, 1.0), "sampler.steps": 2}, "times must fall strictly"),
+        ({"sampler.window": (4, 4)}, "sampler.window = .* has no effect without noise"),
+        (GRPO | {"sampler.window": (6, 4)}, "window"),
+        (GRPO | {"sampler.sde": "flow_grpo"}, "add noise above the noise level"),
+        ({"executor.targets": ".*"}, "names audio.head.kernel, which would never change"),
+        ({"executor.targets": "blocks.audio.*", "model.audio": "off"}, "match no layer"),
+        ({"mesh.context": 8}, "mesh .* does not fit 8 device"),
+    ],
+)
+def test_settings_and_records_that_do_not_fit_are_named_before_weights_are_read(
+    records, tmp_path, monkeypatch, changes, words
+):
+    monkeypatch.setattr(base_model, "load_base", None)
+    with pytest.raises((UserError, RecordError, ValueError), match=words):
+        open_inputs(config_of(data=str(records), **changes), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_records_of_the_other_family_are_named(records, tmp_path):
+    with pytest.raises(RecordError, match="model family 'ltx2', and this config has 'wan'"):
+        open_inputs(load_config("wan22_5b:debug", {"data": str(records)}), tmp_path)
+
+
+def test_a_run_that_trains_the_sound_says_so(records, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(base_model, "load_base", lambda *args: None)
+    config = config_of(**{"data": str(records), "executor.targets": r"blocks\..*", "evaluate_every": 0})
+    open_inputs(config, tmp_path, writes=False)
+    assert "warning: executor.targets" in (said := capsys.readouterr().err) and "the sound will suffer" in said
+    open_inputs(config_of(data=str(records), evaluate_every=0), tmp_path, writes=False)
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--size", "60x64"], "multiples of 32"),
+        (["--frames", "8"], r"8 frames: their number must be 1 \+ a multiple of 8"),
+        (["--frames", "1"], "the first frame is the scene"),
+        (["--sampler", "unipc"], "distilled for a listed one"),
+        (["--sigmas", "0.5,1"], "times must fall strictly"),
+        (["--steps", "4", "--sigmas", "1,0.5"], "--sigmas lists 2 steps as they are"),
+        (["--config.model.text_encoder=nowhere", "--config.base=random"], r"nowhere has no text_encoder/"),
+        (["--config.model.text_encoder=", "--config.base=random"], "no text encoder: set config.model.text_encoder"),
+    ],
+)
+def test_flags_of_generate_that_do_not_fit_are_explained(records, tmp_path, capsys, flags, words):
+    image = next((records / "scenes" / "test").glob("*.png"))
+    changes = [f"--config.{key}={value}" for key, value in SMALL.items() if key != "model.size"]
+    size = [] if "--size" in flags else ["--size", "64x64"]
+    call = ["generate", "--config", "ltx2:debug", *changes, *size, "--image", str(image), "--task", "[red disc]: Go."]
+    try:
+        code = cli.main([*call, *flags, "--out", str(tmp_path)])
+    except SystemExit as error:  # of a flag that means nothing by itself
+        code = error.code
+    assert code == 2 and re.search(words, capsys.readouterr().err) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("audio", ["joint", "off"])

@@ -81,6 +81,9 @@ def test_the_stochastic_step_and_the_law_of_times_are_refused_where_nothing_read
     check(*parts("wmsd_grpo"), stochastic=True, sde="cps")
     with pytest.raises(ValueError, match="sampler.sde = cps has no effect without noise"):
         check(*parts(), stochastic=False, sde="cps")
+    check(*parts("wmsd_grpo"), stochastic=True, window=(4, 4))
+    with pytest.raises(ValueError, match=r"sampler\.window = \(4, 4\) has no effect without noise"):
+        check(*parts(), stochastic=False, window=(4, 4))
     alone = {"beta_d": 0.0, "rl_weight": 1.0}
     for variant, changes in (("wmsd", {}), ("wmsd", alone), ("wmsd_grpo", {}), ("wmsd_nft", alone)):
         check(*parts(variant, times="by_dt", **changes), stochastic=variant == "wmsd_grpo")

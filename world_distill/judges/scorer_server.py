@@ -28,7 +28,7 @@ from world_distill.interfaces import JudgeAnswer, JudgeRequest
 from world_distill.judges.scorer import PROBE_FRAMES, PROBE_TASK, Done, Measures, items_of
 from world_distill.judges.selftest import probe_clip
 from world_distill.judges.serving import Refusals, check_servers, side_by_side, wait_for
-from world_distill.storage.video_files import require_mp4, save_mp4
+from world_distill.storage.video_files import require_pyav, save_mp4
 from world_distill.vlm.chat_marks import ForbiddenText, refuse_marks
 from world_distill.vlm.client import Client, Limits, Refused, Server
 from world_distill.vlm.complaints import server_words
@@ -67,7 +67,7 @@ class _Sent:
         if self.fps <= 0:
             raise UserError(f"fps is the clips' frames a second, above 0, not {self.fps:g}")
         if self.form == "mp4":
-            require_mp4()
+            require_pyav()
 
     @property
     def version(self) -> str:

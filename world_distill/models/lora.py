@@ -208,6 +208,11 @@ class Adapted(abc.ABC):
         """Logical axis names of `init_lora`'s tree."""
         return lora_axes(lora, self.adapted_part(self.base_axes()))
 
+    def training_notes(self, rank: int | None) -> list[str]:
+        """Warnings about what losses do to the weights of such an Executor; none here."""
+        del rank
+        return []
+
     def kernel_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every kernel that LoRA may adapt, by dotted path."""
         return kernel_shapes(self.adapted_part(jax.eval_shape(self.init_base, jax.random.key(0))))

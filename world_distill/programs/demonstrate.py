@@ -70,7 +70,7 @@ def demonstrate(
         raise UserError(f"no shard {only} among {shards}: they are counted from 0 to {shards - 1}")
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)
-    fit.check_fit(reader, family)
+    fit.check_fit(reader, family, base_model.origin(config.base))
     reader.heads().check_solutions()
     metadata = {**reader.metadata, **fit.clip_identity(family), "clips_by": f"Demonstrator, seed {config.seed}"}
     if clip_dtype is not None:

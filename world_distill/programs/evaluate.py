@@ -15,6 +15,7 @@ from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summa
 from world_distill.reports import report
 from world_distill.storage import atomic
 from world_distill.training import run_folder
+from world_distill.weights import base_model
 
 ROLES = ("base", "demonstrator", "executor")
 
@@ -78,7 +79,7 @@ def evaluate_roles(
     """
     config = opened.config
     reader = RecordReader(opened.data, split)
-    check_fit(reader, opened.family)
+    check_fit(reader, opened.family, base_model.origin(config.base))
     evaluator = opened.evaluator(build.make(config, "benchmark"))
     verdicts: dict[str, list[Verdict]] = {}
     audited: dict[str, dict[str, float]] = {}

@@ -23,7 +23,7 @@ from world_distill.core import flow
 from world_distill.data.images.decode import read_image
 from world_distill.data.records.batches import Arrays, pad, scene_problem, stack_scenes
 from world_distill.data.records.encoder_calls import fit_image, scene_arrays, text_states
-from world_distill.data.records.fit import check_fit
+from world_distill.data.records.fit import check_encoders, check_fit
 from world_distill.data.records.negative import pad_negative
 from world_distill.data.records.reader import EncodedRecord, RecordReader
 from world_distill.devices.sharding import batch_sharding
@@ -95,6 +95,9 @@ class Request:
                 )
         if self.times and self.sampler != "euler":
             raise UserError("--sigmas is for --sampler euler; unipc makes its own from --steps and --shift")
+        listed = len(self.times) - (self.times[-1] == 0) if self.times else 0
+        if listed and (self.shift is not None or self.steps not in (0, listed)):
+            raise UserError(f"--sigmas lists {listed} steps as they are: leave out --steps and --shift")
         if (self.records is None) == (not self.images):
             raise UserError("give either --image with --task or --solution, or --records")
         if self.images and not self.tasks and not self.solutions:
@@ -131,7 +134,7 @@ def generate(request: Request, config) -> tuple[int, int]:
     lora, settings["executor"] = _load_executors(request, config, family, mesh)
     base = functools.cache(lambda: base_model.load_base(family, config, mesh))
     rows = request.batch or len(mesh.devices.flat)
-    jobs = list(_jobs(request, family, base))
+    jobs = list(_jobs(request, family, base, base_model.origin(config.base)))
     waiting = [job for job in jobs if not _is_done(request.out, job, settings)]
     if not waiting:
         return 0, len(jobs)
@@ -192,15 +195,26 @@ def _settings(request: Request, config) -> dict[str, Any]:
         "version": world_distill.__version__,
     }
     own = () if request.steps or request.shift is not None else given.explicit
+    if own and request.sampler == "unipc":
+        raise UserError(
+            "--sampler unipc makes its own grid of times, and this model was distilled for a listed one"
+            " (config.sampler.explicit): take --sampler euler, or give --steps and --shift"
+        )
     if times := list(request.times or own):
         times += [] if times[-1] == 0 else [0.0]
         settings |= {"sigmas": times, "steps": len(times) - 1, "shift": None}
     return settings
 
 
-def _jobs(request: Request, family: ModelFamily, base: Callable[[], PyTree]) -> Iterator[Job]:
-    """Everything that is asked for, done or not; nothing is encoded before `Job.load`."""
-    inputs = _from_records(request, family) if request.records else _from_images(request, family, base)
+def _jobs(
+    request: Request, family: ModelFamily, base: Callable[[], PyTree], origin: Mapping[str, Any]
+) -> Iterator[Job]:
+    """Everything that is asked for, done or not; nothing is encoded before `Job.load`.
+
+    `origin` is the metadata of the base's checkpoint.
+    """
+    check_encoders(family, origin)
+    inputs = _from_records(request, family, origin) if request.records else _from_images(request, family, base)
     told = "executor" if request.executors else "base"
     names = set()
     for name, kind, prompt, source, load in inputs:
@@ -212,14 +226,14 @@ def _jobs(request: Request, family: ModelFamily, base: Callable[[], PyTree]) -> 
             yield Job(f"{name}.{role}.{number}", role, prompt, number, source, load)
 
 
-def _from_records(request: Request, family: ModelFamily) -> Iterator[tuple]:
+def _from_records(request: Request, family: ModelFamily, origin: Mapping[str, Any]) -> Iterator[tuple]:
     assert request.records is not None
     reader = RecordReader(request.records, request.name, EncodedRecord)
     kinds = ("task", "solution") if request.text == "both" else (request.text,)
     for i in range(min(request.limit or len(reader), len(reader))):
         record = reader[i]
         if i == 0:
-            check_fit(reader, family)
+            check_fit(reader, family, origin)
         if problem := scene_problem(record.scene, family.encoders.scenes):
             raise UserError(f"{reader.index_path}: {problem}")
         source = {"records": str(request.records), "name": request.name, "id": record.id}

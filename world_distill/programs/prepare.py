@@ -90,7 +90,7 @@ class Encoder:
         """`encode_records` with these encoders; its other `options` and its counts."""
         encoders = self._family.encoders
         weights = pathlib.Path(base_model.base_path(self._family, self._config.base) or "").name
-        metadata = {**(metadata or {}), **fit.identity(self._family), "weights": weights}
+        metadata = {**(metadata or {}), **self._identity, "weights": weights}
         size = encoders.image_size
         if clips is not None:
             metadata |= fit.clip_identity(self._family)
@@ -141,7 +141,7 @@ class Encoder:
         To be called before `encode`, so that a set that is complete has it.
         """
         text, encode = self.guidance.negative, self._family.encoders.text
-        return keep_negative(folder, name, text, text_encoder=self._text_encoder, encode_text=encode)
+        return keep_negative(folder, name, text, text_encoder=fit.text_encoder(self._identity), encode_text=encode)
 
     def encode_split(
         self,
@@ -179,9 +179,11 @@ class Encoder:
             counts[part] = found | {"negative": int(negative)}
         return counts
 
-    @property
-    def _text_encoder(self) -> str:
-        return pathlib.Path(self._family.encoders.name).name
+    @functools.cached_property
+    def _identity(self) -> dict[str, str]:
+        """`fit.identity` of encoders that belong to the base."""
+        fit.check_encoders(self._family, base_model.origin(self._config.base))
+        return fit.identity(self._family)
 
 
 def is_complete(folder: pathlib.Path, name: str) -> bool:

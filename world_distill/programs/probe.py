@@ -61,13 +61,13 @@ def probe(
     family = build.make_family(config, mesh)
     if problem := scene_problem(reader[0].scene, family.encoders.scenes):
         raise UserError(f"{reader.index_path}: {problem}")
+    check_fit(reader, family, base_model.origin(config.base))
     judge = build.make(config, "judge")
     rubric = build.make_rubric(config, judge=judge)
     refuse_clip(judge, config.rollout.clip)
     for line in check_judge(judge):
         console.say(f"judge: {line}")
     base, lora = base_model.load_base(family, config, mesh), _executor(config, family, mesh)
-    check_fit(reader, family)
     evaluator = run_folder.make_evaluator(config, family, mesh, None)
     chosen = sample_of(len(reader), limit, config.seed)
     batches = fixed_batches(reader, config.evaluate_batch, lengths=build.text_lengths(family, config), indices=chosen)

@@ -77,9 +77,11 @@ def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = Tru
     family = build.make_family(config, mesh)
     if config.executor.rank:
         check_targets(family)
+    for note in family.training_notes(config.executor.rank or None):
+        console.warn(f"warning: {note}")
     reader, validation = _records(config, workdir)
     for records in filter(None, (reader, validation)):
-        check_fit(records, family)
+        check_fit(records, family, base_model.origin(config.base))
     programs = make_programs(config, mesh)
     fine_tunes = programs.objective.sft
     if fine_tunes:

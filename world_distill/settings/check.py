@@ -1,7 +1,7 @@
 """Refuses settings that have no effect together, or that cannot work together, each with its reason."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -124,7 +124,13 @@ def uses_demonstrator(objective: Objective, settings: RolloutSettings) -> bool:
 
 
 def check(
-    objective: Objective, settings: RolloutSettings, *, stochastic: bool, guidance: float = 1.0, sde: str = "flow_grpo"
+    objective: Objective,
+    settings: RolloutSettings,
+    *,
+    stochastic: bool,
+    guidance: float = 1.0,
+    sde: str = "flow_grpo",
+    window: Sequence[int] = (),
 ) -> None:
     """Raises ValueError, with all reasons, where settings go together badly.
 
@@ -134,6 +140,7 @@ def check(
       stochastic: whether the sampler has noise.
       guidance: scale of the Demonstrator's guidance.
       sde: the sampler's stochastic step.
+      window: (start, length) of the sampler's stochastic steps.
     """
     reasons = [rule.reason for rule in RULES if rule.broken(objective, settings)]
     if guidance > 1 and not uses_demonstrator(objective, settings):
@@ -147,6 +154,8 @@ def check(
         reasons.append("objective.rl = flow_grpo needs stochastic steps: set sampler.eta above 0 (its authors: 0.7)")
     if not stochastic and sde != "flow_grpo":
         reasons.append(f"sampler.sde = {sde} has no effect without noise: set sampler.eta above 0, or sde = flow_grpo")
+    if not stochastic and window:
+        reasons.append(f"sampler.window = {tuple(window)} has no effect without noise: set sampler.eta above 0, or ()")
     if reasons:
         raise ValueError("settings that do not go together:\n  " + "\n  ".join(reasons))
 

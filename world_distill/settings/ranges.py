@@ -170,6 +170,12 @@ RANGES: Mapping[str, Range | OneOf] = {
     "pretrain.save_every": ONE,
     "model.frames": ONE,
     "model.size": ONE,
+    "model.fps": POSITIVE,
+    "model.depth": ONE,
+    "model.heads": ONE,
+    "model.places": ONE,
+    "model.piece": SOME,
+    "model.rows": SOME,
 }
 
 

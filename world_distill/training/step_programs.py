@@ -130,7 +130,10 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     objective = dataclasses.replace(objective, micro_batch=in_update)
     grid, diffusion = build.sampler_grid(config)
     sde = config.sampler.sde
-    check(objective, settings, stochastic=diffusion is not None, guidance=guidance.demonstrator, sde=sde)
+    check(
+        objective, settings, stochastic=diffusion is not None, guidance=guidance.demonstrator, sde=sde,
+        window=config.sampler.window,
+    )  # fmt: skip
     if diffusion is not None and config.sampler.explicit:
         check_noise(grid, sampling.step_stds(grid, diffusion, sde), eta=config.sampler.eta)
     distills = objective.rl != "none" and settings.weights.get(DISTILL, 0.0) != 0

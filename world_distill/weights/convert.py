@@ -18,7 +18,7 @@ from tqdm import tqdm
 from world_distill.errors import UserError
 from world_distill.models.tensor_map import Entry, check_names
 from world_distill.storage import array_store
-from world_distill.storage.safetensors_folder import FLOATS_8, TYPES
+from world_distill.storage.safetensors_folder import FLOATS_8, TYPES, digest
 from world_distill.storage.weight_files import save_weights
 from world_distill.weights import sources
 from world_distill.weights.merging import Merge, Merged
@@ -72,7 +72,7 @@ def convert(
         raise UserError(f"{there[0]} exists already; remove it, or name another folder")
     metadata = {
         "family": found.family, "model": found.model.sizes, "source": name or source.name, "layout": found.layout,
-        "revision": revision, "license": license,
+        "revision": revision, "license": license, **_text_weights(found, merged),
     }  # fmt: skip
     if merges:
         metadata |= {"merged": merged.metadata(), "beside": {part: path.name for part, path in beside.items()}}
@@ -109,6 +109,15 @@ def misfits(found: sources.Source, dtype: str = "keep") -> list[str]:
         lines = lines or _check_types(entries, files.types, mixed=part == "transformer" and dtype != "keep")
         problems += [f"{part}: {line}" for line in lines]
     return problems
+
+
+def _text_weights(found: sources.Source, merged: Merged) -> dict[str, str]:
+    """The digest of the tensor that only `encode` reads, for the checkpoint's metadata; {} where there is none."""
+    for part, entries in found.model.apart.items():
+        if part in found.files:
+            read = _reader(found, part, entries, merged, None)
+            return {"text_weights": digest(read(entries[0].names[0]))}
+    return {}
 
 
 def _write(writer: array_store.Writer, found: sources.Source, merged: Merged, dtype: str) -> None:

@@ -1,6 +1,8 @@
 """A small LTX-2 in diffusers' layout, converted, compared with diffusers, and read with and without its audio."""
 
+import contextlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,16 @@ import numpy as np
 import pytest
 
 from world_distill import build, cli
+from world_distill.data.records.negative import read_negative
+from world_distill.data.records.reader import RecordError, RecordReader
+from world_distill.data.records.splits import Splits
 from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
+from world_distill.models.hashed_words import encode_text
+from world_distill.models.ltx2.encoders import LTX2Encoders
+from world_distill.models.ltx2.text import projection_digest
+from world_distill.programs import prepare
+from world_distill.programs.run_inputs import open_inputs
 from world_distill.settings.loading import load_config
 from world_distill.storage import array_store
 from world_distill.weights import base_model
@@ -63,6 +73,65 @@ def test_numbers_are_those_of_diffusers(converted, capsys, folder):
              if "largest difference" in line}  # fmt: skip
     names = {"transformer_video", "transformer_audio", "connectors_video", "connectors_audio", "vae_encode"}
     assert found.keys() == names | {"vae_decode"} and max(found.values()) < 1e-4
+
+
+def test_the_checkpoint_knows_the_projection_that_it_came_with(converted, folder):
+    found = base_model.origin(str(converted))["text_weights"]
+    assert found and found == projection_digest(folder / "connectors")
+
+
+@pytest.fixture(scope="module")
+def distilled(folder):
+    """(folder, checkpoint) of the same model with another text projection alone."""
+    from safetensors.numpy import load_file, save_file
+
+    other = folder.parent / "distilled" / folder.name  # names tell nothing
+    shutil.copytree(folder, other)
+    file = next((other / "connectors").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["text_proj_in.weight"][0, 0] += 1
+    save_file(tensors, file)
+    out = folder.parent / "distilled" / "converted"
+    assert cli.main(["convert", str(other), str(out)]) == 0
+    return other, out
+
+
+def test_records_of_another_text_projection_are_refused(converted, folder, distilled, tmp_path, monkeypatch):
+    def of(base, published, **changes):
+        given = {"model.text_encoder": str(published), "scenes.train": 2, "scenes.validation": 1, "scenes.test": 1}
+        return config_of(base, **given, **changes, **{"world.size": 64, "text_length": 64, "evaluate_every": 0})
+
+    def encode(config):
+        reader, said = RecordReader(tmp_path, "train_annotated"), []
+        counts = prepare.Encoder(config).encode_split(
+            reader, tmp_path, name="train", splits=Splits(0.0, 0.0), say=said.append, progress=progress, batch=2
+        )
+        return counts["train"], said
+
+    @contextlib.contextmanager
+    def progress():
+        yield lambda done, of: None
+
+    # Gemma is not there: hashed words stand in for its rows.
+    monkeypatch.setattr(
+        LTX2Encoders, "open_text_encoder", lambda self: lambda texts: [encode_text(t, self.text_width) for t in texts]
+    )
+    one, (other_folder, other) = of(converted, folder), distilled
+    prepare.make_records(one, tmp_path)
+    digest = RecordReader(tmp_path, "train").metadata["text_weights"]
+    assert read_negative(tmp_path, "train").text_encoder == f"{folder.name} {digest}"
+    assert encode(one)[0]["encoded"] == 0  # complete
+
+    # Training names no text encoder: the base says which projection it came with.
+    with pytest.raises(RecordError, match=rf"text projection '{digest}', and this config has .*rows of text are not"):
+        open_inputs(of(other, "", data=str(tmp_path)), tmp_path / "run")
+    with pytest.raises(RecordError, match=f"digest {digest}, and .* came with the base"):
+        encode(of(other, folder))
+    counts, said = encode(of(other, other_folder))
+    assert counts["encoded"] and counts["negative"] and any("text_weights" in line for line in said)
+    assert RecordReader(tmp_path, "train").metadata["text_weights"] != digest
+    monkeypatch.setattr(base_model, "load_base", lambda *args: None)
+    open_inputs(of(other, "", data=str(tmp_path)), tmp_path / "run")
 
 
 def test_a_base_with_audio_serves_the_video_stream_alone(converted):

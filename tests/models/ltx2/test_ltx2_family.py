@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from small import redraw
 
 from world_distill import build
@@ -15,6 +17,7 @@ from world_distill.core import sampling
 from world_distill.core.guidance import with_guidance
 from world_distill.core.texts import read_once
 from world_distill.devices import flops
+from world_distill.models.ltx2.family import UNHEARD
 from world_distill.models.ltx2.family import build as make
 from world_distill.settings.loading import load_config
 from world_distill.structs import Condition, Tokens
@@ -120,8 +123,59 @@ def test_a_rollout_reads_its_texts_once(family, base):
         ({"size": (512, 760)}, "multiples of 32"),
         ({"text_width": 4096}, "model.connectors.width = 3840"),
         ({"channels": 64}, "model.vae.channels = 128"),
+        ({"frames": 1}, "the first frame is the scene, so that none is generated"),
+        ({"size": (512,)}, r"model.size = \(512,\): it is \(height, width\)"),
+        ({"size": (32, 64)}, "twice that at least"),
+        ({"size": (512, 2080)}, "positions up to 2048x2048 and 20 s"),
+        ({"frames": 481, "fps": 24.0}, r"and 20 s \(model.frames / model.fps\)"),
+        ({"heads": 30}, "model.width = 4096 does not divide into 30 heads"),
+        ({"audio_width": 2000}, "model.audio_width = 2000 does not divide into 32 heads"),
+        ({"connectors": {"heads": 7}}, "model.connectors.width = 3840 does not divide into 7 heads"),
+        ({"connectors": {"registers": 100}}, "connectors.length = 1024 is not a multiple of .* = 100"),
+        ({"stride": [8, 16, 16]}, r"model.stride = \(8, 16, 16\), but model.vae compresses"),
+        ({"vae": {"steps": ["spatial", "sideways"]}}, "vae.steps has 'sideways'"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, words):
     with pytest.raises(ValueError, match=words):
         make(**sizes)
+
+
+def test_the_picture_hears_all_of_the_sound_but_what_is_behind_the_last_block(family, base):
+    x, t, told = latents_of(family), jnp.array([0.9, 0.4]), condition_of(family)
+
+    def loss(weights):
+        return (family.denoise(base | {"transformer": weights}, None, x, t, told)["video"] ** 2).sum()
+
+    gradients = flatten_dict(jax.jit(jax.grad(loss))(base["transformer"]), sep=".")
+    idle = {name for name, gradient in gradients.items() if not np.abs(gradient).max() > 0}
+    assert idle == {name for name in gradients if re.fullmatch(UNHEARD, name)} != set()
+
+
+@pytest.mark.parametrize(
+    "changes, rank, words",
+    [
+        ({}, 4, None),
+        (
+            {"lora_targets": r"blocks\..*"},
+            4,
+            "that make the sound, blocks.audio.cross_attention.k.kernel for one",
+        ),
+        ({"lora_targets": r"blocks\.audio_to_video\..*"}, 4, None),
+        ({"lora_targets": r"blocks\.video_to_audio\.q"}, 4, "trains 1 arrays"),
+        ({"lora_differences": r"blocks\.audio\..*bias"}, 4, "executor.differences"),
+        ({"lora_targets": r"blocks\..*", "audio_counts": True}, 4, None),
+        ({"lora_targets": r"blocks\..*", "audio": "off"}, 4, None),
+        ({}, None, "executor.rank = 0 trains"),
+    ],
+)
+def test_a_loss_of_the_picture_that_trains_the_sound_is_a_warning(changes, rank, words):
+    notes = make(**changes).training_notes(rank)
+    assert len(notes) == (words is not None) and (words is None or re.search(words, notes[0]))
+
+
+@pytest.mark.parametrize("changes", [{"lora_targets": ".*"}, {"lora_differences": r"audio\.head\.bias"}])
+def test_weights_that_would_never_change_are_refused(changes):
+    with pytest.raises(ValueError, match=r"names audio\.head\.(kernel|bias).*would never change"):
+        make(**changes).training_notes(4)
+    assert make(**changes, audio_counts=True).training_notes(4) == []

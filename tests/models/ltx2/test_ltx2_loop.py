@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs.ltx2 import TIMES, dev_times
+from tests.models.ltx2.pipelines import pipeline_of, sampled
 from tests.models.ltx2.small_ltx2 import connector_weights, weights_of
 from tests.models.ltx2.small_vae import CONFIG as VAE
 from world_distill.core import sampling
@@ -17,7 +18,7 @@ from world_distill.models.ltx2.family import LTX2Family
 from world_distill.structs import Condition, Tokens
 
 pytestmark = pytest.mark.torch
-LENGTH, WORDS, MOMENTS = 16, 10, 18  # places of a text, its real tokens, audio latents of 17 frames at 24 a second
+LENGTH, WORDS = 16, 10  # places of a text, its real tokens
 
 
 def test_times_of_the_undistilled_model_are_the_schedulers():
@@ -34,29 +35,22 @@ def draw(*shape):
 
 @pytest.fixture(scope="module")
 def parts():
-    """diffusers' networks, every parameter drawn: transformer, connectors, vae, audio_vae."""
+    """diffusers' networks, every parameter drawn: transformer, connectors, vae."""
     torch = pytest.importorskip("torch", reason="torch is in the extra `torch`")
     diffusers = pytest.importorskip("diffusers")
+    from diffusers import LTX2VideoTransformer3DModel
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
     from tests.models.ltx2 import make_goldens, make_vae_goldens
 
-    del torch
+    del torch, diffusers
     network = make_goldens.TRANSFORMER | {
         "in_channels": 4, "out_channels": 4, "audio_in_channels": 8, "audio_out_channels": 8, "caption_channels": 24,
     }  # fmt: skip
-    sound = diffusers.AutoencoderKLLTX2Audio(
-        base_channels=8, output_channels=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=None, in_channels=2,
-        resolution=32, latent_channels=4, norm_type="pixel", causality_axis="height", mid_block_add_attention=False,
-        sample_rate=16000, mel_hop_length=160, is_causal=True, mel_bins=8,
-    )  # fmt: skip
-    sound.latents_mean.zero_()
-    sound.latents_std.fill_(1.0)
     return {
-        "transformer": make_goldens.redraw(diffusers.LTX2VideoTransformer3DModel(**network), 1),
+        "transformer": make_goldens.redraw(LTX2VideoTransformer3DModel(**network), 1),
         "connectors": make_goldens.redraw(LTX2TextConnectors(**make_goldens.CONNECTORS), 2),
         "vae": make_vae_goldens.codec(3),
-        "audio_vae": sound,
     }
 
 
@@ -67,18 +61,14 @@ def family_of(audio):
     )  # fmt: skip
     texts = ConnectorConfig(audio=audio, width=24, heads=3, depth=2, registers=4, length=LENGTH, states=3)
     codec = LTX2Codec(VAE, np.dtype("float32"))
-    return LTX2Family(network, texts, codec, size=(64, 96), frames=17, dtype=np.dtype("float32"))
+    return LTX2Family(network, codec, texts, size=(64, 96), frames=17, dtype=np.dtype("float32"))
 
 
 @pytest.mark.parametrize("audio", ["joint", "off"])
 def test_eight_steps_are_the_pipelines(parts, audio):
-    import diffusers
-    import torch
-
     family = family_of(audio)
     assert family.latents["video"].shape == (3, 2, 3, 4)
     scene, noise = draw(1, 1, 2, 3, 4), {name: draw(1, *spec.shape) for name, spec in family.latents.items()}
-    sound = noise.get("audio", draw(1, MOMENTS, 8))
     states = draw(1, LENGTH, 24, 3)
     mask = np.arange(LENGTH)[None] >= LENGTH - WORDS
 
@@ -97,29 +87,10 @@ def test_eight_steps_are_the_pipelines(parts, audio):
         v = denoise(base, None, x, jnp.full(1, t), condition)
         x = sampling.sde_step(x, v, t, t_next, 0.0, None)[0]
 
-    pipeline = diffusers.LTX2ImageToVideoPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift_terminal=None),
-        text_encoder=None, tokenizer=None, vocoder=None, **parts,
+    found = sampled(
+        pipeline_of(**parts), scene=scene, noise=noise, states=states, mask=mask, times=TIMES, frames=17, fps=24.0,
+        audio=audio,
     )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    if audio == "off":
-        run = parts["transformer"].forward
-        pipeline.transformer.forward = lambda *args, **kwargs: run(*args, **(kwargs | {"isolate_modalities": True}))
-    mean, std = (getattr(parts["vae"], f"latents_{name}").numpy() for name in ("mean", "std"))
-    start = np.concatenate([scene, noise["video"][:, 1:]], 1) * std + mean
-    off = {f"{name}guidance_scale": 1.0 for name in ("", "audio_")}
-    off |= {f"{name}{key}": value for name in ("", "audio_") for key, value in
-            (("stg_scale", 0.0), ("modality_scale", 1.0), ("guidance_rescale", 0.0))}  # fmt: skip
-    found = pipeline(
-        image=None, latents=torch.from_numpy(np.moveaxis(start, -1, 1).copy()),
-        audio_latents=torch.from_numpy(sound.reshape(1, MOMENTS, 4, 2).swapaxes(1, 2).copy()),
-        height=64, width=96, num_frames=17, frame_rate=24.0, num_inference_steps=8, sigmas=list(TIMES),
-        use_cross_timestep=False, image_crf=0, prompt_embeds=torch.from_numpy(states).flatten(2),
-        prompt_attention_mask=torch.from_numpy(mask).long(), output_type="latent", return_dict=False, **off,
-    )  # fmt: skip
-    video = (np.moveaxis(found[0].numpy(), 1, -1) - mean) / std
-    assert np.abs(video).max() > 1
-    np.testing.assert_allclose(np.asarray(x["video"]), video, rtol=0, atol=2e-4)
-    if audio == "joint":
-        heard = found[1].numpy().swapaxes(1, 2).reshape(1, MOMENTS, 8)
-        np.testing.assert_allclose(np.asarray(x["audio"]), heard, rtol=0, atol=2e-4)
+    assert np.abs(found["video"]).max() > 1
+    for name in family.latents:
+        np.testing.assert_allclose(np.asarray(x[name]), found[name], rtol=0, atol=2e-4)

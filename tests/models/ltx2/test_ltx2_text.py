@@ -1,10 +1,17 @@
 """Rows of texts against LTX-2's own pipeline, on a small random Gemma 3 and a tokenizer of a few words."""
 
+import json
+import re
+import shutil
+import types
+
 import numpy as np
 import pytest
 
+from world_distill.errors import UserError
 from world_distill.interfaces import TextError
-from world_distill.models.ltx2.text import GemmaTextEncoder, read_projection
+from world_distill.models.ltx2.encoders import LTX2Encoders
+from world_distill.models.ltx2.text import PROJECTIONS, GemmaTextEncoder, projection_digest, read_projection
 
 pytestmark = pytest.mark.torch
 TEXTS = ["[red disc]: Go to the blue ring.", "  The red disc moves three steps right, then it stops.\n", "ring"]
@@ -91,13 +98,108 @@ def test_a_text_that_is_too_long_or_empty_is_named(folder):
         encoder.encode(["  "])
 
 
-def test_a_projection_of_another_encoder_is_refused(folder, tmp_path):
+def projection_file(path, kernel, name=PROJECTIONS[1], dtype=np.float32):
     from safetensors.numpy import save_file
 
-    path = tmp_path / "distilled.safetensors"
-    kernel = np.ones((ROW, WIDTH * LAYERS), np.float32)
-    save_file({"text_embedding_projection.aggregate_embed.weight": kernel}, path)
+    save_file({name: kernel.astype(dtype)}, path)
+    return path
+
+
+def test_a_projection_of_another_encoder_is_refused(folder, tmp_path):
+    path = projection_file(tmp_path / "distilled.safetensors", np.ones((ROW, WIDTH * LAYERS)))
     with pytest.raises(ValueError, match=r"takes 48 numbers a token, and .* gives 4 states of 16"):
         GemmaTextEncoder(folder, projection=path, dtype="float32")
     with pytest.raises(ValueError, match="holds no text projection"):
         read_projection(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"text_proj_in.weight has shape \[3\], not"):
+        read_projection(projection_file(tmp_path / "flat.safetensors", np.ones(3), PROJECTIONS[0]))
+
+
+def encoders(folder, width=ROW, **changes):
+    codec = types.SimpleNamespace(parts=())
+    return LTX2Encoders(codec, (64, 64), str(folder), width, **changes)
+
+
+def test_rows_of_another_width_than_the_models_are_refused(folder):
+    [row] = encoders(folder).text(["ring"])["text"]
+    assert row.shape[1] == ROW
+    with pytest.raises(ValueError, match=r"makes rows of 24 numbers, and config\.model\.connectors\.width = 32"):
+        encoders(folder, 32).text(["ring"])
+
+
+def test_a_projection_has_one_digest_in_every_layout_and_type(folder, tmp_path):
+    kernel = read_projection(folder / "connectors").T.astype("bfloat16")
+    digest = projection_digest(folder / "connectors")
+    assert re.fullmatch("[0-9a-f]{16}", digest) and encoders(folder).text_weights == digest
+    single = projection_file(tmp_path / "single.safetensors", kernel, dtype="bfloat16")
+    assert encoders(folder, text_projection=str(single)).text_weights == digest
+    changed = kernel.copy()
+    changed[3, 5] += 1
+    for name, other in (("changed", changed), ("reshaped", kernel.reshape(2 * ROW, -1)), ("turned", kernel[::-1])):
+        path = projection_file(tmp_path / f"{name}.safetensors", other, dtype="bfloat16")
+        assert projection_digest(path) not in ("", digest)
+    for unknown in (tmp_path / "nothing", "words", ""):
+        assert encoders(unknown).text_weights == ""
+
+
+def copy_of(folder, to, part=""):
+    shutil.copytree(folder, to)
+    return to / part
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "connectors"])
+def test_a_part_that_is_missing_is_named(folder, tmp_path, part):
+    shutil.rmtree(copy_of(folder, tmp_path / "copy", part))
+    words = "holds no text projection" if part == "connectors" else f"has no {part}/: give the folder of LTX-2"
+    with pytest.raises(ValueError, match=words):
+        GemmaTextEncoder(tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"no text_encoder/"):
+        GemmaTextEncoder(tmp_path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda f: cut(f / "text_encoder" / "model.safetensors"), "text encoder or tokenizer cannot be read"),
+        (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), "text encoder or tokenizer cannot be read"),
+        (lambda f: (f / "text_encoder" / "config.json").write_text("{"), "text encoder or tokenizer cannot be read"),
+        (lambda f: (f / "text_encoder" / "config.json").unlink(), "text encoder or tokenizer cannot be read"),
+        (lambda f: cut(f / "tokenizer" / "tokenizer.json"), "text encoder or tokenizer cannot be read"),
+        (lambda f: cut(next((f / "connectors").iterdir())), "no whole safetensors file"),
+        (
+            lambda f: next((f / "connectors").iterdir()).write_text("version https://git-lfs.github.com/spec/v1"),
+            "pointer of Git LFS",
+        ),
+        (lambda f: deeper(f / "text_encoder" / "config.json"), r"lacks weights: .*layers\.3"),
+    ],
+)
+def test_a_damaged_part_is_named(folder, tmp_path, damage, words):
+    copy = copy_of(folder, tmp_path / "copy")
+    damage(copy)
+    with pytest.raises((ValueError, UserError), match=words):
+        GemmaTextEncoder(copy, dtype="float32")
+
+
+def deeper(config):
+    """A config with a layer more than there are weights for."""
+    settings = json.loads(config.read_text())
+    settings["text_config"]["num_hidden_layers"] = LAYERS + 1
+    settings["text_config"].pop("layer_types", None)
+    config.write_text(json.dumps(settings))
+
+
+def test_another_encoder_and_an_unknown_type_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="dtype 'float8' of a text encoder"):
+        GemmaTextEncoder(folder, dtype="float8")
+    import transformers
+
+    copy = copy_of(folder, tmp_path / "copy")
+    shutil.rmtree(copy / "text_encoder")
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes)).save_pretrained(copy / "text_encoder")
+    with pytest.raises(ValueError, match=r"cannot be read \(it is umt5, not Gemma 3\)"):
+        GemmaTextEncoder(copy, dtype="float32")

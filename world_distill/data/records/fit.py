@@ -6,6 +6,7 @@ before any array is: an array of another shape would be an error of JAX about br
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,16 @@ from world_distill.data.records.reader import RecordReader
 from world_distill.data.records.record_format import SCENE, RecordError
 from world_distill.interfaces import ModelFamily
 
-_NAMES = {"family": "model family", "text_encoder": "text encoder", "image_size": "image size", "clip": "clips of"}
+_NAMES = {
+    "family": "model family", "text_encoder": "text encoder", "image_size": "image size",
+    "text_weights": "text projection", "clip": "clips of",
+}  # fmt: skip
+# Why such records cannot be used, where that is not plain.
+_REASONS = {
+    "text_weights": " (digests of its weights). A distilled model's rows of text are not those of the model that it was"
+    " made from"
+}
+TEXT_WEIGHTS = "text_weights"  # in a set's index, and in the metadata of a converted checkpoint
 
 
 def identity(family: ModelFamily) -> dict[str, str]:
@@ -26,6 +36,8 @@ def identity(family: ModelFamily) -> dict[str, str]:
         # height x width
         "image_size": "x".join(map(str, encoders.image_size)) if encoders.image_size else "as annotated",
     }
+    if weights := getattr(encoders, "text_weights", ""):
+        found[TEXT_WEIGHTS] = weights
     for key, array in encoders.scenes.items():
         # The name and the value that records of version 1 have: h w c of the one latent frame.
         legacy = key == SCENE and array.shape[0] == 1
@@ -80,14 +92,45 @@ def check_clips(reader: RecordReader, family: ModelFamily) -> None:
     raise RecordError(f"{reader.index_path} has {reason}: encode the videos for this config, or take the other one")
 
 
-def check_fit(reader: RecordReader, family: ModelFamily) -> None:
+def text_encoder(identity: Mapping[str, str]) -> str:
+    """What decides text states, as one name: of a family's `identity`, or of the index of a set."""
+    return " ".join(filter(None, (identity.get("text_encoder", ""), identity.get(TEXT_WEIGHTS, ""))))
+
+
+def check_encoders(family: ModelFamily, base: Mapping[str, Any]) -> None:
+    """Refuses text encoders that do not belong to the base.
+
+    Args:
+      family: with its text encoder.
+      base: metadata of the converted checkpoint (`base_model.origin`).
+
+    Raises:
+      RecordError: the text projection is another one than the base came with.
+    """
+    have, want = getattr(family.encoders, "text_weights", ""), base.get(TEXT_WEIGHTS, "")
+    if have and want and have != want:
+        raise RecordError(
+            f"the text projection that config.model names is not that of config.base: its weights have the digest"
+            f" {have}, and {want} came with the base. Let config.model.text_encoder or text_projection name the folder"
+            " or file that the base was converted from"
+        )
+
+
+def check_fit(reader: RecordReader, family: ModelFamily, base: Mapping[str, Any]) -> None:
     """Refuses encoded records of another model. What their index does not say is not compared, nor is a text encoder
     that the config does not name: only `encode` needs one.
+
+    Args:
+      reader: encoded records.
+      family: the model that is to read them.
+      base: metadata of its converted checkpoint (`base_model.origin`); {} of other weights.
 
     Raises:
       RecordError: they differ; the message names in what, and the call that encodes them for this model.
     """
     want, have = identity(family), reader.metadata
+    if weights := base.get(TEXT_WEIGHTS):
+        want[TEXT_WEIGHTS] = weights
     if not want["text_encoder"]:
         want.pop("text_encoder")
     for key, value in want.items():
@@ -95,7 +138,7 @@ def check_fit(reader: RecordReader, family: ModelFamily) -> None:
             folder, name = reader.index_path.parent, reader.index_path.stem
             what = _NAMES.get(key, f"arrays {key}")
             raise RecordError(
-                f"{reader.index_path} was encoded for {what} {have[key]!r}, and this config has {value!r}: take the"
-                " config that the records were encoded with, or encode them for this one: world-distill encode"
-                f" --config CONFIG --records {folder} --name {name}"
+                f"{reader.index_path} was encoded for {what} {have[key]!r}, and this config has {value!r}"
+                f"{_REASONS.get(key, '')}: take the config that the records were encoded with, or encode them for this"
+                f" one: world-distill encode --config CONFIG --records {folder} --name {name}"
             )

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
+from world_distill.data.records import fit
 from world_distill.data.records.batches import pad
 from world_distill.data.records.reader import RecordReader
 from world_distill.data.records.record_format import TEXT, RecordError
@@ -161,7 +162,7 @@ def _kept(reader: RecordReader, text: str, lengths: Mapping[str, int]) -> Negati
         raise RecordError(
             f"{path} is of the negative text {kept.text!r}, and config.demonstrator.negative is {text!r}: {again}"
         )
-    encoder = reader.metadata.get("text_encoder", "")
+    encoder = fit.text_encoder(reader.metadata)
     have, want = _kinds(kept.states), _kinds(reader[0].task_states)
     if kept.text_encoder != encoder or have != want:
         raise RecordError(

@@ -2,86 +2,58 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from world_distill.interfaces import TextSpec
-from world_distill.models.ltx2.codec import LTX2Codec
-from world_distill.structs import PyTree
-
-WORDS = "words"  # states without weights
+from world_distill.models.encoders import WORDS, ClipEncoders, TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
-class LTX2Encoders:
-    """See the module.
+class LTX2Encoders(ClipEncoders):
+    """See `ClipEncoders` for the other arguments.
 
     Args:
-      codec: encodes the scene.
-      image_size: height and width of a clip in pixels.
-      text_encoder: folder with `text_encoder/` and `tokenizer/`, or "words".
       text_projection: safetensors file or folder with the projection of Gemma's states; empty: `connectors/` of
         `text_encoder`.
-      text_width: of a token's row.
       text_length: tokens that a text may have.
     """
 
-    codec: LTX2Codec
-    image_size: tuple[int, int]
-    text_encoder: str
-    text_projection: str
-    text_width: int
-    text_length: int
+    text_projection: str = ""
+    text_length: int = 1024
+
+    needed: ClassVar[str] = (
+        "a folder with text_encoder/ (Gemma 3), tokenizer/ and, unless config.model.text_projection names a file,"
+        " connectors/"
+    )
 
     @property
     def name(self) -> str:
-        """The projection if one is named: rows of the distilled model are not those of the one it was made from."""
         return self.text_projection or self.text_encoder
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        return self.codec.parts
-
-    @property
-    def scenes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        sizes = self.codec.config
-        height, width = (side // sizes.space for side in self.image_size)
-        return {"video": jax.ShapeDtypeStruct((1, height, width, sizes.channels), jnp.float32)}
-
-    @property
-    def texts(self) -> Mapping[str, TextSpec]:
-        dtype = np.float32 if self.text_encoder == WORDS else jnp.bfloat16
-        return {"text": TextSpec(self.text_width, np.dtype(dtype))}
-
-    def scene(self, base: PyTree, images: np.ndarray) -> dict[str, np.ndarray]:
-        if images.shape[1:3] != self.image_size:
-            raise ValueError(f"scene images are {images.shape[1:3]} pixels; this model takes {self.image_size}")
-        return jax.tree.map(np.asarray, self._encode(base, images[:, None]))
-
-    def text(self, texts: Sequence[str]) -> dict[str, list[np.ndarray]]:
-        return {"text": self._rows(texts)}
+    def most_tokens(self) -> int:
+        return self.text_length
 
     @functools.cached_property
-    def _encode(self) -> Callable[..., dict[str, jax.Array]]:
-        return jax.jit(self.codec.encode)
+    def text_weights(self) -> str:
+        """Digest of the text projection: that of a distilled model is another than that of the one it was made from."""
+        from world_distill.models.ltx2.text import projection_digest
 
-    @functools.cached_property
-    def _rows(self) -> Callable[[Sequence[str]], list[np.ndarray]]:
-        if self.text_encoder == WORDS:
-            from world_distill.models.hashed_words import encode_text
+        return "" if self._projection is None else projection_digest(self._projection)
 
-            return lambda texts: [encode_text(text, self.text_width) for text in texts]
-        if not self.text_encoder:
-            raise ValueError(
-                "no text encoder: set config.model.text_encoder to a folder with text_encoder/ (Gemma 3), tokenizer/"
-                " and, unless config.model.text_projection names a file, connectors/"
-            )
+    @property
+    def _projection(self) -> pathlib.Path | None:
+        if self.text_encoder in ("", WORDS):
+            return None
+        return pathlib.Path(self.text_projection or f"{self.text_encoder}/connectors")
+
+    def open_text_encoder(self) -> TextEncoder:
         from world_distill.models.ltx2.text import GemmaTextEncoder
 
-        encoder = GemmaTextEncoder(
-            self.text_encoder, projection=self.text_projection or None, max_length=self.text_length
-        )
+        encoder = GemmaTextEncoder(self.text_encoder, projection=self._projection, max_length=self.text_length)
+        if encoder.width != self.text_width:
+            raise ValueError(
+                f"the text projection in {self._projection} makes rows of {encoder.width} numbers, and"
+                f" config.model.connectors.width = {self.text_width}: they are of two models"
+            )
         return encoder.encode

@@ -9,15 +9,18 @@ parameters, and another model, since the joint one's picture listens to its soun
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from world_distill.models import lora as lora_lib
+from world_distill.models.clip_family import ClipFamily, split_settings, with_tuples
 from world_distill.models.functional import Functional, functional
 from world_distill.models.ltx2.codec import PLACES, LTX2Codec
 from world_distill.models.ltx2.config import LTX2Config
@@ -28,46 +31,59 @@ from world_distill.models.ltx2.modeling import LTX2DiT
 from world_distill.models.ltx2.vae import VaeConfig
 from world_distill.structs import Condition, Latents, LatentSpec, PyTree, Texts, Tokens
 
+# Arrays of the transformer that make the sound. Audio to video is not among them: it is how the picture hears.
+AUDIO = r"(blocks\.)?audio\..*|blocks\.video_to_audio\..*"
+# Those of them that the picture never hears: they come behind the last block.
+UNHEARD = r"audio\.(head\..*|table)"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LTX2Family(lora_lib.Adapted):
-    """Sizes and pure functions; see `interfaces.ModelFamily` for the contract.
+class LTX2Family(ClipFamily):
+    """Sizes and pure functions; see `interfaces.ModelFamily` for the contract, `ClipFamily` for the other arguments.
 
     Args:
-      config: sizes of the transformer.
       connectors: sizes of the text connectors.
-      codec: the autoencoder.
-      size: height and width of a clip in pixels.
-      frames: of a clip.
-      audio_counts: whether the audio stream counts in losses, step noise and log-probabilities.
-      dtype: of the transformer's and the connectors' weights.
-      text_encoder, text_projection: see `LTX2Encoders`.
-      lora_targets: pattern of the layers that LoRA adapts.
-      lora_scale: factor on the product of LoRA's factors (alpha / rank).
-      lora_differences: pattern of the weights that get full differences beside LoRA.
-      int8: keep the kernels of the blocks as int8.
+      audio_counts: let the audio stream count in losses, step noise and log-probabilities. Nothing judges the sound.
+      text_projection: file or folder with the checkpoint's text projection; empty: connectors/ of `text_encoder`.
     """
 
-    config: LTX2Config
     connectors: ConnectorConfig
-    codec: LTX2Codec
-    size: tuple[int, int]
-    frames: int
+    _: dataclasses.KW_ONLY
+    size: tuple[int, int] = (512, 768)
     audio_counts: bool = False
-    dtype: Any = jnp.dtype("bfloat16")
-    text_encoder: str = ""
     text_projection: str = ""
     lora_targets: str = r"blocks\.video\..*"
-    lora_scale: float = 1.0
-    lora_differences: str = ""
-    int8: bool = False
 
     name = "ltx2"
-    adapted = "transformer"
-    shipped_bases = {}  # noqa: RUF012  (never changed)
 
     def __post_init__(self):
-        self.codec.config.check_clip(self.frames, *self.size)
+        super().__post_init__()
+        config, sizes = self.config, self.codec.config
+        if config.text_width != self.connectors.width:
+            raise ValueError(
+                f"model.text_width = {config.text_width}, but model.connectors.width = {self.connectors.width}"
+            )
+        if config.stride != (sizes.time, sizes.space, sizes.space):
+            raise ValueError(f"model.stride = {config.stride}, but model.vae compresses {(sizes.time, sizes.space)}")
+        texts, seconds, *sides = self.connectors, *config.ranges
+        for name, width, heads in (
+            ("width", config.width, config.heads), ("audio_width", config.audio_width, config.heads),
+            ("connectors.width", texts.width, texts.heads),
+        ):  # fmt: skip
+            if width % (2 * heads):  # RoPE turns the halves of a head
+                raise ValueError(f"model.{name} = {width} does not divide into {heads} heads of an even width")
+        if texts.length % texts.registers:
+            raise ValueError(
+                f"model.connectors.length = {texts.length} is not a multiple of model.connectors.registers ="
+                f" {texts.registers}"
+            )
+        if self.frames > seconds * config.fps or any(side > most for side, most in zip(self.size, sides, strict=True)):
+            raise ValueError(
+                f"a clip of {self.size[0]}x{self.size[1]} pixels and {self.frames / config.fps:.3g} s: the model knows"
+                f" positions up to {sides[0]}x{sides[1]} and {seconds} s (model.frames / model.fps)"
+            )
+        if self.audio_counts and not config.joint:
+            raise ValueError("model.audio_counts has no effect with model.audio = off: there is no audio stream")
 
     @property
     def fps(self) -> float:
@@ -76,10 +92,7 @@ class LTX2Family(lora_lib.Adapted):
     @functools.cached_property
     def latents(self) -> Mapping[str, LatentSpec]:
         """The picture, whose first latent frame is the scene, and the sound that belongs to it."""
-        config, sizes = self.config, self.codec.config
-        frames = 1 + (self.frames - 1) // sizes.time
-        shape = (frames, *(side // sizes.space for side in self.size), config.channels)
-        found = {"video": LatentSpec(shape, moves=np.arange(frames) > 0)}
+        found, config = {"video": self.video}, self.config
         if config.joint:
             rate = config.audio_rate / config.audio_hop / config.audio_stride  # latents a second
             moments = round(self.frames / config.fps * rate)
@@ -94,7 +107,10 @@ class LTX2Family(lora_lib.Adapted):
     @functools.cached_property
     def encoders(self) -> LTX2Encoders:
         sizes = self.connectors
-        return LTX2Encoders(self.codec, self.size, self.text_encoder, self.text_projection, sizes.width, sizes.length)
+        return LTX2Encoders(
+            self.codec, self.size, self.text_encoder, sizes.width, text_projection=self.text_projection,
+            text_length=sizes.length,
+        )  # fmt: skip
 
     @property
     def published(self) -> LTX2Published:
@@ -116,6 +132,31 @@ class LTX2Family(lora_lib.Adapted):
             name: dataclasses.replace(getattr(self, name), mesh=mesh) for name in ("config", "connectors", "codec")
         }
         return dataclasses.replace(self, **parts)
+
+    def training_notes(self, rank: int | None) -> list[str]:
+        if not self.config.joint or self.audio_counts:
+            return []
+        names = sorted(flatten_dict(self.adapted_part(jax.eval_shape(self.init_base, jax.random.key(0))), sep="."))
+        if rank is None:
+            setting = "executor.rank = 0"
+        else:
+            patterns = (rf"({self.lora_targets})\.kernel", self.lora_differences)
+            names = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
+            setting = f"executor.targets = {self.lora_targets!r}"
+            if self.lora_differences:
+                setting += f" with executor.differences = {self.lora_differences!r}"
+            if idle := [name for name in names if re.fullmatch(UNHEARD, name)]:
+                raise ValueError(
+                    f"{setting} names {', '.join(idle)}, which would never change: the losses count the picture alone,"
+                    " and it does not hear them. Leave them out, or set model.audio_counts = True"
+                )
+        heard = [name for name in names if re.fullmatch(AUDIO, name)]
+        if not heard:
+            return []
+        return [
+            f"{setting} trains {len(heard)} arrays that make the sound, {heard[0]} for one, by losses that count the"
+            " picture alone: the sound will suffer. Take targets of the video stream, or set model.audio_counts = True"
+        ]
 
     def init_base(self, key: jax.Array) -> PyTree:
         networks = {"transformer": self.network, "connectors": self.connect}
@@ -152,81 +193,41 @@ class LTX2Family(lora_lib.Adapted):
 
 def build(
     *,
-    size: tuple[int, int] = (512, 768),
-    frames: int = 121,
     fps: float = 24.0,
     audio: str = "joint",
-    audio_counts: bool = False,
     vae: Mapping[str, Any] | None = None,
     connectors: Mapping[str, Any] | None = None,
     dtype: str = "bfloat16",
-    int8: bool = False,
     vae_dtype: str = "bfloat16",
     places: int = PLACES,
     rows: int | None = None,
-    text_encoder: str = "",
-    text_projection: str = "",
-    lora_targets: str = r"blocks\.video\..*",
-    lora_scale: float = 1.0,
-    lora_differences: str = "",
-    **network: Any,
+    **settings: Any,
 ) -> LTX2Family:
     """The family of LTX-2 (2.0).
 
     Args:
-      size: height and width of a clip in pixels, multiples of 32 with the published sizes.
-      frames: frames of a clip: 1 + a multiple of 8 with the published sizes.
       fps: frames a second; RoPE and the length of the sound depend on it.
       audio: joint samples picture and sound together, as the published pipelines do; off has the video stream alone.
-      audio_counts: let the audio stream count in losses, step noise and log-probabilities. Nothing judges the sound.
       vae: sizes of the autoencoder, as in `VaeConfig`.
       connectors: sizes of the text connectors, as in `ConnectorConfig`.
       dtype: type of the weights of transformer and connectors, bfloat16 or float32.
-      int8: keep the kernels of the transformer's blocks as 8-bit integers, with a scale for each output channel
-        (`models.int8`). They take half the memory of bfloat16. For LoRA alone.
       vae_dtype: type of the autoencoder's weights.
       places: latents of a clip that a device decodes at once; larger clips are decoded in tiles, see `LTX2Codec`.
       rows: clips decoded at a time, over all devices; 0: all; None: as `sharding.rows_at_once` says.
-      text_encoder: for `encode` and `generate`: folder with text_encoder/ and tokenizer/ of the published model, or
-        "words" for states without weights.
-      text_projection: file or folder with the checkpoint's text projection; empty: connectors/ of `text_encoder`.
-      lora_targets: pattern of the paths of the layers that LoRA adapts.
-      lora_scale: factor of LoRA's product.
-      lora_differences: pattern of the weights that get full differences beside LoRA; empty: none.
-      **network: sizes of the transformer, as in `LTX2Config`.
+      **settings: those of `LTX2Family`, and sizes of the transformer, as in `LTX2Config`.
 
     Raises:
       ValueError: sizes that do not fit together, or that the autoencoder cannot cut into latents.
     """
-    config = LTX2Config(audio=_one_of(audio), fps=fps, **_with_tuples(network))
-    codec, texts = codec_sizes(vae or {}), ConnectorConfig(audio=config.audio, **(connectors or {}))
-    if config.channels != codec.channels:
-        raise ValueError(f"model.channels = {config.channels}, but model.vae.channels = {codec.channels}")
-    if config.text_width != texts.width:
-        raise ValueError(f"model.text_width = {config.text_width}, but model.connectors.width = {texts.width}")
-    if config.stride != (codec.time, codec.space, codec.space):
-        raise ValueError(f"model.stride = {config.stride}, but model.vae compresses {(codec.time, codec.space)}")
-    if audio_counts and not config.joint:
-        raise ValueError("model.audio_counts has no effect with model.audio = off: there is no audio stream")
-    return LTX2Family(
-        config, texts, LTX2Codec(codec, jnp.dtype(vae_dtype), places=places, rows=rows), size=(size[0], size[1]),
-        frames=frames, audio_counts=audio_counts, dtype=jnp.dtype(dtype), text_encoder=text_encoder,
-        text_projection=text_projection, lora_targets=lora_targets, lora_scale=lora_scale,
-        lora_differences=lora_differences, int8=int8,
-    )  # fmt: skip
-
-
-def _one_of(audio: str) -> Any:
     if audio not in ("joint", "off"):
         raise ValueError(f"model.audio = {audio!r}: it is joint or off")
-    return audio
+    own, network = split_settings(LTX2Family, settings)
+    config = LTX2Config(audio=audio, fps=fps, **network)
+    texts = ConnectorConfig(audio=audio, **with_tuples(connectors or {}))
+    codec = LTX2Codec(codec_sizes(vae or {}), jnp.dtype(vae_dtype), places=places, rows=rows)
+    return LTX2Family(config, codec, texts, dtype=jnp.dtype(dtype), **own)
 
 
 def codec_sizes(sizes: Mapping[str, Any]) -> VaeConfig:
     """The autoencoder's sizes, from a config's section."""
-    return VaeConfig(**_with_tuples(sizes))
-
-
-def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with tuples in place of JSON's lists."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return VaeConfig(**with_tuples(sizes))

@@ -11,40 +11,37 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
-from world_distill.errors import UserError
-from world_distill.interfaces import TextError
 from world_distill.models.ltx2.connectors import project_states
+from world_distill.models.text_encoders import TorchTextEncoder
+from world_distill.storage.safetensors_folder import digest, open_tensors, read_tensor
 
 MAX_LENGTH = 1024  # tokens that the model was trained with
-DTYPES = ("float32", "bfloat16")
 # The projection's name in `connectors/` of diffusers' layout, and in the original file.
 PROJECTIONS = ("text_proj_in.weight", "text_embedding_projection.aggregate_embed.weight")
 
 
-class GemmaTextEncoder:
-    """Frozen Gemma 3 in PyTorch, on a GPU if PyTorch sees one, and LTX-2's projection of its states in JAX.
+class GemmaTextEncoder(TorchTextEncoder):
+    """Frozen Gemma 3, and LTX-2's projection of its states in JAX; see `TorchTextEncoder` for its other arguments.
 
     Args:
-      folder: a model in diffusers' layout, with `text_encoder/` and `tokenizer/`; nothing is downloaded.
       projection: a safetensors file, or a folder of them, that holds the projection; None takes `connectors/` of
         `folder`.
-      max_length: tokens that a text may have, the opening one included. A longer one is an error, where LTX-2's
-        pipelines cut it without a word: without its end a solution tells of another clip.
       dtype: of Gemma's weights and computation: "bfloat16" (24 GB for Gemma-3-12B) or "float32" (twice that).
-      batch: texts at a time; a batch is as long as its longest text.
 
     Raises:
-      UserError: PyTorch is not installed.
+      UserError: PyTorch is not installed, or the projection's file is damaged.
       ValueError: an unknown dtype, a folder without these parts, weights that lack some of the encoder's, or a
         projection that is not there or of another encoder.
     """
+
+    title, model, network_class = "Gemma 3", "LTX-2", "AutoModel"
+    model_types = ("gemma3", "gemma3_text")
+    tokenizer_options = {"padding_side": "left"}  # noqa: RUF012  (never changed)
 
     def __init__(
         self,
@@ -55,60 +52,51 @@ class GemmaTextEncoder:
         dtype: str = "bfloat16",
         batch: int = 4,
     ):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} of a text encoder; there are: {', '.join(DTYPES)}")
-        try:
-            import torch
-        except ImportError as error:
-            raise UserError(
-                f"Gemma needs {error.name}, which is in the extra `torch`: pip install -e '.[torch]'"
-            ) from error
-        self.max_length, self.batch = max_length, batch
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         folder = pathlib.Path(folder)
-        self._tokenizer, self._network = _load(folder, getattr(torch, dtype), self._device)
+        self.check_folder(folder)
+        # Read before Gemma, which takes minutes.
         kernel = read_projection(pathlib.Path(projection) if projection else folder / "connectors")
-        sizes = self._network.config
+        super().__init__(folder, max_length=max_length, dtype=dtype, batch=batch)
+        # The vision tower is not asked.
+        self.network = getattr(self.network, "language_model", self.network)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        sizes = self.network.config
         states = sizes.hidden_size * (sizes.num_hidden_layers + 1)
         if kernel.shape[0] != states:
             raise ValueError(
                 f"the projection takes {kernel.shape[0]} numbers a token, and the text encoder of {folder} gives"
                 f" {sizes.num_hidden_layers + 1} states of {sizes.hidden_size}: they are of two models"
             )
+        self.width = kernel.shape[1]
         self._project: Callable[..., jax.Array] = functools.partial(jax.jit(project_states), kernel=jnp.asarray(kernel))
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Rows [l d] bfloat16 of each text, true length, no padding.
+    def tidy(self, text: str) -> str:
+        return text.strip()
 
-        Raises:
-          TextError: a text has nothing in it, or more than `max_length` tokens.
-        """
-        tidy = [text.strip() for text in texts]
-        for text, stripped in zip(texts, tidy, strict=True):
-            if not stripped and text:  # the empty text has a meaning, to guidance: its row is the opening token's
-                raise TextError(f"cannot encode a text without characters: {text!r}")
-            if (length := len(self._tokenizer(stripped).input_ids)) > self.max_length:
-                raise TextError(
-                    f"a text has {length} tokens, and the encoder takes {self.max_length}: shorten it, nothing is cut"
-                    f" here: {text!r}"
-                )
-        parts = [self._encode(tidy[i : i + self.batch]) for i in range(0, len(tidy), self.batch)]
-        return [rows for part in parts for rows in part]
-
-    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    def states(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Rows [l d] bfloat16 of each text."""
         import torch
 
         # Gemma's positions are relative, so a text's states do not depend on how much stands in front of it. Lengths
         # are multiples of 64: each is a program of its own.
-        tokens = self._tokenizer(
+        tokens = self.tokenizer(
             texts, padding=True, pad_to_multiple_of=64, return_attention_mask=True, return_tensors="pt"
-        ).to(self._device)
+        ).to(self.device)
         with torch.inference_mode():
-            found = self._network(tokens.input_ids, tokens.attention_mask, output_hidden_states=True)
+            found = self.network(tokens.input_ids, tokens.attention_mask, output_hidden_states=True)
             states = torch.stack(found.hidden_states, dim=-1).float().cpu().numpy()
         mask = tokens.attention_mask.bool().cpu().numpy()
         rows = np.asarray(self._project(states, mask)).astype(jnp.bfloat16)
         return [row[real] for row, real in zip(rows, mask, strict=True)]
+
+
+def projection_digest(path: pathlib.Path) -> str:
+    """`safetensors_folder.digest` of the projection that `read_projection` reads; "" where there is none."""
+    try:
+        return digest(read_projection(path).T)
+    except ValueError:
+        return ""  # `GemmaTextEncoder` says what is wrong
 
 
 def read_projection(path: pathlib.Path) -> np.ndarray:
@@ -116,37 +104,18 @@ def read_projection(path: pathlib.Path) -> np.ndarray:
 
     Raises:
       ValueError: none of the files holds it.
+      TensorFileError: one of them is damaged.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     for file in files:
-        with safetensors.safe_open(file, "np") as opened:
+        with open_tensors(file) as opened:
             for name in PROJECTIONS:
                 if name in opened.keys():  # noqa: SIM118  (not a mapping)
-                    return opened.get_tensor(name).T
+                    kernel = read_tensor(opened, file, name)
+                    if kernel.ndim != 2:
+                        raise ValueError(f"{file}: {name} has shape {list(kernel.shape)}, not [rows, states]")
+                    return kernel.T
     raise ValueError(
         f"{path} holds no text projection ({' or '.join(PROJECTIONS)}): it stands in connectors/ of diffusers' layout,"
         " and in the original single file"
     )
-
-
-def _load(folder: pathlib.Path, dtype, device):
-    """Tokenizer, padding on the left, and the language part of Gemma."""
-    from transformers import AutoModel, AutoTokenizer
-
-    for part in ("text_encoder", "tokenizer"):
-        if not (folder / part).is_dir():
-            raise ValueError(f"{folder} has no {part}/: give the folder of LTX-2 in diffusers' layout")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", padding_side="left", local_files_only=True)
-        loaded: Any = AutoModel.from_pretrained(
-            folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-        network, found = loaded
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: text encoder or tokenizer cannot be read ({error})") from error
-    if found["missing_keys"]:  # transformers draws these at random and says so in its log only
-        raise ValueError(f"{folder / 'text_encoder'} lacks weights: {', '.join(sorted(found['missing_keys']))}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    language = getattr(network, "language_model", network)  # the vision tower is not asked
-    return tokenizer, language.eval().to(device)
