@@ -15,8 +15,8 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]"],
     # Remote judges and annotators; reading and writing MP4; judgments as Parquet.
     "vlm": ["openai>=1.60", "av>=14", "pyarrow>=16"],
-    # Parquet, Arrow and zstd files as `annotate` and `import-tasks` read them; HEIC pictures.
-    "data": ["pyarrow>=16", "pillow-heif>=0.21"],
+    # Parquet, Arrow and zstd files as `annotate` and `import-tasks` read them; HEIC pictures; videos.
+    "data": ["pyarrow>=16", "pillow-heif>=0.21", "av>=14"],
     # Text encoders, an in-process VLM, parity with diffusers.
     "torch": [
         "torch>=2.6",

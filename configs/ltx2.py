@@ -11,7 +11,10 @@ Variants, `--config ltx2:VARIANT`:
   wmsd_grpo the same with Flow-GRPO by coefficient-preserving steps, noise in the last four steps alone
   distill   on-policy distillation (Eq. 11) alone: needs no judge
   dev       distill for the undistilled model: 30 steps of its own grid, a guided Demonstrator
+  sft       supervised fine-tuning of the undistilled model on the clips of records, which `import-videos` or
+            `demonstrate` made; the row LTX-2 + SFT of the paper
   debug     the same code on a tiny untrained network, in the sandbox's world: minutes on a CPU, no downloads
+  debug_sft debug of sft
 
 Public (WMSD, arXiv 2606.12072): the 8-step distilled sampler without guidance, LoRA, 24 rollouts a task, beta_d .01,
 AWM, 100 training steps. Ours, since nothing is published: rank and targets of LoRA, tasks of a step, learning rate,
@@ -30,8 +33,9 @@ from ml_collections import ConfigDict
 
 from world_distill.config import UserError, default_config, did_you_mean, load_config, parse_arg
 
-VARIANTS = ("wmsd", "wmsd_grpo", "distill", "dev", "debug")
+VARIANTS = ("wmsd", "wmsd_grpo", "distill", "dev", "sft", "debug", "debug_sft")
 # The published sampler of the distilled model.
+TOKENS = 16 * 16 * 24  # of the picture: 121 frames of 512x768
 TIMES = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875)
 VAE = {
     "channels": 128, "encoder_widths": (256, 512, 1024, 2048), "encoder_blocks": (4, 6, 6, 2, 2),
@@ -40,9 +44,14 @@ VAE = {
 }  # fmt: skip
 
 
+def dev_shift(tokens: int) -> float:
+    """The undistilled model's shift of times: the more tokens a clip has, the larger."""
+    return math.exp(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
+
+
 def dev_times(steps: int, tokens: int) -> tuple[float, ...]:
-    """The undistilled model's grid: shifted the more, the more tokens a clip has, and stretched to end at .1."""
-    shift = math.exp(0.95 + (tokens - 1024) * (2.05 - 0.95) / (4096 - 1024))
+    """The undistilled model's grid, stretched to end at .1."""
+    shift = dev_shift(tokens)
     shifted = [shift * t / (1 + (shift - 1) * t) for t in (1 - k * (1 - 1 / steps) / (steps - 1) for k in range(steps))]
     return tuple(round(1 - (1 - t) * (1 - 0.1) / (1 - shifted[-1]), 6) for t in shifted)
 
@@ -83,15 +92,27 @@ def get_config(arg: str = "") -> ConfigDict:
         c.objective.grpo_clip = 1e-4
         c.sampler.sde, c.sampler.eta, c.sampler.window = "cps", 0.8, (4, 4)
     if variant in ("distill", "dev"):
-        c.objective.rl = "none"
+        c.objective.rl, c.judge.controls = "none", 0
         c.objective.beta_d = ((0, 1.0),)
-    if variant == "dev":
-        c.sampler.steps, c.sampler.explicit = 30, dev_times(30, tokens=16 * 16 * 24)
+    if variant in ("dev", "sft"):
+        c.sampler.steps, c.sampler.explicit = 30, dev_times(30, TOKENS)
         c.objective.times = "index"
         c.demonstrator.guidance = 3.0
-    if variant == "debug":
+    if variant in ("debug", "debug_sft"):
         _shrink(c)
+    if variant in ("sft", "debug_sft"):
+        _fine_tune(c)
     return c
+
+
+def _fine_tune(c: ConfigDict) -> None:
+    """Takes the records' clips in place of rollouts, with times as the model's own trainer draws them."""
+    c.objective.kind, c.objective.rl, c.objective.beta_d = "sft", "none", ((0, 0.0),)
+    c.objective.sft_times, c.objective.times = "stretched", "index"
+    c.objective.sft_shift = dev_shift(min(TOKENS, 4096))  # as there: no larger one for more tokens
+    c.objective.updates, c.objective.minibatches, c.objective.draws = 1, 1, 1
+    # What was fine-tuned is sampled with the model's own guidance, unlike an Executor that has learnt to do without.
+    c.rollout.guidance, c.demonstrator.guidance = c.demonstrator.guidance, 1.0
 
 
 def _shrink(c: ConfigDict) -> None:

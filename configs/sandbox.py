@@ -19,9 +19,10 @@ Variants, `--config sandbox:VARIANT`:
   full_weights      wmsd with full differences from the base in place of LoRA
   wmsd_guided, on_policy_guided   the same with a guided Demonstrator (`demonstrator.guidance` 2)
   full_kinds        wmsd on all kinds of task, as `--config sandbox:wmsd,kinds=full`
+  sft               supervised fine-tuning on the clips of records, which `import-videos` or `demonstrate` made
 
 Guidance leads away from the empty text, whose states `quickstart`, `ablate` and `encode` keep beside the records; the
-base has to know that text. Any variant but rl_only takes --config.demonstrator.guidance=2.
+base has to know that text. Any variant but rl_only and sft takes --config.demonstrator.guidance=2.
 
 The base that ships was pretrained in three stages. models/tiny/base_1.jsonl, base_2.jsonl and base_3.jsonl are their
 logs, and the metadata of models/tiny/base_3.safetensors names the three commands. All three ship; `--config.base=2` is
@@ -45,7 +46,7 @@ from world_distill.config import UserError, default_config, did_you_mean, parse_
 KINDS = {"simple": ("go", "beside"), "full": ("go", "beside", "push", "sequence")}
 VARIANTS = (
     "wmsd", "wmsd_grpo", "wmsd_nft", "wmsd_no_consistency", "on_policy", "on_policy_reward", "judge_free", "off_policy",
-    "rl_only", "wmsd_guided", "on_policy_guided", "full_weights", "full_kinds",
+    "rl_only", "wmsd_guided", "on_policy_guided", "full_weights", "full_kinds", "sft",
 )  # fmt: skip
 BETAS = ("beta_0", "beta_0.001", "beta_0.1", "beta_1")  # around the anchor weight of `wmsd`
 ANCHOR = 0.01  # weight of the anchor: the paper's best
@@ -120,7 +121,8 @@ def get_config(arg: str = "") -> ConfigDict:
     faults = {"short": 0.4, "short_travel": (0.5, 0.5), "other": 0.08, "blink": 0.1, "jump": 0.1, "vanish": 0.06}
     c.clips.factory = "world_distill.sandbox:make_clips"
     c.clips.options = ConfigDict({"world": "@world", "styles": (0.3, 0.4, 0.3), "two_legs": 0.5, "faults": faults})
-    c.ablation.variants = (*(v for v in VARIANTS if not v.startswith("full_")), *BETAS)
+    # Fine-tuning needs other records.
+    c.ablation.variants = (*(v for v in VARIANTS if not v.startswith("full_") and v != "sft"), *BETAS)
     c.ablation.orderings = ORDERINGS
     _apply(c, a.variant)
     return c
@@ -171,6 +173,10 @@ def _apply(c: ConfigDict, variant: str) -> None:
     elif variant == "full_weights":
         c.executor.rank = 0
         c.optimizer.learning_rate = _rates(DISTILL_RATE / 2)
+    elif variant == "sft":
+        c.objective.kind, c.objective.rl, c.objective.beta_d = "sft", "none", ((0, 0.0),)
+        # As the base was trained.
+        c.objective.sft_shift, c.objective.sft_power = c.pretrain.shift, c.pretrain.loss_power
     elif variant == "full_kinds":
         c.annotator.options.kinds = KINDS["full"]
     elif variant.startswith("beta_"):

@@ -10,7 +10,9 @@ Variants, `--config wan22_5b:VARIANT`:
   official  the recipe of the published model, for `world-distill generate --recipe`: 704x1280, 121 frames, 50 steps
   distill   on-policy distillation (Eq. 11): needs no judge; the default
   wmsd      distillation with RL (AWM) from a VLM judge, which `launch/serve_judge.sh` starts
+  sft       supervised fine-tuning on the clips of records, which `import-videos` or `demonstrate` made
   debug     the same code on a tiny untrained network, in the sandbox's world: minutes on a CPU, no downloads
+  debug_sft debug of sft
   mid       the same with blocks large enough that matrix products take the time: for `world-distill benchmark`
 """
 
@@ -18,7 +20,7 @@ from ml_collections import ConfigDict
 
 from world_distill.config import UserError, default_config, did_you_mean, parse_arg
 
-VARIANTS = ("distill", "wmsd", "official", "debug", "mid")
+VARIANTS = ("distill", "wmsd", "sft", "official", "debug", "debug_sft", "mid")
 # The negative prompt of the published model's configuration (sample_neg_prompt). In English: garish colours,
 # overexposed, static, blurred details, subtitles, style, works, paintings, picture, still, greyish, worst quality, low
 # quality, JPEG residue, ugly, incomplete, extra fingers, badly drawn hands and faces, deformed, disfigured, misshapen
@@ -78,6 +80,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "give_up_after": 900.0,
     })  # fmt: skip
     c.judge.keep_clips = 0.01
+    if variant == "wmsd":
+        c.judge.controls = 8  # 168 questions, once
     c.held_out.options = c.judge.options.copy_and_resolve_references()
     c.held_out.options.model = ""  # of another maker than the judge's, if possible
     if variant == "official":
@@ -85,8 +89,10 @@ def get_config(arg: str = "") -> ConfigDict:
         # frames: a step decodes and judges a whole group of clips, and official ones have 5.4 times as many latents.
         c.model.size, c.model.frames, c.model.fps = (704, 1280), 121, 24.0
         c.sampler.steps = 50
-    if variant in ("debug", "mid"):
+    if variant in ("debug", "debug_sft", "mid"):
         _shrink(c)
+    if variant in ("sft", "debug_sft"):
+        _fine_tune(c)
     if variant == "mid":
         c.model.size = (192, 192)
         c.model.width, c.model.depth, c.model.heads, c.model.mlp = 768, 4, 6, 3072
@@ -94,6 +100,15 @@ def get_config(arg: str = "") -> ConfigDict:
         c.model.remat = "dots"
         c.world.size = 192
     return c
+
+
+def _fine_tune(c: ConfigDict) -> None:
+    """Takes the records' clips in place of rollouts, with uniform times that are shifted as the sampler's are."""
+    c.objective.kind, c.objective.rl, c.objective.beta_d = "sft", "none", ((0, 0.0),)
+    c.objective.sft_shift = c.sampler.shift
+    c.objective.updates, c.objective.minibatches, c.objective.draws = 1, 1, 1
+    # What was fine-tuned is sampled with the model's own guidance, unlike an Executor that has learnt to do without.
+    c.rollout.guidance, c.demonstrator.guidance = c.demonstrator.guidance, 1.0
 
 
 def _shrink(c: ConfigDict) -> None:

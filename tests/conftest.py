@@ -47,6 +47,7 @@ HERE = pathlib.Path(__file__).parent
 LONGEST = (
     "programs/test_train", "devices/test_hosts", "programs/test_wan_run", "programs/test_ablate",
     "programs/test_two_streams", "training/test_step", "programs/test_pretrain", "test_notebooks",
+    "programs/test_fine_tuning",
     "training/test_prefetch", "storage/test_checkpoints", "programs/test_quickstart", "judges/test_server",
     "reports/test_report", "weights/test_convert",
 )  # fmt: skip
@@ -55,6 +56,7 @@ LONGEST = (
 # `test_train` compiles too. (Of jobs of several processes, `test_checkpoints` has one for every Python.)
 ONCE = (
     "data", "judges", "launch", "reports", "sandbox", "vlm", "devices/test_hosts", "evaluation/test_held_out",
+    "programs/test_fine_tuning",
     "programs/test_ablate", "programs/test_earlier_run", "programs/test_judgments", "programs/test_notebook",
     "programs/test_pretrain", "programs/test_probe", "programs/test_quickstart", "programs/test_two_streams",
     "test_layering", "test_mutations", "test_notebooks",

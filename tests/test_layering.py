@@ -26,7 +26,7 @@ SHARED_BY_MODELS = {
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 # And published.py, text.py and verify.py of every family; inside functions. `verify` runs diffusers beside ours.
-MAY_USE_TORCH = {"models.text_encoders", "vlm.local", "weights.verify"}
+MAY_USE_TORCH = {"vlm.local", "vlm.picture_text", "weights.verify", "models.parity", "models.text_encoders"}
 
 NOT_IN_CORE = {
     "flax.nnx", "os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "socket", "subprocess",
@@ -148,7 +148,7 @@ def external(module: str, item: Import) -> str | None:
     of_a_family = module.startswith("models.") and module.split(".")[-1] in ("published", "text", "verify")
     if under(item.name, TORCH):
         if not (of_a_family or module in MAY_USE_TORCH):
-            return f"imports {item.name}; torch is for converters, text encoders, verify and vlm.local"
+            return f"imports {item.name}; torch is for converters, text encoders, verify and models in vlm"
         if not item.in_function:
             return f"imports {item.name} outside a function; the base install has no torch"
     if under(item.name, {"ml_collections"}) and package(module) not in MAY_READ_CONFIGS:

@@ -19,6 +19,7 @@ Names are imported when they are used, so importing the package loads no JAX. `_
     Trainer                           `init` and `step` of the method
     Objective, RolloutSettings, OptimizerSettings, default_config, load_config      settings
     ServerJudge, LocalJudge, ServerAnnotator, LocalAnnotator                        VLMs
+    ScorerJudge, ScorerServerJudge, ClipScore                                       learned rewards as judges
     train, evaluate, export_lora, export_merged, convert, save_lora                 what the verbs do
     UserError                         an error that the user can mend
 """
@@ -31,7 +32,10 @@ with epy.lazy_api_imports(globals()):
     from world_distill.data.annotation.local import LocalAnnotator
     from world_distill.data.annotation.server import ServerAnnotator
     from world_distill.errors import UserError
+    from world_distill.judges.clip_score import ClipScore
     from world_distill.judges.local import LocalJudge
+    from world_distill.judges.scorer import ScorerJudge
+    from world_distill.judges.scorer_server import ScorerServerJudge
     from world_distill.judges.server import ServerJudge
     from world_distill.programs.evaluate import evaluate
     from world_distill.programs.export import export_lora, export_merged
@@ -46,6 +50,7 @@ with epy.lazy_api_imports(globals()):
 
 __all__ = [
     "__version__",
+    "ClipScore",
     "Clips",
     "LocalAnnotator",
     "LocalJudge",
@@ -53,6 +58,8 @@ __all__ = [
     "Objective",
     "OptimizerSettings",
     "RolloutSettings",
+    "ScorerJudge",
+    "ScorerServerJudge",
     "ServerAnnotator",
     "ServerJudge",
     "Told",

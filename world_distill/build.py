@@ -21,8 +21,8 @@ from world_distill.devices import hosts
 from world_distill.devices.compilation import keep_programs
 from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
-from world_distill.interfaces import ModelFamily
-from world_distill.judges.rubric import Rubric, load_rubric
+from world_distill.interfaces import Judge, ModelFamily
+from world_distill.judges.rubric import Rubric, rubric_for
 from world_distill.settings import addresses
 
 
@@ -98,14 +98,14 @@ def _make_family(config: FrozenConfigDict, mesh: jax.sharding.Mesh | None) -> Mo
     return family if mesh is None else family.on(mesh)
 
 
-def make_rubric(config: ConfigDict, part: str = "judge") -> Rubric:
-    """The questions that a section of the config names, about clips of its model.
+def make_rubric(config: ConfigDict, part: str = "judge", *, judge: Judge | None = None) -> Rubric:
+    """The questions that a section of the config names, about clips of its model; a learned reward's are its measures.
 
     Raises:
-      FileNotFoundError, ValueError: see `load_rubric`.
+      UserError, FileNotFoundError, ValueError: see `rubric_for`.
     """
     fps = make_family(config).fps if "model" in config else 0.0  # a config of a judge alone has none
-    return load_rubric(config[part].rubric or None, fps=fps)
+    return rubric_for(judge, config[part].rubric, fps=fps)
 
 
 def text_lengths(family: ModelFamily, config: ConfigDict) -> dict[str, int]:

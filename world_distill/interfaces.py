@@ -95,12 +95,20 @@ class PublishedLayout(Protocol):
 
     sizes: Mapping[str, Any]  # as in a config's section `model`, with what shapes do not show (heads, eps)
     lora_names: Mapping[str, tuple[str, str]]  # layer -> its names in diffusers and in the original code
+    # The same for every part that LoRA files may change, part -> layer -> names; a key of `apart` is a part, too.
+    all_lora_names: Mapping[str, Mapping[str, tuple[str, str]]]
+    absent_lora_names: Mapping[str, tuple[str, str]]  # of layers that published models have and this one leaves out
+    lora_rules: Any  # `models.tensor_map.LoraRules`
     known_sizes: Mapping[tuple[int, int], str]  # (blocks, width) -> what people call the model of these sizes
     float32: Mapping[str, str]  # part -> pattern of the paths of its arrays that everyone keeps in float32
     unread: str  # pattern of the paths of arrays that a checkpoint may have and this family does not read; "": none
 
     def entries(self, naming: Literal["diffusers", "original"] = "diffusers") -> dict[str, list[Any]]:
         """`models.tensor_map.Entry` of every published tensor, by part of the base."""
+        ...
+
+    def apart(self, naming: Literal["diffusers", "original"] = "diffusers") -> dict[str, list[Any]]:
+        """Entries of published tensors that are no part of the base and that LoRA may change, by a name for them."""
         ...
 
     def configs(self, read: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
@@ -211,11 +219,13 @@ class JudgeRequest:
 
     clip: np.ndarray  # [F H W 3] uint8
     question: str  # the full text, task included
+    name: str = ""  # of the question in its rubric
+    task: str = ""  # alone
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeAnswer:
-    """log p(yes) - log p(no) of the first answer token, or why there is none."""
+    """log p(yes) - log p(no) of the first answer token, or a learned reward's number, or why there is none."""
 
     log_odds: float | None
     error: str | None = None
@@ -229,6 +239,11 @@ class Judge(Protocol):
     figures since its last call, which are logged with the step's. `check() -> list[str]` tests it before training, in a
     line each; it raises UserError if it cannot judge, and an error that is a ConnectionError too if it cannot be
     reached.
+
+    A learned reward has `measures: Mapping[str, str]`: names of its numbers, which take the place of a rubric's
+    questions, and what each is, in words that change when the answer does. It also has `thresholds: Mapping[str,
+    float]`: a number above its threshold counts as a yes, and the answer is by how much it is above. A measure without
+    a threshold is answered as it is, and has no rate.
     """
 
     name: str  # identifies model, version and sampling: part of the cache key

@@ -102,8 +102,8 @@ class TrainBatch:
     """All that one RL/distillation step reads: a pure function of (state, base, this) makes the next state."""
 
     task: Condition  # the Executor's condition
-    solution: Condition  # the Demonstrator's condition
-    latents: Latents  # [b n ...] final clean latents of the rollouts
+    solution: Condition | None  # the Demonstrator's condition; None where it is not computed
+    latents: Latents  # [b n ...] final clean latents of the rollouts, or the records' clips
     states: Latents | None  # [k+1 b n p] visited x_t, the final clean latents last
     demonstrator: Latents | None  # [k b n p] v_D(states[:-1] | solution)
     log_probs: jax.Array | None  # [k b] log-probabilities at sampling time (Flow-GRPO)

@@ -1,10 +1,11 @@
 """Peak memory of `world-distill convert`, measured on a made-up model of any size (Linux).
 
-    python tests/benchmarks/convert_memory.py [--gib 2] [--dtype keep] [--folder DIR]
+    python tests/benchmarks/convert_memory.py [--gib 2] [--dtype keep] [--rank 0] [--folder DIR]
 
 Writes a Wan checkpoint in several shards, converts it in a process of its own, and compares that process's peak with
-one that imports the same modules and does nothing. Ends with exit code 1 if the difference exceeds the largest array of
-ours by more than 1 GiB: the need for memory must not grow with the model but by that array.
+one that imports the same modules and does nothing. With --rank, a LoRA of all linear layers is merged on the way. Ends
+with exit code 1 if the difference exceeds the largest array of ours by more than 1 GiB: the need for memory must not
+grow with the model, or with the LoRA, but by that array.
 """
 
 import argparse
@@ -20,8 +21,8 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from world_distill.cli.convert import DTYPES
 from world_distill.weights import published
-from world_distill.weights.convert import DTYPES
 
 GIB = 2**30
 SHARD_BYTES = GIB // 4
@@ -40,9 +41,10 @@ VAE = {
 # VmHWM and not ru_maxrss, which starts from the size of the process that started this one.
 CHILD = """
 import pathlib, sys
-from world_distill.weights import convert
+from world_distill.weights import convert, merging
 if len(sys.argv) > 1:
-    convert.convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), dtype=sys.argv[3])
+    merges = [merging.Merge(pathlib.Path(path)) for path in sys.argv[4:]]
+    convert.convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), dtype=sys.argv[3], merges=merges)
 status = pathlib.Path("/proc/self/status").read_text()
 print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 """
@@ -52,11 +54,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the model, which is in bfloat16 (default: 2)")
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="to convert to (default: keep)")
+    parser.add_argument("--rank", type=int, default=0, help="of a LoRA that is merged (default: none)")
     parser.add_argument("--folder", type=pathlib.Path, help="for both checkpoints (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder = pathlib.Path(folder)
         make_source(folder / "source", args.gib)
+        if args.rank:
+            make_lora(folder, args.rank)
         return measure(folder, args.dtype)
 
 
@@ -90,6 +95,18 @@ def shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, np.ndarray]
     yield waiting
 
 
+def make_lora(folder: pathlib.Path, rank: int) -> None:
+    """`lora.safetensors`, of all linear layers of the model in `folder`."""
+    _, model = published.describe(folder / "source")
+    rng, tensors = np.random.default_rng(1), {}
+    for entry in model.entries["transformer"]:
+        for name in entry.names if len(entry.shape) == 2 and entry.name.endswith(".weight") else ():
+            for key, shape in (("A", (rank, entry.shape[1])), ("B", (entry.shape[0], rank))):
+                key = f"transformer.{name.removesuffix('weight')}lora_{key}.weight"
+                tensors[key] = rng.random(shape, np.float32).astype(ml_dtypes.bfloat16)
+    safetensors.numpy.save_file(tensors, folder / "lora.safetensors")
+
+
 def measure(folder: pathlib.Path, dtype: str) -> int:
     """Converts, prints what it took, and returns the exit code."""
     source = folder / "source"
@@ -99,11 +116,13 @@ def measure(folder: pathlib.Path, dtype: str) -> int:
     largest = max(math.prod(entry.shape) * max(entry.blocks, 1) for entry in entries) * itemsize
     files = list(source.rglob("*.safetensors"))
     baseline = peak()
-    extra = peak(source, folder / "dest", dtype) - baseline
+    lora = sorted(folder.glob("lora.safetensors"))
+    extra = peak(source, folder / "dest", dtype, *lora) - baseline
     size = sum(path.stat().st_size for path in files)
     allowed = largest + GIB
     sys.stdout.write(
         f"checkpoint      {size / GIB:6.2f} GiB in {len(files)} files\n"
+        f"LoRA            {sum(path.stat().st_size for path in lora) / GIB:6.2f} GiB\n"
         f"largest array   {largest / GIB:6.2f} GiB\n"
         f"imports alone   {baseline / GIB:6.2f} GiB\n"
         f"conversion      {extra / GIB:6.2f} GiB above that, {extra / largest:.2f} times the largest array\n"

@@ -54,6 +54,10 @@ def test_a_folder_is_a_run_or_a_lora(tmp_path):
 def test_strengths_that_do_not_fit_and_unknown_parts_are_explained(asked, capsys):
     assert call("--config", "wan22_5b", "--executor", "a", "--strength", "1", "--strength", "2") == 2
     assert "2 --strength for 1 --executor" in capsys.readouterr().err
+    assert call("--config", "wan22_5b", "--executor", "a", "--alpha", "1", "--alpha", "2") == 2
+    assert "2 --alpha for 1 --executor" in capsys.readouterr().err
+    assert call("--config", "wan22_5b", *["--executor", "a"] * 2, "--alpha", "6", "--alpha", "0") == 0
+    assert asked.pop()[0].alphas == (6.0, None)
     for part in lora_names.LEFT_OUT:
         assert call("--config", "wan22_5b", "--without", part) == 0
     with pytest.raises(SystemExit):

@@ -168,7 +168,20 @@ def test_uniform_times_follow_their_law(shift, low):
     assert (cell > -1e-5).all() and (cell < 1 + 1e-5).all()
 
 
-@pytest.mark.parametrize("function", [times.logit_normal_times, times.uniform_times])
+@pytest.mark.parametrize("shift", [1.0, 7.77])
+def test_stretched_times_follow_their_law(shift):
+    """By samples of the definition: a normal logit, quantiles .005 and .999 at 0 and 1, one in ten uniform."""
+    t = draws(lambda key: times.stretched_times(key, 4, shift)).ravel()
+    rng = np.random.default_rng(0)
+    low, high = (1 / (1 + np.exp(-x) / shift) for x in scipy.stats.norm.ppf([0.005, 0.999]))
+    expected = (1 / (1 + np.exp(-rng.normal(size=t.size)) / shift) - low) / (high - low)
+    expected = np.where(expected < 1e-3, 2e-3 - expected, expected).clip(0, 1)
+    expected = np.where(rng.random(t.size) < 0.1, rng.uniform(1e-3, 1, t.size), expected)
+    assert scipy.stats.ks_2samp(t, expected).pvalue > 1e-3
+    assert t.min() >= 1e-3 and t.max() == 1
+
+
+@pytest.mark.parametrize("function", [times.logit_normal_times, times.uniform_times, times.stretched_times])
 def test_no_strata_is_refused(function):
     with pytest.raises(ValueError):
         function(jax.random.key(0), 0, 3.0, *([0.2] if function is times.uniform_times else []))

@@ -30,7 +30,7 @@ def slow(seconds):
 
 
 def test_seconds_are_those_of_the_device_and_the_loop_does_not_wait(clock):
-    roll, update = clock.program("rollout", slow(0.2), lambda x: x), clock.program(UPDATE, slow(0.1), lambda x: x)
+    roll, update = clock.program("rollout", slow(0.2), lambda x: x), clock.program(UPDATE, slow(0.4), lambda x: x)
     started, x = clock.started, jnp.ones((8, 8))
     lines, ends = [], []
     for step in (1, 2):
@@ -42,7 +42,9 @@ def test_seconds_are_those_of_the_device_and_the_loop_does_not_wait(clock):
             time.sleep(0.3)
     first, second = lines
     assert first["time/compile"] > 0 and "time/save" not in first
-    assert second["time/rollout"] >= 0.2 and second["time/update"] >= 0.1
+    # The clock's thread may wake late between the two: the first then has some of the second's time.
+    assert second["time/rollout"] >= 0.2 and second["time/update"] >= 0.3
+    assert second["time/rollout"] + second["time/update"] >= 0.6
     assert second["time/rollout"] + second["time/update"] <= second["time/step"]
     assert second["time/idle"] <= second["time/step"] - 0.3
     # Saving, after the first step, is not part of the second.

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from world_distill.models.attention import SAVED, attend, blocked_attention, suited
+from world_distill.devices.sharding import make_mesh, replicated
+from world_distill.models.attention import (
+    SAVED,
+    attend,
+    attend_on,
+    blocked_attention,
+    key_tile,
+    suited,
+    tile,
+)
+from world_distill.programs import plan
 
 
 def inputs(queries, keys, dtype=jnp.float32):
@@ -57,13 +67,22 @@ def test_dots_policy_keeps_the_output_and_no_scores():
     assert any(x.size == q.size and x.ndim == 5 for x in jax.tree.leaves(pull)), shapes
 
 
-@pytest.mark.parametrize("queries, keys", [(128, 128), (150, 37)])  # whole tiles; tiles that are filled up
-def test_the_kernel_for_tpus_gives_the_same_values_and_gradients(queries, keys):
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("queries, keys", [(128, 128), (150, 37), (40, 2300)])  # whole tiles; filled up; several
+def test_the_kernel_for_tpus_gives_the_same_values_and_gradients(queries, keys, one_pass):
     *qkv, weights = (jnp.tile(x, (1, 1, 1, 16)) for x in inputs(queries, keys))  # heads of 128
     expected = value_and_grads(lambda *a: attend(*a, "xla"), *qkv, weights)
-    found = value_and_grads(lambda *a: attend(*a, "splash"), *qkv, weights)
+    found = value_and_grads(lambda *a: attend(*a, "splash", one_pass=one_pass), *qkv, weights)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "length, queries, keys",
+    [(32760, 1024, 2048), (6144, 1024, 2048), (27280, 1024, 1536), (600, 128, 128), (512, 512, 512), (126, 128, 128)],
+)
+def test_tiles_are_large_and_add_little_to_a_sequence(length, queries, keys):
+    assert (tile(length), key_tile(length + -length % tile(length))) == (queries, keys)
 
 
 @pytest.mark.parametrize("kind", ["blocked", "xla", "splash"])
@@ -90,3 +109,13 @@ def test_what_lies_behind_the_keys_is_none(kind):
 )  # fmt: skip
 def test_the_platform_chooses(platform, dtype, head, kind):
     assert suited(platform, jnp.zeros((1, 1, 1, head), dtype)) == kind
+
+
+@pytest.mark.parametrize("topology, passes", [("v5e:2x2", 2), ("v5p:2x2x1", 1), ("v6e:2x2", 1)])
+def test_gradients_come_from_one_computation_of_the_scores_where_memory_has_room(topology, passes):
+    pytest.importorskip("libtpu", reason="libtpu is in the extra `tpu`")
+    mesh = make_mesh(devices=plan.topology(topology)[:1])
+    x = jax.ShapeDtypeStruct((1, 2048, 1, 128), jnp.bfloat16, sharding=replicated(mesh))
+    loss = lambda q, k, v: attend_on(mesh, q, k, v, itself=True).astype(jnp.float32).sum()  # noqa: E731
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).as_text()
+    assert ("splash_mha_dq" in text) == (passes == 2) and "splash_mha_dkv" in text

@@ -1,5 +1,6 @@
 """The probe: its figures against plain counting, what it says and keeps, and its two calls on one cache."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -9,10 +10,12 @@ from small import SMALL, make_inputs
 
 from world_distill import cli
 from world_distill.data.records.negative import read_negative
-from world_distill.data.records.reader import EncodedRecord, RecordReader
+from world_distill.data.records.reader import EncodedRecord, RecordReader, write_records
 from world_distill.errors import UserError
 from world_distill.evaluation.probe_figures import Probed, figures, standing, table, words
 from world_distill.interfaces import JudgeAnswer
+from world_distill.judges.controls import is_control
+from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.programs import probe
 
 N = 20
@@ -168,6 +171,23 @@ def test_an_interrupted_probe_goes_on_and_says_the_same(folder, tmp_path, capsys
     assert {key for key in whole if whole[key] != again[key]} == {"hits", "misses"}
 
 
+def test_controls_are_made_of_the_demonstrators_clips(folder, tmp_path, capsys):
+    assert call(folder, tmp_path, "--limit", "5", "--controls", "3") == 0
+    found = result(tmp_path)
+    rows = {(row["control"], row["question"]): row for row in found["controls"]["rows"]}
+    assert found["controls"]["clips"] == 3 and found["misses"] == 5 * 2 * 3
+    assert rows["instruction", "task"]["n"] == 3
+    with JudgmentCache(tmp_path / "judgments.sqlite") as cache:
+        entries = list(cache.entries())
+    plain = [entry for entry in entries if not is_control(entry.about.question)]
+    assert len(plain) == 5 * 2 * 3  # those of the comparison, and no more
+    told = [entry.about.task for entry in plain if entry.about.question == "task"]
+    wanted = [entry for entry in plain if entry.about.question == "task" and entry.about.task in told[:3]]
+    # The Demonstrator's come first.
+    assert rows["instruction", "task"]["plain_score"] == pytest.approx(np.mean([e.log_odds for e in wanted[:3]]))
+    assert "instruction" in capsys.readouterr().out
+
+
 def test_keep_writes_the_tasks_on_which_it_is_better(folder, tmp_path, capsys):
     assert call(folder, tmp_path, "--keep", "better") == 0
     said, found = capsys.readouterr().out, result(tmp_path)
@@ -182,6 +202,21 @@ def test_keep_writes_the_tasks_on_which_it_is_better(folder, tmp_path, capsys):
     assert kept.metadata == {**reader.metadata, "kept_of": reader.fingerprint}
     by_id = {record.id: record.to_bytes() for record in reader}
     assert all(record.to_bytes() == by_id[record.id] for record in kept)
+
+
+def test_kept_records_keep_their_clips(folder, tmp_path):
+    clip = np.arange(24, dtype=np.float32).reshape(3, 2, 2, 2)
+    records = [
+        dataclasses.replace(r, clip={"video": clip + i}) for i, r in enumerate(RecordReader(folder / "data", "train"))
+    ]
+    write_records(tmp_path, "with", records)
+    reader = RecordReader(tmp_path, "with")
+    ids = [record.id for record in reader]
+    better = np.where(np.arange(len(ids)) == 1, 1.0, -1.0)[:, None]
+    pairs = Probed(ids, ids, ids, {"demonstrator": {"task": better}, "executor": {"task": 0 * better}}, 0.0)
+    probe.keep_better(pairs, reader, tmp_path, "kept")
+    [kept] = RecordReader(tmp_path, "kept", clips=True)
+    np.testing.assert_array_equal(kept.clip["video"], clip + 1)
 
 
 def test_tasks_without_an_answer_are_kept(folder, tmp_path):

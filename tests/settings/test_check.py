@@ -22,6 +22,7 @@ def parts(variant="wmsd", **changes) -> tuple[Objective, RolloutSettings]:
 
 GUIDED_GRPO = "rollout.guidance above 1 does not go with objective.rl = flow_grpo"
 TIMES_OF_NONE = "objective.times has no effect"
+SFT = {"kind": "sft", "rl": "none", "beta_d": 0.0}
 NOTHING = {"task": 0.0, "agent": 0.0, "consistency": 0.0, "distill": 0.0}
 REFUSED = [
     ({"group": 1}, "group = 1"),
@@ -38,6 +39,14 @@ REFUSED = [
     ({"distill_min_time": 0.5}, "distill_min_time bounds Eq. 9"),
     ({"std": "none", "std_floor": 0.1}, "std_floor has no effect"),
     ({"staleness": 1, "awm_old": "current", "awm_ratio_temperature": 1.0}, "staleness = 1 needs"),
+    ({"kind": "sft"}, "which nobody judges: set objective.rl = none"),
+    (SFT | {"beta_d": 0.1}, "computes no Demonstrator"),
+    (SFT | {"role": "demonstrator"}, "rollout.role has no effect"),
+    (SFT | {"staleness": 1}, "rollout.staleness has no effect"),
+    (SFT | {"times": "by_dt"}, "objective.times and objective.keep_fraction are about the sampler's times"),
+    (SFT | {"keep_fraction": 0.5}, "objective.times and objective.keep_fraction are about the sampler's times"),
+    (SFT | {"sft_times": "grid", "sft_shift": 2.0}, "takes the sampler's times as they are"),
+    ({"sft_power": 1.0}, "belong to objective.kind = sft"),
 ]
 
 
@@ -46,6 +55,13 @@ def test_settings_without_effect_are_refused(changes, reason):
     check(*parts(), stochastic=False)
     with pytest.raises(ValueError, match=reason):
         check(*parts(**changes), stochastic=False)
+
+
+def test_fine_tuning_takes_its_own_settings():
+    for changes in ({}, {"sft_times": "grid", "times": "by_dt", "keep_fraction": 0.9}, {"sft_times": "stretched"}):
+        check(*parts(**SFT | changes), stochastic=False)
+    with pytest.raises(ValueError, match="demonstrator.guidance has no effect"):
+        check(*parts(**SFT), stochastic=False, guidance=2.0)
 
 
 def test_flow_grpo_wants_noise_and_its_own_rollouts():

@@ -73,7 +73,7 @@ def made(tmp_path_factory):
     return make(tmp_path_factory, {"rollout.weights.distill": 1.0, "rollout.distill_min_time": 0.85})
 
 
-def make(tmp_path_factory, changes):
+def make(tmp_path_factory, changes, mesh=MESH):
     """(programs of a tiny model, base, Executor, tasks): every weight and text is random."""
     config = small_config(
         tmp_path_factory.mktemp("run"),
@@ -82,7 +82,7 @@ def make(tmp_path_factory, changes):
             "rollout.tasks": TASKS, "rollout.group": GROUP, "text_length": 4,
         } | changes,
     )  # fmt: skip
-    programs = make_programs(config, make_mesh(devices=jax.devices()[:1]))
+    programs = make_programs(config, mesh)
     rng = np.random.default_rng(0)
     scene = {"video": np.float32(rng.normal(size=(TASKS, 1, *shape_of(programs.family)[1:])))}
     texts = {}
@@ -144,6 +144,21 @@ def test_off_policy_the_demonstrator_rolls_and_its_own_velocities_are_the_target
     np.testing.assert_allclose(np.asarray(batch.demonstrator["video"][0]).reshape(v.shape), v, atol=2e-4)
     told_the_task = velocity_of(family)(base, None, jnp.asarray(states[0]), jnp.ones(4), batch.task)
     assert np.abs(v - told_the_task).max() > 1e-2
+
+
+def test_what_is_kept_of_all_rollouts_lies_once_on_the_devices_that_share_a_clip(tmp_path_factory):
+    mesh = make_mesh(fsdp=2, context=2, tensor=2)
+    spread = begin(make(tmp_path_factory, {"model.heads": 2, "rollout.weights.distill": 1.0}, mesh)).batch
+    for kept in (spread.states["video"], spread.demonstrator["video"]):
+        k, b, n, p = kept.shape
+        assert kept.sharding.shard_shape(kept.shape) == (k, b // 2, n, p // 4)
+    for told in (spread.task, spread.solution):
+        b, length, width = told.text["text"].states.shape
+        assert told.text["text"].states.sharding.shard_shape((b, length, width)) == (b // 2, length // 4, width)
+    alone = begin(make(tmp_path_factory, {"model.heads": 2, "rollout.weights.distill": 1.0})).batch
+    for field in ("states", "demonstrator", "task", "solution", "latents"):
+        for x, y in zip(*(jax.tree.leaves(getattr(batch, field)) for batch in (spread, alone)), strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-4)
 
 
 def test_rollouts_of_a_task_and_of_two_steps_differ(made):

@@ -171,8 +171,11 @@ class FakeServer:
         if refusal := self._refusal(body):
             return self._send(writer, 400, error(refusal))
         if fault is None:
-            self.answered.append(parts_of(body))
+            self.answered.append(self._seen(body))
         return self._send(writer, 200, self._reply(body, fault))
+
+    def _seen(self, body):
+        return parts_of(body)
 
     def _refusal(self, body):
         """Why this kind of server does not take a request, or None."""

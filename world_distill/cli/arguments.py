@@ -45,6 +45,7 @@ PART = number(ranges.PART, float)
 SHARE = number(ranges.SHARE, float)
 SCALE = number(ranges.SCALE, float)
 POSITIVE = number(ranges.POSITIVE, float)
+ALPHA = number(ranges.SOME, float)  # of a LoRA file that does not say it; 0: what the file says
 
 
 def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -118,6 +119,17 @@ def chosen(flag: str, text: str, allowed: Iterable[str]) -> tuple[str, ...]:
     if unknown := [word for word in words if word not in allowed]:
         raise UserError(f"{flag} {text}: {unknown[0]!r} is unknown; {did_you_mean(unknown[0], allowed)}")
     return words or allowed
+
+
+def one_each(flag: str, values: Sequence[Any], of: str, count: int, default: Any) -> tuple[Any, ...]:
+    """The values of a repeatable flag, one for each of `count`: the one that was given, or the default, for all.
+
+    Raises:
+      UserError: another number of values.
+    """
+    if len(values) not in (0, 1, count):
+        raise UserError(f"{len(values)} {flag} for {count} {of}: give one, or one for each")
+    return tuple(values) if len(values) == count else tuple(values or (default,)) * count
 
 
 def add_logging(parser: argparse.ArgumentParser) -> None:

@@ -32,12 +32,14 @@ VERBS = {
     "scenes": "collect or draw scene images",
     "annotate": "have a VLM write tasks and solutions for images",
     "import-tasks": "read the authors' WorldTasks, or a data set like it",
+    "import-videos": "read videos with captions or tasks, to fine-tune on their clips",
     "encode": "turn images and texts into the records that training reads",
     "inspect": "show the records of a set, with pictures",
     "convert": "turn published PyTorch weights into a checkpoint",
     "inspect-weights": "say what a file of weights is, and what each tool would do with it",
     "pretrain": "train the sandbox's base model",
     "probe": "before training, ask the judge whether the Demonstrator is better at all",
+    "demonstrate": "give records the Demonstrator's clips, to fine-tune on them",
     "train": "train an Executor: distillation, RL, or both (WMSD)",
     "generate": "make clips from images and texts",
     "export": "write the trained Executor as LoRA or weights for diffusers and ComfyUI",
@@ -52,7 +54,8 @@ VERBS = {
 }
 # Verbs that go on where they stopped when they are called again.
 RESUMES = {
-    "quickstart", "annotate", "encode", "pretrain", "probe", "train", "generate", "evaluate", "judgments", "ablate",
+    "quickstart", "annotate", "encode", "pretrain", "probe", "demonstrate", "train", "generate", "evaluate",
+    "judgments", "ablate",
 }  # fmt: skip
 
 _OVERVIEW = """\

@@ -124,7 +124,8 @@ def _option(config: ConfigDict, section: str, path: list[str]) -> str:
     factory = find_factory(config, section)
     # An option that is a mapping itself is a dataclass's fields; the factory names the class by `explained_by`.
     for name in path[:-1]:
-        factory = getattr(factory, "explained_by", {}).get(name)
-        if factory is None:
-            return ""
+        inner = getattr(factory, "explained_by", {}).get(name)
+        if inner is None:  # a mapping of names of one's own
+            return documented(factory).get(name, "")
+        factory = inner
     return documented(factory).get(path[-1], "")

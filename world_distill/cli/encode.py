@@ -27,6 +27,9 @@ and `test`. Which images depends on their files alone: it is the same for any or
 Several machines that share the folder do a shard each with --shard I/N, I from 0 to N - 1; the last of them to finish
 makes the set whole.
 
+Of records that `import-videos` made, the clips are encoded too, at the model's frame rate, length and size; a video
+that is too short, damaged or changed is left out and listed. Where the videos have moved, --videos names their folder.
+
 The states of config.demonstrator.negative, which guidance leads away from, are kept in NAME.negative. For another text,
 or for records that were encoded without one, call it again in the same way: the records stay, and the text is encoded.
 
@@ -43,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--shards", type=int, default=1, help="files to spread the images over (default: 1)")
     which.add_argument("--shard", metavar="I/N", help="write shard I (from 0) of N only")
+    clips = parser.add_mutually_exclusive_group()
+    clips.add_argument(
+        "--videos", type=pathlib.Path, metavar="FOLDER", help="folder of the videos (default: that of import-videos)"
+    )
+    clips.add_argument("--no-clips", action="store_true", help="of videos, encode the first frames alone")
     parser.add_argument("--batch", type=int, help="images and texts encoded at once (default: config.encode_batch)")
     for name, use in (("validation", "training evaluates on"), ("test", "`evaluate` takes by default")):
         parser.add_argument(
@@ -52,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scene-dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="store scene latents in this type; training reads them in the encoder's own all the same (default: the"
-        " encoder's own, which loses nothing: a scene is stored once an image, so texts take most of the disk)",
+        help="store latents of scenes and clips in this type; training reads them in the encoder's own all the same"
+        " (default: the encoder's own, which loses nothing; without clips, texts take most of the disk)",
     )
     arguments.add_json(parser)
 
@@ -70,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--shards and --batch are at least 1")
     splits = Splits(args.validation, args.test)
     reader = RecordReader(args.records, f"{args.name}_annotated")
-    counts = prepare.Encoder(config).encode_split(
+    encoder = prepare.Encoder(config)
+    counts = encoder.encode_split(
         reader, args.records, name=args.name, splits=splits, shards=shards, only=only, batch=batch,
-        scene_dtype=args.scene_dtype, say=console.say, progress=lambda: arguments.progress_bar("task"),
+        clips=None if args.no_clips else encoder.clips_of(reader, args.videos), scene_dtype=args.scene_dtype,
+        say=console.say, progress=lambda: arguments.progress_bar("task"),
     )  # fmt: skip
     lines = [line for name, of_set in counts.items() for line in describe(of_set, args.records / name)]
     for line in lines[:-1]:

@@ -7,7 +7,7 @@ from world_distill.cli import arguments
 from world_distill.errors import UserError
 from world_distill.storage import atomic
 
-PARTS = ("biases", "norms", "modulation", "weights", "text-encoder", "image-branch")
+PARTS = ("biases", "norms", "modulation", "weights", "text-encoder", "image-branch", "audio", "text-connectors")
 
 RECIPE = "wan22_5b:official"  # the config of --recipe
 
@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", choices=("task", "solution", "both"), default="task", help="text of records (default: task)")
     add("--executor", type=arguments.path, action="append", default=[], help="folder of a run, or LoRA; repeatable")
     add("--strength", type=float, action="append", default=[], help="of --executor; one, or one for each (default: 1)")
+    alpha = "of LoRA files that do not say it (default: their rank); one, or one for each, 0 for a file that does"
+    add("--alpha", type=arguments.ALPHA, action="append", default=[], help=alpha)
     add("--without", choices=PARTS, action="append", default=[], help="part of a LoRA to leave out; may be repeated")
     add(
         "--sampler",
@@ -85,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     request = generate.Request(
         out=args.out, images=tuple(args.image), tasks=tuple(args.task), solutions=tuple(args.solution),
         records=args.records, name=args.name, text=args.text, limit=args.limit, executors=tuple(args.executor),
-        strengths=tuple(args.strength), without=tuple(args.without),
-        steps=args.steps or 0, shift=args.shift, times=_times(args.sigmas),
+        strengths=tuple(args.strength), alphas=tuple(alpha or None for alpha in args.alpha),
+        without=tuple(args.without), steps=args.steps or 0, shift=args.shift, times=_times(args.sigmas),
         **(recipe | given), count=args.count, batch=args.batch, seed=args.seed,
     )  # fmt: skip
     made, kept = generate.generate(request, config)

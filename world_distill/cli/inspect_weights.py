@@ -20,6 +20,7 @@ project, ComfyUI and diffusers read. Of other files it says the kind, and the co
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=pathlib.Path, help="file or folder")
+    parser.add_argument("--alpha", type=arguments.POSITIVE, help="of a LoRA that does not say it (default: its rank)")
     arguments.add_config(parser, default="wan22_5b")
     arguments.add_json(parser)
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     family = build.make_family(arguments.config_from(args))
     if family.published is None:
         raise UserError(f"--config {args.config}: nobody publishes weights of model family {family.name}")
-    found = inspect_weights.inspect(args.path, LoraModel.of(family))
+    found = inspect_weights.inspect(args.path, LoraModel.of(family), alpha=args.alpha)
     width = max(map(len, found))
     for key, value in found.items():
         if key != "kind":

@@ -12,6 +12,8 @@ from world_distill.storage import atomic
 if TYPE_CHECKING:
     from world_distill.judges.memory.cache import JudgmentCache
 
+CONTROL_CLIPS = 32  # that --controls takes by default
+
 HELP = """\
 Audit a judge: what it was asked and answered, and whether another judge agrees.
 
@@ -36,6 +38,14 @@ while training (--config.judge.keep_clips=0.05), and have another model, or othe
 The judge is that of the run's config, or of --config, with these changes. For each question it shows in how many
 clips both say the same (sign), Spearman's rank correlation (1: the same order, 0: none), and the clips on which they
 differ most, with their tasks. Low agreement on clips late in training, where it was high early, is the sign of gaming.
+
+A judge can also be wrong in ways that training finds. Negative controls are clips to which the answer is no: a still
+picture, another task's clip, a clip backwards or out of order, "DONE" painted into the frames, a task that tells the
+judge to say yes. --controls makes them from the kept clips, has the judge answer, and warns of each that passes:
+
+  world-distill judgments runs/mine --controls
+  world-distill judgments runs/mine --controls --limit 100 --config.judge.options.model=Another/VLM --json controls.json
+
 Answers go into the cache, so that an interrupted call goes on where it stopped. PATH has to be a file or a folder.
 """
 
@@ -45,7 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export", metavar="FILE", type=arguments.path, help="write all judgments as JSONL or Parquet")
     parser.add_argument("--merge", metavar="CACHE", nargs="+", default=[], help="take over the answers of these caches")
     parser.add_argument("--rejudge", action="store_true", help="have the config's judge judge the kept clips again")
-    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="for --rejudge (default: the config of the run PATH)")
+    parser.add_argument("--controls", action="store_true", help="have the config's judge answer negative controls")
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=arguments.LIMIT,
+        help=f"kept clips that --controls takes, evenly over the run; 0: all (default: {CONTROL_CLIPS})",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.py[:ARG]", help="for --rejudge and --controls (default: the config of the run PATH)"
+    )
     parser.add_argument(
         "--clips", metavar="DIR", type=arguments.path, help="kept clips (default: judged_clips by PATH)"
     )
@@ -62,10 +81,15 @@ def run(args: argparse.Namespace) -> int:
     from world_distill.evaluation import agreement
     from world_distill.judges.memory import transfer
 
-    if args.overrides and not args.rejudge:
-        raise UserError("--config.KEY is for --rejudge")
+    asks = args.rejudge or args.controls
+    if (args.overrides or args.config) and not asks:
+        raise UserError("--config is for --rejudge and --controls")
+    if sum(map(bool, (args.rejudge, args.controls, args.export))) > 1:
+        raise UserError("--rejudge, --controls and --export are calls of their own: give one of them")
+    if args.limit is not None and not args.controls:
+        raise UserError("--limit is for --controls")
     result: dict[str, Any] = {"path": args.path}
-    writes, where = bool(args.merge) or args.rejudge, args.path
+    writes, where = bool(args.merge) or asks, args.path
     with transfer.open_caches(args.path, writes=writes, creates=bool(args.merge)) as cache:
         for other in args.merge:
             merged = transfer.merge(cache, other)
@@ -74,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
         if args.rejudge:
             result["rejudged"] = _rejudge(args, cache)
             made = "had the kept clips judged again"
+        elif args.controls:
+            result["controls"] = _controls(args, cache)
+            made = "had negative controls judged"
         elif args.export:
             count = transfer.export(cache.entries(), args.export)
             made, where = f"exported {count} judgments", args.export
@@ -84,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
             console.say(agreement.text(result, limit=args.flips))
             made = "took over the answers of other caches" if args.merge else "counted the answers; nothing is changed"
     again = ("judgments", args.path, "--rejudge", "--config.judge.options.model=OTHER")
-    console.finish(made, where, then=[] if args.rejudge else [again])
+    controls = ("judgments", args.path, "--controls")
+    console.finish(made, where, then=[] if args.rejudge else [again] if args.controls else [again, controls])
     if args.json:
         atomic.write_json(args.json, result)
     return 0
@@ -101,10 +129,27 @@ def _say_merged(merged: dict[str, Any]) -> None:
 
 
 def _rejudge(args: argparse.Namespace, cache: "JudgmentCache") -> dict[str, Any]:
+    from world_distill.programs import rejudge
+
+    result = rejudge.rejudge(cache, *_asked(args))
+    console.say(rejudge.text(result, limit=args.flips))
+    return result
+
+
+def _controls(args: argparse.Namespace, cache: "JudgmentCache") -> dict[str, Any]:
+    from world_distill.evaluation import controls
+    from world_distill.programs.judge_controls import judge_controls
+
+    result = judge_controls(cache, *_asked(args), limit=CONTROL_CLIPS if args.limit is None else args.limit)
+    console.say(controls.text(result))
+    return result
+
+
+def _asked(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The kept clips by PATH, the judge that answers about them, and its questions."""
     from world_distill import build
     from world_distill.judges.memory.kept_clips import KeptClips
     from world_distill.judges.memory.transfer import config_of
-    from world_distill.programs import rejudge
     from world_distill.settings.loading import load_config, override
 
     path = pathlib.Path(args.path)
@@ -113,8 +158,5 @@ def _rejudge(args: argparse.Namespace, cache: "JudgmentCache") -> dict[str, Any]
     if config is None:
         raise UserError(f"{folder} holds no config.json: --config says which judge to ask")
     override(config, args.overrides)
-    clips = KeptClips(args.clips or folder / "judged_clips")
-    judge, rubric = build.make(config, "judge"), build.make_rubric(config)
-    result = rejudge.rejudge(cache, clips, judge, rubric)
-    console.say(rejudge.text(result, limit=args.flips))
-    return result
+    judge = build.make(config, "judge")
+    return KeptClips(args.clips or folder / "judged_clips"), judge, build.make_rubric(config, judge=judge)

@@ -31,6 +31,9 @@ WORKDIR, so that a call that was interrupted, or is repeated, asks nothing twice
 stays if, averaged over its clips and over the questions, the Demonstrator's clipped log-odds are above the Executor's.
 Equal counts as not better, as when both are sure to succeed. Tasks without an answer stay, and are counted. One clip
 tells little about one task: take --clips 4 or more. To train on it: --config.train_set=NAME.
+
+--controls N also makes negative controls of the Demonstrator's clips for the first N tasks, to which a sound judge says
+no, and warns of each that passes (`world-distill judgments --help`).
 """
 
 
@@ -48,12 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clips", type=arguments.COUNT, default=1, help="clips a task, of each of the two (default: 1)"
     )
     parser.add_argument("--keep", metavar="NAME", help="write the tasks on which the Demonstrator is better")
+    parser.add_argument(
+        "--controls",
+        metavar="N",
+        type=arguments.LIMIT,
+        default=0,
+        help="tasks to make negative controls of (default: 0)",
+    )
     arguments.add_seed(parser)
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from world_distill.data.records.reader import EncodedRecord, RecordReader
+    from world_distill.evaluation import controls
     from world_distill.evaluation.probe_figures import figures, table, words
     from world_distill.programs import probe
 
@@ -62,11 +73,15 @@ def run(args: argparse.Namespace) -> int:
     reader = RecordReader(folder, args.name, EncodedRecord)
     limit = (0 if args.keep else SAMPLE) if args.limit is None else args.limit
     with arguments.progress_bar("clip") as show:
-        probed, judged = probe.probe(config, reader, args.workdir, limit=limit, clips=args.clips, progress=show)
+        probed, judged = probe.probe(
+            config, reader, args.workdir, limit=limit, clips=args.clips, controls=args.controls, progress=show
+        )
     found = {"data": str(reader.index_path), "seed": config.seed, **judged, **figures(probed)}
     console.say(table(found["rows"]) + "\n\n" + words(found))
     if found["invalid"]:
         console.say(f"{found['invalid']} of {found['tasks'] * found['clips']} pairs of clips have no judgment.")
+    if args.controls:
+        console.say("\n" + controls.text(found["controls"]))
     if args.keep:
         found["kept"] = probe.keep_better(probed, reader, folder, args.keep)
         console.say(", ".join(f"{name}: {count}" for name, count in found["kept"].items()))

@@ -9,7 +9,8 @@ from world_distill.cli import arguments
 from world_distill.storage import atomic
 
 HELP = """\
-Train an Executor on task records: on- or off-policy distillation, RL from a judge, or both together (WMSD).
+Train an Executor on task records: on- or off-policy distillation, RL from a judge, or both together (WMSD); or
+fine-tune it on the clips of records (objective.kind = sft, the variants `sft`).
 
 The folder WORKDIR holds everything of the run. Called again on it, training continues from the newest checkpoint.
 Records come from config.data (or WORKDIR/data), as `world-distill encode` writes them.
@@ -18,6 +19,7 @@ Records come from config.data (or WORKDIR/data), as `world-distill encode` write
   world-distill train --config sandbox:variant=on_policy --config.steps=100 --workdir runs/distilled
   world-distill train --config sandbox --workdir runs/mine --profile 3:5
   world-distill train --config wan22_5b --config.data=data --workdir runs/wan --dry-run
+  world-distill train --config wan22_5b:sft --config.data=data --workdir runs/sft
 """
 
 

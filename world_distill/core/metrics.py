@@ -8,8 +8,8 @@ offset. With e = v - v_ref:
     norm_ratio  |v| / |v_ref|
     dc          share of the energy of e that lies in its per-channel means over frames and space
 
-Intervals: Wilson's score interval for rates, a normal one for means, a percentile bootstrap for
-paired differences.
+Intervals: Wilson's score interval for rates, Agresti and Min's for the difference of two rates of
+the same things, a normal one for means, a percentile bootstrap for paired differences.
 """
 
 import itertools
@@ -89,6 +89,26 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
     centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_rate_interval(
+    a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " n"], z: float = 1.96
+) -> tuple[float, float, float]:
+    """(difference, low, high) of the rates of a and b, rate(a) - rate(b), for paired verdicts.
+
+    Agresti and Min's interval (Statistics in Medicine 24, 2005): half a pair is added to each of the four cells, so
+    that it holds for few pairs, and is never empty.
+
+    Raises:
+        ValueError: if the two do not pair up, or are empty.
+    """
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    if a.ndim != 1 or a.shape != b.shape or a.size == 0:
+        raise ValueError(f"need two lists of one length, got {a.shape} and {b.shape}")
+    only_a, only_b, n = (a & ~b).sum() + 0.5, (b & ~a).sum() + 0.5, a.size + 2
+    centre = (only_a - only_b) / n
+    half = z * math.sqrt(only_a + only_b - (only_a - only_b) ** 2 / n) / n
+    return float(a.mean() - b.mean()), max(-1.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def mean_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[float, float, float]:

@@ -11,6 +11,8 @@ whole range:
                   sum of the shares of lo .. j - 1 <= u. On an even grid the law is that of `discrete`.
     logit-normal  u = (i + U) / T,  t = sigmoid(ndtri(u)), shifted, at least 0.01
     uniform       u = (i + U) / T,  t = low + (1 - low) u, shifted
+    stretched     the shifted logit-normal law, stretched so that its quantiles .005 and .999 become 0 and 1; below
+                  e = 0.001 reflected at e; one in ten replaced by a uniform one in [e, 1] (LTX-2's trainer)
 
 A draw is shared by a batch (the noise is not); a batch that is spread over hosts must draw with the
 same key.
@@ -28,6 +30,8 @@ from world_distill.core.flow import shift_times
 
 _MIN_TIME = 0.01  # AWM's lower bound of logit-normal times
 _UNIT_MARGIN = 1e-6  # keeps the normal quantile finite
+_STRETCH = (-2.5758, 3.0902)  # quantiles .005 and .999 of the standard normal: LTX-2's values, as the two below
+_STRETCH_LEAST, _STRETCH_UNIFORM = 1e-3, 0.1
 
 
 def stratified_times(
@@ -88,3 +92,14 @@ def logit_normal_times(key: Key[Array, ""], count: int, shift: float) -> Float[A
 def uniform_times(key: Key[Array, ""], count: int, shift: float, low: float) -> Float[Array, " count"]:
     """Shifted times of uniform ones in [low, 1], rising, from `count` equal strata."""
     return jnp.asarray(shift_times(low + (1 - low) * _stratified_units(key, count), shift))
+
+
+def stretched_times(key: Key[Array, ""], count: int, shift: float) -> Float[Array, " count"]:
+    """Stretched logit-normal times in [0, 1] from `count` equally likely strata, of which some become uniform."""
+    normal, uniform, chosen = jax.random.split(key, 3)
+    units = jnp.clip(_stratified_units(normal, count), _UNIT_MARGIN, 1 - _UNIT_MARGIN)
+    low, high = (1 / (1 + math.exp(-quantile) / shift) for quantile in _STRETCH)  # shifted sigmoids
+    t = (jnp.asarray(shift_times(jax.nn.sigmoid(jax.scipy.special.ndtri(units)), shift)) - low) / (high - low)
+    t = jnp.clip(jnp.where(t >= _STRETCH_LEAST, t, 2 * _STRETCH_LEAST - t), 0, 1)
+    flat = _STRETCH_LEAST + (1 - _STRETCH_LEAST) * jax.random.uniform(uniform, (count,))
+    return jnp.where(jax.random.bernoulli(chosen, _STRETCH_UNIFORM, (count,)), flat, t)

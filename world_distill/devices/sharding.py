@@ -126,6 +126,24 @@ def constrain(
     return _laid_out(there, back, x)
 
 
+def spread_kept(mesh: Mesh | None, values: PyTree) -> PyTree:
+    """Arrays [k b n p] with rows along data and fsdp, and places along context and tensor.
+
+    Computing takes clips whole, a few at a time. What is kept of all clips for later would else lie as a copy on every
+    device that shares a clip.
+    """
+    return jax.tree.map(lambda x: constrain(mesh, x, (None, "batch", None, "stream")), values)
+
+
+def kept_rows(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """That of what all rollouts are told, arrays [b n ...]: rows along data and fsdp, n along context and tensor.
+
+    An axis that does not divide is whole.
+    """
+    names = ("batch", "stream", *[None] * len(shape))[: len(shape)]
+    return NamedSharding(mesh, dividing_spec(mesh, names, shape))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _laid_out(there: NamedSharding, back: NamedSharding, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, there)

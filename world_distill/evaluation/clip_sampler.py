@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,17 +26,19 @@ class UniPC(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def make_sampler(
-    family: ModelFamily, mesh: jax.sharding.Mesh, schedule: Times | UniPC, scale: float
+    family: ModelFamily, mesh: jax.sharding.Mesh, schedule: Times | UniPC, scale: float, *, decodes: bool = True
 ) -> Callable[..., jax.Array]:
     """(base, lora, condition, negative, key, rows) -> clips [b F H W 3] uint8, split over the mesh where b allows it.
 
-    Row i starts from the noise of (key, rows[i]). One program for all callers with the same arguments.
+    Row i starts from the noise of (key, rows[i]). One program for all callers with the same arguments. Without
+    `decodes` it gives the clips' latents [b n ...] by stream.
 
     Args:
       family: of the model.
       mesh: devices.
       schedule: the sampler's times, or UniPC.
       scale: of guidance away from `negative`; 1: none.
+      decodes: give clips, not latents.
     """
     streams = family.latents
     ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
@@ -53,7 +55,7 @@ def make_sampler(
             rollout = sampling.rollout(
                 denoise, base, lora, condition, keys, times=grid, streams=streams, keep_states=False
             )
-        clips = family.codec.decode(base, rollout.latents)
+        clips: Any = family.codec.decode(base, rollout.latents) if decodes else rollout.latents
         if rows.shape[0] % ways:
             return clips
         return jax.lax.with_sharding_constraint(clips, batch_sharding(mesh))

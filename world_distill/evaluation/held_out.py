@@ -4,7 +4,7 @@ What is trained on a judge's answers may learn to please that judge. Another mod
 all of its blind spots: as long as the videos get better both see it, and where the reward alone goes on rising it is
 being gamed. For each question, over the same clips,
 
-    rate          share of clips to which the held-out judge says yes
+    rate          share of clips to which the held-out judge says yes; NaN for a measure without a threshold
     log_odds      mean of its answers
     correlation   Spearman's, between its answers and the reward judge's
     gap           z(reward) - z(held out), where z(x) = (mean x - mean x_0) / std x_0 and x_0 are the answers of the
@@ -22,7 +22,7 @@ from world_distill.core.metrics import rank_correlation
 from world_distill.devices import hosts
 from world_distill.errors import UserError
 from world_distill.interfaces import Judge
-from world_distill.judges.ask import judge_clips
+from world_distill.judges.ask import has_rate, judge_clips
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import Rubric
 from world_distill.storage.metric_log import read_log
@@ -41,7 +41,7 @@ class HeldOut:
         cache: JudgmentCache | None,
     ):
         """`questions` are those that the reward judge is asked; without one (None), the held-out judge is alone."""
-        self.judge = judge
+        self.judge, self.rubric = judge, rubric
         self._held, self._reward = (judge, rubric), (reward, reward_rubric)
         self._compared = [q for q in questions if q in rubric.names] if reward is not None else []
         self._cache = cache
@@ -78,6 +78,8 @@ class HeldOut:
         for question in self._held[1].names:
             held = joined.get(f"held/{question}", np.zeros(0))
             found |= figures(question, held, joined.get(f"reward/{question}"), reference)
+            if not has_rate(self.judge, question):
+                found[question] = np.nan
         held = [values for name, values in joined.items() if name.startswith("held/")]
         found["invalid"] = float((~np.isfinite(held).all(axis=0)).mean()) if held else float("nan")
         return found
@@ -151,8 +153,8 @@ def make_held_out(
     """
     if not config.held_out.factory:
         return None
-    judge, rubric = build.make(config, "held_out"), build.make_rubric(config, "held_out")
-    reward_rubric = build.make_rubric(config)
+    judge = build.make(config, "held_out")
+    rubric, reward_rubric = build.make_rubric(config, "held_out", judge=judge), build.make_rubric(config, judge=reward)
     if reward is not None and judge.name == reward.name and rubric.version == reward_rubric.version:
         raise UserError(
             "config.held_out is the reward's own judge with the same questions, which would only confirm itself: "

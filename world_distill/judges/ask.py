@@ -1,12 +1,15 @@
 """From clips to a `Judgment`, through the memory of judgments."""
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
 
+from world_distill.errors import UserError
 from world_distill.interfaces import Judge, JudgeAnswer, JudgeRequest
+from world_distill.judges.controls import label
 from world_distill.judges.memory.cache import JudgmentCache, clip_digests, make_key
 from world_distill.judges.memory.entries import About
 from world_distill.judges.rubric import Rubric, load_rubric
@@ -26,6 +29,21 @@ def check_judge(judge: Judge | None) -> list[str]:
     return [] if check is None else check()
 
 
+def has_rate(judge: Judge | None, question: str) -> bool:
+    """Whether a judge's answer above 0 is a yes: a learned reward's is one where it has a threshold."""
+    thresholds = getattr(judge, "thresholds", None)
+    return thresholds is None or question in thresholds
+
+
+def refuse_clip(judge: Judge, clip: float) -> None:
+    """Raises UserError where a learned reward's numbers would be clipped to +-`clip`, which is in log-odds."""
+    if clip and getattr(judge, "measures", None) is not None:
+        raise UserError(
+            f"config.rollout.clip = {clip:g} is in log-odds, and {judge.name} gives numbers of its own scale: set the"
+            " clip to 0"
+        )
+
+
 def judge_clips(
     judge: Judge,
     cache: JudgmentCache | None,
@@ -36,6 +54,7 @@ def judge_clips(
     questions: Sequence[str],
     *,
     records: Sequence[str | None] | None = None,
+    control: str = "",
 ) -> Judgment:
     """Answers about every clip, from the cache where it has them.
 
@@ -48,6 +67,8 @@ def judge_clips(
       rubric: has the templates.
       questions: names in `rubric`.
       records: [b] ids of the tasks' records, which the cache notes; None where one is not known.
+      control: name of the control that the clips are (`controls.CONTROLS`). The cache notes it with the question's
+        name, and keeps none of the clips.
 
     Returns:
       Judgment with `scores[question]` [b] float64. An answer with an error, or that is not finite, is NaN there and
@@ -77,14 +98,15 @@ def judge_clips(
                 refused.append(f"{error} ({name}, {names[i] or tasks[i]!r})")
                 continue
             key = keys[i, j] = make_key(digests[i], text, judge.name)
-            requests.setdefault(key, JudgeRequest(clip=clip, question=text))
-            about.setdefault(key, About(digests[i].hex(), name, text, tasks[i], agents[i], names[i], version))
+            requests.setdefault(key, JudgeRequest(clip, text, name, tasks[i]))
+            noted = label(name, control) if control else name
+            about.setdefault(key, About(digests[i].hex(), noted, text, tasks[i], agents[i], names[i], version))
     known = cache.get_many(list(requests)) if cache is not None else {}
     asked = [key for key in requests if key not in known]
     if asked or refused:
         known |= _ask(judge, cache, {key: requests[key] for key in asked}, about, refused)
     scores = np.array([[np.nan if key is None else known.get(key, np.nan) for key in row] for row in keys], np.float64)
-    if cache is not None and cache.keep is not None:
+    if cache is not None and cache.keep is not None and not control:
         for digest, clip, row in zip(digests, clips, scores, strict=True):
             if np.isfinite(row).any():
                 cache.keep(digest.hex(), clip)
@@ -94,6 +116,33 @@ def judge_clips(
         hits=len(requests) - len(asked),
         misses=len(asked),
     )
+
+
+def judge_mixed(
+    judge: Judge,
+    cache: JudgmentCache | None,
+    clips: Sequence[np.ndarray],
+    tasks: Sequence[str],
+    agents: Sequence[str],
+    rubric: Rubric,
+    questions: Sequence[str],
+    *,
+    records: Sequence[str | None],
+    control: str = "",
+) -> dict[str, np.ndarray]:
+    """`judge_clips` of clips [F H W 3] that may differ in their shapes: its scores [b] by question."""
+    scores = {name: np.full(len(clips), np.nan) for name in questions}
+    rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, clip in enumerate(clips):
+        rows[clip.shape].append(i)
+    for same in rows.values():
+        judgment = judge_clips(
+            judge, cache, np.stack([clips[i] for i in same]), [tasks[i] for i in same], [agents[i] for i in same],
+            rubric, questions, records=[records[i] for i in same], control=control,
+        )  # fmt: skip
+        for name, values in judgment.scores.items():
+            scores[name][same] = values
+    return scores
 
 
 def _ask(
@@ -132,9 +181,12 @@ def begun_rubric(cache: JudgmentCache, rubric: Rubric) -> Rubric:
     return first
 
 
-def note_other_rubrics(cache: JudgmentCache, rubric: Rubric) -> None:
-    """Logs that a cache holds answers to other versions of the questions, which are not used for these."""
-    others = sorted(cache.rubrics() - {rubric.version})
+def note_other_rubrics(cache: JudgmentCache, rubric: Rubric, *, held_out: Rubric | None = None) -> None:
+    """Logs that a cache holds answers to other versions of the questions, which are not used for these.
+
+    Those to a held-out judge's own questions are no such answers.
+    """
+    others = sorted(cache.rubrics() - {rubric.version} - ({held_out.version} if held_out else set()))
     if others:
         logging.warning(
             "%s holds answers to other versions of the questions (%s; these are %s): they stay, and are not used. "

@@ -17,6 +17,9 @@ import re
 import string
 from collections.abc import Mapping
 
+from world_distill.errors import UserError
+from world_distill.interfaces import Judge
+
 FIELDS = ("task", "agent", "length")
 _OWN = pathlib.Path(__file__).with_suffix("")
 VERSIONS = {"1": _OWN / "1", "2": _OWN}  # the package's own; the last is the default
@@ -100,6 +103,23 @@ def load_rubric(path: str | os.PathLike | None = None, *, fps: float = 0.0) -> R
         return Rubric(questions, fps)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def rubric_for(judge: Judge | None, path: str = "", *, fps: float = 0.0) -> Rubric:
+    """The questions for a judge: the rubric that `path` names (see `load_rubric`), or a learned reward's measures.
+
+    A measure stands in the place of a question, and is about the task alone.
+
+    Raises:
+      UserError: a rubric for a learned reward, which reads none.
+      FileNotFoundError, ValueError: see `load_rubric`.
+    """
+    measures = getattr(judge, "measures", None)
+    if measures is None:
+        return load_rubric(path or None, fps=fps)
+    if path:
+        raise UserError(f"the rubric {path} has no effect with a learned reward, which reads the task alone")
+    return Rubric({name: f"{answered}: {{task}}" for name, answered in measures.items()})
 
 
 def _length(frames: int, fps: float) -> str:

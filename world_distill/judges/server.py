@@ -2,33 +2,23 @@
 
 The score is log p(yes) - log p(no) of the first answer token (`answers`). A clip's first question goes ahead, and the
 others follow once it is answered, to the same server: it has the clip's part of the work then (prefix caching).
-
-A server that has passed its self-test and refuses a request refuses that one: a filter held a clip back, or a question
-is too long. It has no answer, and the others keep theirs. Where one question after another is refused, all stops.
 """
 
 import asyncio
-import concurrent.futures
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
 from world_distill.judges.answers import NoVerdict, Reading, read_answer
 from world_distill.judges.selftest import Form, Rules, find_form, make_body
+from world_distill.judges.serving import Refusals, check_servers, side_by_side, wait_for
 from world_distill.vlm.chat_marks import ForbiddenText, refuse_marks
-from world_distill.vlm.client import Client, Failure, Limits, Refused, Server
+from world_distill.vlm.client import Client, Limits, Refused, Server
 from world_distill.vlm.options import api_key, extra_fields
 from world_distill.vlm.pool import GaveUp, Pool
 
-_MOST_REFUSED = 8  # different questions one after the other, without an answer between them
-
 Done = Callable[[int, JudgeAnswer], None]
-
-
-class NoServer(UserError, ConnectionError):
-    """No server can be reached now."""
 
 
 class ServerJudge:
@@ -90,8 +80,8 @@ class ServerJudge:
         self._pool = Pool(self._client, lambda server: find_form(self._client, server, self._rules))
         self.name = self._rules.version
         self._masses: list[float] = []
-        self._no_verdict = self._bounded = self._refusals = 0
-        self._refused: set[str] = set()  # questions since the last answer
+        self._no_verdict = self._bounded = 0
+        self._refusals = Refusals()
 
     def __repr__(self) -> str:
         return f"ServerJudge({self.name!r})"
@@ -109,7 +99,7 @@ class ServerJudge:
     def ask_each(self, requests: Sequence[JudgeRequest], done: Done) -> None:
         """Calls `done(number of the request, answer)` for each as it is answered. Raises as `ask` does."""
         if requests:
-            _run(self._ask(requests, done))
+            wait_for(self._ask(requests, done))
 
     def check(self) -> list[str]:
         """Tests every server; one line for each.
@@ -118,7 +108,13 @@ class ServerJudge:
           UserError: one cannot judge.
           NoServer: none can be reached.
         """
-        return _run(self._check())
+
+        def describe(server: Server) -> str:
+            form: Form = server.form
+            how = f"token numbers of {len(form.ids)} spellings" if form.ids else "its likeliest tokens"
+            return f"{self._rules.model}, read by {how}"
+
+        return wait_for(check_servers(self._pool, describe, start="launch/serve_judge.sh starts one"))
 
     def health(self) -> dict[str, float]:
         """Since the last call: answers, mass of yes and no, retries; counts of no verdict, refused and bounded."""
@@ -126,44 +122,18 @@ class ServerJudge:
         figures = {
             "answers": len(masses), "mass_mean": sum(masses) / len(masses) if masses else math.nan,
             "mass_min": min(masses, default=math.nan), "no_verdict": self._no_verdict, "bounded": self._bounded,
-            "refused": self._refusals, "retries": self._pool.retries,
+            "refused": self._refusals.count, "retries": self._pool.retries,
         }  # fmt: skip
-        self._no_verdict = self._bounded = self._refusals = self._pool.retries = 0
+        self._no_verdict = self._bounded = self._refusals.count = self._pool.retries = 0
         return figures
-
-    async def _check(self) -> list[str]:
-        lines = []
-        async with self._pool.session():
-            for server in self._pool.servers:
-                try:
-                    await self._pool.prepare(server)
-                    form: Form = server.form
-                    how = f"token numbers of {len(form.ids)} spellings" if form.ids else "its likeliest tokens"
-                    lines.append(f"{server.label}: {self._rules.model}, read by {how}")
-                except Failure as failure:
-                    lines.append(f"{'fails its self-test' if failure.own else 'cannot be reached'}: {failure}")
-        if not any(server.form for server in self._pool.servers):
-            raise NoServer("no judge server: " + "; ".join(lines) + " (launch/serve_judge.sh starts one)")
-        return lines
 
     async def _ask(self, requests: Sequence[JudgeRequest], done: Done) -> None:
         clips: dict[int, list[int]] = {}  # the requests of each array
         for i, request in enumerate(requests):
             clips.setdefault(id(request.clip), []).append(i)
-        waiting = iter(clips.values())
-
-        async def work() -> None:
-            for numbers in waiting:
-                await self._judge(requests, numbers, done)
-
         async with self._pool.session():
-            workers = [asyncio.create_task(work()) for _ in range(min(len(clips), self._pool.limits.concurrency))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+            count = min(len(clips), self._pool.limits.concurrency)
+            await side_by_side(clips.values(), lambda numbers: self._judge(requests, numbers, done), count)
 
     async def _judge(self, requests: Sequence[JudgeRequest], numbers: Sequence[int], done: Done) -> None:
         """All questions about one clip."""
@@ -181,14 +151,14 @@ class ServerJudge:
             except (GaveUp, NoVerdict, ForbiddenText) as error:
                 if isinstance(error, NoVerdict):  # which is an answer
                     self._no_verdict += 1
-                    self._refused.clear()
+                    self._refusals.answered()
                 done(number, JudgeAnswer(None, self._client.clean(str(error))))
                 return preferred
             except Refused as error:
-                self._count_refusal(question, error)
+                self._refusals.take(question, error)
                 done(number, JudgeAnswer(None, self._client.clean(str(error))))
                 return preferred
-            self._refused.clear()
+            self._refusals.answered()
             done(number, JudgeAnswer(self._take(reading).log_odds))
             return server
 
@@ -196,30 +166,7 @@ class ServerJudge:
         server = await answer(first, None)
         await asyncio.gather(*(answer(number, server) for number in others))
 
-    def _count_refusal(self, question: str, error: Refused) -> None:
-        """Raises the refusal again where it is not about this question alone."""
-        if not error.of_one_request:
-            raise error
-        self._refusals += 1
-        # All clips of a task share its questions: one task that is too long says nothing of the others.
-        self._refused.add(question)
-        if len(self._refused) >= _MOST_REFUSED:
-            raise UserError(
-                f"the judge's server refused {len(self._refused)} different questions one after the other; the last: "
-                f"{error}"
-            ) from None
-
     def _take(self, reading: Reading) -> Reading:
         self._masses.append(reading.mass)
         self._bounded += reading.bounded
         return reading
-
-
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    """Waits for a coroutine, also where an event loop is running already, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()

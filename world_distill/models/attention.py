@@ -7,7 +7,7 @@ over keys.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from world_distill.devices import chips
 from world_distill.devices.sharding import dividing_spec, platform_of
 
 AttentionKind = Literal["blocked", "splash", "xla", "cudnn"] | None
@@ -30,6 +31,7 @@ def attend(
     kind: AttentionKind = None,
     platform: str | None = None,
     keys: int | None = None,
+    one_pass: bool = False,
 ) -> Float[Array, "b n h e"]:
     """`softmax(q k^T / sqrt(e)) v` of every head.
 
@@ -41,11 +43,12 @@ def attend(
         (GPU, 16-bit), "xla" (all scores in memory), or None for what suits the platform.
       platform: that the program will run on; None: this process's own.
       keys: how many of `k` are keys; what lies behind them only fills up. None: all.
+      one_pass: see `splash_attention`.
     """
     platform = platform or jax.default_backend()
     kind = kind or suited(platform, q)
     if kind == "splash":
-        return splash_attention(q, k, v, keys, interpret=platform == "cpu")
+        return splash_attention(q, k, v, keys, one_pass=one_pass, interpret=platform == "cpu")
     k, v = k[:, :keys], v[:, :keys]
     if kind == "blocked":
         return blocked_attention(q, k, v)
@@ -93,7 +96,7 @@ def attend_on(
     """
 
     def local(q, k, v):
-        return attend(q, k, v, kind, platform_of(mesh), keys)
+        return attend(q, k, v, kind, platform_of(mesh), keys, one_pass=_has_room(mesh))
 
     if mesh is None or mesh.size == 1:
         return local(q, k, v)
@@ -123,27 +126,48 @@ def attend_on(
     return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v)
 
 
+def _has_room(mesh: Mesh | None) -> bool:
+    """Whether a device's memory has room for the sums that `splash_attention` keeps for its `one_pass`."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    chip = chips.chip(device.device_kind)
+    return chip is not None and chip.hbm_gib > 24
+
+
 def splash_attention(
     q: Float[Array, "b n h e"],
     k: Float[Array, "b m h e"],
     v: Float[Array, "b m h e"],
     keys: int | None = None,
     *,
+    one_pass: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "b n h e"]:
     """JAX's Pallas kernel for TPU (`splash_attention`); scores never leave the chip's fast memory.
 
     Queries and keys are filled up to whole tiles, and segment numbers keep apart what is no key.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      keys: how many of `k` are keys; None: all.
+      one_pass: of the backward pass: gradients of queries, keys and values from one computation of the scores, five
+        products a tile. Each tile of keys keeps its part of the queries' gradient in memory, in the type of `q`, until
+        they are summed. Else two computations, seven products, and no such parts.
+      interpret: run the kernel's code on a CPU, for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
-    tile_q, tile_k = tile(n), tile(m)
-    n_full, m_full = n + -n % tile_q, m + -m % tile_k
+    tile_q = tile(n)
+    n_full, m_full = n + -n % tile_q, m + -m % tile(m)
+    tile_k = key_tile(m_full)
+    at_once = tile_k if tile_k <= 1024 else tile_k // 2
+    more: dict[str, Any] = {} if one_pass else {"block_q_dq": tile_q, "block_kv_dq": tile_k}
     sizes = kernel.BlockSizes(
-        block_q=tile_q, block_kv=tile_k, block_kv_compute=tile_k, block_q_dkv=tile_q, block_kv_dkv=tile_k,
-        block_kv_dkv_compute=tile_k, block_q_dq=tile_q, block_kv_dq=tile_k,
+        block_q=tile_q, block_kv=tile_k, block_kv_compute=at_once, block_q_dkv=tile_q, block_kv_dkv=tile_k,
+        block_kv_dkv_compute=at_once, use_fused_bwd_kernel=one_pass, **more,
     )  # fmt: skip
     run = kernel.make_splash_mha(
         masks.MultiHeadMask([masks.FullMask((n_full, m_full))] * heads), block_sizes=sizes, head_shards=1,
@@ -169,6 +193,15 @@ def tile(length: int) -> int:
         if -length % rows <= length // 16:
             return rows
     return 128
+
+
+def key_tile(length: int) -> int:
+    """Keys of a tile, for a length of whole tiles: those that cost least of what divides it.
+
+    The more keys, the less often sums are rescaled; more than 2,048 do not fit VMEM. By the schedules of the compiled
+    kernels (`tests/benchmarks/attention_tiles.py`).
+    """
+    return next((keys for keys in (2048, 1536) if length % keys == 0), tile(length))
 
 
 def blocked_attention(

@@ -73,19 +73,38 @@ class Published:
     """A model as published, in terms of this project.
 
     Attributes:
-      sizes: as in a config's section `model`.
-      entries: of each part of the base, whose tensors lie in a folder of that name.
+      layout: `interfaces.PublishedLayout` of networks of its sizes.
+      entries: of each part of the base, under the names that the source has.
       constants: arrays of the base by dotted path that are no tensors there, but stand in a config.
       ignored: of a part, pattern of the names of tensors that are not converted.
-      text_weights: part and pattern of the name of an ignored tensor that text states depend on; None where there is
-        none. The checkpoint keeps its digest.
+      apart: as `PublishedLayout.apart`, under the names that the source has.
     """
 
-    sizes: dict[str, Any]
+    layout: Any
     entries: dict[str, list[Entry]]
-    constants: dict[str, np.ndarray]
+    constants: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    text_weights: tuple[str, str] | None = None
+    apart: Mapping[str, list[Entry]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """As in a config's section `model`."""
+        return dict(self.layout.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraRules:
+    """What diffusers' loader takes of a LoRA file with a family's original names.
+
+    Attributes:
+      prefixes: what the names of its tensors begin with.
+      reads: (name of a tensor, kind of tensor) -> whether it is read; kinds are those of `weights.lora_names.PARTS`.
+      stops: (layer, kind) of each tensor by name -> why the loader ends with an error, a line each.
+    """
+
+    prefixes: tuple[str, ...] = ()
+    reads: Callable[[str, str], bool] = lambda name, kind: kind in ("a", "b")
+    stops: Callable[[Mapping[str, tuple[str, str]]], list[str]] = lambda tensors: []
 
 
 def check_names(entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -27,6 +27,7 @@ from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
 from world_distill.devices import chips
 from world_distill.devices.sharding import batch_sharding
+from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
 from world_distill.programs import plan, prepare, pretrain
 from world_distill.training import run_folder
@@ -40,12 +41,16 @@ def measure(config, folder: pathlib.Path, repeats: int) -> dict:
     mesh = build.start_devices(config)
     programs = make_programs(config, mesh)
     family, objective, collection = programs.family, programs.objective, programs.rollout_settings
+    if objective.sft:
+        raise UserError(
+            "objective.kind = sft has one part, the update: `train` logs its seconds, and `plan` predicts them"
+        )
     data = run_folder.data_folder(config, folder)
     prepare.make_records(config, data)
     base = base_model.load_base(family, config, mesh)
     state = programs.init(base, config.seed)
     judge = build.make(config, "judge")
-    reader, rubric = RecordReader(data, "train"), build.make_rubric(config)
+    reader, rubric = RecordReader(data, "train"), build.make_rubric(config, judge=judge)
     lengths = build.text_lengths(family, config)
     negative = load_negative(reader, programs.guidance, lengths, mesh)
     collector = Collector(programs, judge=judge, cache=None, rubric=rubric, negative=negative)

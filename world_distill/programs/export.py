@@ -10,7 +10,7 @@ import world_distill
 from world_distill import build
 from world_distill.errors import UserError
 from world_distill.training import run_folder
-from world_distill.weights import base_model
+from world_distill.weights import base_model, merging
 from world_distill.weights.lora_files import write_lora
 from world_distill.weights.lora_layouts import Layout, LoraModel, unread_by_diffusers
 from world_distill.weights.merged_model import (
@@ -89,10 +89,12 @@ def export_merged(
 def describe(config, step: int, license: str = "") -> dict[str, str]:
     """What the header of an exported file says: all that one needs to use it as it was trained.
 
-    `base` and `base_revision` name the published model, `sampler` (JSON) the settings of the training's clips,
-    `prompt_form` how a task is written, `license` the terms: those that are given, or those of the base.
+    `base` and `base_revision` name the published model, `base_merged` the LoRA that `convert` added to it, `sampler`
+    (JSON) the settings of the training's clips, `prompt_form` how a task is written, `license` the terms: those that
+    are given, or those of the base.
     """
     base = base_model.origin(config.base)
+    merged = merging.text(base)
     sampler = {
         "solver": "euler", "steps": config.sampler.steps, "shift": config.sampler.shift,
         "guidance": config.rollout.guidance, "fps": config.model.get("fps"), "frames": config.model.get("frames"),
@@ -106,6 +108,7 @@ def describe(config, step: int, license: str = "") -> dict[str, str]:
         "seed": str(config.seed),
         "base": base.get("source") or str(config.base),
         "base_revision": base.get("revision") or "not known",
+        **({"base_merged": merged} if merged else {}),
         "sampler": json.dumps(sampler, sort_keys=True),
         "prompt_form": PROMPT_FORM,
         "license": license or base.get("license") or "not stated",

@@ -51,6 +51,7 @@ class Request:
         a record is told (task, solution or both), `limit` how many records are taken, 0 for all.
       executors: folders of runs, or LoRA files, whose changes are added up; empty is the base.
       strengths: of the executors, one for all or one each; empty: 1.
+      alphas: of LoRA files that do not say it, one for all or one each, None for a file that does; empty: None.
       without: parts of LoRA files that are left out (`weights.lora_names.LEFT_OUT`).
       sampler: euler or unipc.
       steps: of the sampler; 0 takes the config's.
@@ -72,6 +73,7 @@ class Request:
     limit: int = 0
     executors: tuple[pathlib.Path, ...] = ()
     strengths: tuple[float, ...] = ()
+    alphas: tuple[float | None, ...] = ()
     without: tuple[str, ...] = ()
     sampler: str = "euler"
     steps: int = 0
@@ -86,10 +88,11 @@ class Request:
     def __post_init__(self):
         if self.guidance < 1:
             raise UserError(f"--guidance {self.guidance}: the scale is at least 1, which is no guidance")
-        if len(self.strengths) not in (0, 1, len(self.executors)):
-            raise UserError(
-                f"{len(self.strengths)} --strength for {len(self.executors)} --executor: give one, or one for each"
-            )
+        for flag, given in (("strength", self.strengths), ("alpha", self.alphas)):
+            if len(given) not in (0, 1, len(self.executors)):
+                raise UserError(
+                    f"{len(given)} --{flag} for {len(self.executors)} --executor: give one, or one for each"
+                )
         if self.times and self.sampler != "euler":
             raise UserError("--sigmas is for --sampler euler; unipc makes its own from --steps and --shift")
         listed = len(self.times) - (self.times[-1] == 0) if self.times else 0
@@ -124,7 +127,7 @@ def generate(request: Request, config) -> tuple[int, int]:
     Raises:
       UserError: flags or files that do not fit together, or clips of other settings in the folder.
     """
-    video_files.require_mp4()
+    video_files.require_pyav()
     settings = _settings(request, config)
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)
@@ -278,9 +281,13 @@ def _load_executors(
     """(weights, what tells them from any others)."""
     if not request.executors:
         return None, None
-    found = [_load_executor(path, request.without, config, family, mesh) for path in request.executors]
-    strengths = request.strengths or (1.0,)
-    strengths = strengths if len(strengths) == len(found) else strengths * len(found)
+    count = len(request.executors)
+    strengths = request.strengths if len(request.strengths) == count else (request.strengths or (1.0,)) * count
+    alphas = request.alphas if len(request.alphas) == count else (request.alphas or (None,)) * count
+    found = [
+        _load_executor(path, request.without, alpha, config, family, mesh)
+        for path, alpha in zip(request.executors, alphas, strict=True)
+    ]
     if len(found) == 1 and strengths == (1.0,):
         return found[0]
     try:
@@ -292,9 +299,16 @@ def _load_executors(
 
 
 def _load_executor(
-    path: pathlib.Path, without: Sequence[str], config, family: ModelFamily, mesh: jax.sharding.Mesh
+    path: pathlib.Path,
+    without: Sequence[str],
+    alpha: float | None,
+    config,
+    family: ModelFamily,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[PyTree, dict[str, Any]]:
     if is_run(path):
+        if alpha is not None:
+            raise UserError(f"{path} is the folder of a run, which says its alpha: --alpha is for LoRA files")
         trained = run_folder.read_config(path)
         scale = build.make_family(trained).lora_scale
         with trained.unlocked():
@@ -305,8 +319,9 @@ def _load_executor(
         if "full" not in lora and scale != family.lora_scale:  # trained with another alpha / rank than is used here
             lora = combine([lora], [scale / family.lora_scale])
         return lora, {"run": str(path), "step": step}
-    lora = load_lora(path, family, mesh, without=without)
+    lora = load_lora(path, family, mesh, without=without, alpha=alpha)
     known = {"file": str(path), "sha256": hashlib.sha256(lora_file(path).read_bytes()).hexdigest()}
+    known |= {} if alpha is None else {"alpha": alpha}
     return lora, known | ({"without": sorted(without)} if without else {})
 
 

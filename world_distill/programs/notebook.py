@@ -30,7 +30,7 @@ from world_distill.evaluation.clip_sampler import make_sampler
 from world_distill.interfaces import Judge, ModelFamily
 from world_distill.judges.ask import judge_clips
 from world_distill.judges.memory.cache import JudgmentCache
-from world_distill.judges.rubric import load_rubric
+from world_distill.judges.rubric import rubric_for
 from world_distill.settings.defaults import to_section
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import load_config
@@ -38,7 +38,7 @@ from world_distill.settings.objective import Objective
 from world_distill.settings.optimizer import OptimizerSettings
 from world_distill.settings.rollout import RolloutSettings
 from world_distill.structs import Condition, Judgment, PyTree, Texts, TrainState
-from world_distill.training.collect import Collector
+from world_distill.training.collect import Collector, check_reward
 from world_distill.training.step_programs import make_programs
 from world_distill.weights.base_model import load_base
 from world_distill.weights.lora_files import load_lora, write_lora
@@ -188,7 +188,7 @@ def judge(
     fps: float = 0.0,
     cache: JudgmentCache | None = None,
 ) -> Judgment:
-    """The judge's answers about clips [b F H W 3] uint8, with `scores` by question: log p(yes) - log p(no) [b].
+    """The judge's answers about clips [b F H W 3] uint8, with `scores` [b] by question: log p(yes) - log p(no).
 
     Args:
       judge: such as `ServerJudge`.
@@ -204,7 +204,7 @@ def judge(
     rows = [told] * len(clips) if isinstance(told, Told) else list(told)
     if any(row.role != "task" for row in rows):
         raise ValueError("a judge is asked about the task: give what model.tell(image, task=...) made")
-    questions = load_rubric(rubric or None, fps=fps)
+    questions = rubric_for(judge, rubric, fps=fps)
     tasks, agents = [row.text for row in rows], [row.agent for row in rows]
     return judge_clips(judge, cache, clips, tasks, agents, questions, questions.names)
 
@@ -238,7 +238,8 @@ class Trainer:
           cache: where the judge's answers are looked up and stored; None asks about everything.
 
         Raises:
-          ValueError: settings that do not go together, or RL without a judge.
+          ValueError: settings that do not go together, RL without a judge, or fine-tuning, which reads records.
+          UserError: rewards that this judge does not give.
         """
         config = model.config.copy_and_resolve_references()
         with config.unlocked():
@@ -248,13 +249,17 @@ class Trainer:
             config.rollout.spread = False
         self.model = model
         self.programs = make_programs(config, model.mesh)
+        if self.programs.objective.sft:
+            raise ValueError("objective.kind = sft learns from clips of records: use `world-distill train`")
         settings, rl = self.programs.rollout_settings, self.programs.objective.rl
         if rl != "none" and settings.questions and judge is None:
             raise ValueError(f"objective.rl = {rl} with rewards {', '.join(settings.questions)} needs a judge")
-        scales = Guidance.of(config)
+        scales, rewards = Guidance.of(config), judge if rl != "none" else None
+        asked = rubric_for(rewards, rubric, fps=model.family.fps)
+        if rewards is not None:
+            check_reward(rewards, asked, settings)
         self._collector = Collector(
-            self.programs, judge=judge if rl != "none" else None, cache=cache,
-            rubric=load_rubric(rubric or None, fps=model.family.fps),
+            self.programs, judge=rewards, cache=cache, rubric=asked,
             negative=model.negative(scales.negative) if scales.used else None,
         )  # fmt: skip
 

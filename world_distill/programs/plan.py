@@ -6,18 +6,19 @@ config's real sizes, and compiled for the topology. What is printed of memory, c
 operations are counted from the traced programs (`flops`).
 
 Times are predictions. On TPUs they are ranges: the compiler's cycles (`cycles`) by the clock, attention kernels at a
-share of the peak (`KERNEL_SHARES`), and the time in which chips wait for collectives, over all links or over the two of
-one axis of the torus. Where the compiler estimates no cycles, as for GPUs, they are the operations by the peak and an
-assumed utilisation.
+share of the peak (`chips.Chip.attention`, at worst half of it), and the time in which chips wait for collectives, over
+all links or over the two of one axis of the torus. Where the compiler estimates no cycles, as for GPUs, they are the
+operations by the peak and an assumed utilisation.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,21 +26,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from world_distill import build, console
+from world_distill.data.records import fit
 from world_distill.devices import chips, flops
 from world_distill.devices import cycles as cycles_lib
-from world_distill.devices.sharding import batch_sharding, make_mesh, replicated, rows_or_whole
+from world_distill.devices.sharding import batch_sharding, kept_rows, make_mesh, replicated
 from world_distill.errors import UserError, did_you_mean
 from world_distill.settings import objective
 from world_distill.settings.loading import override
 from world_distill.settings.rollout import RolloutSettings
-from world_distill.structs import Condition, PyTree, Texts, Tokens, TrainBatch
-from world_distill.training.step_programs import Programs, make_programs
+from world_distill.structs import Condition, PyTree, Rollout, Texts, Tokens, TrainBatch
+from world_distill.training.step_programs import FINE_TUNING, Programs, make_programs
 from world_distill.weights import base_model
 
 LOCAL = "local"
 PHASES = ("rollout", "demonstrator", "update", "decode", "encode")  # names of what `make_plan` compiles
 GIB = 2**30
-KERNEL_SHARES = (0.7, 0.35)  # of the peak, at which attention kernels may run: assumed, since nobody estimates them
+KERNEL_SHARE = 0.7  # of the peak, at which attention kernels run at best where `chips` does not say
 UTILISATION = 0.4  # share of the peak that times assume without an estimate
 
 
@@ -118,17 +120,41 @@ def make_plan(config, devices: list[Any], only: tuple[str, ...] = (), *, say=lam
 def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase]:
     mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
     programs = make_programs(config, mesh)
-    family, settings, state = programs.family, programs.rollout_settings, programs.state
+    family, sft = programs.family, programs.objective.sft
     base = base_model.abstract_base(family, mesh)
-    # A step in which every loss has a weight.
+    wanted = lambda name: not only or name in only  # noqa: E731
+    yield from (_of_fine_tuning if sft else _of_rollouts)(config, programs, base, wanted)
+    size = family.encoders.image_size
+    if wanted("encode") and size:
+        images = _shape((config.encode_batch, 1, *size, 3), np.uint8, replicated(mesh))
+        if sft:  # the videos' clips, one on each device
+            rows = mesh.shape["data"] * mesh.shape["fsdp"]
+            images = _shape((rows, fit.clip_shape(family)[0], *size, 3), np.uint8, batch_sharding(mesh))
+        yield _compile("encode", jax.jit(family.codec.encode), (base, images), base, calls=0)[0]
+
+
+def _of_fine_tuning(config, programs: Programs, base: PyTree, wanted: Callable[[str], bool]) -> Iterator[Phase]:
+    """The update alone: clips of records stand in the rollouts' place."""
+    mesh, family, settings, state = programs.mesh, programs.family, programs.rollout_settings, programs.state
+    rows = settings.tasks * settings.group
+    shapes = {name: (rows, *spec.shape) for name, spec in family.latents.items()}
+    clips = {name: _shape(shape, jnp.float32, kept_rows(mesh, shape)) for name, shape in shapes.items()}
+    if wanted("update"):
+        task = _condition(config, family, mesh, rows)
+        given = state, base, _batch(programs, Rollout(clips), task, None, None, False, None)
+        yield _compile("update", programs.update[FINE_TUNING], given, (base, state))[0]
+
+
+def _of_rollouts(config, programs: Programs, base: PyTree, wanted: Callable[[str], bool]) -> Iterator[Phase]:
+    """The phases of a step in which every loss has a weight."""
+    mesh, family, settings, state = programs.mesh, programs.family, programs.rollout_settings, programs.state
     active = programs.objective.rl != "none"
     in_force = objective.Phase(rl=active, anchor=programs.objective.anchored)
-    wanted = lambda name: not only or name in only  # noqa: E731
 
     # Each phase takes what the one before gives, laid out as the compiler chose.
     key = jax.eval_shape(lambda: jax.random.key(0))
     task, solution = (_condition(config, family, mesh, settings.tasks * settings.group) for _ in range(2))
-    negative = _texts(config, family, (), replicated(mesh)) if programs.guidance.used else None
+    negative = _texts(config, family, (), lambda shape: replicated(mesh)) if programs.guidance.used else None
     at = (_abstract(key, replicated(mesh)), _abstract(jnp.int32(0), replicated(mesh)))
     given = (state.lora, base, task, solution, *at, negative)
     held = (base, state)
@@ -150,25 +176,24 @@ def _phases(config, devices: list[Any], only: tuple[str, ...]) -> Iterator[Phase
         if wanted("decode"):
             judged = active and bool(settings.questions)
             yield _compile("decode", programs.decode, (base, rollout.latents), held, calls=int(judged))[0]
-    size = family.encoders.image_size
-    if wanted("encode") and size:
-        images = _shape((config.encode_batch, 1, *size, 3), np.uint8, replicated(mesh))
-        yield _compile("encode", jax.jit(family.codec.encode), (base, images), base, calls=0)[0]
 
 
 def _condition(config, family, mesh, rows: int) -> Condition:
-    sharding = rows_or_whole(mesh, rows)
-    scene = {name: _shape((rows, *x.shape), x.dtype, sharding) for name, x in family.encoders.scenes.items()}
-    return Condition(_texts(config, family, (rows,), sharding), scene)
+    lie = functools.partial(kept_rows, mesh)
+    scene = {}
+    for name, x in family.encoders.scenes.items():
+        shape = (rows, *x.shape)
+        scene[name] = _shape(shape, x.dtype, lie(shape))
+    return Condition(_texts(config, family, (rows,), lie), scene)
 
 
-def _texts(config, family, rows: tuple[int, ...], sharding: jax.sharding.Sharding) -> Texts:
+def _texts(config, family, rows: tuple[int, ...], lie: Callable[[tuple[int, ...]], jax.sharding.Sharding]) -> Texts:
     texts = {}
     for name, length in build.text_lengths(family, config).items():
         spec = family.encoders.texts[name]
-        texts[name] = Tokens(
-            _shape((*rows, length, spec.width), spec.dtype, sharding), _shape((*rows, length), jnp.bool_, sharding)
-        )
+        shape = (*rows, length)
+        states = (*shape, spec.width)
+        texts[name] = Tokens(_shape(states, spec.dtype, lie(states)), _shape(shape, jnp.bool_, lie(shape)))
     return texts
 
 
@@ -248,10 +273,11 @@ def _predict(phase: Phase, estimate: cycles_lib.Estimate, sharding: jax.sharding
     if not estimate.total or chip is None or not chip.ghz:
         return
     hertz, kernels = chip.ghz * 1e9, phase.kernel_flops / len(devices) / (chip.tflops * 1e12)
+    best = chip.attention or KERNEL_SHARE
     links = (chip.sends * 1e9, chip.sends * 1e9 * min(2 / chip.links, 1.0))
     low, high = (
         estimate.total / hertz + kernels / share + estimate.waiting(hertz, bandwidth)
-        for share, bandwidth in zip(KERNEL_SHARES, links, strict=True)
+        for share, bandwidth in zip((best, best / 2), links, strict=True)
     )
     phase.seconds = low, high
 

@@ -13,15 +13,20 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 
 from world_distill import build
 from world_distill.data.annotation.annotate import annotate_images
 from world_distill.data.images.filters import Filters
 from world_distill.data.records import fit
+from world_distill.data.records.clips import ClipSource
 from world_distill.data.records.encode import encode_records
 from world_distill.data.records.negative import keep_negative
 from world_distill.data.records.reader import RecordError, RecordReader
 from world_distill.data.records.splits import Splits, check_names
+from world_distill.data.videos.convert import VIDEOS
+from world_distill.devices.sharding import batch_sharding
+from world_distill.errors import UserError
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import section
 from world_distill.structs import PyTree
@@ -78,16 +83,56 @@ class Encoder:
         *,
         name: str,
         metadata: Mapping[str, str] | None = None,
+        clips: ClipSource | None = None,
+        batch: int = 8,
         **options,
     ) -> dict[str, int]:
         """`encode_records` with these encoders; its other `options` and its counts."""
         encoders = self._family.encoders
         weights = pathlib.Path(base_model.base_path(self._family, self._config.base) or "").name
         metadata = {**(metadata or {}), **self._identity, "weights": weights}
+        size = encoders.image_size
+        if clips is not None:
+            metadata |= fit.clip_identity(self._family)
+            size = clips.size
+            # Whole calls of the clips' encoder.
+            batch = -(-batch // clips.rows) * clips.rows
         return encode_records(
             reader, folder, name=name, encode_scene=lambda images: encoders.scene(self._codec, images),
-            encode_text=encoders.text, size=encoders.image_size, scenes=encoders.scenes, metadata=metadata,
-            lengths=build.text_lengths(self._family, self._config), **options,
+            encode_text=encoders.text, size=size, scenes=encoders.scenes, metadata=metadata, clips=clips,
+            lengths=build.text_lengths(self._family, self._config), batch=batch, **options,
+        )  # fmt: skip
+
+    def clips_of(self, reader: RecordReader, videos: pathlib.Path | None = None) -> ClipSource | None:
+        """What gives annotated records the clips of their videos; None where they are of pictures.
+
+        `videos` is the folder of the videos, if they have moved since they were imported.
+
+        Raises:
+          UserError: the folder is not there, or is given for records of pictures.
+        """
+        if VIDEOS not in reader.metadata:
+            if videos is not None:
+                raise UserError(f"--videos {videos}: {reader.index_path} was not imported from videos")
+            return None
+        root = pathlib.Path(reader.metadata[VIDEOS]) if videos is None else videos
+        if not root.is_dir():
+            raise UserError(
+                f"{root}, the folder of the videos of {reader.index_path}, is not there: name it with --videos, or take"
+                " --no-clips, which encodes their first frames alone"
+            )
+        frames, height, width = fit.clip_shape(self._family)
+        mesh = build.start_devices(self._config)
+        # A clip on each device, or on those that share one along context and tensor.
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        encode = jax.jit(build.make_family(self._config, mesh).codec.encode)
+
+        def on_all_devices(clips: np.ndarray) -> dict[str, np.ndarray]:
+            return jax.device_get(encode(self._codec, jax.device_put(clips, batch_sharding(mesh))))
+
+        return ClipSource(
+            root.resolve(), frames, self._family.fps, (height, width), rows=rows, encode=on_all_devices,
+            latents=fit.clip_latents(self._family),
         )  # fmt: skip
 
     def keep_negative(self, folder: pathlib.Path, name: str) -> bool:

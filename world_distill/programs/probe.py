@@ -1,6 +1,7 @@
 """`world-distill probe`: before training, is the Demonstrator better than the Executor at all?"""
 
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,10 +15,12 @@ from world_distill.data.records.fit import check_fit
 from world_distill.data.records.negative import read_negative, write_negative
 from world_distill.data.records.reader import RecordReader, write_records
 from world_distill.errors import UserError
+from world_distill.evaluation.controls import ask_controls
 from world_distill.evaluation.probe_figures import ROLES, Probed
 from world_distill.evaluation.scoring import Evaluator
 from world_distill.interfaces import Judge, ModelFamily
-from world_distill.judges.ask import check_judge, judge_clips
+from world_distill.judges.ask import check_judge, judge_clips, refuse_clip
+from world_distill.judges.controls import Shown
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import Rubric
 from world_distill.structs import PyTree, Texts
@@ -34,9 +37,12 @@ def probe(
     *,
     limit: int = 0,
     clips: int = 1,
+    controls: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Probed, dict[str, Any]]:
     """The judge's answers about both models' clips, and what was asked: judge, rubric, hits and misses of the cache.
+
+    Where there are `controls`, its answers about those stand there, too (`evaluation.controls.ask_controls`).
 
     Args:
       config: names model, sampler, judge and rubric.
@@ -44,6 +50,7 @@ def probe(
       workdir: of the judgment cache.
       limit: tasks to look at; 0 takes all.
       clips: clips a task, for each of the two.
+      controls: tasks whose first clip by the Demonstrator is made into negative controls.
       progress: called with (clips judged, clips).
 
     Raises:
@@ -55,7 +62,9 @@ def probe(
     if problem := scene_problem(reader[0].scene, family.encoders.scenes):
         raise UserError(f"{reader.index_path}: {problem}")
     check_fit(reader, family, base_model.origin(config.base))
-    judge, rubric = build.make(config, "judge"), build.make_rubric(config)
+    judge = build.make(config, "judge")
+    rubric = build.make_rubric(config, judge=judge)
+    refuse_clip(judge, config.rollout.clip)
     for line in check_judge(judge):
         console.say(f"judge: {line}")
     base, lora = base_model.load_base(family, config, mesh), _executor(config, family, mesh)
@@ -64,6 +73,7 @@ def probe(
     batches = fixed_batches(reader, config.evaluate_batch, lengths=build.text_lengths(family, config), indices=chosen)
     parts: dict[str, list] = {role: [] for role in ROLES}
     ids, tasks, kinds = [], [], []
+    shown: list[Shown] = []
     with run_folder.open_cache(config, workdir) as cache:
         for batch in batches:
             count = int(batch.weight.sum())
@@ -73,13 +83,18 @@ def probe(
                     _clips(evaluator, batch, base, weights, text, number, negative)[:count] for number in range(clips)
                 ]
                 parts[role].append(_judge(judge, cache, made, batch, rubric))
+                if role == ROLES[0]:
+                    told = zip(made[0], batch.task, batch.agent, batch.ids, strict=False)  # ends with the real rows
+                    shown += [Shown(*one) for one in itertools.islice(told, max(controls - len(shown), 0))]
                 if progress is not None:
                     done = 2 * len(ids) + (1 + ROLES.index(role)) * count
                     progress(done * clips, 2 * len(chosen) * clips)
             ids, tasks, kinds = (
                 found + values[:count] for found, values in ((ids, batch.ids), (tasks, batch.task), (kinds, batch.kind))
             )
-        asked = {"hits": cache.hits, "misses": cache.misses}
+        asked: dict[str, Any] = {"hits": cache.hits, "misses": cache.misses}
+        if shown:
+            asked["controls"] = ask_controls(judge, cache, shown, rubric, rubric.names)
     scores = {role: {q: np.concatenate([p[q] for p in parts[role]]) for q in rubric.names} for role in ROLES}
     probed = Probed(ids, tasks, kinds, scores, float(config.rollout.clip))
     _check_judged(probed, config.rollout.max_invalid)
@@ -108,8 +123,9 @@ def keep_better(probed: Probed, reader: RecordReader, folder: pathlib.Path, name
     kept = {record for record, value in advantage.items() if not value <= 0}  # NaN: not judged
     if not kept:
         raise UserError(f"the Demonstrator is better on none of {len(advantage)} tasks: no records are left to write")
+    whole = RecordReader(reader.index_path.parent, reader.index_path.stem, clips=reader.has_clips)
     write_records(
-        folder, name, (record for record in reader if record.id in kept), reader.shards,
+        folder, name, (record for record in whole if record.id in kept), reader.shards,
         metadata={**reader.metadata, "kept_of": reader.fingerprint}, scene_dtype=reader.metadata.get("scene_dtype"),
     )  # fmt: skip
     if (negative := read_negative(reader.index_path.parent, reader.index_path.stem)) is not None:
@@ -152,7 +168,8 @@ def _executor(config, family: ModelFamily, mesh: jax.sharding.Mesh) -> PyTree | 
     path = config.executor.start
     if not path:
         return None
-    return load_lora(path, family, mesh, without=tuple(config.executor.start_without))
+    without, alpha = tuple(config.executor.start_without), config.executor.start_alpha or None
+    return load_lora(path, family, mesh, without=without, alpha=alpha)
 
 
 def _check_judged(probed: Probed, limit: float) -> None:

@@ -10,10 +10,10 @@ from world_distill import console
 from world_distill.errors import UserError
 from world_distill.evaluation.agreement import agreement, agreement_text
 from world_distill.interfaces import Judge
-from world_distill.judges.ask import check_judge, judge_clips
+from world_distill.judges.ask import check_judge, judge_mixed
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.memory.entries import Entry
-from world_distill.judges.memory.kept_clips import KeptClips
+from world_distill.judges.memory.kept_clips import KeptClips, judged_clips
 from world_distill.judges.rubric import Rubric
 
 _CLIPS = 16  # held in memory, and given to the judge, at once
@@ -28,16 +28,7 @@ def rejudge(cache: JudgmentCache, clips: KeptClips, judge: Judge, rubric: Rubric
       UserError: no judged clip is kept, none of the questions is in the rubric, or the judge fails its own test.
       ValueError: a kept clip is damaged.
     """
-    kept = set(clips.digests())
-    first: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)  # by clip, task and agent
-    for entry in cache.entries():
-        about = entry.about
-        if about.clip in kept and about.task is not None and about.agent is not None:
-            first[about.clip, about.task, about.agent].append(entry)
-    if not first:
-        raise UserError(
-            f"{clips.folder} holds no clips of these judgments: train with --config.judge.keep_clips=0.05, for instance"
-        )
+    first = judged_clips(cache, clips)
     asked = {e.about.question for entries in first.values() for e in entries}
     questions = [name for name in rubric.names if name in asked]
     if not questions:
@@ -78,22 +69,12 @@ def _scores(
     questions: list[str],
 ) -> list[tuple[dict[str, float], int]]:
     """(the judge's log-odds by question, frames of the clip) for each group."""
-    loaded: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
-    for i, (digest, *_) in enumerate(groups):
-        clip = clips.load(digest)
-        loaded[clip.shape].append((i, clip))
-    scores: list[tuple[dict[str, float], int]] = [({}, 0)] * len(groups)
-    for same_shape in loaded.values():
-        rows = [i for i, _ in same_shape]
-        judgment = judge_clips(
-            judge, cache, np.stack([clip for _, clip in same_shape]),
-            [groups[i][1] for i in rows], [groups[i][2] for i in rows], rubric, questions,
-            records=[first[groups[i]][0].about.record for i in rows],
-        )  # fmt: skip
-        for position, i in enumerate(rows):
-            found = {name: float(values[position]) for name, values in judgment.scores.items()}
-            scores[i] = found, len(same_shape[position][1])
-    return scores
+    loaded = [clips.load(digest) for digest, *_ in groups]
+    scores = judge_mixed(
+        judge, cache, loaded, [task for _, task, _ in groups], [agent for *_, agent in groups], rubric, questions,
+        records=[first[group][0].about.record for group in groups],
+    )  # fmt: skip
+    return [({name: float(scores[name][i]) for name in questions}, len(clip)) for i, clip in enumerate(loaded)]
 
 
 def _is_same(entry: Entry, judge: Judge, rubric: Rubric, frames: int) -> bool:

@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 
 from world_distill import build, console
 from world_distill.data.records.batches import TaskBatches, task_batches
-from world_distill.data.records.fit import check_fit
+from world_distill.data.records.fit import check_clips, check_fit
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordError, RecordReader
 from world_distill.devices import hosts
+from world_distill.errors import UserError
 from world_distill.evaluation.held_out import HeldOut, make_held_out
 from world_distill.evaluation.scoring import Evaluator
 from world_distill.interfaces import Judge
@@ -25,6 +26,7 @@ from world_distill.judges.rubric import Rubric
 from world_distill.settings.loading import to_json
 from world_distill.structs import PyTree, Texts
 from world_distill.training import run_folder
+from world_distill.training.collect import check_reward
 from world_distill.training.step_programs import Programs, make_programs
 from world_distill.weights import base_model
 from world_distill.weights.lora_layouts import check_targets
@@ -81,15 +83,26 @@ def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = Tru
     for records in filter(None, (reader, validation)):
         check_fit(records, family, base_model.origin(config.base))
     programs = make_programs(config, mesh)
+    fine_tunes = programs.objective.sft
+    if fine_tunes:
+        check_clips(reader, family)
     settings = programs.rollout_settings
     hosts.agree("config", to_json(config))
     hosts.agree("set of records", reader.fingerprint)
     lengths = build.text_lengths(family, config)
-    tasks = task_batches(reader, tasks_per_step=settings.tasks, seed=config.seed, lengths=lengths)
+    tasks = task_batches(
+        reader, tasks_per_step=settings.tasks, seed=config.seed, lengths=lengths, solutions=not fine_tunes
+    )
     negative = load_negative(reader, programs.guidance, lengths, mesh)
-    rubric = build.make_rubric(config)
-
     judge = build.make(config, "judge") if settings.questions and programs.objective.rl != "none" else None
+    rubric = build.make_rubric(config, judge=judge)
+    if judge is not None:
+        check_reward(judge, rubric, settings)
+    if config.judge.controls and judge is None:
+        raise UserError(
+            f"config.judge.controls = {config.judge.controls} has no effect where no judge is asked (objective.rl = "
+            f"{config.objective.rl}): set it to 0"
+        )
     asked = judge is not None or config.held_out.factory
     cache = run_folder.open_cache(config, workdir) if asked and writes else None
     try:
@@ -115,7 +128,7 @@ def _records(config: ConfigDict, workdir: pathlib.Path) -> tuple[RecordReader, R
     """The records to learn from, and those to look at meanwhile."""
     folder = run_folder.data_folder(config, workdir)
     try:
-        reader = RecordReader(folder, config.train_set)
+        reader = RecordReader(folder, config.train_set, clips=config.objective.kind == "sft")
     except RecordError as error:
         raise RecordError(
             f"{error}. Records come from `world-distill encode`; --config.data says in which folder they are, and"

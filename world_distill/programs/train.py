@@ -1,4 +1,4 @@
-"""`world-distill train`: one loop for distillation, RL and both (WMSD), for every model family.
+"""`world-distill train`: one loop for distillation, RL, both (WMSD) and fine-tuning, for every model family.
 
     for every step:
         collect     the Executor's rollouts, judged and weighed        (collect.py)
@@ -22,6 +22,7 @@ from world_distill.devices.clock import UPDATE, Clock
 from world_distill.devices.interruption import Interruption
 from world_distill.devices.profiler import Profiler
 from world_distill.errors import UserError
+from world_distill.evaluation.controls import at_start
 from world_distill.evaluation.held_out import audit
 from world_distill.evaluation.scoring import QUESTIONS, summarise
 from world_distill.judges.ask import begun_rubric, note_other_rubrics
@@ -91,8 +92,14 @@ def train(
     if cache is not None and inputs.judge is not None:
         if restored is not None and not config.judge.rubric and not config.judge.cache:
             rubric = begun_rubric(cache, rubric)  # the reward's wording is part of what is trained
-        note_other_rubrics(cache, rubric)
-    collector = Collector(programs, judge=inputs.judge, cache=cache, rubric=rubric, negative=inputs.negative)
+        note_other_rubrics(cache, rubric, held_out=inputs.held_out and inputs.held_out.rubric)
+    controls = None
+    if config.judge.controls and inputs.judge is not None and hosts.is_main():
+        ask = at_start(inputs.judge, cache, rubric, collection.questions, workdir)
+        controls = config.judge.controls, ask
+    collector = Collector(
+        programs, judge=inputs.judge, cache=cache, rubric=rubric, negative=inputs.negative, controls=controls
+    )
     evaluator, validation, held_out = inputs.evaluator, inputs.validation, inputs.held_out
     run_folder.claim_folder(config, workdir)
 
@@ -193,6 +200,7 @@ def train(
 def _short(values: dict[str, float]) -> dict[str, str]:
     """The few figures of a progress line."""
     names = {
+        "sft": "train/sft",
         "anchor": "train/anchor",
         "reward": "reward/total",
         "task": "rate/task",

@@ -54,6 +54,7 @@ _PANELS = (
     ("Average of the three", "", (0.0, 1.0), (("validation", "validation/average"),)),
     ("All three at once", "", (0.0, 1.0), (("validation", "validation/all"),)),
     ("Reward", "what the Executor's clips earn, on average", None, (("reward", "reward/total"),)),
+    ("Fine-tuning loss", "squared velocity error on the records' clips", None, (("loss", "train/sft"),)),
     ("Anchor loss", "distance of the Executor's velocities to the Demonstrator's", None, (("anchor", "train/anchor"),)),
     ("Gradients", "the anchor's length divided by RL's, as both are weighted", None,
      (("anchor / RL", "train/anchor_to_rl"),)),

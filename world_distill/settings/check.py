@@ -39,7 +39,7 @@ RULES = (
         "objective.rl_weight is 0 in every step: set objective.rl = none",
     ),
     _Rule(
-        lambda o, c: not all(any(o.phase(step)) for step in range(_settled(o) + 1)),
+        lambda o, c: not o.sft and not all(any(o.phase(step)) for step in range(_settled(o) + 1)),
         "in some training steps neither objective.beta_d nor RL has a weight, so they would learn nothing",
     ),
     _Rule(
@@ -80,9 +80,39 @@ RULES = (
         "rollout.staleness = 1 needs AWM's ratio: set objective.awm_old to start or ema",
     ),
     _Rule(
-        lambda o, c: o.times != "index" and not (o.uses_visited or o.uses_renoised),
+        lambda o, c: o.times != "index" and not (o.uses_visited or o.uses_renoised or o.sft),
         "objective.times has no effect without an anchor, AWM or DiffusionNFT: Flow-GRPO takes every stochastic step"
         " alike. Set it to index",
+    ),
+    _Rule(
+        lambda o, c: o.sft and _rl(o, c),
+        "objective.kind = sft learns from the records' clips, which nobody judges: set objective.rl = none",
+    ),
+    _Rule(
+        lambda o, c: o.sft and o.anchored,
+        "objective.kind = sft computes no Demonstrator, so that objective.beta_d has no effect: set it to 0",
+    ),
+    _Rule(
+        lambda o, c: o.sft and c.role == "demonstrator",
+        "objective.kind = sft rolls nothing out, so that rollout.role has no effect: set it to executor. To learn from"
+        " the Demonstrator's clips, write them first (`world-distill demonstrate`)",
+    ),
+    _Rule(
+        lambda o, c: o.sft and c.staleness > 0,
+        "objective.kind = sft rolls nothing out, so that rollout.staleness has no effect: set it to 0",
+    ),
+    _Rule(
+        lambda o, c: o.sft and o.sft_times != "grid" and (o.times != "index" or o.keep_fraction != 1),
+        "objective.times and objective.keep_fraction are about the sampler's times: with objective.sft_times other than"
+        " grid they have no effect. Set them to index and 1",
+    ),
+    _Rule(
+        lambda o, c: o.sft and o.sft_times == "grid" and o.sft_shift != 1,
+        "objective.sft_times = grid takes the sampler's times as they are: set objective.sft_shift = 1",
+    ),
+    _Rule(
+        lambda o, c: not o.sft and (o.sft_times != "uniform" or o.sft_shift != 1 or o.sft_power != 0),
+        "objective.sft_times, sft_shift and sft_power belong to objective.kind = sft: leave them at their defaults",
     ),
 )
 

@@ -26,6 +26,14 @@ class Objective:
     is that of -A l, averaged over rows with a judgment, whatever the clip range and the temperature are.
 
     Attributes:
+      kind: "wmsd" (the Executor's or the Demonstrator's rollouts, with the losses below) or "sft": supervised
+        fine-tuning, plain flow matching on clips that the records bring, told the task. Nothing is rolled out or
+        judged, and the Demonstrator is not computed. `world-distill import-videos` and `demonstrate` make such records.
+      sft_times: times of fine-tuning: "uniform" in [0, 1]; "logit_normal", the sigmoid of a normal number;
+        "stretched", the same over the whole range, as LTX-2's trainer draws them (`core.times`); or "grid", the
+        sampler's times, drawn as `times`, `skip_first` and `keep_fraction` say: a distilled model knows no others.
+      sft_shift: shift of these times, but for those of the grid; above 1 there is more noise.
+      sft_power: fine-tuning weighs the squared velocity error at time t by t to this power. 0 weighs all alike.
       rl: "awm", "nft" (DiffusionNFT), "flow_grpo" or "none".
       rl_weight: weight of L_RL; a number, or (step, value) points joined by straight lines.
       beta_d: weight of the Demonstrator's anchor (WMSD Eq. 12; the paper's best is .01); a number or points, as
@@ -71,6 +79,10 @@ class Objective:
       SettingError: a value out of its range (`settings.ranges`).
     """
 
+    kind: str = "wmsd"
+    sft_times: str = "uniform"
+    sft_shift: float = 1.0
+    sft_power: float = 0.0
     rl: str = "awm"
     rl_weight: Schedule = ((0, 1.0),)
     beta_d: Schedule = ((0, 0.01),)
@@ -117,6 +129,11 @@ class Objective:
         if phase.rl:
             return reduced
         return dataclasses.replace(reduced, rl="none", beta_old=0.0, beta_base=0.0, grpo_beta=0.0)
+
+    @property
+    def sft(self) -> bool:
+        """Whether clips of the records are learnt from, and no rollouts."""
+        return self.kind == "sft"
 
     @property
     def anchored(self) -> bool:

@@ -77,6 +77,8 @@ class JudgeSettings:
       cache: file of the answers. Empty: WORKDIR/judgments.sqlite. An address (gs://...) or a folder/ is shared by
         processes.
       keep_clips: share of the judged clips, 0 to 1, that are kept in WORKDIR, to be judged again.
+      controls: clips of the first judged step whose negative controls are judged, too: a still picture, text painted
+        into the frames, and others to which the answer is no. A warning names those that pass. 0: none.
     """
 
     factory: str = ""
@@ -84,6 +86,7 @@ class JudgeSettings:
     rubric: str = ""
     cache: str = ""
     keep_clips: float = 0.0
+    controls: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

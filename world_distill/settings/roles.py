@@ -27,7 +27,9 @@ class ExecutorSettings:
       differences: pattern of the paths of weights that get full differences beside LoRA, such as
         `blocks\..*\.bias`, which speed LoRAs change. Empty: none.
       start: LoRA of diffusers, ComfyUI or PEFT to start from; only for published families. Empty: none.
-      start_without: parts of that file to leave out: biases, norms, modulation, weights, text-encoder, image-branch.
+      start_without: parts of that file to leave out: biases, norms, modulation, weights, text-encoder, image-branch,
+        audio, text-connectors.
+      start_alpha: alpha of that file, where it does not say it; 0: what the file says, or its rank.
     """
 
     rank: int = 32
@@ -36,6 +38,7 @@ class ExecutorSettings:
     differences: str = ""
     start: str = ""
     start_without: tuple[str, ...] = ()
+    start_alpha: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ class TensorFileError(UserError):
 class TensorFiles:
     """Name, shape, type and content of every tensor of a file, or of a folder: one file, or several with an index.
 
-    Files are opened for each tensor and closed again, so that memory holds no more than what was read.
+    Files are opened for each tensor and closed again, so that memory holds no more than what was read. `header` is the
+    text that the first file keeps beside its tensors.
 
     Args:
       folder: where the files are, or the one file.
@@ -40,9 +41,11 @@ class TensorFiles:
         self._file: dict[str, pathlib.Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.types: dict[str, str] = {}
+        self.header: dict[str, str] = {}
         for path, expected in _files(folder).items():
             with open_tensors(path) as file:
                 found = set(file.keys())
+                self.header = self.header or file.metadata() or {}
                 if expected is not None and (lost := sorted(expected - found)):
                     raise TensorFileError(f"{path} lacks {len(lost)} tensors of its index, {lost[0]} for one")
                 for name in sorted(found if expected is None else expected):
@@ -53,6 +56,17 @@ class TensorFiles:
     def __getitem__(self, name: str) -> np.ndarray:
         with open_tensors(self._file[name]) as file:
             return read_tensor(file, self._file[name], name)
+
+
+class LazyTensor:
+    """A tensor that is read whenever numpy makes an array of it."""
+
+    def __init__(self, files: TensorFiles, name: str):
+        self.shape, self._files, self._name = files.shapes[name], files, name
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        del copy  # what was read belongs to no one else
+        return np.asarray(self._files[self._name], dtype)
 
 
 def _files(folder: pathlib.Path) -> Mapping[pathlib.Path, set[str] | None]:

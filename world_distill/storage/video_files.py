@@ -88,12 +88,12 @@ def save_gif(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int =
         )  # fmt: skip
 
 
-def require_mp4() -> None:
-    """Raises UserError where `save_mp4` will not work."""
+def require_pyav(what: str = "writing MP4") -> None:
+    """Raises UserError, saying what needs it, where PyAV is not installed."""
     try:
         import av  # noqa: F401
     except ImportError as error:
-        raise UserError("writing MP4 needs PyAV, which is in the extra `vlm`: pip install -e '.[vlm]'") from error
+        raise UserError(f"{what} needs PyAV, which is in the extra `vlm` or `data`: pip install -e '.[vlm]'") from error
 
 
 def save_mp4(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int = 1) -> None:
@@ -107,7 +107,7 @@ def save_mp4(path: str | os.PathLike, clip: np.ndarray, fps: float, scale: int =
       ValueError: not a clip, or not a speed or scale.
     """
     clip = _checked(clip, fps, scale)
-    require_mp4()
+    require_pyav()
     import av
 
     clip = _enlarged(clip, scale)

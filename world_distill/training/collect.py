@@ -6,15 +6,18 @@
     3. judge         decoded clips on the host, answers from the cache on disk where it has them
     4. weigh         rewards to group-relative advantages, failed judgments masked
 
+Supervised fine-tuning takes the records' clips in place of 1, and leaves 2 to 4 out.
+
 A rollout depends on (seed, step, row) and the weights alone, so a resumed or repeated run makes the same clips, finds
 their judgments in the cache, and goes on bit for bit as before.
 """
 
 import dataclasses
 import functools
+import itertools
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +28,11 @@ from world_distill.core import advantages
 from world_distill.core.metrics import within_group_correlations
 from world_distill.data.records.batches import ROLES, TaskBatch, TaskBatches
 from world_distill.devices import hosts
-from world_distill.devices.sharding import batch_sharding, rows_or_whole
+from world_distill.devices.sharding import batch_sharding, kept_rows, rows_or_whole
 from world_distill.errors import UserError
 from world_distill.interfaces import Judge
-from world_distill.judges.ask import judge_clips
+from world_distill.judges.ask import has_rate, judge_clips, refuse_clip
+from world_distill.judges.controls import Shown
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import Rubric
 from world_distill.settings.objective import Phase
@@ -71,6 +75,16 @@ class Parts(NamedTuple):
     judge: Callable[[], Judgment]
 
 
+def check_reward(judge: Judge, rubric: Rubric, settings: RolloutSettings) -> None:
+    """Raises UserError for a reward that the judge does not give, or a limit that does not fit its numbers."""
+    if missing := [name for name in settings.questions if name not in rubric.names]:
+        raise UserError(
+            f"config.rollout.weights has {', '.join(missing)}, and the judge {judge.name} is asked for "
+            f"{', '.join(rubric.names)}: give these a weight, or rename them (`measures`, or the files of the rubric)"
+        )
+    refuse_clip(judge, settings.clip)
+
+
 def draw_tasks(settings: RolloutSettings, mesh: jax.sharding.Mesh, tasks: TaskBatches, active: bool) -> TaskBatch:
     """The tasks that this process needs of a step in which L_RL has a weight (`active`) or has none.
 
@@ -93,9 +107,19 @@ class Collector:
         cache: JudgmentCache | None,
         rubric: Rubric | None,
         negative: Texts | None = None,
+        controls: tuple[int, Callable[[Sequence[Shown]], Mapping[str, float]]] | None = None,
     ):
-        """`negative` is the text that guidance leads away from (`data.records.negative.load_negative`)."""
-        self._negative = negative
+        """
+        Args:
+          programs: the run's.
+          judge: whose answers are the reward; None without RL.
+          cache: of its answers.
+          rubric: its questions.
+          negative: the text that guidance leads away from (`data.records.negative.load_negative`).
+          controls: (count, ask) has up to `count` clips of the first step that is judged looked at by `ask`, which
+            returns figures for that step's log (`evaluation.controls.at_start`).
+        """
+        self._negative, self._controls = negative, controls
         self.settings, self._judge, self.cache, self.rubric = programs.rollout_settings, judge, cache, rubric
         self._programs, self._objective = programs, programs.objective
         self._rows = batch_sharding(programs.mesh)
@@ -126,6 +150,8 @@ class Collector:
         """
         started = time.perf_counter()
         phase = self._objective.phase(step)
+        if self._objective.sft:
+            return Pending(step, phase, tasks, self._of_records(tasks, phase), None, None, None, started)
         task, solution = self._conditions(tasks, phase)
         rollout = self._roll[phase.rl](lora, base, task, solution, *_key(key, step), self._negative)
         # Only clips that will be judged are decoded.
@@ -158,8 +184,13 @@ class Collector:
         rolled = time.perf_counter()
         judgment = self._ask(pending.tasks, clips, numbers)
         info = {"time/clips": rolled - pending.started, "time/judge": time.perf_counter() - rolled}
-        health = getattr(self._judge, "health", dict)()  # a judge may have figures of its own
-        return Judged(numbers, judgment, info | {f"judge/{name}": value for name, value in health.items()})
+        health = getattr(self._judge, "health", dict)  # a judge may have figures of its own
+        info |= {f"judge/{name}": value for name, value in health().items()}
+        if self._controls is not None and pending.step == self._first_judged:
+            count, ask = self._controls
+            info |= ask(self._some_shown(pending.tasks, clips, numbers, count))
+            health()  # those of the controls are not the step's
+        return Judged(numbers, judgment, info)
 
     def weigh(self, pending: Pending, judged: Judged) -> tuple[TrainBatch, dict[str, float]]:
         """The batch, with advantages from all processes' judgments, and host-side metrics.
@@ -198,20 +229,54 @@ class Collector:
 
     def _conditions(self, tasks: TaskBatch, phase: Phase) -> tuple[Condition, Condition]:
         """What every rollout is told, task and solution: on each device those of its own rollouts."""
-        group = self.settings.group_in(phase.rl)
-        rows = _places(tasks, np.repeat(np.arange(tasks.count), group))
-        sharding = rows_or_whole(self._programs.mesh, len(rows))
-        put = lambda x: hosts.place_rows(np.asarray(x), rows, sharding)  # noqa: E731
+        put = self._placing(tasks, phase)
         scene = jax.tree.map(put, tasks.scene)
         task, solution = (Condition(jax.tree.map(put, tasks.texts[role]), scene) for role in ROLES)
         return task, solution
 
+    def _of_records(self, tasks: TaskBatch, phase: Phase) -> TrainBatch:
+        """The records' clips, told their tasks. A stream that they lack, which counts nowhere, is 0: its mean."""
+        put = self._placing(tasks, phase)
+        lacking = {
+            name: np.zeros((len(tasks), *spec.shape), np.float32)
+            for name, spec in self._programs.family.latents.items()
+            if name not in tasks.clip and not spec.counts.any()
+        }
+        return TrainBatch(
+            task=jax.tree.map(put, tasks.condition("task")), solution=None,
+            latents=jax.tree.map(put, tasks.clip | lacking),
+            states=None, demonstrator=None, log_probs=None, advantages=None, valid=None,
+        )  # fmt: skip
+
+    def _placing(self, tasks: TaskBatch, phase: Phase) -> Callable[[Any], jax.Array]:
+        """A function that lays an array [tasks ...] out over the devices: on each the rows of its own rollouts."""
+        group = self.settings.group_in(phase.rl)
+        rows = _places(tasks, np.repeat(np.arange(tasks.count), group))
+        lie = functools.partial(kept_rows, self._programs.mesh)
+        return lambda x: hosts.place_rows(np.asarray(x), rows, lie((len(rows), *x.shape[1:])))
+
     def _ask(self, tasks: TaskBatch, clips: np.ndarray, numbers: np.ndarray) -> Judgment:
         """The judge's answers about clips; `numbers` are their rows in a batch of `group` clips of each task."""
-        of = _places(tasks, numbers // self.settings.group)
-        ids, texts, agents = ([values[i] for i in of] for values in (tasks.ids, tasks.task, tasks.agent))
+        ids, texts, agents = self._told(tasks, numbers)
         assert self._judge is not None and self.rubric is not None  # there are questions
         return judge_clips(self._judge, self.cache, clips, texts, agents, self.rubric, self._questions, records=ids)
+
+    def _told(self, tasks: TaskBatch, numbers: np.ndarray) -> tuple[list[str], list[str], list[str]]:
+        """Ids, tasks and agents of the rollouts with these numbers."""
+        of = _places(tasks, numbers // self.settings.group)
+        ids, texts, agents = ([values[i] for i in of] for values in (tasks.ids, tasks.task, tasks.agent))
+        return ids, texts, agents
+
+    @functools.cached_property
+    def _first_judged(self) -> int:
+        """The first step in which RL has a weight: the same one for a run that was interrupted."""
+        return next(step for step in itertools.count() if self._objective.rl_active(step))
+
+    def _some_shown(self, tasks: TaskBatch, clips: np.ndarray, numbers: np.ndarray, count: int) -> list[Shown]:
+        """`count` of the clips: the first of each task, then the second of each, and so on."""
+        chosen = np.argsort(numbers % self.settings.group, kind="stable")[:count]
+        told = zip(chosen, *self._told(tasks, numbers[chosen]), strict=True)
+        return [Shown(clips[i], task, agent, name) for i, name, task, agent in told]
 
     def _check(self, valid: np.ndarray, step: int) -> None:
         failed, limit = int((~valid).sum()), self.settings.max_invalid
@@ -243,7 +308,8 @@ class Collector:
             self._check(valid, pending.step)
             info |= {"judge/hits": judged.judgment.hits, "judge/misses": judged.judgment.misses}
             for name in self._questions:
-                info[f"rate/{name}"] = _mean(scores[name][valid] > 0)
+                if has_rate(self._judge, name):
+                    info[f"rate/{name}"] = _mean(scores[name][valid] > 0)
         groups = np.repeat(np.arange(count), group)
         settings = self.settings
         limits = dict.fromkeys(self._questions, settings.clip) if settings.clip else None

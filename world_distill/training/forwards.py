@@ -21,6 +21,8 @@ def per_rollout(
       phase: which losses have a weight in the training step.
       guidance: scale of the Demonstrator's guidance.
     """
+    if objective.sft:
+        return 3 * objective.reads
     shown, rolled = _forwards_of(guidance), _forwards_of(settings.guidance)
     if settings.role == "demonstrator":
         rolled = shown

@@ -1,7 +1,7 @@
 """A run's folder: its config, its records, its state on the mesh, and what later programs need of it.
 
 `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`, `judged_clips/` if some are kept,
-and `data/` where the config names no other records.
+`controls.json` where the judge was asked about negative controls, and `data/` where the config names no other records.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
 FREE_KEYS = (
     "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch",
     "encode_batch", "ablation", "checkpoints", "held_out", "judge.cache", "judge.keep_clips",
+    "judge.controls",
 )  # fmt: skip
 
 
@@ -127,7 +128,8 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
     """
     if family.published is None or not config.executor.rank:
         raise UserError(f"config.executor.start = {path!r}: only LoRA of a published family can be read from a file")
-    found = read_lora(path, LoraModel.of(family), scale=family.lora_scale, without=tuple(config.executor.start_without))
+    without, alpha = tuple(config.executor.start_without), config.executor.start_alpha or None
+    found = read_lora(path, LoraModel.of(family), scale=family.lora_scale, without=without, alpha=alpha)
     for line in found.notes:
         logging.warning("config.executor.start = %s: %s", path, line)
     lora = found.tree

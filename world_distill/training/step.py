@@ -1,6 +1,7 @@
 """The RL and distillation step as one pure function: (state, base, batch) -> (state, metrics).
 
     L = w_RL L_RL + beta_d L_anchor [+ beta_old |v_E - v_old|^2] [+ beta_base |v_E - v_base|^2]
+    L = t^p |v_E - (eps - x_0)|^2          on the records' clips: supervised fine-tuning (`objective.kind` = sft)
 
 L_anchor is WMSD's Eq. 11 (on visited states) or the same on re-noised clips; L_RL is AWM, DiffusionNFT or Flow-GRPO.
 The losses of one draw of times are in `step_losses.py`, their formulas in `core/losses.py`. Every variant of the paper
@@ -187,6 +188,8 @@ def gradients(
         piece, draw = batch, jax.tree.map(lambda x: x[number], draws)
         if pieces > 1:
             piece, draw = _rows(batch, take), jax.tree.map(lambda x: take(x, 0), draw)
+            # Else the compiler would round all states to the model's dtype before the loop, and keep both.
+            piece = jax.lax.optimization_barrier(piece)
         grads, found, looked = {}, {}, {}
         for name, at, loss_fn in passes:
             # One after the other, so that only one pass's activations are in memory.
@@ -225,7 +228,11 @@ def draw_rows(
     count, by_dt = draws * blocks, objective.times == "by_dt"
     visited = times.stratified_times(keys[0], grid, count, skip_first=False, keep_fraction=1.0, by_dt=by_dt)
     visited = renoised = spread(keys[1], visited)
-    if objective.uses_renoised:
+    at = None
+    if objective.sft:
+        at = spread(keys[3], _fine_tuning_times(keys[2], objective, grid, count))
+        renoised = (at[..., None] <= jnp.asarray(grid[1:], jnp.float32)).sum(axis=-1)
+    elif objective.uses_renoised:
         renoised = times.stratified_times(
             keys[2], grid, count, skip_first=objective.skip_first, keep_fraction=objective.keep_fraction, by_dt=by_dt
         )
@@ -238,7 +245,22 @@ def draw_rows(
     assert batch.valid is not None  # the clips are judged
     valid = batch.valid.astype(jnp.float32)
     judged = jnp.broadcast_to(valid * rows / jnp.maximum(valid.sum(), 1.0), (draws, rows))
-    return Draw(noise, visited, renoised, steps, judged)
+    return Draw(noise, visited, renoised, steps, judged, at)
+
+
+def _fine_tuning_times(key: jax.Array, objective: Objective, grid: np.ndarray, count: int) -> jax.Array:
+    """Times [count] of fine-tuning, one from each of as many strata."""
+    if objective.sft_times == "uniform":
+        return times.uniform_times(key, count, objective.sft_shift, 0.0)
+    if objective.sft_times == "logit_normal":
+        return times.logit_normal_times(key, count, objective.sft_shift)
+    if objective.sft_times == "stretched":
+        return times.stretched_times(key, count, objective.sft_shift)
+    indices = times.stratified_times(
+        key, grid, count, skip_first=objective.skip_first, keep_fraction=objective.keep_fraction,
+        by_dt=objective.times == "by_dt",
+    )  # fmt: skip
+    return jnp.asarray(grid, jnp.float32)[indices]
 
 
 def _minibatch(batch: TrainBatch, parts: int, index: jax.Array) -> TrainBatch:

@@ -3,6 +3,7 @@
     anchor on visited states    |v_E - v_D|^2 on states of the rollout (WMSD Eq. 11)
     RL on re-noised clips       AWM or DiffusionNFT on x_t = (1 - t) x_0 + t eps; the anchor too, if it looks there
     RL on sampler steps         Flow-GRPO on the stochastic steps of the rollout
+    fine-tuning                 flow matching on the records' clips, in place of all of these
 
 Every function returns the weighted sum of its losses over rows, and the losses [r] by name. The optimiser step divides
 the sum by the number of rows. RL's losses are weighted so that this makes them a mean over rows with a judgment; the
@@ -32,6 +33,8 @@ class Draw(NamedTuple):
     renoised: jax.Array  # [r] int32, of re-noised clips
     steps: jax.Array  # [r] int32, of stochastic sampler steps
     judged: jax.Array  # [r] float32: rows / judged rows of the update; 0 without a judgment
+    # [r] float32 of fine-tuning, whose times need not be the sampler's; `renoised` is then the step that each lies in.
+    times: jax.Array | None = None
 
 
 class Policies(NamedTuple):
@@ -79,6 +82,8 @@ class Losses:
     def passes(self) -> list[Pass]:
         """The passes that the objective needs."""
         objective, found = self.objective, []
+        if objective.sft:
+            return [Pass("sft", "renoised", self.fine_tuning)]
         renoised_anchor = objective.anchored and objective.anchor_states == "renoised"
         if objective.uses_visited:
             found.append(Pass("anchor", "visited", self.anchor_on_visited))
@@ -107,11 +112,9 @@ class Losses:
         self, lora: PyTree, base: PyTree, policies: Policies, rows: TrainBatch, draw: Draw, weights: Weights
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """AWM or DiffusionNFT, and all anchors that look at re-noised clips."""
-        objective, streams, mask = self.objective, self.family.latents, self._counts
+        objective, mask = self.objective, self._counts
         t = self._times(draw.renoised)
-        eps = sampling.initial_noise(draw.keys, rows.task.scene, streams)
-        x_t = sampling.pin(flow.interpolate(rows.latents, eps, t), rows.task.scene, streams)
-        target = flow.velocity(rows.latents, eps)
+        x_t, target = self._noised(rows, draw, t)
 
         def executor(weights_):
             return self.family.denoise(base, weights_, x_t, t, rows.task)
@@ -131,6 +134,16 @@ class Losses:
         if objective.beta_base:
             out["base"] = losses.velocity_gap(v, executor(None), mask)
         return self._total(out, weights, draw)
+
+    def fine_tuning(
+        self, lora: PyTree, base: PyTree, policies: Policies, rows: TrainBatch, draw: Draw, weights: Weights
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Flow matching on the records' clips: t^p |v_E - (eps - x_0)|^2, the scene pinned as in sampling."""
+        assert draw.times is not None  # `draw_rows` draws them
+        x_t, target = self._noised(rows, draw, draw.times)
+        v = self.family.denoise(base, lora, x_t, draw.times, rows.task)
+        gap = losses.velocity_gap(v, target, self._counts)
+        return (draw.times**self.objective.sft_power * gap).sum(), {"sft": gap}
 
     def flow_grpo_on_steps(
         self, lora: PyTree, base: PyTree, policies: Policies, rows: TrainBatch, draw: Draw, weights: Weights
@@ -153,6 +166,13 @@ class Losses:
             _, mean_base, _ = sampling.sde_step(x, v_base, t, t_next, g, None, sde=self.sde)
             out["kl"] = losses.flow_grpo_kl(mean, mean_base, std, mask)
         return self._total(out, weights, draw)
+
+    def _noised(self, rows: TrainBatch, draw: Draw, t: jax.Array) -> tuple[Latents, Latents]:
+        """(clips with fresh noise at times t [r], the scene pinned; the velocities eps - x_0 that lead there)."""
+        streams = self.family.latents
+        eps = sampling.initial_noise(draw.keys, rows.task.scene, streams)
+        x_t = sampling.pin(flow.interpolate(rows.latents, eps, t), rows.task.scene, streams)
+        return x_t, flow.velocity(rows.latents, eps)
 
     def _awm(self, v, target, t, advantages, v_old: Callable[[], Latents]) -> dict[str, jax.Array]:
         objective, mask = self.objective, self._counts

@@ -7,7 +7,8 @@
     motion        final latents                             -> how much each clip moves
     update        a state, the base, a batch                -> the next state, metrics        (step.py)
 
-With guidance, `roll` and `demonstrate` also take the states of the negative text.
+With guidance, `roll` and `demonstrate` also take the states of the negative text. Supervised fine-tuning
+(`objective.kind` = sft) runs `update` alone.
 
 `train` runs them, `benchmark` times each alone, `plan` compiles them for machines that are not there. Runs of one
 process that have the same settings share them, so that the second neither traces nor compiles: seeds of an ablation, a
@@ -32,10 +33,12 @@ from world_distill.core.schedules import piecewise_linear
 from world_distill.core.texts import read_once
 from world_distill.devices.sharding import (
     batch_sharding,
+    kept_rows,
     like_weights,
     map_rows,
     replicated,
     rows_at_once,
+    spread_kept,
     tree_shardings,
 )
 from world_distill.interfaces import Denoise, ModelFamily
@@ -52,6 +55,7 @@ from world_distill.training.step_losses import in_shape
 from world_distill.weights import base_model
 
 PHASES = (Phase(True, True), Phase(True, False), Phase(False, True))
+FINE_TUNING = Phase(False, False)  # the one phase of supervised fine-tuning
 # All that the programs are made from; seeds, judges and records are not.
 SECTIONS = (*build.FAMILY_SECTIONS, "demonstrator", "rollout", "objective", "optimizer", "sampler")
 
@@ -146,7 +150,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
 
     def demonstrate(base, rollout, solution, negative=None):
         denoise = with_guidance(family.denoise, guidance.demonstrator, negative)
-        return _demonstrate(family, denoise, settings, grid, base, rollout, solution)
+        return _demonstrate(family, mesh, denoise, settings, grid, base, rollout, solution)
 
     def decode(base, latents):
         clips = family.codec.decode(base, latents)
@@ -159,10 +163,11 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         return jnp.sqrt(flow.masked_mean(jnp.square(jnp.diff(picture, axis=1)), None))
 
     def finish(rollout):
-        return jax.tree.map(
+        states = jax.tree.map(
             lambda states, last: jnp.concatenate([states, last.reshape(1, *states.shape[1:])]),
             rollout.states, rollout.latents,
         )  # fmt: skip
+        return spread_kept(mesh, states)
 
     def train_step(phase):
         # While a schedule holds a loss at weight 0, its forward passes are left out.
@@ -192,7 +197,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         demonstrate=jax.jit(demonstrate),
         motion=jax.jit(motion),
         finish=jax.jit(finish) if keep_states else None,
-        update={phase: train_step(phase) for phase in PHASES},
+        update={phase: train_step(phase) for phase in ((FINE_TUNING,) if objective.sft else PHASES)},
         _init=init,
     )
 
@@ -248,7 +253,8 @@ def _roll(
 
     `Rollout.velocities` are those that made the clips: with guidance, the guided ones.
     """
-    task, solution = jax.lax.with_sharding_constraint((task, solution), batch_sharding(mesh))
+    lie = lambda x: jax.lax.with_sharding_constraint(x, kept_rows(mesh, x.shape))  # noqa: E731
+    task, solution = jax.tree.map(lie, (task, solution))
     rows = first_row + jnp.arange(jax.tree.leaves(task)[0].shape[0])
     keys = sampling.sample_keys(key, rows)
     executor = settings.role == "executor"
@@ -261,14 +267,16 @@ def _roll(
             denoise, base, lora if executor else None, condition, keys, times=grid, streams=family.latents,
             diffusion=diffusion, sde=sde, keep_states=keep_states,
         )  # fmt: skip
-        return _flat(_steps_first(rollout if keep_velocities else dataclasses.replace(rollout, velocities=None)))
+        return _steps_first(_kept(mesh, rollout if keep_velocities else dataclasses.replace(rollout, velocities=None)))
 
-    rollout = map_rows(some, settings.micro_batch or 0, task if executor else solution, keys)
-    return _steps_first(rollout)
+    rollout = _steps_first(map_rows(some, settings.micro_batch or 0, task if executor else solution, keys))
+    states, velocities = spread_kept(mesh, (rollout.states, rollout.velocities))
+    return dataclasses.replace(rollout, states=states, velocities=velocities)
 
 
 def _demonstrate(
     family: ModelFamily,
+    mesh: jax.sharding.Mesh,
     denoise: Denoise,
     settings: RolloutSettings,
     grid: np.ndarray,
@@ -292,11 +300,14 @@ def _demonstrate(
 
         return map_rows(some, settings.micro_batch or 0, state, solution)
 
+    def at_all(states):
+        return spread_kept(mesh, jax.lax.map(at, (states, jnp.asarray(grid[:-1], jnp.float32))))
+
     shown: Any
     if settings.role == "demonstrator":
         shown = rollout.velocities
     else:
-        shown = jax.lax.map(at, (rollout.states, jnp.asarray(grid[:-1], jnp.float32)))
+        shown = at_all(rollout.states)
     if rollout.velocities is None:
         return shown, None
     reward = losses.distillation_reward(
@@ -306,9 +317,10 @@ def _demonstrate(
     return shown, reward
 
 
-def _flat(rollout: Rollout) -> Rollout:
-    """Places as they are kept, [.. n p]: a TPU would fill up c, their last axis, to 128."""
-    states, velocities = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), (rollout.states, rollout.velocities))
+def _kept(mesh: jax.sharding.Mesh, rollout: Rollout) -> Rollout:
+    """States and velocities as they are kept, [k b n p]: a TPU would fill up c, the last axis of [.. h w c], to 128."""
+    flat = jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), (rollout.states, rollout.velocities))
+    states, velocities = spread_kept(mesh, flat)
     return dataclasses.replace(rollout, states=states, velocities=velocities)
 
 

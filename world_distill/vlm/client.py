@@ -21,6 +21,14 @@ from world_distill.vlm.tokens import TokenBudget, used_tokens
 
 _PASSING = {408, 409, 425, 429}  # and 5xx
 _OF_ONE_REQUEST = {400, 413, 422, 500, 501}  # a filter, a text too long, a picture that cannot be read
+_CHAT_HINTS = {
+    401: "the API key is missing or wrong: name its environment variable in api_key_env",
+    403: "this API key may not use the model",
+    404: "the address does not end in /v1 as it should, or the model has another name",
+    405: "the address does not end in /v1 as it should",
+    413: "the request is too large: fewer frames, or a smaller max_side",
+    429: "the account's quota is used up",
+}
 _CONNECT = 20.0  # seconds until a server takes a connection
 
 
@@ -119,12 +127,28 @@ class Server:
 class Client:
     """Sends requests to servers; one `session` at a time, on one event loop."""
 
-    def __init__(self, urls: Sequence[str], key: str | None, limits: Limits):
+    def __init__(
+        self,
+        urls: Sequence[str],
+        key: str | None,
+        limits: Limits,
+        *,
+        kind: str = "VLM server",
+        hints: Mapping[int, str] | None = None,
+    ):
+        """
+        Args:
+          urls: addresses of equal servers.
+          key: API key; None sends none.
+          limits: of all requests together.
+          kind: what messages call a server.
+          hints: what would help by the status of a refusal; None: what helps with the chats of VLMs.
+        """
         if not urls:
             raise UserError("name at least one server of the VLM")
         self.servers = [Server(url) for url in urls]
         self.limits = limits
-        self._key = key
+        self._key, self._kind, self._hints = key, kind, hints
         self._secrets = [text for text in (key, *(server.password for server in self.servers)) if text]
         self._next_start = 0.0
         self._tokens = TokenBudget(limits.tokens_per_minute)
@@ -232,16 +256,11 @@ class Client:
             reason = f"{server.label}: status {status}: {text[:200]}"
             return Failure(reason, wait=_asked_wait(error), alive=status in _PASSING, own=status == 500)
         page = "this is no answer of a model's server: a gateway or a proxy stands between, or the address is another's"
-        told = page if is_page(body) else advice(words, server.kind)
-        told = told or {
-            401: "the API key is missing or wrong: name its environment variable in api_key_env",
-            403: "this API key may not use the model",
-            404: "the address does not end in /v1 as it should, or the model has another name",
-            405: "the address does not end in /v1 as it should",
-            413: "the request is too large: fewer frames, or a smaller max_side",
-            429: "the account's quota is used up",
-        }.get(status, "the server does not take such a request: see its message")
-        return Refused(f"VLM server {server.label} refused with status {status}: {text}\n  {told}", status, words)
+        told = page if is_page(body) else "" if self._hints else advice(words, server.kind)
+        told = told or (self._hints or _CHAT_HINTS).get(
+            status, "the server does not take such a request: see its message"
+        )
+        return Refused(f"{self._kind} {server.label} refused with status {status}: {text}\n  {told}", status, words)
 
 
 def _asked_wait(error: Any) -> float:

@@ -35,11 +35,14 @@ class Pool:
       retries: attempts that came to nothing.
     """
 
-    def __init__(self, client: Client, test: Test):
-        """`test` is the self-test of a server: what it returns becomes `server.form`; raises Failure or UserError."""
+    def __init__(self, client: Client, test: Test, *, path: str = "/chat/completions"):
+        """`path` is what is asked, behind a server's address.
+
+        `test` is the self-test of a server: what it returns becomes `server.form`; raises Failure or UserError.
+        """
         self.client, self.limits, self.servers = client, client.limits, client.servers
         self.retries = 0
-        self._test = test
+        self._test, self._path = test, path
         self._answered = 0
 
     @contextlib.asynccontextmanager
@@ -93,7 +96,7 @@ class Pool:
             try:
                 await self.prepare(server)
                 try:
-                    reply = await self.client.send(server, "/chat/completions", body(server))
+                    reply = await self.client.send(server, self._path, body(server))
                 except Refused:  # which is an answer, too
                     self._succeeded(server)
                     raise

@@ -119,6 +119,7 @@ def _reader(
         _check_family(path, metadata, family)
         _check_weights(path, _read_by(family, shapes), expected)
         _check_settings(path, metadata, family)
+        _check_beside(pathlib.Path(path), metadata, family)
 
         def read(names):
             tree = unflatten_dict({name: wanted[name] for name in names}, sep=".")
@@ -162,6 +163,16 @@ def _check_settings(path: str | pathlib.Path, metadata: Mapping[str, Any], famil
     have, want = (array_store.by_name(json.loads(json.dumps(x))) for x in (metadata["model"], family.published.sizes))
     if other := [f"config.model.{key} = {want[key]}, not {have[key]}" for key in have if have[key] != want.get(key)]:
         raise UserError(f"the weights in {path} are of a model with other settings:\n  " + "\n  ".join(other))
+
+
+def _check_beside(path: pathlib.Path, metadata: Mapping[str, Any], family: ModelFamily) -> None:
+    """Raises UserError where texts would be encoded as for the model before a LoRA was merged into it."""
+    for part, file in metadata.get("beside", {}).items():
+        if family.encoders.name and getattr(family, part, None) == "":
+            raise UserError(
+                f"a LoRA that changes the {part} is merged into {path}: add --config.model.{part}={path.parent / file},"
+                " or texts are encoded as for the model before the merge"
+            )
 
 
 def _check_weights(path: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...]], expected: PyTree) -> None:

@@ -14,19 +14,21 @@ import numpy as np
 from world_distill.errors import UserError
 from world_distill.storage import array_store
 from world_distill.storage.safetensors_folder import TensorFiles, open_tensors
-from world_distill.weights import lora_names, lora_reading, sources
+from world_distill.weights import lora_names, lora_plan, lora_reading, merging, single_files, sources
 from world_distill.weights.lora_files import holds_lora, open_lora
-from world_distill.weights.lora_layouts import METADATA_KEY, LoraModel, missing_for_diffusers
+from world_distill.weights.lora_layouts import METADATA_KEY, LoraModel
 
-HEADER = ("base", "base_revision", "project", "step", "sampler", "prompt_form", "license")  # that our export writes
+# That our export writes.
+HEADER = ("base", "base_revision", "base_merged", "project", "step", "sampler", "prompt_form", "license")
 
 
-def inspect(path: pathlib.Path, model: LoraModel) -> dict[str, Any]:
+def inspect(path: pathlib.Path, model: LoraModel, *, alpha: float | None = None) -> dict[str, Any]:
     """What is at `path`, as ordered text by name; `kind` is first.
 
     Args:
       path: a file or a folder.
       model: what a LoRA is held against.
+      alpha: of a LoRA that does not say it.
 
     Raises:
       UserError: nothing is there, or nothing that can be read; of a kind that is known, the message says so.
@@ -51,7 +53,7 @@ def inspect(path: pathlib.Path, model: LoraModel) -> dict[str, Any]:
             names = list(file.keys())
         if not any(lora_names.parse(name).part or lora_names.refused_kind(name) for name in names):
             return _whole(path)
-    return _lora(path, model)
+    return _lora(path, model, alpha)
 
 
 def _folder(path: pathlib.Path) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def _folder(path: pathlib.Path) -> dict[str, Any]:
         sources.check_readable(path)
         raise
     kept = {key: str(metadata[key]) for key in ("family", "source", "revision", "license") if metadata.get(key)}
+    kept |= {"merged": merged} if (merged := merging.text(metadata)) else {}
     here = {"arrays": str(len(shapes)), "here": f"a base: --config.base={path}"}
     return {"kind": "a checkpoint of `world-distill convert`", **kept, **here}
 
@@ -72,41 +75,55 @@ def _whole(path: pathlib.Path) -> dict[str, Any]:
     files = TensorFiles(path)
     types = collections.Counter(files.types.values())
     about = {"tensors": str(len(files.shapes)), "types": ", ".join(f"{n} {kind}" for kind, n in types.most_common())}
-    found = sources.find_part(files, "transformer")
+    found = single_files.find_part(files, "transformer")
     if found is None:
-        return {"kind": sources.what_is(files), **about, "here": "not converted"}
-    view, naming = found
-    try:
-        network = sources.original.transformer_config(view.shapes, sources.settings(path), naming)
-    except ValueError as error:
-        return {"kind": "a transformer of Wan", **about, "here": f"not converted: {error}"}
-    sizes = {"blocks": network.depth, "width": network.width, "heads": network.heads, "channels": network.channels}
+        return {"kind": single_files.what_is(files), **about, "here": "not converted"}
+    family, view, naming = found
+    kind = f"a transformer of {single_files.TITLES[family]}"
     names = f"{'original' if naming == 'original' else 'diffusers'} names" + (view.prefix and f" after {view.prefix}")
-    return {"kind": "a transformer of Wan", "names": names, "sizes": _words(sizes), **about, **_convert(path, files)}
+    if family == "ltx2":
+        return {"kind": kind, "names": names, **about, **_ltx2(path, files)}
+    try:
+        network = single_files.wan.transformer_config(view.shapes, single_files.settings(path), naming)
+    except ValueError as error:
+        return {"kind": kind, **about, "here": f"not converted: {error}"}
+    sizes = {"blocks": network.depth, "width": network.width, "heads": network.heads, "channels": network.channels}
+    return {"kind": kind, "names": names, "sizes": _words(sizes), **about, **_convert(path, files)}
+
+
+def _ltx2(path: pathlib.Path, files: TensorFiles) -> dict[str, str]:
+    """Sizes and the call that converts, of LTX-2; or why it is not converted."""
+    try:
+        found = single_files.open_file(path)
+    except UserError as error:
+        return {"here": f"not converted: {error}"}
+    return {"sizes": _words(found.model.sizes), **_convert(path, files)}
 
 
 def _convert(path: pathlib.Path, files: TensorFiles | None = None) -> dict[str, str]:
-    alone = files is not None and not sources.find_part(files, "vae")
+    alone = files is not None and not single_files.find_part(files, "vae")
     small = files is not None and sources.types_8(files)
     more = " --vae wan2.2_vae.safetensors" * alone + " --dtype bfloat16" * bool(small)
     return {"here": f"world-distill convert {path} DEST{more}"}
 
 
-def _lora(path: pathlib.Path, model: LoraModel) -> dict[str, Any]:
+def _lora(path: pathlib.Path, model: LoraModel, alpha: float | None) -> dict[str, Any]:
     file, tensors, metadata = open_lora(path)
     keys = {key: lora_names.parse(key) for key in tensors}
     found: dict[str, Any] = {"kind": "LoRA", "file": str(file)}
     refused = collections.Counter(kind[0] for key in tensors if (kind := lora_names.refused_kind(key)))
     if refused:
         found["kind"] = ", ".join(refused)
-    if sizes := lora_reading.sizes_of({key: tuple(x.shape) for key, x in tensors.items()}):
+    if sizes := lora_plan.sizes_of({key: tuple(x.shape) for key, x in tensors.items()}):
         known = model.known_sizes.get(sizes, "no published model that is known here")
         found["made for"] = f"at least {sizes[0]} blocks of width {sizes[1]}: {known}"
     ranks = collections.Counter(len(tensors[k]) for k, key in keys.items() if key.part == "a")
     found["rank"] = ", ".join(f"{rank} ({n} layers)" for rank, n in sorted(ranks.items())) or "none"
     alphas = collections.Counter(float(np.asarray(tensors[k]).item()) for k, key in keys.items() if key.part == "alpha")
-    settings = "in PEFT's settings" if METADATA_KEY in metadata else "not said, so taken to be the rank"
-    found["alpha"] = ", ".join(f"{a:g} ({n} layers)" for a, n in sorted(alphas.items())) or settings
+    said = ", ".join(f"{a:g} ({n} layers)" for a, n in sorted(alphas.items()))
+    said = said or ("in PEFT's settings" if METADATA_KEY in metadata else "")
+    assumed = "not said, so taken to be the rank; --alpha gives another" if alpha is None else f"not said; {alpha:g}"
+    found["alpha"] = said or assumed
     found["layers"] = ", ".join(_layers(key.layer for key in keys.values() if key.part in ("a", "b")))
     prefixes = {key[: len(key) - len(lora_names.strip(key))] for key in tensors}
     written = {p: user for p, user in lora_names.PREFIXES.items() if any(x.endswith(p) for x in prefixes)}
@@ -114,27 +131,30 @@ def _lora(path: pathlib.Path, model: LoraModel) -> dict[str, Any]:
         f"{p or 'none'}" + (f" ({written[p]})" if p in written else "") for p in sorted(prefixes)
     )
     found |= {key: metadata[key] for key in HEADER if key in metadata}
-    found["here"] = _here(tensors, metadata, model)
+    found["here"] = _here(tensors, metadata, model, alpha)
     originals, theirs = _spelled(model)
     comfy = [key for key in tensors if not _comfy_reads(key, keys[key], originals)]
     found["ComfyUI"] = _count(comfy, len(tensors))
-    diffusers = [key for key in tensors if not _diffusers_reads(key, keys[key], originals, theirs)]
+    diffusers = [key for key in tensors if not _diffusers_reads(key, keys[key], originals, theirs, model)]
     found["diffusers"] = _count(diffusers, len(tensors))
-    layers = {key.layer for k, key in keys.items() if key.part == "a" and k.startswith("diffusion_model.")}
-    if lines := missing_for_diffusers(layers) if layers else []:
+    original = {key: keys[key] for key in tensors if key.startswith("diffusion_model.")}
+    if lines := model.rules.stops(original) if original else []:
         found["diffusers"] = f"stops with an error: {'; '.join(lines)}"
     return found
 
 
-def _here(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], model: LoraModel) -> str:
+def _here(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], model: LoraModel, alpha: float | None) -> str:
     """What this project does with the file."""
-    without = sorted({part for key in tensors if (part := lora_names.other_part(key))})
+    without = sorted(lora_plan.other_parts(tensors, model))
     try:
-        found = lora_reading.read(tensors, metadata, model, scale=1.0, without=without)
+        found = lora_reading.read(tensors, metadata, model, scale=1.0, without=without, alpha=alpha)
     except ValueError as error:
         return f"refused: {error}"
+    flags = "" if alpha is None else f" --alpha {alpha:g}"
+    if without == [lora_names.CONNECTORS]:
+        return f"convert SOURCE DEST --merge FILE{flags}"
     held = ", ".join(f"{n} differences of {part}" for part, n in sorted(found.held.items()))
-    flags = "".join(f" --without {part}" for part in without)
+    flags += "".join(f" --without {part}" for part in without)
     return f"generate --executor FILE{flags}" + (f"; holds {held}" if held else "")
 
 
@@ -155,12 +175,12 @@ def _comfy_reads(key: str, found: lora_names.Key, originals: set[str]) -> bool:
     return known and prefix in ("diffusion_model.", "lora_unet_", "lora_unet__") and found.part != "diff_m"
 
 
-def _diffusers_reads(key: str, found: lora_names.Key, originals: set[str], theirs: set[str]) -> bool:
+def _diffusers_reads(key: str, found: lora_names.Key, originals: set[str], theirs: set[str], model: LoraModel) -> bool:
     prefix = key[: key.find(found.layer)]
     if prefix == "transformer.":
         return _any_block(found.layer) in theirs and found.part in ("a", "b")
-    plain = found.part in ("a", "b", "alpha") or (found.part == "diff_b" and "norm" not in found.layer)
-    return prefix in ("diffusion_model.", "lora_unet_") and _any_block(found.layer) in originals and plain
+    plain = prefix in model.rules.prefixes and model.rules.reads(key, found.part)
+    return plain and _any_block(found.layer) in originals
 
 
 def _any_block(layer: str) -> str:
@@ -171,7 +191,7 @@ def _any_block(layer: str) -> str:
 def _count(lost: Sequence[str], count: int) -> str:
     if not lost:
         return f"reads all {count} tensors"
-    return f"reads {count - len(lost)} of {count} tensors, not {lora_reading.some(lost, shown=2)}"
+    return f"reads {count - len(lost)} of {count} tensors, not {lora_plan.some(lost, shown=2)}"
 
 
 def _layers(names) -> list[str]:

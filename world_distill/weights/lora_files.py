@@ -16,7 +16,13 @@ from world_distill.devices.sharding import tree_shardings
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
 from world_distill.models.lora import DIFFERENCES
-from world_distill.storage.safetensors_folder import TensorFileError, open_tensors, read_tensor
+from world_distill.storage.safetensors_folder import (
+    LazyTensor,
+    TensorFileError,
+    TensorFiles,
+    open_tensors,
+    read_tensor,
+)
 from world_distill.storage.weight_files import save_weights
 from world_distill.structs import PyTree
 from world_distill.weights import lora_reading
@@ -65,7 +71,12 @@ def write_lora(
 
 
 def read_lora(
-    path: str | os.PathLike, model: LoraModel, *, scale: float, without: Collection[str] = ()
+    path: str | os.PathLike,
+    model: LoraModel,
+    *,
+    scale: float,
+    without: Collection[str] = (),
+    alpha: float | None = None,
 ) -> lora_reading.Reading:
     """An Executor from a LoRA file or a folder with one; see `lora_reading.read`.
 
@@ -74,13 +85,14 @@ def read_lora(
       model: what LoRA files name of the model.
       scale: of the product in which the factors will be used: `scale a b` is the change that the file makes.
       without: parts of `lora_names.LEFT_OUT` that are not read.
+      alpha: of a file that does not say it; None takes the rank.
 
     Raises:
       TensorFileError: not a whole safetensors file, or not a LoRA of this model; the file and its tensors are named.
     """
     file, tensors, metadata = open_lora(path)
     try:
-        return lora_reading.read(tensors, metadata, model, scale=scale, without=without)
+        return lora_reading.read(tensors, metadata, model, scale=scale, without=without, alpha=alpha)
     except ValueError as error:
         raise TensorFileError(f"{file}: {error}") from error
 
@@ -92,16 +104,29 @@ def open_lora(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, np.ndarr
     writes there.
 
     Raises:
-      TensorFileError: no whole safetensors file there, or settings that cannot be read.
+      TensorFileError: no whole safetensors file there.
     """
+    file, metadata = _find(path)
+    with open_tensors(file) as opened:
+        return file, {name: np.asarray(read_tensor(opened, file, name)) for name in opened.keys()}, metadata
+
+
+def open_lazily(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, LazyTensor], dict[str, str]]:
+    """As `open_lora`, with tensors that are read when they become arrays."""
+    file, metadata = _find(path)
+    files = TensorFiles(file)
+    return file, {name: LazyTensor(files, name) for name in files.shapes}, metadata
+
+
+def _find(path: str | os.PathLike) -> tuple[pathlib.Path, dict[str, str]]:
+    """(LoRA file, header)."""
     file = lora_file(pathlib.Path(path))
     with open_tensors(file) as opened:
         metadata = opened.metadata() or {}
-        tensors = {name: np.asarray(read_tensor(opened, file, name)) for name in opened.keys()}
     settings = file.parent / PEFT_SETTINGS
     if METADATA_KEY not in metadata and file.name == PEFT_NAME and settings.is_file():
         metadata = metadata | {METADATA_KEY: settings.read_text()}
-    return file, tensors, metadata
+    return file, metadata
 
 
 def lora_file(path: pathlib.Path) -> pathlib.Path:
@@ -131,9 +156,14 @@ def holds_lora(path: pathlib.Path) -> bool:
 
 
 def load_lora(
-    path: str | os.PathLike, family: ModelFamily, mesh: jax.sharding.Mesh, *, without: Collection[str] = ()
+    path: str | os.PathLike,
+    family: ModelFamily,
+    mesh: jax.sharding.Mesh,
+    *,
+    without: Collection[str] = (),
+    alpha: float | None = None,
 ) -> PyTree:
-    """An Executor from a LoRA file on the mesh; what was left out or assumed is logged.
+    """An Executor from a LoRA file on the mesh; what was left out or assumed is logged. Arguments as of `read_lora`.
 
     Raises:
       UserError: a family that is not published has no LoRA files.
@@ -141,7 +171,7 @@ def load_lora(
     """
     if family.published is None:
         raise UserError(f"{path}: model family {family.name} has no LoRA files; name the folder of a run")
-    found = read_lora(path, LoraModel.of(family), scale=family.lora_scale, without=without)
+    found = read_lora(path, LoraModel.of(family), scale=family.lora_scale, without=without, alpha=alpha)
     for line in (*found.notes, *(f"{len(keys)} tensors left out: {part}" for part, keys in found.left_out.items())):
         logging.warning("%s: %s", path, line)
     return jax.device_put(found.tree, tree_shardings(mesh, family.lora_axes(found.tree), found.tree))

@@ -17,9 +17,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from world_distill.errors import UserError
-from world_distill.interfaces import ModelFamily
+from world_distill.interfaces import ModelFamily, PublishedLayout
 from world_distill.models.lora import DIFFERENCES
-from world_distill.models.tensor_map import Entry, transpose
+from world_distill.models.tensor_map import Entry, LoraRules, our_shapes, transpose
+from world_distill.storage.array_store import by_name
 from world_distill.structs import PyTree
 
 Layout = Literal["diffusers", "comfy"]
@@ -37,12 +38,16 @@ class LoraModel:
       shapes: our path -> shape of the base's kernel, [i o] or [layers i o].
       entries: all arrays of the adapted part, by layout. Without them only factors of linear layers are known.
       known_sizes: (blocks, width) -> what people call the published model of these sizes.
+      rules: what diffusers reads of files with the original names.
+      absent: names, as `names` has them, of layers that published models have and this one leaves out.
     """
 
     names: Mapping[str, tuple[str, str]]
     shapes: Mapping[str, tuple[int, ...]]
     entries: Mapping[Layout, Sequence[Entry]] = dataclasses.field(default_factory=dict)
     known_sizes: Mapping[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    rules: LoraRules = dataclasses.field(default_factory=LoraRules)
+    absent: Collection[tuple[str, str]] = ()
 
     @classmethod
     def of(cls, family: ModelFamily) -> "LoraModel":
@@ -53,13 +58,41 @@ class LoraModel:
             "diffusers": layout.entries("diffusers")[family.adapted],
             "comfy": layout.entries("original")[family.adapted],
         }
-        return cls(layout.lora_names, family.kernel_shapes(), entries, layout.known_sizes)
+        absent = tuple(layout.absent_lora_names.values())
+        return cls(layout.lora_names, family.kernel_shapes(), entries, layout.known_sizes, layout.lora_rules, absent)
+
+    @classmethod
+    def whole(cls, layout: PublishedLayout) -> "LoraModel":
+        """That of all parts of a published model; paths begin with the part."""
+        names = {
+            f"{part}.{path}": both for part, layers in layout.all_lora_names.items() for path, both in layers.items()
+        }
+
+        def entries(naming: Literal["diffusers", "original"]) -> list[Entry]:
+            return [
+                dataclasses.replace(entry, path=f"{part}.{entry.path}")
+                for part, found in (layout.entries(naming) | layout.apart(naming)).items()
+                if part in layout.all_lora_names
+                for entry in found
+            ]
+
+        theirs = entries("diffusers")
+        kernels = by_name(our_shapes(entry for entry in theirs if entry.path.endswith(".kernel")))
+        shapes = {path.removesuffix(".kernel"): shape for path, shape in kernels.items()}
+        return cls(
+            names, shapes, {"diffusers": theirs, "comfy": entries("original")}, layout.known_sizes, layout.lora_rules
+        )
 
     @property
     def sizes(self) -> tuple[int, int] | None:
         """(blocks, width); None where no blocks are stacked."""
         stacked = [shape for shape in self.shapes.values() if len(shape) == 3]
         return (stacked[0][0], Counter(shape[1] for shape in stacked).most_common(1)[0][0]) if stacked else None
+
+    @property
+    def widths(self) -> set[int]:
+        """What layers of blocks read."""
+        return {shape[1] for shape in self.shapes.values() if len(shape) == 3}
 
     @functools.cached_property
     def kernels(self) -> dict[str, Entry]:
@@ -109,28 +142,24 @@ def _difference_tensors(differences: PyTree, model: LoraModel, layout: Layout) -
     entries, tensors = {entry.path: entry for entry in model.entries.get(layout, ())}, {}
     for path, array in flatten_dict(differences, sep=".").items():
         for name, value in entries[path].scatter(np.asarray(array, np.float32)).items():
-            layer, end = name.removesuffix(".weight").removesuffix(".bias"), name.endswith(".bias")
-            tensors[f"{PREFIXES[layout]}{layer}.{'diff_b' if end else 'diff'}"] = value
+            layer, kind = _changed(name)
+            tensors[f"{PREFIXES[layout]}{layer}.{kind}"] = value
     return tensors
 
 
+def _changed(name: str) -> tuple[str, str]:
+    """(layer, kind) under which a file keeps the difference of a tensor."""
+    return name.removesuffix(".weight").removesuffix(".bias"), "diff_b" if name.endswith(".bias") else "diff"
+
+
 def unread_by_diffusers(lora: PyTree, model: LoraModel) -> list[str]:
-    """What diffusers' reader of the original names does not take of such a file, a line each; empty: it reads all."""
-    layers = {model.names[path][1] for path, *_ in _factors(lora)}
-    return missing_for_diffusers(layers)
-
-
-def missing_for_diffusers(layers: Collection[str]) -> list[str]:
-    """Why diffusers stops at a file in ComfyUI's layout that adapts these layers, a line each; empty: it does not."""
-    lines = []
-    if not any(name.startswith(("blocks.", "transformer_blocks.")) for name in layers):
-        lines.append("it adapts no block")
-    if "patch_embedding" in layers:
-        lines.append("it adapts patch_embedding")
-    for part in ("text_embedding", "time_embedding"):
-        if len({f"{part}.0", f"{part}.2"} & set(layers)) == 1:
-            lines.append(f"it adapts one of the two layers of {part}")
-    return lines
+    """Why diffusers does not read such a file in ComfyUI's layout, a line each; empty: it reads all."""
+    entries = {entry.path: entry for entry in model.entries.get("comfy", ())}
+    found = [(model.names[path][1], kind) for path, *_ in _factors(lora) for kind in "ab"]
+    found += [_changed(entries[path].names[0]) for path in flatten_dict(lora.get(DIFFERENCES, {}), sep=".")]
+    ends = {"a": "lora_A.weight", "b": "lora_B.weight"}
+    tensors = {f"{PREFIXES['comfy']}{layer}.{ends.get(kind, kind)}": (layer, kind) for layer, kind in found}
+    return model.rules.stops(tensors)
 
 
 def check_targets(family: ModelFamily) -> None:

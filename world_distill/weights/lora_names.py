@@ -37,6 +37,10 @@ TEXT_ENCODER = (
     "pipe.text_encoder",
 )
 OTHER_TRANSFORMER = ("transformer_2.", "low_noise.", "high_noise.", "diffusion_model_2.")
+# Layers of LTX-2 between the text encoder and the transformer.
+TEXT_CONNECTORS = (
+    "text_embedding_projection", "connectors.", "video_embeddings_connector", "audio_embeddings_connector"
+)  # fmt: skip
 # Layers of image-to-video models that see the image through CLIP.
 IMAGE_BRANCH = re.compile(r"(k_img|v_img|norm_k_img|img_emb|add_k_proj|add_v_proj|norm_added_k|image_embedder)([._]|$)")
 
@@ -52,7 +56,7 @@ PARTS = {
 }
 # Differences of what is not a factor: which of `LEFT_OUT` a part, or the layer's name, belongs to.
 BIASES, NORMS, MODULATION, WEIGHTS = "biases", "norms", "modulation", "weights"
-TEXT, IMAGE = "text-encoder", "image-branch"
+TEXT, IMAGE, CONNECTORS, AUDIO = "text-encoder", "image-branch", "text-connectors", "audio"
 # What a reader may be told to leave out, and why it would be.
 LEFT_OUT = {
     BIASES: "differences of biases (`diff_b`), as speed LoRAs have them",
@@ -61,6 +65,8 @@ LEFT_OUT = {
     WEIGHTS: "whole differences of weights (`diff`)",
     TEXT: "LoRA of the text encoder, which is not trained or loaded with the model here",
     IMAGE: "LoRA of the image branch (`k_img`, `img_emb`, …), which this model lacks",
+    AUDIO: "LoRA of LTX-2's audio stream, where the model has none (`model.audio` is off)",
+    CONNECTORS: "LoRA of LTX-2's text projection and connectors, which only `convert --merge` adds to a base",
 }
 
 # Kinds of adapters that are no plain LoRA: the end of the key -> name and reason.
@@ -81,6 +87,9 @@ REFUSED = {
         "adapter with whole weights that replace the base's", "merge it into the model, and convert that"
     ),
 }  # fmt: skip
+
+# Keys of a header that only LoRA with reference clips has.
+REFERENCES = ("reference_downscale_factor", "reference_spatial_scale_factor", "reference_temporal_scale_factor")
 
 _PARTS = {part: re.compile(rf"(?P<layer>.+?)({ends})") for part, ends in PARTS.items()}
 _REFUSED = {re.compile(rf".+({ends})"): name for ends, name in REFUSED.items()}
@@ -119,7 +128,9 @@ def refused_kind(key: str) -> tuple[str, str] | None:
 
 
 def other_part(key: str) -> str | None:
-    """`TEXT` or `IMAGE` where the key belongs to that part of a pipeline; None otherwise."""
+    """`TEXT`, `IMAGE` or `CONNECTORS` where the key belongs to that part of a pipeline; None otherwise."""
     if key.removeprefix("base_model.model.").startswith(TEXT_ENCODER):
         return TEXT
+    if strip(key).startswith(TEXT_CONNECTORS):
+        return CONNECTORS
     return IMAGE if IMAGE_BRANCH.search(key) else None

@@ -85,7 +85,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{path} is not there; a model in diffusers' layout is a folder with transformer/ and vae/"
+            f"{path} is not there; a model in diffusers' layout is a folder with transformer/, vae/ and, of LTX-2,"
+            " connectors/. Where only the transformer was published, put the other folders of its base beside it"
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from error

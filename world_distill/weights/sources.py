@@ -1,43 +1,29 @@
 """What `convert` reads: published models in the layouts that people have, recognised by their keys.
 
     diffusers   a folder with transformer/ and vae/, or a model on the Hugging Face hub, NAME or NAME@REVISION
-    original    the repository of the authors: sharded files of bare names (`blocks.0.self_attn.q.weight`)
+    original    the authors' files: Wan's repository, of sharded files with bare names (`blocks.0.self_attn.q.weight`),
+                and LTX-2's single file, which has all parts and a config in its header
     comfyui     one file, its names after `model.diffusion_model.`; weights may be 8-bit floats with a scale
 
-The last two keep the autoencoder in another file (`--vae`), unless the one file holds it, too.
+Wan's last two keep the autoencoder in another file (`--vae`), unless the one file holds it, too.
 """
 
 import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
 
 from world_distill.errors import UserError
 from world_distill.models.tensor_map import Published
-from world_distill.models.wan import original
-from world_distill.models.wan.published import Naming
-from world_distill.storage.safetensors_folder import FLOATS_8, TensorFiles, open_tensors
+from world_distill.storage.safetensors_folder import FLOATS_8, TensorFileError, TensorFiles, open_tensors
 from world_distill.weights import published
+from world_distill.weights.single_files import TAKE, TAKE_WAN, PartView, Source, open_file
 
-TAKE = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"  # what to convert in place of a file that is not read
-_ORIGINALS = {"Wan-AI/Wan2.2-TI2V-5B": TAKE}  # repositories of the original layout, whose autoencoder is a pickle
+_ORIGINALS = {"Wan-AI/Wan2.2-TI2V-5B": TAKE_WAN}  # repositories of the original layout, whose autoencoder is a pickle
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+LICENSE_LENGTH = 200  # characters; some files hold the whole text
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
-# By part: prefixes of its names in a file, and names that only it has, with whose they are.
-_PREFIXES = {
-    "transformer": ("model.diffusion_model.", "diffusion_model.", "model.", ""),
-    "vae": ("vae.", "first_stage_model.", ""),
-}
-_MARKS: dict[str, dict[str, Naming]] = {
-    "transformer": {"blocks.0.self_attn.q.weight": "original", "blocks.0.attn1.to_q.weight": "diffusers"},
-    "vae": {"decoder.middle.0.residual.0.gamma": "original", "decoder.mid_block.resnets.0.norm1.gamma": "diffusers"},
-}
-_SCALES = (".scale_weight", ".weight_scale")  # beside a weight of 8 bits, which they multiply
-_BESIDE = re.compile(r".*\.(scale_weight|weight_scale|scale_input|input_scale|comfy_quant)|scaled_fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,55 +41,6 @@ class Located:
     source: str
     revision: str = ""
     license: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A model that can be converted.
-
-    Attributes:
-      family: name of the model family.
-      layout: diffusers, original or comfyui.
-      model: its sizes and entries.
-      files: part -> its tensors, under the names of the entries.
-    """
-
-    family: str
-    layout: str
-    model: Published
-    files: Mapping[str, "TensorFiles | PartView"]
-
-
-class PartView:
-    """The tensors of one part in a file: without their prefix, and with scales applied.
-
-    `shapes` and `types` are by name; `view[name]` reads a tensor.
-    """
-
-    def __init__(self, files: TensorFiles, prefix: str):
-        self.prefix, self._files, self.shapes, self.types = prefix, files, {}, {}
-        names = [name for name in files.shapes if name.startswith(prefix)]
-        self._scale = {}
-        for name in names:
-            short = name.removeprefix(prefix)
-            if short.endswith(".weight_scale_2") or (short.endswith(".weight") and files.types[name] == "U8"):
-                raise UserError(
-                    f"{files.folder}: {name} is quantised to 4 bits (nvfp4 or alike), which is not read; take {TAKE}"
-                )
-            if _BESIDE.fullmatch(short):
-                continue
-            self.shapes[short], self.types[short] = files.shapes[name], files.types[name]
-            layer = short.removesuffix(".weight")
-            scales = (prefix + layer + end for end in _SCALES if short.endswith(".weight"))
-            if scale := next((key for key in scales if key in files.shapes), None):
-                self._scale[short] = scale
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self._files[self.prefix + name]
-        if name not in self._scale:
-            return tensor
-        scale = self._files[self._scale[name]].astype(np.float32)  # one number, or one a row
-        return tensor.astype(np.float32) * scale.reshape(*scale.shape, *[1] * (tensor.ndim - scale.ndim))
 
 
 # ---- Where it is
@@ -153,12 +90,24 @@ def _local_revision(path: pathlib.Path) -> str:
 
 
 def _license(path: pathlib.Path) -> str:
+    if path.is_file():
+        return _license_of_file(path)
     readme = path / "README.md"
     if not readme.is_file():
         return ""
     parts = readme.read_text(errors="replace").split("---")
     match = re.search(r"^license:\s*['\"]?([\w.-]+)", parts[1] if len(parts) > 2 else "", re.MULTILINE)
     return match[1] if match else ""
+
+
+def _license_of_file(path: pathlib.Path) -> str:
+    """What the header of a safetensors file says, its first line."""
+    try:
+        with open_tensors(path) as file:
+            text = (file.metadata() or {}).get("license", "")
+    except TensorFileError:  # another kind of file, which is named when it is opened
+        return ""
+    return text.strip().partition("\n")[0][:LICENSE_LENGTH]
 
 
 # ---- What it is
@@ -179,69 +128,22 @@ def open_source(path: pathlib.Path, vae: pathlib.Path | None = None) -> Source:
         if vae is not None:
             raise UserError(f"--vae {vae}: {path} is in diffusers' layout and has an autoencoder; leave --vae out")
         family, model = published.describe(path)
-        return Source(family, "diffusers", model, {part: TensorFiles(path / part) for part in model.entries})
+        files = {part: TensorFiles(path / part) for part in model.entries}
+        return Source(family, "diffusers", model, {**files, **_apart(model, files)})
     for file in (path, vae):
         if file is not None:
             check_readable(file)
-    files = TensorFiles(path)
-    found = find_part(files, "transformer")
-    if found is None:
-        raise UserError(f"{path} is no model that can be converted: it is {what_is(files)}")
-    view, naming = found
-    inside = find_part(files, "vae")
-    if vae is not None:
-        inside = find_part(TensorFiles(vae), "vae")
-        if inside is None:
-            raise UserError(f"--vae {vae} is no autoencoder of Wan: it is {what_is(TensorFiles(vae))}")
-    if inside is None:
-        raise UserError(
-            f"{path} holds the transformer alone: give its autoencoder with --vae FILE (ComfyUI's"
-            f" wan2.2_vae.safetensors), or convert {TAKE}, which has both"
-        )
-    codec, codec_naming = inside
-    if codec_naming != "original":
-        raise UserError(f"--vae {vae}: name an autoencoder with its original names (wan2.2_vae.safetensors)")
-    try:
-        namings: dict[str, Naming] = {"transformer": naming, "vae": codec_naming}
-        model = original.describe(view.shapes, codec.shapes, settings(path), namings)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    layout = "comfyui" if view.prefix or path.is_file() else "original"
-    return Source("wan", layout, model, {"transformer": view, "vae": codec})
+    return open_file(path, vae)
 
 
-def find_part(files: TensorFiles, part: str) -> tuple[PartView, Naming] | None:
-    """A part of a model in a file, and whose names it has; None where the file lacks it."""
-    for prefix in _PREFIXES[part]:
-        for mark, naming in _MARKS[part].items():
-            if prefix + mark in files.shapes:
-                return PartView(files, prefix), naming
-    return None
-
-
-def what_is(files: TensorFiles) -> str:
-    """What a file of another kind than asked for is, in words, by its keys."""
-    names = files.shapes
-    if any("lora" in name for name in names):
-        return "a LoRA file (generate --executor, or --config.executor.start of train)"
-    if find_part(files, "transformer"):
-        return "a transformer of Wan"
-    if find_part(files, "vae"):
-        return "an autoencoder of Wan (--vae)"
-    if any(name.endswith(("shared.weight", "token_embedding.weight")) for name in names):
-        return "a text encoder"
-    for mark, what in original.OTHERS.items():
-        if any(mark in name for name in names):
-            return what
-    return f"of another kind; its first tensor is {min(names, default='missing')}"
-
-
-def settings(path: pathlib.Path) -> dict[str, Any]:
-    """The original repository's config.json, which lies beside its files."""
-    file = path / "config.json"
-    if not file.is_file():
-        return {}
-    return {k: v for k, v in published.read_config(file).items() if not k.startswith("_")}
+def _apart(model: Published, files: Mapping[str, TensorFiles]) -> dict[str, PartView]:
+    """What lies among the tensors of a part and is none of it, where it is there."""
+    found = {}
+    for part, entries in model.apart.items():
+        names = {name: name for entry in entries for name in entry.names}
+        if there := next((x for x in files.values() if names.keys() <= x.shapes.keys()), None):
+            found[part] = PartView(there, names)
+    return found
 
 
 def check_readable(path: pathlib.Path) -> None:
@@ -261,7 +163,11 @@ def check_readable(path: pathlib.Path) -> None:
             f"{path} holds no model: neither transformer/ and vae/ as in diffusers' layout, nor safetensors files"
         )
     if not path.exists():
-        raise UserError(f"{path} is not there; name a folder in diffusers' layout, a safetensors file, or OWNER/NAME")
+        match = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+\.safetensors)", str(path))
+        hint = f". If it is on the Hugging Face hub: `hf download {match[1]} {match[2]}`" if match else ""
+        raise UserError(
+            f"{path} is not there; name a folder in diffusers' layout, a safetensors file, or OWNER/NAME{hint}"
+        )
     with open(path, "rb") as file:
         head = file.read(4)
     if head == b"GGUF" or path.suffix == ".gguf":

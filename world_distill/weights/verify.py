@@ -6,7 +6,7 @@ conversion rounded is rounded on their side as well, so that the difference rema
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from world_distill.models.parity import PartParity
 from world_distill.models.tensor_map import Entry
 from world_distill.storage import array_store
 from world_distill.structs import PyTree
-from world_distill.weights import base_model, sources
+from world_distill.weights import base_model, merging, sources
+from world_distill.weights.merging import Merge, Merged
 
 TOLERANCE = 5e-4  # of the largest value
 
@@ -37,21 +38,33 @@ def check_installed() -> None:
         ) from error
 
 
-def check_same_model(source: pathlib.Path, dest: pathlib.Path, dtype: str, vae: pathlib.Path | None = None) -> None:
-    """Raises a UserError if the checkpoint DEST is no conversion of SOURCE to `dtype` ("keep": any)."""
+def check_same_model(
+    source: pathlib.Path,
+    dest: pathlib.Path,
+    dtype: str,
+    vae: pathlib.Path | None = None,
+    merges: Sequence[Merge] = (),
+) -> None:
+    """Raises a UserError if the checkpoint DEST is no conversion of SOURCE with `merges` to `dtype` ("keep": any)."""
     found = sources.open_source(source, vae)
     family, model = found.family, found.model
     _, metadata = array_store.describe(dest)
     # As JSON has it, where tuples are lists.
     if metadata.get("family") != family or metadata.get("model") != json.loads(json.dumps(model.sizes)):
         raise UserError(f"{dest} is there already, and holds another model than {source}")
+    have, want = metadata.get("merged", []), Merged(merges, model.layout, found.files).metadata()
+    if have != want:
+        named = [merging.text({"merged": some}) or "nothing" for some in (have, want)]
+        raise UserError(f"{dest} is there already, and {named[0]} is merged into it, not {named[1]}")
     stored = {str(kind) for name, kind in array_store.types(dest).items() if name.startswith("transformer.")}
     if dtype not in ("keep", *stored):
         raise UserError(f"{dest} is there already, and its transformer is {', '.join(sorted(stored))}, not {dtype}")
 
 
-def compare(source: pathlib.Path, dest: pathlib.Path, vae: pathlib.Path | None = None) -> dict[str, Any]:
-    """Largest differences between the checkpoint DEST and diffusers with the model SOURCE.
+def compare(
+    source: pathlib.Path, dest: pathlib.Path, vae: pathlib.Path | None = None, merges: Sequence[Merge] = ()
+) -> dict[str, Any]:
+    """Largest differences between the checkpoint DEST and diffusers with the model SOURCE, `merges` added to it.
 
     Returns:
       for every result of the family's comparison (Wan: `transformer`, `vae_encode`, `vae_decode`): `difference`, and
@@ -64,12 +77,13 @@ def compare(source: pathlib.Path, dest: pathlib.Path, vae: pathlib.Path | None =
     opened = sources.open_source(source, vae)
     family, parts = models.parity_of(opened.family, opened.model.sizes)
     assert family.published is not None
-    entries = family.published.entries()
+    entries, merged = family.published.entries(), Merged(merges, opened.model.layout, opened.files)
     types, results, rounded = array_store.types(dest), {}, []
     for part, parity in parts.items():
         x = parity.inputs(family)
         found = parity.ours(family, _load_ours(family, dest, part), **x)
         network = _load_theirs(opened, source, family, part, parity)
+        _merge(network, part, entries[part], merged)
         if _round(network, entries[part], {k.removeprefix(f"{part}."): v for k, v in types.items()}):
             rounded.append(part)
         expected = parity.theirs(network, **x)
@@ -114,6 +128,15 @@ def _load_theirs(
 def _load_ours(family: ModelFamily, dest: pathlib.Path, part: str) -> PyTree:
     mesh = make_mesh(devices=jax.devices("cpu")[:1])
     return base_model.load_base(family, ConfigDict({"base": str(dest)}), mesh, parts=(part,))[part]
+
+
+def _merge(network: Any, part: str, entries: Iterable[Entry], merged: Merged) -> None:
+    """Adds to their weights what was merged into ours."""
+    import torch
+
+    weights = network.state_dict()
+    for name, key in merged.named(part, entries).items() if merged.changes(part) else ():
+        weights[name].copy_(torch.from_numpy(merged.add(key, weights[name].numpy())))
 
 
 def _round(network: Any, entries: Iterable[Entry], types: Mapping[str, np.dtype]) -> bool:

@@ -5,10 +5,21 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from world_distill.data.records.fit import check_encoders, check_fit, identity, text_encoder
-from world_distill.data.records.reader import RecordError
+from world_distill.data.records.fit import (
+    check_clips,
+    check_encoders,
+    check_fit,
+    clip_identity,
+    clip_latents,
+    clip_shape,
+    identity,
+    text_encoder,
+)
+from world_distill.data.records.reader import EncodedRecord, RecordError, RecordReader, write_records
+from world_distill.structs import LatentSpec
 
 
 def family(name="wan", encoder="models/umt5", size=(64, 96), frames=1, **weights):
@@ -66,3 +77,42 @@ def test_records_of_another_model_are_refused_by_name_with_the_call_that_mends_i
         check_fit(reader(**have), other, {})
     assert what in str(caught.value)
     assert str(caught.value).endswith("world-distill encode --config CONFIG --records data --name train")
+
+
+def with_sound(counts, frames=3, fps=4.0):
+    """A family of a picture and a sound, whose codec knows the picture alone."""
+    latents = {
+        "video": LatentSpec((frames, 2, 2, 4), moves=np.arange(frames) > 0),
+        "audio": LatentSpec((5, 4), counts=np.full(5, counts)),
+    }
+    codec = types.SimpleNamespace(
+        parts=(),
+        decode=lambda base, z: jnp.zeros((1, 1 + 4 * (z["video"].shape[1] - 1), 4, 4, 3), jnp.uint8),
+        encode=lambda base, clips: {"video": jnp.zeros((len(clips), 1 + (clips.shape[1] - 1) // 4, 2, 2, 4))},
+    )
+    return types.SimpleNamespace(latents=latents, codec=codec, fps=fps)
+
+
+@pytest.mark.parametrize("sound", [False, True], ids=["silent", "sound"])
+def test_clips_are_those_of_the_models_latents(tmp_path, sound):
+    family = with_sound(counts=False)
+    assert clip_shape(family) == (9, 4, 4) and clip_latents(family)["video"].shape == (3, 2, 2, 4)
+    clip = {"video": np.ones((3, 2, 2, 4), np.float32)} | ({"audio": np.ones((5, 4), np.float32)} if sound else {})
+    states = {"text": np.ones((2, 5), np.float32)}
+    scene, none = {"video": clip["video"][:1]}, {"text": states["text"][:0]}
+    record = EncodedRecord("r", "i", "t", "", "", "", scene, states, none, b"", clip)
+    metadata = clip_identity(family)
+    assert metadata == {"clip": "9 frames 4x4 at 4 a second"}
+    write_records(tmp_path, "set", [record], metadata=metadata)
+    reader = RecordReader(tmp_path, "set")
+    check_clips(reader, family)
+    # A sound that counts cannot be made up.
+    if sound:
+        check_clips(reader, with_sound(counts=True))
+    else:
+        with pytest.raises(RecordError, match="has no audio, which counts in this model's losses"):
+            check_clips(reader, with_sound(counts=True))
+    others = (with_sound(False, frames=2), "has latents"), (with_sound(False, fps=8.0), "at 4 a second, and")
+    for other, reason in others:
+        with pytest.raises(RecordError, match=reason):
+            check_clips(reader, other)

@@ -13,6 +13,7 @@ from world_distill.models.functional import Functional
 from world_distill.models.lora import init_lora
 from world_distill.models.ltx2.config import LTX2Config
 from world_distill.models.ltx2.connectors import ConnectorConfig, TextConnectors
+from world_distill.models.ltx2.layout import LORA_RULES
 from world_distill.models.ltx2.modeling import LTX2DiT
 from world_distill.models.ltx2.published import (
     KNOWN_SIZES,
@@ -40,6 +41,7 @@ MODEL = LoraModel(
     },
     {"diffusers": list(transformer_entries(CONFIG)), "comfy": list(transformer_entries(CONFIG, "original"))},
     KNOWN_SIZES,
+    LORA_RULES,
 )
 
 

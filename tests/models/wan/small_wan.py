@@ -12,7 +12,7 @@ from world_distill.models.functional import Functional
 from world_distill.models.lora import init_lora
 from world_distill.models.tensor_map import assemble, our_shapes
 from world_distill.models.wan.modeling import WanConfig, WanDiT
-from world_distill.models.wan.published import KNOWN_SIZES, LORA_NAMES, transformer_entries
+from world_distill.models.wan.published import KNOWN_SIZES, LORA_NAMES, LORA_RULES, transformer_entries
 from world_distill.weights import lora_reading
 from world_distill.weights.lora_layouts import METADATA_KEY, LoraModel
 
@@ -27,6 +27,7 @@ MODEL = LoraModel(
     },
     {"diffusers": list(transformer_entries(CONFIG)), "comfy": list(transformer_entries(CONFIG, "original"))},
     KNOWN_SIZES,
+    LORA_RULES,
 )
 
 

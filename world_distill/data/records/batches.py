@@ -35,6 +35,7 @@ class TaskBatch:
       numbers: [b] which of the step's or the whole batch's tasks these are, rising.
       count: tasks of the step or the whole batch, with those that other processes have read.
       weight: [b] float32, 0 on rows that fill up the last batch (one pass).
+      clip: [b n ...] latents of the records' clips by stream; {} where they are not read.
     """
 
     ids: list[str]
@@ -49,6 +50,7 @@ class TaskBatch:
     numbers: np.ndarray
     count: int
     weight: np.ndarray
+    clip: Arrays = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,6 +98,7 @@ def collate(records: Sequence[EncodedRecord], lengths: Mapping[str, int]) -> Tas
         numbers=np.arange(len(records)),
         count=len(records),
         weight=np.ones(len(records), np.float32),
+        clip=stack_scenes([r.clip for r in records]),
     )
 
 
@@ -142,9 +145,14 @@ class TaskBatches:
     """Endless draws of tasks for training; see `task_batches`."""
 
     def __init__(
-        self, records: grain.MapDataset, identity: dict[str, Any], tasks_per_step: int, lengths: Mapping[str, int]
+        self,
+        records: grain.MapDataset,
+        identity: dict[str, Any],
+        tasks_per_step: int,
+        lengths: Mapping[str, int],
+        solutions: bool = True,
     ):
-        self._records, self._identity = records, identity
+        self._records, self._identity, self._solutions = records, identity, solutions
         self.tasks_per_step, self._lengths = tasks_per_step, lengths
         self._next = 0  # draws so far
 
@@ -166,7 +174,8 @@ class TaskBatches:
             raise IndexError(f"tasks {numbers[0]} to {numbers[-1]} of a step that has {count}")
         records: Any = [self._records[first + int(number)] for number in numbers]
         batch = collate(records, self._lengths)
-        batch.check_solutions()
+        if self._solutions:
+            batch.check_solutions()
         self._next += draws
         return dataclasses.replace(batch, numbers=numbers, count=count)
 
@@ -191,7 +200,9 @@ class TaskBatches:
         self._next = at
 
 
-def task_batches(reader: RecordReader, *, tasks_per_step: int, seed: int, lengths: Mapping[str, int]) -> TaskBatches:
+def task_batches(
+    reader: RecordReader, *, tasks_per_step: int, seed: int, lengths: Mapping[str, int], solutions: bool = True
+) -> TaskBatches:
     """Endless, deterministic draws of tasks.
 
     Args:
@@ -199,6 +210,7 @@ def task_batches(reader: RecordReader, *, tasks_per_step: int, seed: int, length
       tasks_per_step: tasks of a draw, those of all processes together.
       seed: of the shuffling, in [0, 2**32).
       lengths: tokens to pad to, by the name of the text states.
+      solutions: whether each task has to have one, to tell the Demonstrator.
 
     Raises:
       ValueError: an argument out of its range.
@@ -213,7 +225,7 @@ def task_batches(reader: RecordReader, *, tasks_per_step: int, seed: int, length
         "data": reader.fingerprint, "records": len(reader), "seed": seed, "tasks_per_step": tasks_per_step,
     }  # fmt: skip
     records = grain.MapDataset.source(reader).shuffle(seed=seed).repeat()
-    return TaskBatches(records, identity, tasks_per_step, lengths)
+    return TaskBatches(records, identity, tasks_per_step, lengths, solutions)
 
 
 def fixed_batches(

@@ -5,7 +5,7 @@ shard holds whole images, in the order in which each first comes. Shards are fin
 so a job that was cut off goes on at the first unfinished one, and several machines with one folder can do a shard each.
 
 A task whose text the encoder or the model cannot take is left out, counted, and listed in NAME.left_out.jsonl; so is an
-image whose picture is damaged. Neither stops a job.
+image whose picture is damaged, or whose video makes no clip. Nothing of this stops a job.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from world_distill.data.records.clips import ClipSource
 from world_distill.data.records.encode_job import EncodeJob, Images, exceeds
 from world_distill.data.records.estimate import disk_warning
 from world_distill.data.records.reader import AnnotatedRecord, RecordError, RecordReader
@@ -43,6 +44,7 @@ def encode_records(
     lengths: Mapping[str, int] | None = None,
     scenes: Mapping[str, Any] | None = None,
     scene_dtype: str | None = None,
+    clips: ClipSource | None = None,
     chosen: Callable[[str], bool] = lambda image_id: True,
     metadata: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -68,7 +70,9 @@ def encode_records(
       size: (height, width) to bring every image to; None takes them as they are. The record keeps the image as fitted.
       lengths: tokens that the model takes of each text, by the name of the states; a task with more is left out.
       scenes: as `Encoders.scenes`, for an estimate of the disk; None makes none.
-      scene_dtype: type that wider scene arrays are stored in; None: their own. They are read in their own type again.
+      scene_dtype: type that wider arrays of scenes and clips are stored in; None: their own. They are read in their
+        own type again.
+      clips: gives each record the clip of its video; None: records have none. `metadata` names the clips' sizes.
       chosen: whether an image, by its id, is in this data set.
       metadata: texts to keep in the index, such as the family's name and weights.
       say: is told what will be written, what it will take, and that shards of another request are replaced.
@@ -121,7 +125,7 @@ def encode_records(
     wanted = dict(enumerate(parts)) if only is None else {only: parts[only]}
     missing = [shard for shard in wanted if target.note(shard) is None]
     total, counts["records"] = sum(_records(part) for part in wanted.values()), _records(images)
-    job = EncodeJob(reader, encode_scene, encode_text, batch, size, lengths or {})
+    job = EncodeJob(reader, encode_scene, encode_text, batch, size, lengths or {}, clips)
     if missing and (changes := target.changes()):
         say(f"finished shards of {name} are of another request and are written anew: {'; '.join(changes)}")
     to_write = [image for shard in missing for image in wanted[shard]]
@@ -132,7 +136,6 @@ def encode_records(
         if warning := disk_warning(out_dir, expected.total):
             say(warning)
     done = total - _records(to_write)
-    done = total - sum(_records(wanted[shard]) for shard in missing)
 
     def report(count: int) -> None:
         nonlocal done

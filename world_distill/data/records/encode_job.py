@@ -1,6 +1,6 @@
 """The work of `encode` on some images: pictures are read and fitted in threads, ahead of the encoders.
 
-What cannot be encoded (a text that is too long, a damaged picture) is left out with a line that says why.
+What cannot be encoded (a text that is too long, a damaged picture or video) is left out with a line that says why.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import numpy as np
 
 from world_distill.data.images.ordered import map_ordered
 from world_distill.data.images.png import ImageError, decode_png, encode_png
+from world_distill.data.records.clips import ClipSource
 from world_distill.data.records.encoder_calls import fit_image, scenes_of, text_states
 from world_distill.data.records.estimate import Estimate, estimate
 from world_distill.data.records.heads import Heads
@@ -19,6 +20,7 @@ from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, Re
 from world_distill.interfaces import TextError
 
 _ALL_OF = 100  # records that are all left out: then it is not the records' fault
+_VIDEO_THREADS = 2  # a clip takes 100 MB and more, and a decoder has threads of its own
 _SHOWN = 200  # characters of a text that was left out, in the list of those
 Images = Sequence[Sequence[int]]  # numbers of the records of each image
 
@@ -44,6 +46,7 @@ class EncodeJob:
     batch: int
     size: tuple[int, int] | None
     lengths: Mapping[str, int]
+    clips: ClipSource | None = None  # None: records have no clips
 
     def estimate(self, images: Images, heads: Heads, **options: Any) -> Estimate:
         """`estimate.estimate` of these images, from a small sample."""
@@ -54,7 +57,7 @@ class EncodeJob:
 
         return estimate(
             images, heads, picture=lambda number: self._fit(self.reader[number].image_png)[0], texts=texts,
-            states=self._states, **options,
+            states=self._states, clip=self.clips.latents if self.clips else {}, **options,
         )  # fmt: skip
 
     def encode(
@@ -108,18 +111,40 @@ class EncodeJob:
         used = [image for image in whole if any(record.id in states for record in image.records)]
         pixels = {image.image_id: image.pixels for image in used if image.pixels is not None}
         scenes = scenes_of(pixels, self.encode_scene, self.batch) if pixels else {}
-        for image in used:
+        for image, clip in self._with_clips(used):
             kept = [record for record in image.records if record.id in states]
             if not _finite(scenes[image.image_id]):
                 left_out += [_line(record, "picture", "its latents are not finite") for record in kept]
+                continue
+            if isinstance(clip, str):
+                left_out += [_line(record, "video", clip) for record in kept]
                 continue
             for record in kept:
                 task, solution = states[record.id]
                 yield EncodedRecord(
                     id=record.id, image_id=record.image_id, task=record.task, solution=record.solution,
                     agent=record.agent, kind=record.kind, scene=scenes[image.image_id], task_states=task,
-                    solution_states=solution, image_png=image.picture,
+                    solution_states=solution, image_png=image.picture, clip=clip,
                 )  # fmt: skip
+
+    def _with_clips(self, images: Sequence[_Image]) -> Iterator[tuple[_Image, dict[str, np.ndarray] | str]]:
+        """Each image with the latents of its clip, or why it has none; {} where records have no clips."""
+        source = self.clips
+        if source is None:
+            yield from ((image, {}) for image in images)
+            return
+
+        def read(image: _Image) -> np.ndarray | str:
+            assert image.pixels is not None  # damaged ones are left out before
+            return source.read(image.records[0], image.pixels)
+
+        waiting: list[tuple[_Image, np.ndarray | str]] = []
+        for image, clip in zip(images, map_ordered(read, images, threads=_VIDEO_THREADS), strict=True):
+            waiting.append((image, clip))
+            if sum(not isinstance(clip, str) for _, clip in waiting) == source.rows:
+                yield from _encoded(source, waiting)
+                waiting = []
+        yield from _encoded(source, waiting)
 
     def _states(self, texts: Sequence[str]) -> list[dict[str, np.ndarray] | str]:
         """States [l d] of every text, by name, or why the encoder cannot take it."""
@@ -155,13 +180,26 @@ class EncodeJob:
         return None
 
 
+def _encoded(
+    source: ClipSource, read: Sequence[tuple[_Image, np.ndarray | str]]
+) -> Iterator[tuple[_Image, dict[str, np.ndarray] | str]]:
+    """The same with latents in the place of clips, or why there are none; at most `source.rows` clips."""
+    latents = iter(source.encoded([clip for _, clip in read if not isinstance(clip, str)]))
+    for image, clip in read:
+        if isinstance(clip, str):
+            yield image, clip
+            continue
+        found = next(latents)
+        yield image, found if _finite(found) else "its latents are not finite"
+
+
 def _finite(arrays: Mapping[str, np.ndarray]) -> bool:
     return all(np.isfinite(array.astype(np.float32)).all() for array in arrays.values())
 
 
 def _line(record: AnnotatedRecord, what: str, why: str) -> dict[str, Any]:
     line = {"id": record.id, "image_id": record.image_id, "what": what, "why": why[:1000]}
-    return line | ({"text": getattr(record, what)[:_SHOWN]} if what != "picture" else {})
+    return line | ({"text": getattr(record, what)[:_SHOWN]} if what in ("task", "solution") else {})
 
 
 def exceeds(tokens: Mapping[str, int], lengths: Mapping[str, int]) -> bool:

@@ -27,19 +27,21 @@ class Estimate:
     scenes: float
     pictures: float
     texts: float
+    clips: float
     files: int
 
     @property
     def total(self) -> float:
         if not self.files:
             return 0.0
-        held = self.scenes + self.pictures + self.texts + self.records * _RECORD_BYTES
+        held = self.scenes + self.pictures + self.texts + self.clips + self.records * _RECORD_BYTES
         # Half of a file's last block is empty, on average.
         return (max(held / self.files + _BLOCK / 2, _BLOCK) + _BLOCK) * self.files
 
     def describe(self) -> str:
         """One line."""
-        parts = ", ".join(f"{name} {console.disk(getattr(self, name))}" for name in ("scenes", "pictures", "texts"))
+        names = ("scenes", "pictures", "texts", *(("clips",) if self.clips else ()))
+        parts = ", ".join(f"{name} {console.disk(getattr(self, name))}" for name in names)
         each = console.disk(self.total / max(self.records, 1))
         what = f"{self.images} images and {self.records} records"
         return f"about {console.disk(self.total)} for {what} ({parts}), {each} a record"
@@ -52,6 +54,7 @@ def estimate(
     files: int,
     scenes: Mapping[str, Any],
     scene_dtype: str | None,
+    clip: Mapping[str, Any],
     picture: Callable[[int], bytes],
     texts: Callable[[int], Sequence[str]],
     states: Callable[[Sequence[str]], Sequence[Mapping[str, np.ndarray] | str]],
@@ -64,6 +67,7 @@ def estimate(
       files: that they are spread over.
       scenes: shape and dtype of each array of a scene.
       scene_dtype: that arrays are stored in, if they are wider.
+      clip: shape and dtype of each array of a clip, of which each image has one; {}: none.
       picture: the picture that record i will hold; may raise ImageError.
       texts: the texts of record i.
       states: of texts, each by name, or why it has none.
@@ -79,12 +83,16 @@ def estimate(
     found = [(text, s) for text, s in zip(sample, states(sample), strict=True) if not isinstance(s, str)]
     state_bytes = sum(array.nbytes for _, s in found for array in s.values())
     narrow = np.dtype(scene_dtype).itemsize if scene_dtype else math.inf
-    scene = sum(math.prod(s.shape) * min(np.dtype(s.dtype).itemsize, narrow) for s in scenes.values())
+    scene, video = (
+        sum(math.prod(s.shape) * min(np.dtype(s.dtype).itemsize, narrow) for s in arrays.values())
+        for arrays in (scenes, clip)
+    )
     characters = sum(heads.characters[i] for numbers in images for i in numbers)
     return Estimate(
         images=len(images),
         records=sum(map(len, images)),
         scenes=len(images) * scene,
+        clips=len(images) * video,
         pictures=len(images) * float(np.mean(sizes)) if sizes else 0.0,
         # The texts themselves are stored, too.
         texts=characters * (1 + state_bytes / max(1, sum(len(text) for text, _ in found))),

@@ -8,13 +8,16 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from world_distill.data.records.reader import RecordReader
 from world_distill.data.records.record_format import SCENE, RecordError
 from world_distill.interfaces import ModelFamily
 
 _NAMES = {
     "family": "model family", "text_encoder": "text encoder", "image_size": "image size",
-    "text_weights": "text projection",
+    "text_weights": "text projection", "clip": "clips of",
 }  # fmt: skip
 # Why such records cannot be used, where that is not plain.
 _REASONS = {
@@ -40,6 +43,53 @@ def identity(family: ModelFamily) -> dict[str, str]:
         legacy = key == SCENE and array.shape[0] == 1
         found["scene" if legacy else f"scene.{key}"] = "x".join(map(str, array.shape[1:] if legacy else array.shape))
     return found
+
+
+def clip_shape(family: ModelFamily) -> tuple[int, int, int]:
+    """(frames, height, width) of the clips that a family decodes."""
+    latents = {name: jax.ShapeDtypeStruct((1, *spec.shape), jnp.float32) for name, spec in family.latents.items()}
+    base = jax.eval_shape(family.init_base, jax.random.key(0)) if family.codec.parts else {}
+    _, frames, height, width, _ = jax.eval_shape(family.codec.decode, base, latents).shape
+    return frames, height, width
+
+
+def clip_latents(family: ModelFamily) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of what the family's codec makes of one clip, by stream."""
+    base = jax.eval_shape(family.init_base, jax.random.key(0)) if family.codec.parts else {}
+    clips = jax.ShapeDtypeStruct((1, *clip_shape(family), 3), jnp.uint8)
+    return {
+        name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        for name, x in jax.eval_shape(family.codec.encode, base, clips).items()
+    }
+
+
+def clip_identity(family: ModelFamily) -> dict[str, str]:
+    """What decides the clips of records, beside the codec, as the index of a set with clips says it."""
+    frames, height, width = clip_shape(family)
+    return {"clip": f"{frames} frames {height}x{width} at {family.fps:g} a second"}
+
+
+def check_clips(reader: RecordReader, family: ModelFamily) -> None:
+    """Refuses a set whose clips are not those of the family's latents; its first record is read.
+
+    A stream that clips lack, such as the sound of silent videos, must not count in losses.
+
+    Raises:
+      RecordError: they differ, or the set has no clips.
+    """
+    want, have = clip_identity(family)["clip"], reader.metadata.get("clip", "")
+    clip = RecordReader(reader.index_path.parent, reader.index_path.stem, clips=True)[0].clip
+    shapes, wanted = ({n: tuple(x.shape) for n, x in tree.items()} for tree in (clip, family.latents))
+    lacking = [name for name in wanted.keys() - shapes.keys() if family.latents[name].counts.any()]
+    other = [name for name in shapes if shapes[name] != wanted.get(name)]
+    if have == want and not lacking and not other:
+        return
+    reason = f"latents {shapes}, and this model has {wanted}"
+    if lacking and not other:
+        reason = f"no {', '.join(lacking)}, which counts in this model's losses"
+    elif have != want and not other:
+        reason = f"clips of {have}, and this model makes {want}"
+    raise RecordError(f"{reader.index_path} has {reason}: encode the videos for this config, or take the other one")
 
 
 def text_encoder(identity: Mapping[str, str]) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from world_distill.data.records.record_format import READ, TEXT, VERSIONS, RecordError
+from world_distill.data.records.record_format import READ, TEXT, VERSIONS, EncodedRecord, RecordError
 from world_distill.data.records.shard_files import TYPES, fsync, json_bytes, shards_of, write_atomically
 
 INDEX_FORMAT = "world_distill records"
 # An index's "order". Without one, records are dealt out to the shards in turn, as earlier versions did.
 SEQUENTIAL = "sequential"  # shards follow one another
+WITH_CLIPS = 4  # version of the index of encoded records with clips, which earlier versions cannot read
 RUNS = "runs"  # the index's "runs" are [shard, count] of neighbouring records in one shard
 
 
@@ -44,7 +45,7 @@ def index_of(
     """
     index = {
         "format": INDEX_FORMAT,
-        "version": VERSIONS[TYPES[kind]],
+        "version": WITH_CLIPS if any(shard.get("clips") for shard in shards) else VERSIONS[TYPES[kind]],
         "type": kind,
         "count": sum(s["count"] for s in shards),
         "shards": list(shards),
@@ -96,7 +97,8 @@ def read_index(path: pathlib.Path) -> dict:
     if not isinstance(index, dict) or index.get("format") != INDEX_FORMAT:
         raise RecordError(f"{path} is not the index of a data set: give the folder and name of one")
     kind = index.get("type")
-    known = READ[TYPES[kind]] if isinstance(kind, str) and kind in TYPES else (1, 2, 3)
+    cls = TYPES.get(kind, EncodedRecord) if isinstance(kind, str) else EncodedRecord
+    known = (*READ[cls], *((WITH_CLIPS,) if cls is EncodedRecord else ()))
     version = index.get("version")
     if isinstance(version, int) and version > max(known):
         raise RecordError(
@@ -137,7 +139,8 @@ def _contradiction(index: dict) -> str | None:
         typed += [(name, str), (longest["length"], int), (longest["id"], str)]
     typed += [(s[key], int) for s in shards for key in ("count", "bytes")]
     typed += [(s[key], str) for s in shards for key in ("file", "sha256")]
-    typed += [(s.get("heads", False), bool) for s in index["shards"]] + [(index.get("left_out", 0), int)]
+    typed += [(s.get(flag, False), bool) for s in index["shards"] for flag in ("heads", "clips")]
+    typed += [(index.get("left_out", 0), int)]
     metadata = index["metadata"] if isinstance(index["metadata"], dict) else {None: None}
     typed += [(text, str) for item in metadata.items() for text in item]
     if not all(type(value) is kind for value, kind in [*typed, (total, int)]):
@@ -146,6 +149,9 @@ def _contradiction(index: dict) -> str | None:
         return "shards have no names of their own"
     if min(counts, default=0) < 0 or sum(counts) != total:
         return f"shards have {sum(counts)} records, of {total}"
+    with_clips = {s.get("clips", False) for s in index["shards"] if s["count"]}
+    if len(with_clips) > 1 or (True in with_clips) != (index["version"] == WITH_CLIPS):
+        return "some shards have clips, or the version says otherwise"
     if order == RUNS:
         held = [0] * len(shards)
         for shard, length in index["runs"]:

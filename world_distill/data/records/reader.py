@@ -24,6 +24,7 @@ from world_distill.data.records.heads import Heads
 from world_distill.data.records.index import (
     RUNS,
     SEQUENTIAL,
+    WITH_CLIPS,
     index_of,
     longest_texts,
     places,
@@ -36,6 +37,7 @@ from world_distill.data.records.record_format import (
     EncodedRecord,
     Record,
     RecordError,
+    read_clip,
     read_stored,
 )
 from world_distill.data.records.shard_files import (
@@ -71,9 +73,9 @@ def write_records(
 
     `records` is read once, one at a time. A data set of that name is replaced, and during the moment of replacing
     there is none: a reader sees the old one, an error, or the new one. One process at a time may write a name.
-    `metadata` (text to text) is kept in the index. `scene_dtype` is as in `EncodedRecord.to_bytes`. Raises RecordError
-    if there are no records, two have one id, types or shapes differ, or the disk refuses; whatever stops it before the
-    replacing, the old data set stays.
+    `metadata` (text to text) is kept in the index. `scene_dtype` is as in `EncodedRecord.to_bytes`, of clips too.
+    Raises RecordError if there are no records, two have one id, types or shapes differ, or the disk refuses; whatever
+    stops it before the replacing, the old data set stays.
     """
     folder = pathlib.Path(folder)
     check_name(name, shards)
@@ -89,7 +91,7 @@ def write_records(
             raise RecordError(f"{folder}: no records to write")
         with disk(folder):
             parts = zip(temporary, written.counts, paths, strict=True)
-            entries = [entry_of(t, count, name=path.name) for t, count, path in parts]
+            entries = [entry_of(t, count, name=path.name, clips=written.clips) for t, count, path in parts]
             remove_index(folder, name)
             for old, new in zip(temporary, paths, strict=True):
                 os.replace(old, new)
@@ -104,8 +106,11 @@ def write_records(
 class RecordReader:
     """Random access to a data set. A Grain data source; may be pickled and read by several threads."""
 
-    def __init__(self, folder: str | os.PathLike, name: str, record_type: type | None = None):
-        """Opens data set `name` in `folder`, of `record_type` if given. Raises RecordError for all that is wrong."""
+    def __init__(self, folder: str | os.PathLike, name: str, record_type: type | None = None, *, clips: bool = False):
+        """Opens data set `name` in `folder`, of `record_type` if given; with `clips`, records come with their clips.
+
+        Raises RecordError for all that is wrong, such as a data set without the clips that are asked for.
+        """
         self.index_path = pathlib.Path(folder) / f"{name}.json"
         index = read_index(self.index_path)
         if index["type"] not in TYPES or record_type not in (None, TYPES[index["type"]]):
@@ -126,6 +131,13 @@ class RecordReader:
         # Where a record is: by the runs of neighbours, by the ends of shards that follow one another, or by its number.
         self._runs = places(index["runs"]) if index.get("order") == RUNS else None
         self._ends = list(itertools.accumulate(self._counts)) if index.get("order") == SEQUENTIAL else None
+        self.has_clips: bool = index["version"] == WITH_CLIPS
+        self._clips, self._rows_each = clips, 2 if self.has_clips else 1
+        if clips and not self.has_clips:
+            raise RecordError(
+                f"{self.index_path} holds no clips to learn from: `world-distill import-videos` and `encode` make"
+                " records of videos, and `world-distill demonstrate` gives records the Demonstrator's clips"
+            )
         self._with_heads = [s.get("heads", False) for s in index["shards"]]
         self._hashes = {pathlib.Path(folder) / s["file"]: s["sha256"] for s in index["shards"]}
         if self._count == 0:
@@ -144,7 +156,7 @@ class RecordReader:
         i += self._count if i < 0 else 0
         if not 0 <= i < self._count:
             raise IndexError(f"{self.index_path}: no record {index} among {self._count}")
-        return self._named(*self._place(i), self._read)
+        return self._named(*self._place(i), self._read_with_clip if self._clips else self._read)
 
     def without_scene(self, index: int) -> Any:
         """Record `index` in [0, len) as it is stored: without picture and scene where another row holds them."""
@@ -196,12 +208,25 @@ class RecordReader:
         arrays = {"scene": full.scene} if isinstance(full, EncodedRecord) else {}
         return dataclasses.replace(record, image_png=full.image_png, **arrays)
 
+    def _read_with_clip(self, shard: int, row: int) -> Any:
+        record = self._read(shard, row)
+        clip = read_clip(self._shards[shard][2 * row + 1], record.id)
+        if isinstance(clip, int):
+            other = clip
+            if not other < row:
+                raise RecordError(f"its clip is said to be beside record {other}")
+            owner = self._stored(shard, other)[0]
+            clip = read_clip(self._shards[shard][2 * other + 1], owner.id)
+            if owner.image_id != record.image_id or isinstance(clip, int):
+                raise RecordError(f"record {other} does not hold the clip of image {record.image_id!r}")
+        return dataclasses.replace(record, clip=clip)
+
     def _stored(self, shard: int, row: int) -> tuple[Any, int | None]:
-        return read_stored(self.record_type, self._shards[shard][row])
+        return read_stored(self.record_type, self._shards[shard][row * self._rows_each])
 
     def _heads(self, shard: int, count: int) -> Heads:
         if self._with_heads[shard]:
-            return Heads.from_bytes(bytes(self._shards[shard][count]), count)
+            return Heads.from_bytes(bytes(self._shards[shard][count * self._rows_each]), count)
         return Heads.of(self._stored(shard, row)[0] for row in range(count))
 
     def __iter__(self) -> Iterator[Any]:
@@ -225,7 +250,7 @@ def _open_shard(path: pathlib.Path, shard: dict) -> ArrayRecordDataSource:
         source = ArrayRecordDataSource(str(path))
     except (RuntimeError, OSError) as error:
         raise RecordError(f"{path} cannot be opened ({error}): {advice}") from error
-    count = len(source) - shard.get("heads", False)
-    if count != shard["count"]:
+    count, odd = divmod(len(source) - shard.get("heads", False), 1 + shard.get("clips", False))
+    if odd or count != shard["count"]:
         raise RecordError(f"{path} has {count} records, its index says {shard['count']}: {advice}")
     return source

@@ -10,6 +10,9 @@ Bytes are `WDREC`, one byte of format version, and a msgpack map of the record's
 
 Records of one image share its picture and scene: all but one are stored without, and say in which row of their file
 these are.
+
+A clip is kept apart from its record, since few programs read it: its bytes are `WDCLIP`, one byte of version (1), and a
+msgpack map of its record's id and its arrays. Records of one video share its clip in the same way.
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-_MAGIC = b"WDREC"
+_MAGIC, _CLIP_MAGIC, _CLIP_VERSION = b"WDREC", b"WDCLIP", 1
 SCENE, TEXT = "video", "text"  # names of the arrays of encoded records of version 1
 
 
@@ -88,9 +91,13 @@ class EncodedRecord:
     task_states: dict[str, np.ndarray]  # [l d] by name, as `Encoders.text`, true length
     solution_states: dict[str, np.ndarray]  # the same; l is 0 if there is no solution
     image_png: bytes  # the image that was encoded, for reports; may be empty
+    # Latents [n ...] of a clip by stream, to learn from; {} where there are none, or where they were not read.
+    clip: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def to_bytes(self, scene_row: int | None = None, *, scene_dtype: str | None = None) -> bytes:
         """The record as bytes; without scene and image if they are to be found in row `scene_row` of the same file.
+
+        Its clip has bytes of its own (`clip_to_bytes`).
 
         `scene_dtype` stores wider scene arrays in that type; they are read in their own, with the values rounded.
         Raises RecordError if a field is not what it says, or an array is not finite.
@@ -112,6 +119,28 @@ class EncodedRecord:
             and self.scene.keys() == other.scene.keys()
             and all(_same(array, other.scene[name]) for name, array in self.scene.items())
         )
+
+    def shares_clip(self, other: "EncodedRecord") -> bool:
+        """Whether both have the same clip of the same image, bit for bit."""
+        return (
+            self.image_id == other.image_id
+            and self.clip.keys() == other.clip.keys()
+            and all(_same(array, other.clip[name]) for name, array in self.clip.items())
+        )
+
+    def clip_to_bytes(self, clip_row: int | None = None, *, dtype: str | None = None) -> bytes:
+        """The clip as bytes, or where it is to be found: beside record `clip_row` of the same file.
+
+        `dtype` stores wider arrays in that type; they are read in their own, with the values rounded.
+        Raises RecordError if an array is not finite.
+        """
+        _check(self)
+        value: dict[str, Any] = {"id": self.id, "row": clip_row}
+        if clip_row is None:
+            arrays, types = _narrow(self.clip, dtype)
+            _check_finite(self, "clip", arrays, dtype)
+            value |= {"arrays": arrays, "types": types}
+        return _CLIP_MAGIC + bytes([_CLIP_VERSION]) + serialization.msgpack_serialize(value)
 
     def scene_digest(self) -> bytes:
         """Hash of what records of one image share."""
@@ -152,32 +181,64 @@ def _whole(cls: type, data: bytes) -> Any:
 
 def _pack(record: Record, scene_row: int | None, scene_dtype: str | None = None) -> bytes:
     _check(record, scene_row)
-    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "clip"}
     if scene_row is not None:
         fields |= {"image_png": b"", "scene_row": scene_row} | ({"scene": {}} if "scene" in fields else {})
     elif scene_dtype is not None and isinstance(record, EncodedRecord):
-        fields |= _narrow(record, scene_dtype)
+        fields["scene"], fields["scene_types"] = _narrow(record.scene, scene_dtype)
     for name in _ARRAYS if isinstance(record, EncodedRecord) else ():
-        for key, array in fields[name].items():
-            if not np.isfinite(array.astype(np.float32)).all():
-                full = np.isfinite(getattr(record, name)[key].astype(np.float32)).all()
-                why = f" in {scene_dtype}: choose bfloat16 or float32" if full else ""
-                raise RecordError(f"record {record.id!r}: {name} {key!r} has values that are not finite{why}")
+        _check_finite(record, name, fields[name], scene_dtype)
     # msgpack, as Flax writes it: text, bytes and arrays (bf16 too) in one value, nothing that can run code on reading
     # (pickle), and no second parser for the strings (safetensors keeps only flat text beside its arrays).
     body = serialization.msgpack_serialize({"type": type(record).__name__, "fields": fields})
     return _MAGIC + bytes([VERSIONS[type(record)]]) + body
 
 
-def _narrow(record: EncodedRecord, scene_dtype: str) -> dict[str, Any]:
-    """The fields of a record whose scene arrays are stored in a type, where they are wider."""
-    stored, wide = np.dtype(scene_dtype), {}
-    scene = dict(record.scene)
-    for name, array in record.scene.items():
-        if array.dtype.itemsize > stored.itemsize:
-            with np.errstate(over="ignore"):  # `_pack` refuses infinities, by name
-                scene[name], wide[name] = array.astype(stored), array.dtype.name
-    return {"scene": scene, "scene_types": wide}
+def _narrow(arrays: Mapping[str, np.ndarray], dtype: str | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays in a type where they are wider, the types that those had)."""
+    found, wide = dict(arrays), {}
+    for name, array in arrays.items():
+        if dtype is not None and array.dtype.itemsize > np.dtype(dtype).itemsize:
+            with np.errstate(over="ignore"):  # `_check_finite` refuses infinities, by name
+                found[name], wide[name] = array.astype(np.dtype(dtype)), array.dtype.name
+    return found, wide
+
+
+def _widen(arrays: dict[str, np.ndarray], types: Mapping[str, str]) -> None:
+    """Gives narrowed arrays their own types back."""
+    for name, dtype in types.items():
+        arrays[name] = arrays[name].astype(np.dtype(dtype))
+
+
+def _check_finite(record: Any, field: str, stored: Mapping[str, np.ndarray], dtype: str | None) -> None:
+    """Raises RecordError for an array of a record's field that is not finite as it is to be stored."""
+    for name, array in stored.items():
+        if not np.isfinite(array.astype(np.float32)).all():
+            full = np.isfinite(getattr(record, field)[name].astype(np.float32)).all()
+            why = f" in {dtype}: choose bfloat16 or float32" if full else ""
+            raise RecordError(f"record {record.id!r}: {field} {name!r} has values that are not finite{why}")
+
+
+def read_clip(data: bytes, record: str) -> dict[str, np.ndarray] | int:
+    """The clip of a record in `data`, or the number of the record of its file that has it.
+
+    Raises RecordError if that is another record's, of another version, or damaged.
+    """
+    data, start = bytes(data), _CLIP_MAGIC + bytes([_CLIP_VERSION])
+    if data[: len(start)] != start:
+        raise RecordError("not a clip, or of a later version")
+    try:
+        value: Any = serialization.msgpack_restore(data[len(start) :])
+        owner, row, arrays = value["id"], value["row"], value.get("arrays", {})
+        _widen(arrays, value.get("types", {}))
+        sound = all(isinstance(array, np.ndarray) and array.size for array in arrays.values())
+    except Exception as error:  # msgpack has its own exceptions, numpy others: all mean damaged bytes
+        raise RecordError(f"damaged clip ({type(error).__name__}: {error})") from error
+    if owner != record:
+        raise RecordError(f"the clip of record {record!r} is said to be that of {owner!r}")
+    if not sound or (row is None) != bool(arrays) or not (row is None or (type(row) is int and row >= 0)):
+        raise RecordError(f"damaged clip of record {record!r}")
+    return arrays if row is None else row
 
 
 def _unpack(cls: Any, data: bytes) -> tuple[Any, int | None]:
@@ -196,8 +257,7 @@ def _unpack(cls: Any, data: bytes) -> tuple[Any, int | None]:
             if cls is EncodedRecord and version == 1:
                 fields = _from_version_1(fields)
             scene_row = fields.pop("scene_row", None)
-            for name, dtype in fields.pop("scene_types", {}).items():
-                fields["scene"][name] = fields["scene"][name].astype(np.dtype(dtype))
+            _widen(fields.get("scene", {}), fields.pop("scene_types", {}))
             record = cls(**fields)
     except Exception as error:  # msgpack has its own exceptions, numpy others: all mean damaged bytes
         raise RecordError(f"damaged record ({type(error).__name__}: {error})") from error
@@ -223,7 +283,7 @@ def _check(record: Record, scene_row: int | None = None) -> None:
         kind = typing.get_origin(declared) or declared
         if not isinstance(value, kind):
             problems.append(f"{field.name} is a {type(value).__name__}, not {kind.__name__}")
-        elif field.name in _ARRAYS:
+        elif field.name in _ARRAYS or (field.name == "clip" and value):
             problems += _array_problems(record, field.name, value, elsewhere=scene_row is not None)
         elif kind is dict and not all(isinstance(x, str) for item in value.items() for x in item):
             problems.append(f"{field.name} has entries that are not text")

@@ -33,7 +33,7 @@ from world_distill.data.records.shard_files import (
     write_shards,
 )
 
-_ENTRY_KEYS = ("file", "count", "bytes", "sha256", "heads")
+_ENTRY_KEYS = ("file", "count", "bytes", "sha256", "heads", "clips")
 _NOTE_KEYS = {"request", "file", "count", "bytes", "sha256", "type", "ids", "shapes", "longest_text"}
 
 
@@ -119,7 +119,7 @@ class ResumableSet:
         try:
             written = write_shards([temporary], records, scene_dtype=scene_dtype)
             with disk(self.folder):
-                note = entry_of(temporary, written.counts[0], name=path.name) | {
+                note = entry_of(temporary, written.counts[0], name=path.name, clips=written.clips) | {
                     "request": self.request, "type": written.kind, "ids": written.ids, "shapes": written.shapes,
                     "longest_text": written.longest, "left_out": list(left_out),
                 }  # fmt: skip

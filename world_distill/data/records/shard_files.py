@@ -54,8 +54,11 @@ class Written:
 
     kind: str | None  # type of the records; None if there are none
     counts: list[int]  # records a shard
+    clips: bool  # whether a row with its clip follows each record
     ids: list[str]
-    shapes: list | None  # of all encoded records: of each scene array shape and type, of each text width and type
+    # Of all encoded records: of each scene array shape and type, of each text width and type, of each clip array as of
+    # a scene's, where there are clips.
+    shapes: list | None
     longest: dict[str, Any] | None  # {name: {"length", "id"}} of the longest text of encoded records
     runs: list[list[int]]  # [shard, count] of neighbouring records in one shard
 
@@ -68,17 +71,20 @@ class _SameShapes:
         self.longest: dict[str, Any] = {}
 
     def add(self, record: EncodedRecord) -> None:
-        scene = {name: [list(array.shape), array.dtype.name] for name, array in sorted(record.scene.items())}
+        scene, clip = (
+            {name: [list(array.shape), array.dtype.name] for name, array in sorted(arrays.items())}
+            for arrays in (record.scene, record.clip)
+        )
         task, solution = (
             {name: [text.shape[1], text.dtype.name] for name, text in sorted(states.items())}
             for states in (record.task_states, record.solution_states)
         )
-        shapes = [scene, task, solution]
+        shapes = [scene, task, solution] + ([clip] if clip else [])
         self.first = self.first or shapes
         if shapes != self.first or task != solution:
             raise RecordError(
-                f"record {record.id!r}: scene shapes and text widths {shapes}, others have {self.first}: a data set"
-                " holds one family at one resolution"
+                f"record {record.id!r}: scene shapes and text widths, and clip shapes, {shapes}, others have"
+                f" {self.first}: a set holds one family at one resolution"
             )
         for name, text in record.task_states.items():
             length = max(len(text), len(record.solution_states[name]))
@@ -87,12 +93,17 @@ class _SameShapes:
 
 
 class _Shard:
-    """One file that is being written: records, of each image the scene once, and at the end their heads."""
+    """One file that is being written: records, of each image the scene once, and at the end their heads.
+
+    Where records have clips, each is followed by a row with its clip; rows are then counted in such pairs.
+    """
 
     def __init__(self, path: pathlib.Path, scene_dtype: str | None):
         self.path, self._scene_dtype, self._heads = path, scene_dtype, Heads.empty()
         self._rows: dict[str, tuple[int, bytes]] = {}  # by image: where a scene stands, and its hash
         self._last: tuple[int, Any] | None = None  # row of a scene, and the record that it was written with
+        self._last_clip: tuple[int, Any] | None = None  # the same of a clip
+        self.clips = False
         self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
 
     def __len__(self) -> int:
@@ -104,9 +115,21 @@ class _Shard:
             data = record.to_bytes(row, scene_dtype=self._scene_dtype)
         else:
             data = record.to_bytes(row)
+        rows = [data, *self._clip_of(record)]
         with disk(self.path.parent):
-            self._writer.write(data)
+            for data in rows:
+                self._writer.write(data)
         self._heads.append(record)
+
+    def _clip_of(self, record: Record) -> list[bytes]:
+        """The row of a record's clip; [] where records have none."""
+        if not isinstance(record, EncodedRecord) or not record.clip:
+            return []
+        self.clips = True
+        if self._last_clip is not None and record.shares_clip(self._last_clip[1]):
+            return [record.clip_to_bytes(self._last_clip[0])]
+        self._last_clip = len(self), record
+        return [record.clip_to_bytes(dtype=self._scene_dtype)]
 
     def _row_of(self, record: Any) -> int | None:
         """Where the scene of a record stands already; None: nowhere."""
@@ -123,8 +146,9 @@ class _Shard:
         self._writer.write(self._heads.to_bytes())
         self._writer.close()
         fsync(self.path)
-        if (found := len(ArrayRecordDataSource(str(self.path)))) != len(self) + 1:
-            raise OSError(f"{len(self)} records were written and {found - 1} came back")
+        rows = len(self) * (1 + self.clips)
+        if (found := len(ArrayRecordDataSource(str(self.path)))) != rows + 1:
+            raise OSError(f"{rows} rows were written and {found - 1} came back")
 
     def give_up(self) -> None:
         if self._writer.is_open():
@@ -137,8 +161,8 @@ def write_shards(
 ) -> Written:
     """Deals `records` out to the files `paths`, flushes them to the disk and counts them again.
 
-    All records of an image go to one file, in which its scene stands once, in the type `scene_dtype` if given; a new
-    image goes to the file with the fewest records.
+    All records of an image go to one file, in which its scene stands once, in the type `scene_dtype` if given, as do
+    clips; a new image goes to the file with the fewest records.
 
     Raises:
       RecordError: two records have one id, types or shapes differ, or the disk refuses.
@@ -173,12 +197,14 @@ def write_shards(
         for shard in shards:
             shard.give_up()
     longest = shapes.longest if shapes.first else None
-    return Written(kinds.pop() if kinds else None, [len(s) for s in shards], list(ids), shapes.first, longest, runs)
+    kind, clips = kinds.pop() if kinds else None, any(shard.clips for shard in shards)
+    return Written(kind, [len(s) for s in shards], clips, list(ids), shapes.first, longest, runs)
 
 
-def entry_of(path: pathlib.Path, count: int, *, name: str) -> dict[str, Any]:
+def entry_of(path: pathlib.Path, count: int, *, name: str, clips: bool) -> dict[str, Any]:
     """What an index promises about the shard at `path` that will be called `name`."""
-    return {"file": name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(path), "heads": True}
+    entry = {"file": name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(path), "heads": True}
+    return entry | ({"clips": True} if clips and count else {})
 
 
 def aside(path: pathlib.Path) -> pathlib.Path:

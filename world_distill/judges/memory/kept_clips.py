@@ -5,10 +5,14 @@ FOLDER/ab/abcd….png. Which ones are kept depends on the digest alone: a repeat
 """
 
 import pathlib
+from collections import defaultdict
 
 import numpy as np
 
-from world_distill.judges.memory.cache import clip_digest
+from world_distill.errors import UserError
+from world_distill.judges.controls import is_control
+from world_distill.judges.memory.cache import JudgmentCache, clip_digest
+from world_distill.judges.memory.entries import Entry
 from world_distill.storage.video_files import load_strip, save_strip
 
 
@@ -37,3 +41,24 @@ class KeptClips:
 
     def _path(self, digest: str) -> pathlib.Path:
         return self.folder / digest[:2] / f"{digest}.png"
+
+
+def judged_clips(cache: JudgmentCache, clips: KeptClips) -> dict[tuple[str, str, str], list[Entry]]:
+    """The entries of a cache about clips that are kept, by (digest, task, agent), without those about controls.
+
+    Raises:
+      UserError: there are none.
+    """
+    kept = set(clips.digests())
+    found: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
+    for entry in cache.entries():
+        about = entry.about
+        if is_control(about.question):  # whose clip may be another task's
+            continue
+        if about.clip in kept and about.task is not None and about.agent is not None:
+            found[about.clip, about.task, about.agent].append(entry)
+    if not found:
+        raise UserError(
+            f"{clips.folder} holds no clips of these judgments: train with --config.judge.keep_clips=0.05, for instance"
+        )
+    return dict(found)

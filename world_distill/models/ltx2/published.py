@@ -121,6 +121,9 @@ CONNECTOR_LORA_NAMES: Names = {
 }
 _CONNECTOR_NORM_NAMES: Names = _joined(_CONNECTOR_ATTENTIONS, _NORMS)
 PROJECTION_NAMES = ("text_proj_in", "aggregate_embed")
+PROJECTION_LORA_NAMES: Names = {
+    "linear": (f"connectors.{PROJECTION_NAMES[0]}", ORIGINAL_PREFIXES["projection"] + PROJECTION_NAMES[1])
+}
 # (blocks, width) of published transformers, for messages about files that were made for another one. The width is what
 # most layers read: with both streams, that of the audio.
 KNOWN_SIZES = {(48, 4096): "LTX-2", (48, 2048): "LTX-2"}
@@ -306,4 +309,4 @@ def connector_entries(config: ConnectorConfig, naming: Naming = "diffusers") -> 
 def projection_entry(config: ConnectorConfig, naming: Naming = "diffusers") -> Entry:
     """The projection of the text states, which only encoding needs."""
     name = f"{PROJECTION_NAMES[NAMINGS.index(naming)]}.weight"
-    return Entry("kernel", name, (config.width, config.width * config.states), transpose, transpose)
+    return Entry("linear.kernel", name, (config.width, config.width * config.states), transpose, transpose)

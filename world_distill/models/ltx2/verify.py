@@ -3,6 +3,7 @@
 Ours has channels last, theirs first.
 """
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from world_distill.models.ltx2 import vae
+from world_distill.models.ltx2.connectors import ConnectorConfig
 from world_distill.models.ltx2.family import LTX2Family, build, codec_sizes
-from world_distill.models.parity import PartParity
+from world_distill.models.ltx2.published import connector_entries
+from world_distill.models.parity import PartParity, filled
 from world_distill.structs import PyTree
 
 GRID, MOMENTS = (3, 4, 6), 10  # tokens of the video: frames, rows, columns; of the audio
@@ -29,31 +32,55 @@ def parity(sizes: Mapping[str, Any]) -> tuple[LTX2Family, dict[str, PartParity]]
     family = build(**{**sizes, **small, "remat": "none"})
     return family, {
         "transformer": PartParity(
-            _transformer_inputs, _our_transformer, _loader("LTX2VideoTransformer3DModel"), _no_original,
+            _transformer_inputs, _our_transformer, _loader("LTX2VideoTransformer3DModel"), _build_transformer,
             _their_transformer,
         ),
         "connectors": PartParity(
-            _texts, _our_connectors, _loader("LTX2TextConnectors"), _no_original, _their_connectors
+            _texts, _our_connectors, _loader("LTX2TextConnectors"),
+            functools.partial(_build_connectors, sizes=family.connectors), _their_connectors,
         ),
-        "vae": PartParity(_clips, _our_vae, _loader("AutoencoderKLLTX2Video"), _no_original, _their_vae),
+        "vae": PartParity(_clips, _our_vae, _loader("AutoencoderKLLTX2Video"), _build_vae, _their_vae),
     }  # fmt: skip
 
 
 def _loader(name: str):
     def load(source: pathlib.Path) -> Any:
-        import diffusers
         import torch
-        from diffusers.pipelines import ltx2
 
-        kind = getattr(ltx2, name, None) or getattr(diffusers, name)
         folder = source / {"LTX2TextConnectors": "connectors", "AutoencoderKLLTX2Video": "vae"}.get(name, "transformer")
-        return kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+        return _kind(name).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
 
     return load
 
 
-def _no_original(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
-    raise NotImplementedError("LTX-2's original file is not converted, so nothing is compared with it")
+def _kind(name: str) -> Any:
+    import diffusers
+    from diffusers.pipelines import ltx2
+
+    return getattr(ltx2, name, None) or getattr(diffusers, name)
+
+
+def _build_transformer(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
+    """diffusers' network with tensors of the original layout, under the names that diffusers gives them."""
+    from diffusers.loaders import single_file_utils
+
+    renamed = single_file_utils.convert_ltx2_transformer_to_diffusers(dict(tensors))
+    return filled(_kind("LTX2VideoTransformer3DModel").from_config(dict(config)), renamed)
+
+
+def _build_vae(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
+    from diffusers.loaders import single_file_utils
+
+    renamed = single_file_utils.convert_ltx2_vae_to_diffusers(dict(tensors))
+    return filled(_kind("AutoencoderKLLTX2Video").from_config(dict(config)), renamed)
+
+
+def _build_connectors(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], sizes: ConnectorConfig) -> Any:
+    """Under our names: diffusers has the table in a script that is no part of it. The projection is not compared."""
+    pairs = zip(connector_entries(sizes, "original"), connector_entries(sizes), strict=True)
+    theirs = {name: own for a, b in pairs for name, own in zip(a.names, b.names, strict=True)}
+    network = _kind("LTX2TextConnectors").from_config(dict(config))
+    return filled(network, {theirs[name]: x for name, x in tensors.items()}, without=("text_proj_in.weight",))
 
 
 def _normal(*shape: int) -> np.ndarray:

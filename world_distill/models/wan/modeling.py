@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from world_distill.devices.sharding import platform_of
+from world_distill.devices.sharding import constrain, platform_of
 from world_distill.models.attention import AttentionKind
 from world_distill.models.blocks import Remat, StreamLayout, gated, scan_blocks, spread_times
 from world_distill.models.layers import (
@@ -181,7 +181,7 @@ class WanDiT(nnx.Module):
         grid = (f, height // p, width // p)
         dtype = self.patch.kernel.dtype
         text = jax.nn.gelu(self.text_in(text.astype(dtype), sub(lora, "text_in"), scale))
-        text = self.text_out(text, sub(lora, "text_out"), scale)
+        text = constrain(config.mesh, self.text_out(text, sub(lora, "text_out"), scale), ("batch", None, None))
         time = sinusoid(1000.0 * t.astype(jnp.float32), config.time_width).astype(dtype)
         time = jax.nn.silu(self.time_in(time, sub(lora, "time_in"), scale))
         time = self.time_out(time, sub(lora, "time_out"), scale)  # [b s d]

@@ -74,8 +74,7 @@ def describe(transformer: Shapes, vae: Shapes, settings: Mapping[str, Any], nami
         "vae": list(vae_entries(codec, namings["vae"])),
     }
     mean, std = (np.array([float(x) for x in text.split()], np.float32) for text in LATENTS[network.channels])
-    sizes = dict(WanPublished(network, codec).sizes)
-    return Published(sizes, entries, {"vae.mean": mean, "vae.std": std})
+    return Published(WanPublished(network, codec), entries, {"vae.mean": mean, "vae.std": std})
 
 
 def transformer_config(shapes: Shapes, settings: Mapping[str, Any], naming: Naming = "original") -> WanConfig:

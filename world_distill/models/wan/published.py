@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from world_distill.models.tensor_map import Entry, Published, same, transpose
+from world_distill.models.tensor_map import Entry, LoraRules, Published, same, transpose
 from world_distill.models.wan.modeling import WanConfig
 from world_distill.models.wan.vae import VaeConfig
 
@@ -46,8 +46,8 @@ def describe(
         raise ValueError(f"its transformer has {network.channels} latent channels, its vae {codec.channels}")
     layout = WanPublished(network, codec)
     return Published(
-        sizes=dict(layout.sizes),
-        entries=layout.entries(),
+        layout,
+        layout.entries(),
         constants={
             f"vae.{ours}": np.array(vae[theirs], np.float32)
             for ours, theirs in (("mean", "latents_mean"), ("std", "latents_std"))
@@ -99,6 +99,18 @@ class WanPublished:
         return LORA_NAMES
 
     @property
+    def all_lora_names(self) -> Mapping[str, Mapping[str, tuple[str, str]]]:
+        return {"transformer": LORA_NAMES}
+
+    @property
+    def absent_lora_names(self) -> Mapping[str, tuple[str, str]]:
+        return {}
+
+    @property
+    def lora_rules(self) -> LoraRules:
+        return LORA_RULES
+
+    @property
     def sizes(self) -> Mapping[str, Any]:
         """As in a config's section `model`, with what shapes do not show."""
         network, codec = self.network, self.codec
@@ -125,6 +137,9 @@ class WanPublished:
             "transformer": list(transformer_entries(self.network, naming)),
             "vae": list(vae_entries(self.codec, naming)),
         }
+
+    def apart(self, naming: Naming = "diffusers") -> dict[str, list[Entry]]:
+        return {}
 
     def configs(self, read: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
         mean, std = (np.asarray(read(f"vae.{name}")) for name in ("mean", "std"))
@@ -193,6 +208,26 @@ _TABLE_NAMES = {
 FLOAT32 = {"transformer": r"time_(in|out)\..*|(blocks\.)?table|blocks\.cross_norm\..*", "vae": ".*"}
 # (blocks, width) of published transformers, for messages about files that were made for another one.
 KNOWN_SIZES = {(30, 1536): "Wan2.1's 1.3B model", (40, 5120): "a 14B model", (30, 3072): "Wan2.2-TI2V-5B"}
+
+
+def _lora_stops(tensors: Mapping[str, tuple[str, str]]) -> list[str]:
+    layers = {layer for layer, kind in tensors.values() if kind == "a"}
+    lines = []
+    if not any(name.startswith("blocks.") for name in layers):
+        lines.append("it adapts no block")
+    if "patch_embedding" in layers:
+        lines.append("it adapts patch_embedding")
+    for part in ("text_embedding", "time_embedding"):
+        if len({f"{part}.0", f"{part}.2"} & layers) == 1:
+            lines.append(f"it adapts one of the two layers of {part}")
+    return lines
+
+
+LORA_RULES = LoraRules(
+    ("diffusion_model.", "lora_unet_"),
+    lambda name, kind: kind in ("a", "b", "alpha") or (kind == "diff_b" and "norm" not in name),
+    _lora_stops,
+)
 
 
 def transformer_entries(config: WanConfig, naming: Naming = "diffusers") -> Iterator[Entry]:

@@ -5,13 +5,13 @@ Ours has channels last, theirs first.
 
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from world_distill.models.parity import PartParity
+from world_distill.models.parity import PartParity, filled
 from world_distill.models.wan import vae
 from world_distill.models.wan.family import WanFamily, build, codec_sizes
 from world_distill.models.wan.published import original_vae_name, vae_entries
@@ -45,41 +45,30 @@ def _load_vae(source: pathlib.Path) -> Any:
 
 
 def _read(name: str, folder: pathlib.Path) -> Any:
-    import diffusers
     import torch
 
-    kind = getattr(diffusers, name)  # it makes its names when they are asked for
-    return kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+    return _kind(name).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+
+
+def _kind(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)  # it makes its names when they are asked for
 
 
 def _build_transformer(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
     """diffusers' network with tensors of the original layout, under the names that diffusers gives them."""
     from diffusers.loaders import single_file_utils
 
-    renamed = single_file_utils.convert_wan_transformer_to_diffusers(dict(_torch(tensors)))
-    return _fill("WanTransformer3DModel", config, renamed)
+    renamed = single_file_utils.convert_wan_transformer_to_diffusers(dict(tensors))
+    return filled(_kind("WanTransformer3DModel").from_config(dict(config)), renamed)
 
 
 def _build_vae(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], codec: vae.VaeConfig) -> Any:
     """As `_build_transformer`; of 2.2, diffusers has no table of the original names, so the names are ours."""
     theirs = {original_vae_name(name, codec): name for entry in vae_entries(codec) for name in entry.names}
-    return _fill("AutoencoderKLWan", config, {theirs[name]: x for name, x in _torch(tensors)})
-
-
-def _fill(name: str, config: Mapping[str, Any], weights: Mapping[str, Any]) -> Any:
-    """diffusers' network of that name with these weights; names that do not fit are an error."""
-    import diffusers
-
-    network = getattr(diffusers, name).from_config(dict(config))
-    network.load_state_dict(weights, strict=True)
-    return network.float().eval()
-
-
-def _torch(tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Any]]:
-    import torch
-
-    for name, tensor in tensors.items():
-        yield name, torch.from_numpy(np.array(tensor, np.float32))
+    renamed = {theirs[name]: tensor for name, tensor in tensors.items()}
+    return filled(_kind("AutoencoderKLWan").from_config(dict(config)), renamed)
 
 
 def _normal(*shape: int) -> np.ndarray:
