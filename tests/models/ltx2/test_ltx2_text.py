@@ -138,7 +138,9 @@ def test_a_projection_has_one_digest_in_every_layout_and_type(folder, tmp_path):
     for name, other in (("changed", changed), ("reshaped", kernel.reshape(2 * ROW, -1)), ("turned", kernel[::-1])):
         path = projection_file(tmp_path / f"{name}.safetensors", other, dtype="bfloat16")
         assert projection_digest(path) not in ("", digest)
-    for unknown in (tmp_path / "nothing", "words", ""):
+    damaged = copy_of(folder, tmp_path / "damaged")
+    cut(next((damaged / "connectors").iterdir()))
+    for unknown in (damaged, tmp_path / "nothing", "words", ""):
         assert encoders(unknown).text_weights == ""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from world_distill.models.ltx2.connectors import project_states
 from world_distill.models.text_encoders import TorchTextEncoder
-from world_distill.storage.safetensors_folder import digest, open_tensors, read_tensor
+from world_distill.storage.safetensors_folder import TensorFileError, digest, open_tensors, read_tensor
 
 MAX_LENGTH = 1024  # tokens that the model was trained with
 # The projection's name in `connectors/` of diffusers' layout, and in the original file.
@@ -95,8 +95,8 @@ def projection_digest(path: pathlib.Path) -> str:
     """`safetensors_folder.digest` of the projection that `read_projection` reads; "" where there is none."""
     try:
         return digest(read_projection(path).T)
-    except ValueError:
-        return ""  # `GemmaTextEncoder` says what is wrong
+    except (ValueError, TensorFileError):
+        return ""  # `GemmaTextEncoder` says what is wrong; training needs none
 
 
 def read_projection(path: pathlib.Path) -> np.ndarray:
