@@ -111,7 +111,7 @@ def _fine_tune(c: ConfigDict) -> None:
     c.objective.sft_times, c.objective.times = "stretched", "index"
     c.objective.sft_shift = dev_shift(min(TOKENS, 4096))  # as there: no larger one for more tokens
     c.objective.updates, c.objective.minibatches, c.objective.draws = 1, 1, 1
-    # What was fine-tuned is sampled with the model's own guidance, unlike an Executor that has learnt to do without.
+    # A fine-tuned model is sampled with the base's own guidance; a distilled Executor has learnt to do without.
     c.rollout.guidance, c.demonstrator.guidance = c.demonstrator.guidance, 1.0
 
 

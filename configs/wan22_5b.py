@@ -107,7 +107,7 @@ def _fine_tune(c: ConfigDict) -> None:
     c.objective.kind, c.objective.rl, c.objective.beta_d = "sft", "none", ((0, 0.0),)
     c.objective.sft_shift = c.sampler.shift
     c.objective.updates, c.objective.minibatches, c.objective.draws = 1, 1, 1
-    # What was fine-tuned is sampled with the model's own guidance, unlike an Executor that has learnt to do without.
+    # A fine-tuned model is sampled with the base's own guidance; a distilled Executor has learnt to do without.
     c.rollout.guidance, c.demonstrator.guidance = c.demonstrator.guidance, 1.0
 
 

@@ -141,6 +141,34 @@ def test_two_processes_train_as_one(inputs, two, tmp_path):
         assert re.findall(r"held_out (\d+)", text) == ["6"] * (STEPS // 2)
 
 
+# Makes the Demonstrator's clips, before it trains on them.
+DEMONSTRATE = """
+from world_distill.data.records.reader import RecordReader
+from world_distill.programs.demonstrate import demonstrate
+given = small_config(inputs, **{changes!r})
+demonstrate(given, RecordReader(given.data, "train"), pathlib.Path(given.data), name={name!r}, shards=2)
+"""
+
+
+def test_two_processes_demonstrate_and_fine_tune_as_one(inputs, tmp_path):
+    run = SIZES | KEPT | {
+        "objective.kind": "sft", "objective.rl": "none", "objective.beta_d": ((0, 0.0),), "host_devices": 4, "steps": 2,
+        "evaluate_batch": 4,
+    }  # fmt: skip
+    states, clips = [], []
+    for count in (1, 2):
+        changes, folder = run | {"train_set": f"shown_{count}"}, tmp_path / str(count)
+        before = DEMONSTRATE.format(changes=changes, name=changes["train_set"])
+        codes, said = jobs.finish(jobs.start(inputs, folder, *[changes] * count, before=before))
+        assert codes == [0] * count, said
+        states += final_states(small_config(inputs, **changes), folder)
+        reader = RecordReader(inputs / "data", changes["train_set"], clips=True)
+        clips.append(np.stack([record.clip["video"] for record in reader]))
+    np.testing.assert_allclose(*clips, atol=1e-4)
+    assert len(clips[0]) == len(RecordReader(inputs / "data", "train"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *(state.lora for state, _ in states))
+
+
 def test_each_process_reads_the_tasks_of_its_own_rollouts(inputs, two):
     config = small_config(inputs, **RUN)
     count, reader = config.rollout.tasks, RecordReader(config.data, "train")

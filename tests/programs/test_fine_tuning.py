@@ -133,6 +133,12 @@ def test_what_happened_to_the_videos_since_is_said(films, tmp_path):
     with pytest.raises(UserError, match="is not there: name it with --videos, or take --no-clips"):
         prepare.Encoder(config).clips_of(reader)
     assert prepare.Encoder(config).clips_of(reader, tmp_path / "moved").root == (tmp_path / "moved").resolve()
+    # Their first frames are records all the same.
+    flags = ["encode", "--config", "sandbox", f"--config.base={config.base}", "--records", str(tmp_path)]
+    assert cli.main([*flags, "--name", "films", "--no-clips"]) == 0
+    assert len(RecordReader(tmp_path, "films")) == 7 and not RecordReader(tmp_path, "films").has_clips
+    assert cli.main([*flags, "--name", "films", "--videos", str(tmp_path / "moved")]) == 0
+    assert len(RecordReader(tmp_path, "films", clips=True)) == 4
     with pytest.raises(UserError, match="was not imported from videos"):
         prepare.Encoder(config).clips_of(RecordReader(films[0] / "data", "train_annotated"), tmp_path)
 

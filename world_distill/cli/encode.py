@@ -27,8 +27,8 @@ and `test`. Which images depends on their files alone: it is the same for any or
 Several machines that share the folder do a shard each with --shard I/N, I from 0 to N - 1; the last of them to finish
 makes the set whole.
 
-Of records that `import-videos` made, the clips are encoded too, at the model's frame rate, length and size; a video
-that is too short, damaged or changed is left out and listed. Where the videos have moved, --videos names their folder.
+Records that `import-videos` made get their clips, at the model's frame rate, length and size. A video that is too
+short, damaged or changed is left out and listed. Where the videos have moved, --videos names their folder.
 
 The states of config.demonstrator.negative, which guidance leads away from, are kept in NAME.negative. For another text,
 or for records that were encoded without one, call it again in the same way: the records stay, and the text is encoded.
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clips.add_argument(
         "--videos", type=pathlib.Path, metavar="FOLDER", help="folder of the videos (default: that of import-videos)"
     )
-    clips.add_argument("--no-clips", action="store_true", help="of videos, encode the first frames alone")
+    clips.add_argument("--no-clips", action="store_true", help="encode the first frames of the videos alone")
     parser.add_argument("--batch", type=int, help="images and texts encoded at once (default: config.encode_batch)")
     for name, use in (("validation", "training evaluates on"), ("test", "`evaluate` takes by default")):
         parser.add_argument(

@@ -17,8 +17,8 @@ in --video-root; none outside of it is read. MP4, MOV, WebM, Matroska and AVI ar
 The task is what the Executor is told. A caption that stands alone is told to both Executor and Demonstrator.
 
 A video's first frame becomes the scene. Its pixels stay where they are: `encode` reads them, at the model's frame rate
-and length, from the video's beginning. What cannot be used (a damaged video, one without a text, a path that leads
-nowhere) is counted and listed in NAME_annotated.left_out.jsonl. Called again, it writes the same bytes.
+and length, from the video's beginning. Damaged videos, videos without a text and paths that lead nowhere are left out,
+counted, and listed in NAME_annotated.left_out.jsonl. Called again, it writes the same bytes.
 
   world-distill import-videos --videos clips --out data --name train
   world-distill import-videos --videos robot.jsonl --video-root /mnt/robot --out data --name train --licence CC-BY-4.0

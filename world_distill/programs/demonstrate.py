@@ -106,6 +106,7 @@ def demonstrate(
     kept = read_negative(reader.index_path.parent, reader.index_path.stem)
     if kept is not None and hosts.is_main():
         write_negative(folder, name, kept)
+    hosts.agree("set of records", name)  # nobody reads it before it is written
     return counts | {"shards_missing": len(left)}
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.effort import FUZZ
 from world_distill.data.records.reader import RecordReader, write_records
-from world_distill.data.records.record_format import AnnotatedRecord, EncodedRecord, RecordError
+from world_distill.data.records.record_format import AnnotatedRecord, EncodedRecord, RecordError, read_clip
 
 TYPES = (AnnotatedRecord, EncodedRecord)
 
@@ -72,6 +72,25 @@ def accept(cls, data):
 @given(st.sampled_from(WHOLE), changes, st.sampled_from(TYPES))
 def test_damaged_record(data, edits, cls):
     accept(cls, damage(data, edits))
+
+
+CLIP = dataclasses.replace(encoded(), clip={"video": np.arange(24, dtype=np.float32).reshape(2, 3, 4)}).clip_to_bytes()
+
+
+@fuzzed(150)
+@given(changes)
+def test_damaged_clip(edits):
+    try:
+        clip = read_clip(damage(CLIP, edits), "r")
+    except RecordError:
+        return
+    if isinstance(clip, int):
+        assert clip >= 0
+        return
+    try:
+        dataclasses.replace(encoded(), clip=clip).clip_to_bytes()
+    except RecordError as error:
+        assert "not finite" in str(error) or "not axes with content" in str(error)
 
 
 @fuzzed(50)

@@ -231,7 +231,7 @@ def read_clip(data: bytes, record: str) -> dict[str, np.ndarray] | int:
         value: Any = serialization.msgpack_restore(data[len(start) :])
         owner, row, arrays = value["id"], value["row"], value.get("arrays", {})
         _widen(arrays, value.get("types", {}))
-        sound = all(isinstance(array, np.ndarray) and array.size for array in arrays.values())
+        sound = all(isinstance(name, str) and _is_clip(array) for name, array in arrays.items())
     except Exception as error:  # msgpack has its own exceptions, numpy others: all mean damaged bytes
         raise RecordError(f"damaged clip ({type(error).__name__}: {error})") from error
     if owner != record:
@@ -239,6 +239,10 @@ def read_clip(data: bytes, record: str) -> dict[str, np.ndarray] | int:
     if not sound or (row is None) != bool(arrays) or not (row is None or (type(row) is int and row >= 0)):
         raise RecordError(f"damaged clip of record {record!r}")
     return arrays if row is None else row
+
+
+def _is_clip(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.size > 0 and bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def _unpack(cls: Any, data: bytes) -> tuple[Any, int | None]:
