@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from world_distill.core.measures import Measures
     from world_distill.evaluation.scoring import said
     from world_distill.programs import dry_run, train
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     summary = train.train(config, args.workdir, profile=steps)
     row = summary["validation"]
     if row is not None:
-        console.say(f"validation: {said(row)}")
+        console.say(f"validation: {said(row, Measures.of_row(row))}")
     console.finish(f"trained an Executor to step {summary['steps']}", args.workdir, then=_next(config, args.workdir))
     if args.json:
         atomic.write_json(args.json, summary)
