@@ -165,7 +165,7 @@ def train(
                         watch=held_out and held_out.watch,
                     )  # fmt: skip
                     row = summarise("executor", verdicts, evaluator.measures)
-                    rates = {f"validation/{measure}": row[measure] for measure in evaluator.measures.names}
+                    rates = {f"validation/{m}": np.nan if row[m] is None else row[m] for m in evaluator.measures.names}
                     rates |= audit(held_out, workdir)
                 if log is not None:
                     log.write(step + 1, rates)
