@@ -33,6 +33,8 @@ large, look at the clips: the reward may be gamed.
       --config.benchmark.options.servers=http://localhost:8000/v1 --config.benchmark.options.model=NAME
   world-distill evaluate --config ltx2 --config.base=weights/ltx2 --config.data=data --workdir runs/base
   world-distill evaluate --workdir runs/wan --against base=runs/base --noises 4
+  world-distill evaluate --workdir runs/wan --split dreamgen --export-clips clips/dreamgen \\
+      --config.benchmark.factory=world_distill.evaluation:DreamGenBench --config.benchmark.options.model=NAME
 """
 
 
@@ -54,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", action="append", default=[], metavar="[NAME=]DIR",
         help="folder or file of another evaluation, to compare with case by case; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--export-clips", type=arguments.path, metavar="DIR",
+        help="also write the clips as MP4, with manifest.json and CSVs, as DreamGen Bench's scripts read them",
+    )  # fmt: skip
     arguments.add_json(parser)
 
 
@@ -65,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     config = arguments.config_from(args) if args.config else None
     result = evaluate.evaluate(
         args.workdir, args.overrides, config=config, roles=roles, split=args.split, limit=args.limit,
-        noises=args.noises, against=_named(args.against),
+        noises=args.noises, against=_named(args.against), export_clips=args.export_clips,
     )  # fmt: skip
     if not hosts.is_main():
         return 0
@@ -74,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     console.say()
     run = ("--workdir", args.workdir)
     names, count = ", ".join(row["name"] for row in result["rows"]), result["rows"][0]["n"]
-    made = (args.workdir / "evaluation.json", page)
+    made = (args.workdir / "evaluation.json", page, *filter(None, [args.export_clips]))
     console.finish(f"scored {names} on {count} tasks", *made, then=[("report", *run)])
     if args.json:
         atomic.write_json(args.json, result)

@@ -12,8 +12,9 @@ from world_distill import build, console
 from world_distill.core.measures import Measures
 from world_distill.data.records.fit import check_fit
 from world_distill.data.records.reader import RecordReader
+from world_distill.devices import hosts
 from world_distill.errors import UserError
-from world_distill.evaluation import comparison, held_out, worldtasks
+from world_distill.evaluation import comparison, dreamgen, held_out, worldtasks
 from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summarise
 from world_distill.interfaces import Benchmark
 from world_distill.reports import report
@@ -34,6 +35,7 @@ def evaluate(
     limit: int = 0,
     noises: int = 1,
     against: Mapping[str, pathlib.Path] | None = None,
+    export_clips: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Scores the roles of a run's folder; returns rows, breakdowns, held-out figures and verdicts.
 
@@ -47,6 +49,7 @@ def evaluate(
       limit: look at the first tasks only; 0 looks at all.
       noises: clips of each task, each from another noise.
       against: by name, folders or files of other evaluations, which are compared with this one case by case.
+      export_clips: folder for the clips as MP4, as the scripts of DreamGen Bench read them.
 
     Raises:
       UserError: the folder holds no run, names no benchmark, or an override is of another value.
@@ -61,11 +64,15 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         benchmark = stack.enter_context(run_folder.open_benchmark(opened.config, workdir))
         audit = stack.enter_context(run_folder.open_held_out(opened.config, workdir))
-        progress = stack.enter_context(console.Progress("clip"))
+        exported = dreamgen.ClipFolder(export_clips, opened.family.fps) if export_clips and hosts.is_main() else None
+        keep = None if export_clips is None else _exporting(exported, reader)
+        progress = stack.enter_context(console.Progress("clip", shown=hosts.is_main()))
         result = evaluate_roles(
-            opened, roles=roles, split=split, limit=limit, noises=noises, audit=audit, benchmark=benchmark,
+            opened, roles=roles, split=split, limit=limit, noises=noises, keep=keep, audit=audit, benchmark=benchmark,
             progress=progress.at,
         )  # fmt: skip
+    if exported is not None:
+        exported.finish(result, benchmark.questions)
     return result | ({"against": _against(result, others)} if others else {})
 
 
@@ -79,6 +86,18 @@ def _there(opened: run_folder.Run, reader: RecordReader, limit: int) -> tuple[st
     if not left["executor"]:
         console.say("the Executor is left out: nothing is trained yet")
     return tuple(role for role in ROLES if left.get(role, True))
+
+
+def _exporting(folder: dreamgen.ClipFolder | None, reader: RecordReader) -> Callable[[str, str, np.ndarray], None]:
+    """Writes each clip of a record into the folder, on the process that has one."""
+    heads = reader.heads()
+    known = dict(zip(heads.id, zip(heads.task, heads.agent, heads.kind, strict=True), strict=True))
+
+    def keep(role: str, record: str, clip: np.ndarray) -> None:
+        if folder is not None:
+            folder.write(role, record, *known[record], clip)
+
+    return keep
 
 
 def evaluate_roles(
@@ -227,6 +246,8 @@ def tables(result: Mapping[str, Any]) -> str:
         found.append(worldtasks.paper_table(result["rows"], about["paper"], measures))
     if about.get("paper_groups"):
         found.append(worldtasks.paper_groups(about["paper_groups"], measures.headline))
+    if about.get("paper_splits"):
+        found.append(dreamgen.split_table(result["by_kind"], about["paper_splits"], measures.headline))
     if result.get("judges"):
         found.append(comparison.judges_table(result["judges"]))
     if result.get("agreement"):
