@@ -131,7 +131,13 @@ def test_what_is_missing_is_said(bench, tmp_path, capsys):
     assert (
         "--config.benchmark.factory=world_distill.evaluation:WorldTasksBench" in said and "options.model=NAME" in said
     )
-    assert cli.main(["evaluate", "--workdir", str(tmp_path / "x"), "--roles", "executor", BENCH]) == 2
-    assert "holds no trained Executor" in capsys.readouterr().err
-    assert cli.main(["evaluate", "--workdir", str(tmp_path / "x"), "--against", str(tmp_path), BENCH]) == 2
-    assert "holds no evaluation" in capsys.readouterr().err
+    again = ["evaluate", "--workdir", str(tmp_path / "x"), BENCH]
+    assert cli.main(again) == 2
+    assert "config.benchmark.options: a judge needs the name of its model" in capsys.readouterr().err
+    with FakeServer() as server:
+        again += [f"--config.benchmark.options.servers={server.url}", "--config.benchmark.options.model=judge"]
+        assert cli.main([*again, "--roles", "executor"]) == 2
+        assert "holds no trained Executor" in capsys.readouterr().err
+        assert cli.main([*again, "--against", str(tmp_path)]) == 2
+        assert "holds no evaluation" in capsys.readouterr().err
+        assert not asked(server)

@@ -142,9 +142,8 @@ class Evaluator:
             for number, batch in enumerate(fixed_batches(reader, self._batch, lengths=self._lengths, needed=needed))
             if number * self._batch < total
         )
-        for noise, first, batch in batches:
-            rows = np.arange(self._batch) + first
-            sampled = self._clips(batch, base, lora, text, rows, negative, noise)
+
+        def score(noise: int, first: int, batch: TaskBatch, sampled: jax.Array) -> None:
             count = min(self._batch, total - first)
             names = heads.take(range(first, first + count)) if heads is not None else None
             ids = names.id if names is not None else batch.ids[:count]
@@ -163,6 +162,18 @@ class Evaluator:
                     keep(name, clip)
             if progress is not None:
                 progress(len(verdicts), noises * total)
+
+        # While a judge is asked about a batch, the devices make the next one. In a job of several processes, collective
+        # operations would meet in another order than they were issued in.
+        ahead = 1 if jax.process_count() == 1 else 0
+        waiting: list[tuple[int, int, TaskBatch, jax.Array]] = []
+        for noise, first, batch in batches:
+            rows = np.arange(self._batch) + first
+            waiting.append((noise, first, batch, self._clips(batch, base, lora, text, rows, negative, noise)))
+            while len(waiting) > ahead:
+                score(*waiting.pop(0))
+        for batch in waiting:
+            score(*batch)
         return verdicts
 
     def clips(

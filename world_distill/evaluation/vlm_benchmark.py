@@ -121,7 +121,10 @@ class VlmBenchmark:
         factory = build.load_part(judge, "config.benchmark.options.judge")
         if self._even_frames and "frames" in build.parameters(factory):
             options = {**options, "frames": self._even_frames}  # all that are left
-        return factory(**options)
+        try:
+            return factory(**options)
+        except UserError as error:
+            raise UserError(f"config.benchmark.options: {error}") from error
 
     def _chosen(self, questions: tuple[str, ...]) -> tuple[str, ...]:
         names = self._rubric.names

@@ -56,20 +56,23 @@ def evaluate(
       RecordError: the records are missing or damaged.
     """
     others = {name: read_results(path) for name, path in (against or {}).items()}
-    opened = run_folder.open_run(workdir, overrides, config=config)
-    reader = RecordReader(opened.data, split)
-    roles = roles or _there(opened, reader, limit)
-    if opened.executor is None and "executor" in roles:
-        raise UserError(f"{workdir} holds no trained Executor; --roles base scores the untrained model")
+    config = run_folder.run_config(workdir, overrides, config)
+    build.start_devices(config)
     with contextlib.ExitStack() as stack:
-        benchmark = stack.enter_context(run_folder.open_benchmark(opened.config, workdir))
-        audit = stack.enter_context(run_folder.open_held_out(opened.config, workdir))
-        exported = dreamgen.ClipFolder(export_clips, opened.family.fps) if export_clips and hosts.is_main() else None
-        keep = None if export_clips is None else _exporting(exported, reader)
+        # The quick things first: the weights of the base take minutes.
+        reader = RecordReader(run_folder.data_folder(config, workdir), split)
+        benchmark = stack.enter_context(run_folder.open_benchmark(config, workdir))
+        audit = stack.enter_context(run_folder.open_held_out(config, workdir))
+        fps = build.make_family(config).fps
+        exported = dreamgen.ClipFolder(export_clips, fps) if export_clips and hosts.is_main() else None
+        opened = run_folder.open_run(workdir, config=config)
+        roles = roles or _there(opened, reader, limit)
+        if opened.executor is None and "executor" in roles:
+            raise UserError(f"{workdir} holds no trained Executor; --roles base scores the untrained model")
         progress = stack.enter_context(console.Progress("clip", shown=hosts.is_main()))
         result = evaluate_roles(
-            opened, roles=roles, split=split, limit=limit, noises=noises, keep=keep, audit=audit, benchmark=benchmark,
-            progress=progress.at,
+            opened, roles=roles, split=split, limit=limit, noises=noises, audit=audit, benchmark=benchmark,
+            keep=None if export_clips is None else _exporting(exported, reader), progress=progress.at,
         )  # fmt: skip
     if exported is not None:
         exported.finish(result, benchmark.questions)

@@ -82,25 +82,34 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     return from_json(path.read_text())
 
 
-def open_run(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None, *, config: Any = None) -> Run:
-    """Opens a run's folder: its config, the base, and the newest Executor.
+def run_config(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None, config: Any = None) -> ConfigDict:
+    """The config of a run's folder, with `overrides` of values that have no part in what was trained (`FREE_KEYS`).
 
-    `overrides` change values of the config that have no part in what was trained (`FREE_KEYS`). `config` is that of a
-    folder in which nothing was trained yet, which it becomes a run's by.
+    `config` is that of a folder in which nothing was trained yet; the folder becomes its run's.
 
     Raises:
       UserError: the folder holds no run, another config's, or an override is of another value.
     """
     if config is not None:
         claim_folder(config, workdir)
-    else:
-        config = read_config(workdir)
-        if fixed := [key for key in overrides or () if not is_free(key)]:
-            raise UserError(
-                f"--config.{fixed[0]} is part of what was trained in {workdir}; that cannot change any more"
-            )
-        build.make_room(config, overrides or {})
-        override(config, overrides or {})
+        return config
+    config = read_config(workdir)
+    if fixed := [key for key in overrides or () if not is_free(key)]:
+        raise UserError(f"--config.{fixed[0]} is part of what was trained in {workdir}; that cannot change any more")
+    build.make_room(config, overrides or {})
+    override(config, overrides or {})
+    return config
+
+
+def open_run(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None, *, config: Any = None) -> Run:
+    """Opens a run's folder: its config, the base, and the newest Executor.
+
+    `config` is what `run_config` gave, if it was called before; `overrides` are for it.
+
+    Raises:
+      UserError: see `run_config`.
+    """
+    config = run_config(workdir, overrides) if config is None else config
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)
     base = base_model.load_base(family, config, mesh)
@@ -292,6 +301,10 @@ def open_benchmark(config, workdir: pathlib.Path, *, writes: bool = True) -> Ite
         begin(cache, build.make_family(config).fps)
         for judge in getattr(benchmark, "judges", {}).values():
             test_judge(judge, "benchmark")
+        if getattr(benchmark, "describe", dict)().get("rubric") == build.make_rubric(config).version:
+            logging.warning(
+                "the benchmark asks the questions of the reward: what was trained to please, it will praise"
+            )
         yield benchmark
 
 
