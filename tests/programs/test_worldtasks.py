@@ -104,7 +104,8 @@ def test_the_papers_figures_stand_beside(scored, bench):
     text = (bench / "base/evaluation.md").read_text()
     assert "| base, here | 0." in text and "*LTX-2 8-step + WMSD, the paper's figure* | 0.605" in text
     assert "*kind: navigation* | 0.310 | 0.760" in text and "| main | base | task |" in text
-    assert "Task completed" in (bench / "base/evaluation.html").read_text()
+    page = (bench / "base/evaluation.html").read_text()
+    assert "Task completed" in page and "LTX-2 8-step + WMSD" in page and "no measurement of this project" in page
 
 
 def test_several_noises_and_another_run_are_compared_case_by_case(scored, bench, capsys):

@@ -25,7 +25,6 @@ from world_distill.errors import UserError
 from world_distill.evaluation.comparison import markdown_table
 from world_distill.evaluation.scoring import NAMES
 from world_distill.evaluation.vlm_benchmark import RUBRICS, VlmBenchmark
-from world_distill.interfaces import Judge
 from world_distill.storage import atomic, video_files
 
 # Rates at which instructions are followed, on the GR1 splits.
@@ -39,26 +38,11 @@ _PLAIN = "as_wan"  # of folders: a path that is read by the plain rule
 
 
 class DreamGenBench(VlmBenchmark):
-    """`VlmBenchmark` with the questions of DreamGen Bench: `instruction` and `physics`."""
+    """`VlmBenchmark` with DreamGen Bench's questions, `instruction` and `physics`, and its frames."""
 
     rubric: ClassVar[pathlib.Path] = RUBRICS / "dreamgen"
     order: ClassVar[tuple[str, ...]] = ("instruction", "physics")
-
-    def __init__(
-        self,
-        judge: str | Judge = "world_distill.judges:ServerJudge",
-        *,
-        rubric: str = "",
-        questions: Sequence[str] = (),
-        even_frames: int = 49,
-        scale: float = 0.3,
-        beside: Mapping[str, Mapping[str, Any]] | None = None,
-        **options: Any,
-    ):
-        """The arguments are those of `VlmBenchmark`, with upstream's frames and size as defaults."""
-        super().__init__(
-            judge, rubric=rubric, questions=questions, even_frames=even_frames, scale=scale, beside=beside, **options
-        )
+    shows: ClassVar[tuple[int, float]] = (49, 0.3)
 
     def describe(self) -> dict[str, Any]:
         """As `VlmBenchmark.describe`, with the paper's rates by split."""

@@ -35,6 +35,7 @@ class VlmBenchmark:
 
     rubric: ClassVar[pathlib.Path] = RUBRICS / "worldtasks"  # questions where the options name none
     order: ClassVar[tuple[str, ...]] = ("task", "agent", "consistency")  # of questions with these names
+    shows: ClassVar[tuple[int, float]] = (0, 1.0)  # `even_frames` and `scale` where the options name none
 
     def __init__(
         self,
@@ -42,8 +43,8 @@ class VlmBenchmark:
         *,
         rubric: str = "",
         questions: Sequence[str] = (),
-        even_frames: int = 0,
-        scale: float = 1.0,
+        even_frames: int | None = None,
+        scale: float | None = None,
         beside: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ):
@@ -54,14 +55,17 @@ class VlmBenchmark:
           rubric: folder of question files, NAME.txt. Empty: those of this benchmark.
           questions: which of them are asked, in the order of tables. Empty: all.
           even_frames: frames that the judge is shown, evenly over the clip; a shorter clip ends with its last frame
-            again and again. 0: the judge chooses, as `frames` says.
-          scale: factor on the sides of frames, before the judge sees them.
+            again and again. 0: the judge chooses, as `frames` says. None: this benchmark's own, 0 or DreamGen's 49.
+          scale: factor on the sides of frames, before the judge sees them. None: this benchmark's own, 1 or
+            DreamGen's 0.3.
           beside: other judges that are asked the same, by name, each with the options in which it differs.
           options: those of the judge.
 
         Raises:
           UserError: no such judge or question, a value out of range, or two judges that are one.
         """
+        even_frames = self.shows[0] if even_frames is None else even_frames
+        scale = self.shows[1] if scale is None else scale
         if even_frames < 0 or not 0 < scale <= 1:
             raise UserError(f"a benchmark needs even_frames >= 0 and 0 < scale <= 1, not {even_frames} and {scale}")
         self._rubric = load_rubric(rubric or self.rubric)

@@ -73,6 +73,7 @@ class Contents:
     rows: list[Row] = dataclasses.field(default_factory=list)
     by_kind: list[Row] = dataclasses.field(default_factory=list)
     by_agent: list[Row] = dataclasses.field(default_factory=list)
+    paper: list[Row] = dataclasses.field(default_factory=list)  # figures of a paper, to stand beside the rows
     about: dict[str, Any] = dataclasses.field(default_factory=dict)  # split, seed, step, command of the rows
     verdicts: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # role, id, question
     log: dict[str, list[tuple[float, float | None]]] = dataclasses.field(default_factory=dict)
@@ -146,6 +147,7 @@ def _read_results(contents: Contents, name: str, value: Any) -> None:
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its `benchmark` is damaged ({type(error).__name__}: {error})") from error
     contents.rows = [_row(path, row, measures) for row in value["rows"]]
+    contents.paper = [_row(path, row, measures) for row in (value.get("benchmark") or {}).get("paper") or []]
     contents.by_kind = [_row(path, row, measures, "kind") for row in value.get("by_kind") or []]
     contents.by_agent = [_row(path, row, measures, "agent") for row in value.get("by_agent") or []]
     contents.about = {k: value[k] for k in ("split", "seed", "step", "command") if value.get(k) is not None}

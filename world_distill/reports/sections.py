@@ -133,6 +133,7 @@ def results(contents: Contents) -> Markup:
         tiles=[_tile(row, measures) for row in contents.rows],
         charts=panels,
         table=_rates_table(measures, "", [("", contents.rows)]),
+        paper=_rates_table(measures, "", [("", contents.paper)]) if contents.paper else None,
         invalid=sum(row.invalid for row in contents.rows),
         changes=_comparisons(contents),
     )
