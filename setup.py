@@ -94,6 +94,7 @@ setup(
             "judges/rubric/*.txt",
             "judges/rubric/*/*.txt",
             "data/annotation/prompt/*.txt",
+            "evaluation/rubrics/*/*.txt",
             "models/tiny/base_*",
             "reports/templates/*",
         ]

@@ -77,7 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # On accelerators one clip on each chip at a time.
     c.rollout.micro_batch = c.objective.micro_batch = None
     vlms = load_config("wan22_5b:wmsd")  # annotator, filters and judges do not depend on the model
-    for section in ("annotator", "filters", "judge", "held_out"):
+    for section in ("annotator", "filters", "judge", "held_out", "benchmark"):
         c[section] = vlms[section].copy_and_resolve_references()
     c.annotator.options.seconds = 5.0  # model.frames / model.fps
 

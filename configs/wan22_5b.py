@@ -84,6 +84,11 @@ def get_config(arg: str = "") -> ConfigDict:
         c.judge.controls = 8  # 168 questions, once
     c.held_out.options = c.judge.options.copy_and_resolve_references()
     c.held_out.options.model = ""  # of another maker than the judge's, if possible
+    # WorldTasks' three questions, in other words than the reward's.
+    c.benchmark.factory = "world_distill.evaluation:WorldTasksBench"
+    c.benchmark.options = ConfigDict({
+        "judge": c.judge.factory, "rubric": "", **c.judge.options.to_dict(),
+    })  # fmt: skip
     if variant == "official":
         # The size that the model was tuned for; users report that others look worse. Training takes 480x832 and 49
         # frames: a step decodes and judges a whole group of clips, and official ones have 5.4 times as many latents.

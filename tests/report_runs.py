@@ -1,6 +1,5 @@
 """Synthetic runs for the tests of reports, and a reader of pages."""
 
-import dataclasses
 import html.parser
 import json
 import re
@@ -41,7 +40,7 @@ def make_run(folder, *, count=100, kept=4, steps=60, text="", clip=(9, 30, 30), 
         "split": "test", "seed": 3, "step": steps,
         "rows": [summarise(role, seen) for role, seen in verdicts.items()],
         "by_kind": groups("kind"), "by_agent": groups("agent"),
-        "verdicts": {role: [dataclasses.asdict(v) for v in seen] for role, seen in verdicts.items()},
+        "verdicts": {role: [v.to_json() for v in seen] for role, seen in verdicts.items()},
     }  # fmt: skip
     atomic.write_json(folder / "results.json", results)
     lines = []

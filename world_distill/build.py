@@ -7,8 +7,9 @@ arguments in `options`. An option `"@world"` stands for the config's section `wo
 import contextlib
 import functools
 import importlib
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,11 +64,78 @@ def find_factory(config: ConfigDict, section: str) -> Callable[..., Any]:
         raise UserError(
             f"config.{section}.factory names nothing: set it to package.module:function (world_distill/README.md)"
         )
-    module, _, name = addresses.current(path).partition(":")
+    return load_part(path, f"config.{section}.factory")
+
+
+def load_part(address: str, key: str) -> Callable[..., Any]:
+    """What an address of this or an earlier version names; `key` is where it stands.
+
+    Raises:
+      UserError: it cannot be imported.
+    """
+    module, _, name = addresses.current(address).partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"config.{section}.factory = {path!r} cannot be imported: {error}") from error
+        raise UserError(f"{key} = {address!r} cannot be imported: {error}") from error
+
+
+def parameters(factory: Callable[..., Any], options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The options that a factory takes, with their defaults; numbers as floats where it says so.
+
+    A factory that hands on options to a judge, which its option `judge` names, takes those as well.
+    """
+    found, hands_on = {}, False
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            hands_on = True
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            default = None if parameter.default is parameter.empty else parameter.default
+            found[name] = float(default) if parameter.annotation is float and default is not None else default
+    judge = (options or {}).get("judge", found.get("judge"))
+    if hands_on and isinstance(judge, str):
+        found = parameters(load_part(judge, "judge")) | found
+    return found
+
+
+def make_room(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Gives a config the options that overrides set and that their factories take, at the defaults of these.
+
+    Where an override names another factory, or another judge for it, options that this one does not take are left out.
+    A new option that the factory does not take gets no room, so `loading.override` refuses it.
+
+    Raises:
+      UserError: a factory cannot be imported.
+    """
+    for name in {key.partition(".")[0] for key in overrides}:
+        section = config.get(name)
+        if not isinstance(section, ConfigDict) or not {"factory", "options"} <= set(section):
+            continue
+        wanted = {key.removeprefix(f"{name}.options."): key for key in overrides if key.startswith(f"{name}.options.")}
+        factory = overrides.get(f"{name}.factory", section.factory)
+        changes = addresses.current(factory) != section.factory or "judge" in wanted
+        if not factory or not (wanted or changes):
+            continue
+        chosen = {"judge": overrides[wanted["judge"]]} if "judge" in wanted else {}
+        takes = parameters(load_part(factory, f"config.{name}.factory"), {**section.options, **chosen})
+        with config.unlocked():
+            if changes and takes:
+                section.options = ConfigDict({key: value for key, value in section.options.items() if key in takes})
+            for path in wanted:
+                _room(section.options, path.split("."), takes)
+
+
+def _room(options: ConfigDict, path: Sequence[str], takes: Mapping[str, Any]) -> None:
+    first, *rest = path
+    if first == "beside" and len(rest) == 2:  # an option of one of the judges beside the first
+        for key in (first, rest[0]):
+            if key not in options:
+                options[key] = ConfigDict()
+            options = options[key]
+        first, rest = rest[1], []
+    if first not in options and first in takes and not rest:
+        default = takes[first]
+        options[first] = ConfigDict(default) if isinstance(default, Mapping) else default
 
 
 FAMILY_SECTIONS = ("model", "executor")  # of a config: all that a family is made from

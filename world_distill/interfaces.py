@@ -253,18 +253,46 @@ class Judge(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Cases:
+    """What clips were to show, one entry a clip.
+
+    Attributes:
+      ids: of the tasks' records.
+      tasks: texts.
+      agents: names.
+      images: the scenes' picture files: PNG, or as they came (JPEG).
+    """
+
+    ids: Sequence[str]
+    tasks: Sequence[str]
+    agents: Sequence[str]
+    images: Sequence[bytes]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 class Benchmark(Protocol):
-    """Verdicts for evaluation: kept apart from the judge whose answers are the reward."""
+    """Scores for evaluation: kept apart from the judge whose answers are the reward.
+
+    `questions` are its measures: tables, logs, reports and ablations have them in this order, and the first one stands
+    for the others. A class may have four more members.
+
+    `details: tuple[str, ...]` names numbers that `check` returns beside the scores; results keep them by clip.
+    `judges: Mapping[str, Judge]` are those that it asks. `begin(cache, fps)` is called before the first clip with a
+    memory of judgments (`judges.memory.cache.JudgmentCache`) and the clips' frames a second. `describe() -> dict` has
+    what results keep about it; under `paper` rows as of `evaluation.scoring.summarise`, to stand beside its own.
+    """
 
     name: str
     questions: tuple[str, ...]
 
-    def check(self, clips: np.ndarray, tasks: Sequence[str], images: Sequence[bytes]) -> dict[str, np.ndarray]:
-        """Verdicts [b] float64 a question: 1 yes, 0 no, NaN where there is none.
+    def check(self, clips: np.ndarray, cases: Cases) -> dict[str, np.ndarray]:
+        """Scores [b] float64 a question, from 0 (no) to 1 (yes), NaN where there is none; and `details`.
 
         Args:
           clips: [b F H W 3] uint8.
-          tasks: [b] task texts.
-          images: [b] the scenes' picture files: PNG, or as they came (JPEG).
+          cases: what they were to show.
         """
         ...

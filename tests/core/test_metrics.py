@@ -131,3 +131,30 @@ def test_correlations_leave_out_what_is_not_valid():
     kept = metrics.within_group_correlations({n: v[valid] for n, v in values.items()}, groups[valid], valid[valid])
     values["a"][~valid] = np.nan
     assert metrics.within_group_correlations(values, groups, valid)["a", "b"] == pytest.approx(kept["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0], [0.5], [1, 1, 1], [0.75] * 4, [1, 0.9], [0.0, 0.02, 0.01], [0, 1], [0, 1, 1, 1]]
+)
+def test_intervals_of_scores_lie_in_their_range_and_are_never_empty(values):
+    mean, low, high = metrics.score_interval(np.array(values, float))
+    assert mean == pytest.approx(np.mean(values)) and 0 <= low <= mean <= high <= 1 and low < high
+
+
+def test_intervals_of_scores_are_wilsons_for_verdicts_and_normal_for_grades():
+    assert metrics.score_interval(np.array([1.0, 0, 0, 1]))[1:] == metrics.wilson_interval(2, 4)
+    assert metrics.score_interval(np.full(4, 0.75))[1:] == metrics.wilson_interval(3.0, 4)  # 0.75 is not 1
+    grades = np.array([0.25, 0.5, 0.75, 0.5])
+    assert metrics.score_interval(grades) == metrics.mean_interval(grades)
+    for bad in ([], [0.5, np.nan], [1.5], [-0.1]):
+        with pytest.raises(ValueError):
+            metrics.score_interval(np.array(bad, float))
+
+
+def test_differences_of_scores_are_never_empty():
+    one = np.ones(5)
+    difference, low, high = metrics.score_difference(one, one)
+    assert difference == 0 and high == -low == metrics.wilson_interval(0, 5)[1]
+    assert metrics.score_difference(one, 0 * one)[1:] == (1 - high, 1.0)
+    a, b = np.array([1.0, 1, 0, 1, 0.5]), np.array([0, 1, 0, 0, 0.25])
+    assert metrics.score_difference(a, b) == metrics.bootstrap_difference(a, b, samples=4000)

@@ -8,8 +8,9 @@ import pytest
 from small import VARIANTS, make_inputs, small_config
 
 from world_distill.cli.command import main
+from world_distill.core.measures import QUESTIONS
 from world_distill.errors import UserError
-from world_distill.evaluation.scoring import QUESTIONS, Verdict
+from world_distill.evaluation.scoring import Verdict
 from world_distill.programs import ablate, train
 from world_distill.programs.ablate import Ordering
 from world_distill.settings.loading import load_config, section
@@ -130,7 +131,7 @@ def test_variants_of_another_demonstrator_share_their_beginning(tmp_path, monkey
         return {"verdicts": {role: [verdict] for role in roles}}
 
     monkeypatch.setattr(ablate, "_score", score)
-    monkeypatch.setattr(ablate, "_curve", lambda folders: [])
+    monkeypatch.setattr(ablate, "_curve", lambda *_: [])
     changes = {"awm": {}, "guided": guided, "guided_late": guided | late}
     ablate.ablate(
         lambda variant, seed: small_config(tmp_path, seed=seed, steps=3, **changes[variant]),

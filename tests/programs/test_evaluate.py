@@ -14,9 +14,11 @@ from streams import velocity_of
 
 from world_distill import build, cli
 from world_distill.core import sampling
+from world_distill.core.measures import Measures
 from world_distill.data.records.batches import fixed_batches
 from world_distill.data.records.reader import RecordReader
 from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summarise
+from world_distill.interfaces import Cases
 from world_distill.programs import evaluate, train
 from world_distill.storage.checkpoints import Checkpointer
 from world_distill.training import run_folder, step_programs
@@ -124,9 +126,8 @@ def test_rates_are_those_of_the_benchmark(parts):
     config, _, _, _, reader = parts
     benchmark = build.make(config, "benchmark")
     records = list(reader)
-    scores = benchmark.check(
-        np.stack([clips[r.id] for r in records]), [r.task for r in records], [r.image_png for r in records]
-    )
+    columns = ([getattr(r, name) for r in records] for name in ("id", "task", "agent", "image_png"))
+    scores = benchmark.check(np.stack([clips[r.id] for r in records]), Cases(*columns))
     for question, values in scores.items():
         assert [v.scores[question] for v in verdicts] == list(values)
 
@@ -136,6 +137,8 @@ def test_rates_are_those_of_the_benchmark(parts):
 
 class Told:
     """In an evaluator's place: notes the weights and the text that each call gets."""
+
+    measures = Measures()
 
     def __init__(self):
         self.calls = []

@@ -20,6 +20,7 @@ from world_distill.data.annotation.server import ServerAnnotator
 from world_distill.data.records.reader import RecordReader
 from world_distill.devices.sharding import batch_sharding, make_mesh, replicated, tree_shardings
 from world_distill.errors import UserError
+from world_distill.evaluation import WorldTasksBench
 from world_distill.judges.server import ServerJudge
 from world_distill.models.lora import merge
 from world_distill.programs import evaluate, export, generate, prepare, train
@@ -410,5 +411,8 @@ def test_judge_and_annotator_are_made_from_the_config_and_an_empty_factory_is_re
     assert isinstance(judge, ServerJudge) and judge.name.startswith("server-2 Qwen/Qwen3.5-27B 8x448")
     annotator = build.make(config, "annotator")
     assert isinstance(annotator, ServerAnnotator) and annotator.name.startswith("server-1 Qwen/Qwen3.5-27B prompt-")
-    with pytest.raises(UserError, match="config.benchmark.factory names nothing"):
-        build.make(config, "benchmark")
+    benchmark = build.make(config, "benchmark")
+    assert isinstance(benchmark, WorldTasksBench) and benchmark.questions == ("task", "agent", "consistency")
+    assert benchmark.judges["main"].name == judge.name.replace("8x448", "16x448")
+    with pytest.raises(UserError, match="config.held_out.factory names nothing"):
+        build.make(config, "held_out")

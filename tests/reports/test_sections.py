@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.report_runs import RATES, make_run, text_of
 from world_distill import cli
+from world_distill.core.measures import QUESTIONS, Measures
 from world_distill.errors import UserError
 from world_distill.reports import report, run_data, sections
 from world_distill.reports.run_data import Change
@@ -146,7 +147,7 @@ def test_breakdown_by_agent_whose_name_took_the_rates_place(tmp_path):
 def contents(before, after, verdicts=None):
     def row(name, values):
         rates, intervals = {}, {}
-        for measure, (rate, half) in zip(run_data.MEASURES, values, strict=True):
+        for measure, (rate, half) in zip(Measures().names, values, strict=True):
             rates[measure] = rate
             if half is not None:
                 intervals[measure] = (rate - half, rate + half)
@@ -180,7 +181,7 @@ def test_pairs_are_compared_task_by_task():
     luck = rng.random(200)  # tasks differ in difficulty, alike for both
 
     def side(rate):
-        return {f"r{i}": {q: float(x < rate) for q in run_data.QUESTIONS} for i, x in enumerate(luck)}
+        return {f"r{i}": {q: float(x < rate) for q in QUESTIONS} for i, x in enumerate(luck)}
 
     verdicts = {"demonstrator": side(0.5), "executor": side(0.56) | {"other": {"task": 1.0}}}
     gap = float((luck < 0.56).mean() - (luck < 0.5).mean())

@@ -1,6 +1,7 @@
 """The checker: verdicts from the true layout, near the oracle's in what they say and apart from them in how."""
 
 import ast
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.sandbox.acting import (
     spoilt,
     stop_short,
 )
+from world_distill.interfaces import Cases
 from world_distill.sandbox import checker
 from world_distill.sandbox.checker import Goal, parse_task
 from world_distill.sandbox.factories import make_benchmark
@@ -159,13 +161,15 @@ def test_the_benchmark_checks_each_clip_against_its_own_png():
     clips = np.stack([act(s, d).clip for s, d in pairs])
     clips[1] = clips[1, :1]  # frozen
     images = [to_png(WORLD, s) for s, _ in pairs]
-    verdicts = make_benchmark(world={}).check(clips, [d.task for _, d in pairs], images)
+    names = [str(i) for i in range(len(pairs))]
+    cases = Cases(names, [d.task for _, d in pairs], [d.agent for _, d in pairs], images)
+    verdicts = make_benchmark(world={}).check(clips, cases)
     assert verdicts.keys() == set(QUESTIONS)
     for name, values in verdicts.items():
         assert values.dtype == np.float64
         assert values.tolist() == [1, 1 if name == "consistency" else 0, *[1] * 6]
     with pytest.raises(ValueError):
-        make_benchmark(world={}).check(clips, [pairs[0][1].task], images)
+        make_benchmark(world={}).check(clips, dataclasses.replace(cases, tasks=cases.tasks[:1]))
     assert make_benchmark(world={}).name != Oracle(WORLD).name
 
 

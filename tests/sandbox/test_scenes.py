@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.sandbox.acting import WORLD, image_of, scenes
+from world_distill.interfaces import Cases
 from world_distill.sandbox import scenes as scene_files
 from world_distill.sandbox.factories import make_benchmark
 from world_distill.sandbox.scenes import STREAMS, draw_scenes, to_png, true_scene, write_scenes
@@ -117,7 +118,9 @@ def test_a_png_without_layout_says_how_to_get_one():
         true_scene(buffer.getvalue())
     clip = np.zeros((1, 9, 30, 30, 3), np.uint8)
     with pytest.raises(ValueError, match="no sandbox layout"):
-        make_benchmark(world={}).check(clip, ["[red disc]: Go to the blue ring."], [buffer.getvalue()])
+        make_benchmark(world={}).check(
+            clip, Cases(["0"], ["[red disc]: Go to the blue ring."], ["red disc"], [buffer.getvalue()])
+        )
 
 
 def test_the_layout_is_plain_json():

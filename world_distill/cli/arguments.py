@@ -194,7 +194,7 @@ def config_from(args: argparse.Namespace, *, needs: Sequence[str] = (), verb: st
     Raises:
       UserError: see `load_config`; or `--seed` and `--config.seed` were both given; or a section is missing.
     """
-    from world_distill.settings.loading import load_config, need
+    from world_distill.settings.loading import load_config, need, override
 
     overrides = dict(args.overrides)
     if getattr(args, "seed", None) is not None:
@@ -203,7 +203,14 @@ def config_from(args: argparse.Namespace, *, needs: Sequence[str] = (), verb: st
         overrides["seed"] = str(args.seed)
     if needs:  # before the overrides, which may be of just these sections
         need(load_config(args.config), *needs, what=verb)
-    return load_config(args.config, overrides)
+    if not any(".options." in key or key.endswith(".factory") for key in overrides):
+        return load_config(args.config, overrides)
+    from world_distill import build  # which loads JAX
+
+    config = load_config(args.config)
+    build.make_room(config, overrides)
+    override(config, overrides)
+    return config
 
 
 def _default(default: object) -> str:

@@ -115,13 +115,18 @@ def _takes(section: Any, reference: str) -> bool:
 
 def _option(config: ConfigDict, section: str, path: list[str]) -> str:
     """The explanation of an option, or of a value inside one, by the docstring of the section's factory."""
-    from world_distill.build import find_factory
+    from world_distill.build import find_factory, load_part
 
     if not config[section].get("factory"):
         if section != "held_out":
             return ""
         section = "judge"  # the held-out judge's options are prepared for a judge of the same kind
     factory = find_factory(config, section)
+    judge = config[section].options.get("judge")
+    if path[0] == "beside":  # other judges, each with options of its own
+        path = path[2:] or path[:1]
+    if isinstance(judge, str) and path[-1] not in documented(factory):
+        factory = load_part(judge, f"config.{section}.options.judge")
     # An option that is a mapping itself is a dataclass's fields; the factory names the class by `explained_by`.
     for name in path[:-1]:
         inner = getattr(factory, "explained_by", {}).get(name)

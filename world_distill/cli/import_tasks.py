@@ -34,9 +34,11 @@ out with --strict. Then call encode. Called again, or after an interruption, it 
   world-distill import-tasks --folder WorldTasks --rows train/train.jsonl --field solution=long_text --out data
   world-distill import-tasks --folder 'sets/train-*.parquet' --out data --agent 'first person view'
   world-distill import-tasks --folder WorldTasks --bench --out data --name test
+  world-distill import-tasks --folder EVAL-175 --dreamgen --out data --name dreamgen
 
 --bench takes the benchmark's rows, which need no solution. Base and Executor can be evaluated on such records; training
-and the Demonstrator refuse them.
+and the Demonstrator refuse them. --dreamgen takes the folders of DreamGen Bench: INDEX_instruction.png with its text
+beside it; a folder is a split, and its name becomes the kind of task.
 """
 
 
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", help="file or pattern in it (default: train/train_filtered.jsonl and the like, or what there is)")
     add("--image-root", metavar="FOLDER", help="folder of the pictures that rows name (default: --folder)")
     add("--bench", action="store_true", help="the benchmark: tasks need no solution")
+    add("--dreamgen", action="store_true", help="the folders of DreamGen Bench")
     add("--field", metavar="FIELD=NAME", action="append", default=[], help="which name a field has; may be repeated")
     add("--agent", default="", help="of tasks that name none (default: those are not used)")
     add("--strict", action="store_true", help="leave out pairs that break a rule of annotate")
@@ -59,18 +62,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from world_distill.data.images.files import find_files
     from world_distill.data.images.unused import Unused
     from world_distill.data.worldtasks.convert import TaskImport
+    from world_distill.data.worldtasks.dreamgen import AGENT, dreamgen_rows
     from world_distill.data.worldtasks.fields import Schema
     from world_distill.data.worldtasks.folder import rows_files
 
     if args.max_side < 0:
         raise UserError("--max-side is at least 0")
     schema, unused = Schema(_fields(args.field), agent=args.agent, needs_solution=not args.bench), Unused()
-    root, files = rows_files(args.folder, args.rows, bench=args.bench, unused=unused)
+    rows, root = None, args.folder
+    if args.dreamgen:
+        schema = Schema({}, needs_solution=False)
+        files = find_files(root, unused)
+        rows = dreamgen_rows(files, unused, args.agent or AGENT)
+        files = [row.file for row in rows]
+        if not rows:
+            raise UserError(f"--folder {root} holds no picture INDEX_instruction.png; --dreamgen reads such folders")
+    else:
+        root, files = rows_files(root, args.rows, bench=args.bench, unused=unused)
     importing = TaskImport(
         root, files, schema, image_root=args.image_root, skip_bad=args.skip_bad, unused=unused, licence=args.licence,
-        strict=args.strict, max_side=args.max_side,
+        strict=args.strict, max_side=args.max_side, rows=rows, own_ids=args.dreamgen,
     )  # fmt: skip
     try:
         with arguments.progress_bar("task") as show:

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from world_distill.core.measures import Measures
     from world_distill.evaluation.scoring import said
     from world_distill.programs import dry_run, train
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     summary = train.train(config, args.workdir, profile=steps)
     row = summary["validation"]
     if row is not None:
-        console.say(f"validation: {said(row)}")
+        console.say(f"validation: {said(row, Measures.of_row(row))}")
     console.finish(f"trained an Executor to step {summary['steps']}", args.workdir, then=_next(config, args.workdir))
     if args.json:
         atomic.write_json(args.json, summary)
@@ -69,11 +70,13 @@ def _next(config: Any, workdir: pathlib.Path) -> list[tuple]:
     from world_distill import build
     from world_distill.training import run_folder
 
-    of_run = ("--workdir", workdir)
-    records = ("--records", run_folder.data_folder(config, workdir), "--name", config.train_set, "--limit", 8)
+    of_run, data = ("--workdir", workdir), run_folder.data_folder(config, workdir)
+    records = ("--records", data, "--name", config.train_set, "--limit", 8)
     calls: list[tuple] = [("generate", "--executor", workdir, *records, "--out", workdir / "clips_of_training")]
-    if config.benchmark.factory:
-        calls.insert(0, ("evaluate", *of_run))
+    if config.benchmark.factory and (
+        split := next((s for s in ("test", "validation") if (data / f"{s}.json").exists()), "")
+    ):
+        calls.insert(0, ("evaluate", *of_run, *(("--split", split) if split != "test" else ())))
     if build.make_family(config).published is not None:
         calls.append(("export", *of_run, "--out", "executor.safetensors"))
     return [*calls, ("report", *of_run)]

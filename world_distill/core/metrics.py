@@ -9,7 +9,8 @@ offset. With e = v - v_ref:
     dc          share of the energy of e that lies in its per-channel means over frames and space
 
 Intervals: Wilson's score interval for rates, Agresti and Min's for the difference of two rates of
-the same things, a normal one for means, a percentile bootstrap for paired differences.
+the same things, a normal one for means, a percentile bootstrap for paired differences. Those of
+scores and of their differences are never empty, and stay where such figures can lie.
 """
 
 import itertools
@@ -75,8 +76,11 @@ def binned_by_time(
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), counts
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float | int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval (low, high) of a rate; (0, 1) when nothing was counted.
+
+    `successes` may be a sum of scores in [0, 1]. They vary less than verdicts of 0 and 1 with the same mean, so the
+    interval is wide enough.
 
     Raises:
         ValueError: unless 0 <= successes <= n.
@@ -125,6 +129,24 @@ def mean_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[flo
     mean = float(values.mean())
     half = z * float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
     return mean, mean - half, mean + half
+
+
+def score_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[float, float, float]:
+    """(mean, low, high) of scores in [0, 1], with 0 <= low < high <= 1.
+
+    Wilson's interval for verdicts of 0 and 1, and where the values do not vary, which says nothing of their spread at
+    small n. Otherwise the normal one, cut to [0, 1].
+
+    Raises:
+        ValueError: without values, or if one is not in [0, 1].
+    """
+    values = np.asarray(values, np.float64)
+    if values.size == 0 or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"need scores in [0, 1], got {values.size}, not all of them there or none")
+    if np.isin(values, (0.0, 1.0)).all() or np.ptp(values) == 0:
+        return float(values.mean()), *wilson_interval(min(float(values.sum()), values.size), values.size, z)
+    mean, low, high = mean_interval(values, z)
+    return mean, max(low, 0.0), min(high, 1.0)
 
 
 def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
@@ -202,3 +224,21 @@ def bootstrap_difference(
     means = [difference[rng.integers(n, size=n)].mean() for _ in range(samples)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(difference.mean()), float(low), float(high)
+
+
+def score_difference(
+    a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], *, samples: int = 4000
+) -> tuple[float, float, float]:
+    """(difference, low, high) of mean(a - b) for paired scores in [0, 1], with -1 <= low < high <= 1 at 95 %.
+
+    `bootstrap_difference`, which is empty where all pairs differ alike. There the interval is as wide as Wilson's of a
+    rate that was 0 in n.
+
+    Raises:
+        ValueError: see `bootstrap_difference`.
+    """
+    difference, low, high = bootstrap_difference(a, b, samples=samples)
+    if high - low < 1e-9:  # but for rounding
+        margin = wilson_interval(0, len(a))[1]
+        low, high = max(difference - margin, -1.0), min(difference + margin, 1.0)
+    return difference, low, high

@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 
 from world_distill import console
-from world_distill.core.metrics import bootstrap_difference
+from world_distill.core.measures import AVERAGE, Measures
+from world_distill.core.metrics import score_difference
 from world_distill.core.schedules import piecewise_linear
-from world_distill.evaluation.scoring import QUESTIONS, Verdict, markdown, summarise
+from world_distill.errors import UserError
+from world_distill.evaluation.scoring import Verdict, markdown, scores_of, summarise
 from world_distill.programs import prepare, train
 from world_distill.programs.evaluate import evaluate_roles
 from world_distill.reports import ablation
@@ -81,7 +83,6 @@ def equal_steps(config, reference) -> int:
     return max(1, steps)
 
 
-VALIDATION = "validation/average"
 # What records are made of, and the Demonstrator: keys that start like this.
 RECORDS = re.compile(r"(seed|world|scenes|annotator|model|base|text_length|demonstrator)\b")
 # What has no effect on a training step in which L_RL has no weight.
@@ -129,10 +130,11 @@ def _last_weight(config) -> float:
     return float(piecewise_linear(config.objective.beta_d)(config.steps))
 
 
-def _curve(folders: Sequence[pathlib.Path]) -> list[tuple[int, float]]:
-    """(step, average on validation tasks), mean over runs of one variant, at the steps that all of them have."""
+def _curve(folders: Sequence[pathlib.Path], measure: str = AVERAGE) -> list[tuple[int, float]]:
+    """(step, measure on validation tasks), mean over runs of one variant, at the steps that all of them have."""
+    key = f"validation/{measure}"
     logs = [read_log(folder / "metrics.jsonl") for folder in folders]
-    scores = [{line["step"]: line[VALIDATION] for line in log if line.get(VALIDATION) is not None} for log in logs]
+    scores = [{line["step"]: line[key] for line in log if line.get(key) is not None} for log in logs]
     steps = sorted(set.intersection(*map(set, scores)))
     return [(step, float(np.mean([by_step[step] for by_step in scores]))) for step in steps]
 
@@ -168,6 +170,7 @@ def ablate(
       ablation.json, with ablation.md and ablation.html.
     """
     verdicts: dict[str, list[list[Verdict]]] = {"base": [], "demonstrator": []}
+    measures: Measures | None = None
     steps: dict[str, int] = {}
     sweep: list[tuple[float, str]] = []
     total, done = len(seeds) * len(variants), 0
@@ -202,22 +205,34 @@ def ablate(
             stem = workdir / "stems" / (str(seed) if of == reference else f"{seed}-{of}")
             shares = variant in branches[of] and (len(branches[of]) > 1 or stem.exists())
             scores = _score(config, folder, roles, (beginnings[of], stem, common[of]) if shares else None)
+            of_run = Measures.of(scores)
+            if measures not in (None, of_run):
+                raise UserError(f"{folder} was scored on {', '.join(of_run.names)}, and others on other measures")
+            measures = of_run
             for role in roles:
                 name = variant if role == "executor" else role if of == reference else f"{role}:{of}"
-                verdicts.setdefault(name, []).append([Verdict(**v) for v in scores["verdicts"][role]])
+                verdicts.setdefault(name, []).append([Verdict.from_json(v) for v in scores["verdicts"][role]])
     names = [name for name, by_seed in verdicts.items() if by_seed]
+    measures = measures or Measures()
+    course = AVERAGE if AVERAGE in measures.names else measures.headline
     result = {
         "seeds": list(seeds),
         "reference": reference,
         "steps": steps,
-        "rows": [summarise(n, [v for seed in verdicts[n] for v in seed]) for n in names],
+        "rows": [summarise(n, [v for seed in verdicts[n] for v in seed], measures) for n in names],
         "by_seed": [
-            summarise(n, part) | {"seed": seed} for n in names for seed, part in zip(seeds, verdicts[n], strict=True)
+            summarise(n, part, measures) | {"seed": seed}
+            for n in names
+            for seed, part in zip(seeds, verdicts[n], strict=True)
         ],
         "sweep": sweep,
-        "curves": {v: _curve([workdir / "runs" / v / str(seed) for seed in seeds]) for v in variants},
-        "orderings": [compare(o, verdicts) for o in orderings if o.better in verdicts and o.worse in verdicts],
+        "curves": {v: _curve([workdir / "runs" / v / str(seed) for seed in seeds], course) for v in variants},
+        "orderings": [
+            compare(o, verdicts, measures) for o in orderings if o.better in verdicts and o.worse in verdicts
+        ],
     }
+    if measures != Measures():
+        result["benchmark"] = {"questions": list(measures.questions)}
     atomic.write_json(workdir / "ablation.json", result)
     lines = "\n".join(f"- {sentence(line)}" for line in result["orderings"])
     atomic.write_text(workdir / "ablation.md", f"{table(result)}\n\n{lines}\n")
@@ -244,31 +259,31 @@ def _score(config, folder: pathlib.Path, roles: Sequence[str], beginning: tuple 
             shared.steps = common
         train.train(shared, stem)  # returns at once where that is done
     train.train(config, folder, stem=stem)
-    scores = evaluate_roles(run_folder.open_run(folder), roles=roles, split="test")
+    opened = run_folder.open_run(folder)
+    with run_folder.open_benchmark(opened.config, folder) as benchmark:
+        scores = evaluate_roles(opened, roles=roles, split="test", benchmark=benchmark)
     atomic.write_json(path, scores)
     return scores
 
 
-def values(verdicts: Sequence[Verdict], metric: str) -> np.ndarray:
-    """The metric of every clip [n]; NaN where the benchmark could not answer."""
-    scores = np.array([[v.scores[q] for q in QUESTIONS] for v in verdicts], np.float64)
-    if metric in QUESTIONS:
-        return scores[:, QUESTIONS.index(metric)]
-    return scores.mean(axis=1) if metric == "average" else np.where(np.isnan(scores).any(1), np.nan, scores.all(1))
-
-
-def compare(ordering: Ordering, verdicts: Mapping[str, list[list[Verdict]]]) -> dict[str, Any]:
+def compare(
+    ordering: Ordering,
+    verdicts: Mapping[str, list[list[Verdict]]],
+    measures: Measures = Measures(),  # noqa: B008
+) -> dict[str, Any]:
     """Paired difference over all seeds' test clips, with a bootstrap interval, and the difference of each seed.
 
     The interval is over clips: how much another training run would change shows in the seeds' differences.
+
+    Raises KeyError for a metric that the benchmark does not have.
     """
     pairs = []
     for better, worse in zip(verdicts[ordering.better], verdicts[ordering.worse], strict=True):
-        a, b = values(better, ordering.metric), values(worse, ordering.metric)
+        a, b = (measures.values(scores_of(side, measures), ordering.metric) for side in (better, worse))
         both = np.isfinite(a) & np.isfinite(b)
         pairs.append((a[both], b[both]))
     a, b = map(np.concatenate, zip(*pairs, strict=True))
-    difference, low, high = bootstrap_difference(a, b, samples=2000)
+    difference, low, high = score_difference(a, b, samples=2000)
     outcome = "holds" if low > 0 else "reversed" if high < 0 else "not resolved"
     return dataclasses.asdict(ordering) | {
         "difference": difference, "ci95": [low, high], "n": len(a), "outcome": outcome,
@@ -292,4 +307,4 @@ def _seeds(line: Mapping[str, Any]) -> str:
 
 def table(result: Mapping[str, Any]) -> str:
     rows = [row | {"steps": result["steps"].get(row["name"], "–")} for row in result["rows"]]
-    return markdown(rows, first=("name", "steps"))
+    return markdown(rows, first=("name", "steps"), measures=Measures.of(result))

@@ -8,6 +8,7 @@ import pathlib
 import time
 
 from world_distill import build, console
+from world_distill.core.measures import Measures
 from world_distill.data.records.reader import RecordReader
 from world_distill.errors import UserError
 from world_distill.evaluation.scoring import markdown
@@ -43,7 +44,7 @@ def quickstart(config, workdir: pathlib.Path) -> dict:
     results = score(workdir)
     stage(4, "report")
     report.build(workdir)
-    console.say("\n" + markdown(results["rows"]) + "\n")
+    console.say("\n" + markdown(results["rows"], measures=Measures.of(results)) + "\n")
     console.say(f"{console.duration(time.perf_counter() - started)} in all")
     return results
 
@@ -68,7 +69,8 @@ def score(workdir: pathlib.Path) -> dict:
         if record in shown:
             save_strip(clip_path(workdir, role, record), clip)
 
-    results = evaluate_roles(opened, roles=ROLES, split="test", keep=keep)
+    with run_folder.open_benchmark(opened.config, workdir) as benchmark:
+        results = evaluate_roles(opened, roles=ROLES, split="test", keep=keep, benchmark=benchmark)
     atomic.write_json(workdir / "clips" / "clips.json", list(shown.values()))
     atomic.write_json(path, results)
     return json.loads(path.read_text())

@@ -3,11 +3,11 @@
 A call with a wrong path or another model's records ends here, in seconds, and leaves the folder free for the right one.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 
 import jax
-from absl import logging
 from ml_collections import ConfigDict
 
 from world_distill import build, console
@@ -20,7 +20,6 @@ from world_distill.errors import UserError
 from world_distill.evaluation.held_out import HeldOut, make_held_out
 from world_distill.evaluation.scoring import Evaluator
 from world_distill.interfaces import Judge
-from world_distill.judges.ask import check_judge
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.rubric import Rubric
 from world_distill.settings.loading import to_json
@@ -49,6 +48,7 @@ class RunInputs:
       cache: the judges' answers; None where nobody is asked, or where nothing may be written.
       evaluator: what samples and scores validation tasks; None: never.
       validation: records for that.
+      opened: caches, to be closed when the run ends.
     """
 
     mesh: jax.sharding.Mesh
@@ -63,6 +63,7 @@ class RunInputs:
     cache: JudgmentCache | None
     evaluator: Evaluator | None
     validation: RecordReader | None
+    opened: contextlib.ExitStack
 
 
 def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = True) -> RunInputs:
@@ -104,24 +105,21 @@ def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = Tru
             f"{config.objective.rl}): set it to 0"
         )
     asked = judge is not None or config.held_out.factory
-    cache = run_folder.open_cache(config, workdir) if asked and writes else None
-    try:
+    with contextlib.ExitStack() as opened:
+        cache = opened.enter_context(run_folder.open_cache(config, workdir)) if asked and writes else None
         held_out = make_held_out(config, settings.questions, judge, cache)
-        _test(judge)
-        _test(held_out and held_out.judge)
+        run_folder.test_judge(judge)
+        run_folder.test_judge(held_out and held_out.judge)
         evaluator = None
         if validation is not None:
-            evaluator = run_folder.make_evaluator(config, family, mesh, build.make(config, "benchmark"))
+            benchmark = opened.enter_context(run_folder.open_benchmark(config, workdir, writes=writes))
+            evaluator = run_folder.make_evaluator(config, family, mesh, benchmark)
             evaluator.negative(validation, "task")  # one that is missing is missed now
         base = base_model.load_base(family, config, mesh)
-    except BaseException:
-        if cache is not None:
-            cache.close()
-        raise
-    return RunInputs(
-        mesh, programs, reader, tasks, base, negative, judge=judge, rubric=rubric, held_out=held_out, cache=cache,
-        evaluator=evaluator, validation=validation,
-    )  # fmt: skip
+        return RunInputs(
+            mesh, programs, reader, tasks, base, negative, judge=judge, rubric=rubric, held_out=held_out, cache=cache,
+            evaluator=evaluator, validation=validation, opened=opened.pop_all(),
+        )  # fmt: skip
 
 
 def _records(config: ConfigDict, workdir: pathlib.Path) -> tuple[RecordReader, RecordReader | None]:
@@ -143,12 +141,3 @@ def _records(config: ConfigDict, workdir: pathlib.Path) -> tuple[RecordReader, R
             f"config.evaluate_every = {config.evaluate_every} looks at validation records, and {error}. Split some off"
             " (`world-distill encode --validation 0.02`), or take --config.evaluate_every=0"
         ) from error
-
-
-def _test(judge: Judge | None) -> None:
-    """Tests a judge that can be, before anything slow is begun; one that cannot be reached may still come up."""
-    try:
-        for line in check_judge(judge):
-            console.say(f"judge: {line}")
-    except ConnectionError as error:
-        logging.warning("%s; going on: what is cached needs no judge, and for the rest it will be waited for", error)

@@ -24,7 +24,7 @@ from world_distill.devices.profiler import Profiler
 from world_distill.errors import UserError
 from world_distill.evaluation.controls import at_start
 from world_distill.evaluation.held_out import audit
-from world_distill.evaluation.scoring import QUESTIONS, summarise
+from world_distill.evaluation.scoring import summarise
 from world_distill.judges.ask import begun_rubric, note_other_rubrics
 from world_distill.programs.run_inputs import open_inputs
 from world_distill.storage.checkpoints import Checkpointer, make_metadata
@@ -171,8 +171,8 @@ def train(
                         validation, base, state.lora_ema, text="task", limit=config.evaluate_tasks,
                         watch=held_out and held_out.watch,
                     )  # fmt: skip
-                    row = summarise("executor", verdicts)
-                    rates = {f"validation/{q}": row[q] for q in (*QUESTIONS, "average", "all")}
+                    row = summarise("executor", verdicts, evaluator.measures)
+                    rates = {f"validation/{m}": np.nan if row[m] is None else row[m] for m in evaluator.measures.names}
                     rates |= audit(held_out, workdir)
                 if log is not None:
                     log.write(step + 1, rates)
@@ -192,8 +192,7 @@ def train(
         if log is not None:
             log.close()
         checkpointer.close()
-        if cache is not None:
-            cache.close()
+        inputs.opened.close()
     return {"steps": config.steps, "seconds": time.perf_counter() - started, "validation": row}
 
 

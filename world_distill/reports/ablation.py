@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from world_distill.core.measures import AVERAGE, Measures
 from world_distill.reports import charts, page
 from world_distill.reports.charts import Bar, Series
 from world_distill.reports.page import Cell, Chart, Key, Table, TableRow
-from world_distill.reports.sections import MEASURE_NAMES, rate
+from world_distill.reports.sections import measure_name, rate
 
 _COLOURS = {"base": "var(--base)", "demonstrator": "var(--demonstrator)"}
 _LINES = ("var(--executor)", "var(--extra)", "var(--base)", "var(--yes)", "var(--no)")
@@ -31,6 +32,7 @@ def document(result: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in result["rows"]}
     seeds = ", ".join(map(str, result["seeds"]))
     clips = next(iter(rows.values()))["n"]
+    measures = Measures.of(result)
     lede = (
         f"{_summary(result['orderings'])} Seeds {seeds}; every variant with the compute of {result['reference']}; "
         f"rates over {clips} held-out tasks."
@@ -40,10 +42,10 @@ def document(result: Mapping[str, Any]) -> str:
             "ablation.html",
             lede=lede,
             claims=[_claim(line) for line in result["orderings"]],
-            sweep=_sweep(result["sweep"], rows) if len(result["sweep"]) > 1 else [],
-            rates=_rates(rows, result["reference"]),
-            courses=_courses(result["curves"], rows),
-            table=_table(result["rows"], result["steps"]),
+            sweep=_sweep(result["sweep"], rows, measures) if len(result["sweep"]) > 1 else [],
+            rates=_rates(rows, result["reference"], measures),
+            courses=_courses(result["curves"], rows, measures),
+            table=_table(result["rows"], result["steps"], measures),
         )
     )
 
@@ -67,11 +69,14 @@ def _claim(line: Mapping[str, Any]) -> Claim:
     return Claim(kind, sign, line["claim"][:1].upper() + line["claim"][1:], line["outcome"], figures)
 
 
-def _sweep(sweep: Sequence[tuple[float, str]], rows: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+def _sweep(
+    sweep: Sequence[tuple[float, str]], rows: Mapping[str, Mapping[str, Any]], measures: Measures
+) -> list[Chart]:
     """One chart a measure over the weights, evenly spaced: they lie orders of magnitude apart, and one is 0."""
     labels = [(float(i), charts.number(weight)) for i, (weight, _) in enumerate(sweep)]
     cards = []
-    for metric, caption in MEASURE_NAMES.items():
+    for metric in measures.names:
+        caption = measure_name(measures, metric)
         measured = [(float(i), rows[name]) for i, (_, name) in enumerate(sweep)]
         series = [
             Series(
@@ -96,10 +101,11 @@ def _sweep(sweep: Sequence[tuple[float, str]], rows: Mapping[str, Mapping[str, A
     return cards
 
 
-def _rates(rows: Mapping[str, Mapping[str, Any]], reference: str) -> list[Chart]:
+def _rates(rows: Mapping[str, Mapping[str, Any]], reference: str, measures: Measures) -> list[Chart]:
     colours = _COLOURS | {reference: "var(--executor)"}
     cards = []
-    for metric, caption in MEASURE_NAMES.items():
+    for metric in measures.names:
+        caption = measure_name(measures, metric)
         bars = [
             Bar(name, row[metric], *row["ci95"][metric], colour=colours.get(name.partition(":")[0], "var(--extra)"))
             for name, row in rows.items()
@@ -109,8 +115,12 @@ def _rates(rows: Mapping[str, Mapping[str, Any]], reference: str) -> list[Chart]
     return cards
 
 
-def _courses(curves: Mapping[str, Sequence[tuple[float, float]]], rows: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """The average on validation tasks over the steps, a few variants a chart."""
+def _courses(
+    curves: Mapping[str, Sequence[tuple[float, float]]], rows: Mapping[str, Mapping[str, Any]], measures: Measures
+) -> list[Chart]:
+    """The average on validation tasks over the steps, a few variants a chart; the only measure where there is one."""
+    metric = AVERAGE if AVERAGE in measures.names else measures.headline
+    caption = f"{'Average' if metric == AVERAGE else measure_name(measures, metric)} on validation tasks"
     names = [name for name, points in curves.items() if points]
     last = max((x for name in names for x, _ in curves[name]), default=0)
     cards = []
@@ -119,23 +129,23 @@ def _courses(curves: Mapping[str, Sequence[tuple[float, float]]], rows: Mapping[
         series = [Series(n, curves[n], colour=c, dots=True) for n, c in zip(group, _LINES, strict=False)]
         legend = [Key(n, c) for n, c in zip(group, _LINES, strict=False)]
         if "demonstrator" in rows:
-            level = rows["demonstrator"]["average"]
+            level = rows["demonstrator"][metric]
             series.append(Series("Demonstrator", [(0, level), (last, level)], "var(--demonstrator)", dashed=True))
             legend.append(Key("Demonstrator", "var(--demonstrator)", "dashed"))
         svg = charts.lines(
-            series, title=f"Average on validation tasks: {', '.join(group)}", limits=(0.0, 1.0), across=(0, last),
+            series, title=f"{caption}: {', '.join(group)}", limits=(0.0, 1.0), across=(0, last),
             show=charts.percent,
         )  # fmt: skip
-        cards.append(Chart("Average on validation tasks", svg, legend=legend))
+        cards.append(Chart(caption, svg, legend=legend))
     return cards
 
 
-def _table(rows: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> Table:
+def _table(rows: Sequence[Mapping[str, Any]], steps: Mapping[str, int], measures: Measures) -> Table:
     lines = []
     for row in rows:
-        cells = [_cell(row[measure], row["ci95"][measure]) for measure in MEASURE_NAMES]
+        cells = [_cell(row[measure], row["ci95"][measure]) for measure in measures.names]
         lines.append(TableRow(row["name"], [Cell(steps.get(row["name"], "–")), *cells, Cell(row["n"])]))
-    return Table(["", "Steps", *MEASURE_NAMES.values(), "Clips"], [("", lines)])
+    return Table(["", "Steps", *(measure_name(measures, m) for m in measures.names), "Clips"], [("", lines)])
 
 
 def _cell(value: float | None, bounds: Sequence[float]) -> Cell:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from world_distill.errors import UserError
 from world_distill.reports import page
 from world_distill.reports.page import Film
-from world_distill.reports.run_data import QUESTIONS, Clip, Contents
+from world_distill.reports.run_data import Clip, Contents
 from world_distill.reports.sections import name_of, rate
 from world_distill.storage import video_files
 
@@ -89,7 +89,7 @@ def example(contents: Contents) -> Example | None:
     verdicts = contents.verdicts.get("executor", {})
     for clip in contents.clips[:MAX_TASKS]:
         scores = verdicts.get(clip.id, {})
-        if "executor" not in clip.films or not all(scores.get(q, 0) > 0.5 for q in QUESTIONS):
+        if "executor" not in clip.films or not all(scores.get(q, 0) > 0.5 for q in contents.measures.questions):
             continue
         try:
             frames = clip.load("executor")
@@ -103,13 +103,16 @@ def example(contents: Contents) -> Example | None:
 def _share(contents: Contents, shown: list[Clip]) -> str:
     """How the Executor does on the clips shown, against all: whether they flatter it."""
     row, verdicts = contents.row("executor"), contents.verdicts.get("executor", {})
-    judged = [verdicts[clip.id] for clip in shown if set(QUESTIONS) <= set(verdicts.get(clip.id, ()))]
-    if not judged or row is None or row.rates["all"] is None:
+    questions = contents.measures.questions
+    judged = [verdicts[clip.id] for clip in shown if set(questions) <= set(verdicts.get(clip.id, ()))]
+    whole = row and row.rates[contents.measures.names[-1]]  # all at once, or the only question
+    if not judged or row is None or whole is None:
         return ""
-    passed = sum(all(scores[q] > 0.5 for q in QUESTIONS) for scores in judged)
+    passed = sum(all(scores[q] > 0.5 for q in questions) for scores in judged)
+    what = "the question" if len(questions) == 1 else f"all {contents.measures.count} questions"
     return (
-        f"Here the Executor passes all three questions in {passed} of {len(judged)} tasks; "
-        f"over all {row.count or ''} tasks it is {rate(row.rates['all'])}."
+        f"Here the Executor passes {what} in {passed} of {len(judged)} tasks; "
+        f"over all {row.count or ''} tasks it is {rate(whole)}."
     )
 
 
@@ -131,7 +134,7 @@ def _card(contents: Contents, clip: Clip) -> Card | None:
             continue
         description = f"Clip of the {name_of(role)}, {told}: {clip.task}"
         film = Film(sprites[role], description, len(films[role]) / clip.fps)
-        figures.append(Figure(name_of(role), told, film, _marks(contents.verdicts.get(role, {}).get(clip.id))))
+        figures.append(Figure(name_of(role), told, film, _marks(contents, role, clip)))
     return Card(_task(clip), clip.kind, clip.solution, max(s.shown_width for s in sprites.values()), figures)
 
 
@@ -142,14 +145,18 @@ def _task(clip: Clip) -> Task:
     return Task(None, clip.task)
 
 
-def _marks(scores: dict[str, float] | None) -> list[Mark]:
+def _marks(contents: Contents, role: str, clip: Clip) -> list[Mark]:
+    scores = contents.verdicts.get(role, {}).get(clip.id)
     if scores is None:
         return []
     marks = []
-    for question in QUESTIONS:
+    for question in contents.measures.questions:
         score = scores.get(question)
         kind, word = ("none", "not judged") if score is None else ("yes", "yes") if score > 0.5 else ("no", "no")
-        marks.append(Mark(kind, _MARKS[question], word))
+        name = _MARKS.get(question, question.replace("_", " "))
+        if score is not None and 0 < score < 1:
+            name, word = f"{name} {rate(score)}", rate(score)
+        marks.append(Mark(kind, name, word))
     return marks
 
 

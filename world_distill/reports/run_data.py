@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from world_distill.core.metrics import bootstrap_difference
+from world_distill.core.measures import Measures
+from world_distill.core.metrics import score_difference
 from world_distill.errors import UserError
 from world_distill.storage.metric_log import read_log
 from world_distill.storage.video_files import load_strip
 
 ROLES = ("base", "demonstrator", "executor")
-QUESTIONS = ("task", "agent", "consistency")
-MEASURES = (*QUESTIONS, "average", "all")
 RESULTS = ("results.json", "evaluation.json")
 FPS = 4.0  # of clips whose entry in clips.json names no fps
 
@@ -70,9 +69,11 @@ class Contents:
 
     folder: pathlib.Path
     source: str = ""  # name of the file that the rows come from
+    measures: Measures = Measures()  # of the benchmark
     rows: list[Row] = dataclasses.field(default_factory=list)
     by_kind: list[Row] = dataclasses.field(default_factory=list)
     by_agent: list[Row] = dataclasses.field(default_factory=list)
+    paper: list[Row] = dataclasses.field(default_factory=list)  # figures of a paper, to stand beside the rows
     about: dict[str, Any] = dataclasses.field(default_factory=dict)  # split, seed, step, command of the rows
     verdicts: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # role, id, question
     log: dict[str, list[tuple[float, float | None]]] = dataclasses.field(default_factory=dict)
@@ -141,21 +142,27 @@ def _read_results(contents: Contents, name: str, value: Any) -> None:
     if not isinstance(value, dict) or not isinstance(value.get("rows"), list):
         raise UserError(f"{path}: has no list `rows`; quickstart and evaluate write such a file")
     contents.source = name
-    contents.rows = [_row(path, row) for row in value["rows"]]
-    contents.by_kind = [_row(path, row, "kind") for row in value.get("by_kind") or []]
-    contents.by_agent = [_row(path, row, "agent") for row in value.get("by_agent") or []]
+    try:
+        measures = contents.measures = Measures.of(value)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its `benchmark` is damaged ({type(error).__name__}: {error})") from error
+    contents.rows = [_row(path, row, measures) for row in value["rows"]]
+    contents.paper = [_row(path, row, measures) for row in (value.get("benchmark") or {}).get("paper") or []]
+    contents.by_kind = [_row(path, row, measures, "kind") for row in value.get("by_kind") or []]
+    contents.by_agent = [_row(path, row, measures, "agent") for row in value.get("by_agent") or []]
     contents.about = {k: value[k] for k in ("split", "seed", "step", "command") if value.get(k) is not None}
     try:
         for role, verdicts in (value.get("verdicts") or {}).items():
             contents.verdicts[role] = {
                 v["id"]: {q: float(s) for q, s in v["scores"].items() if s is not None and math.isfinite(s)}
                 for v in verdicts
+                if not v.get("noise")  # the clips that are kept are those of the first noise
             }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its `verdicts` are damaged ({type(error).__name__}: {error})") from error
 
 
-def _row(path: pathlib.Path, value: Any, by: str = "") -> Row:
+def _row(path: pathlib.Path, value: Any, measures: Measures, by: str = "") -> Row:
     def figure(x: Any, what: str) -> float | None:
         if x is None or (isinstance(x, float) and not math.isfinite(x)):
             return None
@@ -169,14 +176,14 @@ def _row(path: pathlib.Path, value: Any, by: str = "") -> Row:
     group = str(value.get("group", value.get(by, ""))) if by else ""
     # A break-down by agent may name the agent in the place of the question of that name.
     lost = {"agent"} if by == "agent" and isinstance(value.get("agent"), str) else set()
-    rates = {m: None if m in lost else figure(value.get(m), where + m) for m in MEASURES}
+    rates = {m: None if m in lost else figure(value.get(m), where + m) for m in measures.names}
     intervals = {}
     for measure, bounds in (value.get("ci95") or {}).items():
         if not isinstance(bounds, Sequence) or len(bounds) != 2:
             raise UserError(f"{path}: {where}ci95 of {measure} is {bounds!r}, not [low, high]")
         # The normal interval of an average may reach beyond 0 and 1; no average does.
         ends = [figure(min(max(b, 0.0), 1.0) if isinstance(b, (int, float)) else b, where + "ci95") for b in bounds]
-        if None not in ends and measure in MEASURES:
+        if None not in ends and measure in measures.names:
             intervals[measure] = tuple(ends)
     count, invalid = value.get("n"), value.get("invalid")
     return Row(
@@ -255,7 +262,7 @@ def changes(contents: Contents, before: str, after: str) -> list[Change]:
     if first is None or second is None:
         return []
     found = []
-    for measure in MEASURES:
+    for measure in contents.measures.names:
         a, b = first.rates[measure], second.rates[measure]
         if a is None or b is None:
             continue
@@ -269,15 +276,13 @@ def changes(contents: Contents, before: str, after: str) -> list[Change]:
 
 def _paired(contents: Contents, before: str, after: str, measure: str) -> tuple[float, float, float] | None:
     first, second = contents.verdicts.get(before, {}), contents.verdicts.get(after, {})
-    both = [record for record in first if all(set(QUESTIONS) <= set(side.get(record, ())) for side in (first, second))]
+    measures, sides = contents.measures, (first, second)
+    questions = measures.questions
+    both = [record for record in first if all(set(questions) <= set(side.get(record, ())) for side in sides)]
     if len(both) < 2:
         return None
-    one, two = (np.array([[side[r][q] for q in QUESTIONS] for r in both], np.float64) for side in (first, second))
-    take = {"average": lambda x: x.mean(1), "all": lambda x: x.min(1)}.get(
-        measure, lambda x: x[:, QUESTIONS.index(measure)]
-    )
-    mean, low, high = (float(x) for x in bootstrap_difference(take(two), take(one), samples=4000))
-    return mean, low, high
+    one, two = (np.array([[side[r][q] for q in questions] for r in both], np.float64) for side in sides)
+    return score_difference(measures.values(two, measure), measures.values(one, measure))
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

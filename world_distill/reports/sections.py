@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from world_distill.core.measures import ALL, AVERAGE, QUESTIONS, Measures
 from world_distill.reports import charts, page, run_data
 from world_distill.reports.charts import Bar, Series, percent
 from world_distill.reports.page import Cell, Chart, Key, Table, TableRow, Tile
-from world_distill.reports.run_data import MEASURES, QUESTIONS, ROLES, Change, Contents, Row, changes
+from world_distill.reports.run_data import ROLES, Change, Contents, Row, changes
 
 NAMES = {"base": "Base model", "demonstrator": "Demonstrator", "executor": "Executor"}
 TOLD = {
@@ -16,52 +17,70 @@ TOLD = {
     "demonstrator": "before training, told the solution",
     "executor": "after training, told the task",
 }
-MEASURE_NAMES = {
-    "task": "Task completed",
-    "agent": "Intended agent",
-    "consistency": "Consistent",
-    "average": "Average of the three",
-    "all": "All three at once",
-}
-_NOUNS = {
-    "task": "task completion",
-    "agent": "the intended agent",
-    "consistency": "consistency",
-    "average": "the average",
-    "all": "all three at once",
-}
+_NAMES = {"task": "Task completed", "agent": "Intended agent", "consistency": "Consistent"}
+_NOUNS = {"task": "task completion", "agent": "the intended agent", "average": "the average"}
 _MEANING = {
     "task": "what the task asks for is done at the end",
     "agent": "the one whom the task names did it, and nobody else",
     "consistency": "nothing vanishes, jumps or changes its shape",
-    "average": "mean of the three rates",
-    "all": "share of clips that pass all three",
 }
-# Of a log's figures, those that say most: caption, note, fixed limits, and (legend, key) of each line.
-_RATES = tuple(
-    (MEASURE_NAMES[q], "", (0.0, 1.0), (
-        ("training", f"rate/{q}"), ("validation", f"validation/{q}"), ("held-out judge", f"held_out/{q}"),
-    ))
-    for q in QUESTIONS
-)  # fmt: skip
-_GAPS = tuple(
-    (f"Reward beyond the held-out judge: {_NOUNS[q]}", "standard deviations by which the reward has risen more", None,
-     (("gap", f"held_out/{q}/gap"),))
-    for q in QUESTIONS
-)  # fmt: skip
-_PANELS = (
-    *_RATES,
-    ("Average of the three", "", (0.0, 1.0), (("validation", "validation/average"),)),
-    ("All three at once", "", (0.0, 1.0), (("validation", "validation/all"),)),
-    ("Reward", "what the Executor's clips earn, on average", None, (("reward", "reward/total"),)),
-    ("Fine-tuning loss", "squared velocity error on the records' clips", None, (("loss", "train/sft"),)),
-    ("Anchor loss", "distance of the Executor's velocities to the Demonstrator's", None, (("anchor", "train/anchor"),)),
-    ("Gradients", "the anchor's length divided by RL's, as both are weighted", None,
-     (("anchor / RL", "train/anchor_to_rl"),)),
-    ("Anchor weight", "beta_d", None, (("beta_d", "train/beta_d"),)),
-    *_GAPS,
-    ("Seconds a step", "", None, (("seconds", "time/step"),)),
-)  # fmt: skip
+_HEADLINE = "task"  # a benchmark that asks for it has its result told in words of tasks
+
+
+def measure_name(measures: Measures, measure: str) -> str:
+    """What a measure is called on the page."""
+    if measure == AVERAGE:
+        return f"Average of the {measures.count}"
+    if measure == ALL:
+        return f"All {measures.count} at once"
+    return _NAMES.get(measure) or measure.replace("_", " ").capitalize()
+
+
+def _noun(measures: Measures, measure: str) -> str:
+    if measure == ALL:
+        return f"all {measures.count} at once"
+    return _NOUNS.get(measure) or measure.replace("_", " ")
+
+
+def _meaning(measures: Measures, measure: str) -> str:
+    if measure == AVERAGE:
+        return f"mean of the {measures.count} rates"
+    if measure == ALL:
+        return f"share of clips that pass all {measures.count}"
+    return _MEANING.get(measure, "share of clips for which the answer is yes")
+
+
+def _panels(measures: Measures) -> list[tuple]:
+    """Of a log's figures, those that say most: caption, note, fixed limits, and (legend, key) of each line."""
+    # The judge whose answers are the reward has questions of its own, and so has the held-out one.
+    questions = list(dict.fromkeys((*measures.questions, *QUESTIONS)))
+    rates = [
+        (measure_name(measures, q), "", (0.0, 1.0), (
+            ("training", f"rate/{q}"), ("validation", f"validation/{q}"), ("held-out judge", f"held_out/{q}"),
+        ))
+        for q in questions
+    ]  # fmt: skip
+    over_all = [
+        (measure_name(measures, m), "", (0.0, 1.0), (("validation", f"validation/{m}"),)) for m in (AVERAGE, ALL)
+    ]
+    gaps = [
+        (f"Reward beyond the held-out judge: {_noun(measures, q)}",
+         "standard deviations by which the reward has risen more", None, (("gap", f"held_out/{q}/gap"),))
+        for q in questions
+    ]  # fmt: skip
+    return [
+        *rates,
+        *over_all,
+        ("Reward", "what the Executor's clips earn, on average", None, (("reward", "reward/total"),)),
+        ("Fine-tuning loss", "squared velocity error on the records' clips", None, (("loss", "train/sft"),)),
+        ("Anchor loss", "distance of the Executor's velocities to the Demonstrator's", None,
+         (("anchor", "train/anchor"),)),
+        ("Gradients", "the anchor's length divided by RL's, as both are weighted", None,
+         (("anchor / RL", "train/anchor_to_rl"),)),
+        ("Anchor weight", "beta_d", None, (("beta_d", "train/beta_d"),)),
+        *gaps,
+        ("Seconds a step", "", None, (("seconds", "time/step"),)),
+    ]  # fmt: skip
 
 
 def name_of(role: str) -> str:
@@ -104,16 +123,18 @@ class Comparison:
 
 def results(contents: Contents) -> Markup:
     """Tiles, bars with whiskers, the table, and what changed in words."""
-    panels = []
-    for measure in MEASURES:
-        svg = charts.bars([_bar(row, measure) for row in contents.rows], title=f"{MEASURE_NAMES[measure]}, by model")
-        panels.append(Chart(MEASURE_NAMES[measure], svg, _MEANING[measure]))
+    panels, measures = [], contents.measures
+    for measure in measures.names:
+        name = measure_name(measures, measure)
+        svg = charts.bars([_bar(row, measure) for row in contents.rows], title=f"{name}, by model")
+        panels.append(Chart(name, svg, _meaning(measures, measure)))
     return page.render(
         "results.html",
         headline=headline(contents),
-        tiles=[_tile(row) for row in contents.rows],
+        tiles=[_tile(row, measures) for row in contents.rows],
         charts=panels,
-        table=_rates_table("", [("", contents.rows)]),
+        table=_rates_table(measures, "", [("", contents.rows)]),
+        paper=_rates_table(measures, "", [("", contents.paper)]) if contents.paper else None,
         invalid=sum(row.invalid for row in contents.rows),
         changes=_comparisons(contents),
     )
@@ -121,29 +142,37 @@ def results(contents: Contents) -> Markup:
 
 def headline(contents: Contents) -> str:
     """The result in a sentence or two."""
+    measures = contents.measures
+    of_tasks = measures.headline == _HEADLINE
+    verb = "completes" if of_tasks else "reaches"
     said = {
-        "executor": "the trained Executor, told only the task, completes {}",
-        "base": "before training the same model, told the same, completes {}",
-        "demonstrator": "told the full solution (the Demonstrator) it completes {}",
+        "executor": f"the trained Executor, told only the task, {verb}",
+        "base": f"before training the same model, told the same, {verb}",
+        "demonstrator": f"told the full solution (the Demonstrator) it {verb}",
     }
     known = [
-        (said[role], row.rates["task"])
+        (said[role], value)
         for role in said
-        if (row := contents.row(role)) and row.rates["task"] is not None
+        if (row := contents.row(role)) and (value := row.rates[measures.headline]) is not None
     ]
     if not known:
         return "How often each model does what is asked."
     count = next((row.count for row in contents.rows if row.count), None)
     where = "training" if contents.about.get("split") == "train" else "held-out"
-    clauses = [text.format(percent(value)) for text, value in known]
-    return f"Of {count if count else 'the'} {where} tasks, " + "; ".join(clauses) + "."
+    clauses = "; ".join(f"{text} {percent(value)}" for text, value in known)
+    tasks = f"{count if count else 'the'} {where} tasks"
+    return (
+        f"Of {tasks}, {clauses}."
+        if of_tasks
+        else f"{measure_name(measures, measures.headline)}: on {tasks}, {clauses}."
+    )
 
 
-def _tile(row: Row) -> Tile:
-    return Tile(
-        name_of(row.name), TOLD.get(row.name, ""), rate(row.rates["task"]), "tasks completed",
-        f"{rate(row.rates['all'])} pass all three", colour(row.name),
-    )  # fmt: skip
+def _tile(row: Row, measures: Measures) -> Tile:
+    headline = measures.headline
+    what = "tasks completed" if headline == _HEADLINE else measure_name(measures, headline).lower()
+    more = f"{rate(row.rates[ALL])} pass all {measures.count}" if ALL in measures.names else ""
+    return Tile(name_of(row.name), TOLD.get(row.name, ""), rate(row.rates[headline]), what, more, colour(row.name))
 
 
 def _bar(row: Row, measure: str, label: str = "") -> Bar:
@@ -151,14 +180,14 @@ def _bar(row: Row, measure: str, label: str = "") -> Bar:
     return Bar(label or name_of(row.name), row.rates[measure], low, high, colour(row.name))
 
 
-def _rates_table(heading: str, groups: Sequence[tuple[str, Sequence[Row]]]) -> Table:
-    lines = [(name, [_table_row(row) for row in rows]) for name, rows in groups]
-    return Table([heading, *MEASURE_NAMES.values(), "Clips"], lines)
+def _rates_table(measures: Measures, heading: str, groups: Sequence[tuple[str, Sequence[Row]]]) -> Table:
+    lines = [(name, [_table_row(row, measures) for row in rows]) for name, rows in groups]
+    return Table([heading, *(measure_name(measures, m) for m in measures.names), "Clips"], lines)
 
 
-def _table_row(row: Row) -> TableRow:
+def _table_row(row: Row, measures: Measures) -> TableRow:
     cells = []
-    for measure in MEASURES:
+    for measure in measures.names:
         bounds = row.intervals.get(measure) if row.rates[measure] is not None else None
         small = f"{percent(bounds[0])[:-2]} to {percent(bounds[1])[:-2]}" if bounds else ""
         cells.append(Cell(rate(row.rates[measure]), small))
@@ -168,7 +197,7 @@ def _table_row(row: Row) -> TableRow:
 # What changed, in words ---------------------------------------------------------------------------------------------
 
 
-def summary(before: str, after: str, found: Sequence[Change]) -> str:
+def summary(before: str, after: str, found: Sequence[Change], measures: Measures = Measures()) -> str:  # noqa: B008
     """One sentence over all measures: above, below, and where the figures do not tell."""
     parts = []
     for verdict, words in (
@@ -177,9 +206,9 @@ def summary(before: str, after: str, found: Sequence[Change]) -> str:
         ("overlap", "does not differ clearly on"),
         ("unknown", "cannot be compared, for want of intervals, on"),
     ):
-        measures = [_NOUNS[c.measure] for c in found if c.verdict == verdict]
-        if measures:
-            parts.append(f"{words} {_listed(measures)}")
+        named = [_noun(measures, c.measure) for c in found if c.verdict == verdict]
+        if named:
+            parts.append(f"{words} {_listed(named)}")
     return f"The {name_of(after)} {_listed(parts, comma=True)}."
 
 
@@ -210,8 +239,11 @@ def _comparisons(contents: Contents) -> list[Comparison]:
         if found := changes(contents, before, after):
             heading = f"From {name_of(before)} to {name_of(after)}"
             main = before == "demonstrator" or not contents.row("demonstrator")
-            lines = [ChangeLine(c.verdict, signs[c.verdict], MEASURE_NAMES[c.measure], sentence(c)) for c in found]
-            told.append(Comparison(heading, main, summary(before, after, found), lines))
+            lines = [
+                ChangeLine(c.verdict, signs[c.verdict], measure_name(contents.measures, c.measure), sentence(c))
+                for c in found
+            ]
+            told.append(Comparison(heading, main, summary(before, after, found, contents.measures), lines))
     return told
 
 
@@ -238,7 +270,7 @@ def training(contents: Contents) -> Markup:
         text += " Where a line is noisy, the faint one is every step and the strong one the trend of its neighbours."
     demonstrator = contents.row("demonstrator")
     panels, used = [], set()
-    for caption, note, limits, lines in _PANELS:
+    for caption, note, limits, lines in _panels(contents.measures):
         series = []
         for label, key in lines:
             if key not in log:
@@ -298,9 +330,9 @@ def breakdowns(contents: Contents) -> Markup:
     kinds, agents = _groups(contents.by_kind), _groups(contents.by_agent)
     return page.render(
         "breakdowns.html",
-        kind_charts=[_kind_chart(kind, rows) for kind, rows in kinds],
-        kinds=_rates_table("Kind", kinds) if kinds else None,
-        agents=_rates_table("Agent", agents) if agents else None,
+        kind_charts=[_kind_chart(kind, rows, contents.measures) for kind, rows in kinds],
+        kinds=_rates_table(contents.measures, "Kind", kinds) if kinds else None,
+        agents=_rates_table(contents.measures, "Agent", agents) if agents else None,
     )
 
 
@@ -309,6 +341,7 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(value, [row for row in rows if row.group == value]) for value in values]
 
 
-def _kind_chart(kind: str, rows: Sequence[Row]) -> Chart:
-    svg = charts.bars([_bar(row, "task") for row in rows], title=f"{MEASURE_NAMES['task']}, kind {kind}")
-    return Chart(kind, svg, f"task completed, {max(row.count or 0 for row in rows)} tasks")
+def _kind_chart(kind: str, rows: Sequence[Row], measures: Measures) -> Chart:
+    name = measure_name(measures, measures.headline)
+    svg = charts.bars([_bar(row, measures.headline) for row in rows], title=f"{name}, kind {kind}")
+    return Chart(kind, svg, f"{name.lower()}, {max(row.count or 0 for row in rows)} tasks")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from world_distill.interfaces import Cases
 from world_distill.sandbox import checker
 from world_distill.sandbox.captions import STYLE_SHARES, TWO_LEGS, Faults, sample_clips
 from world_distill.sandbox.oracle import Oracle, Tolerance
@@ -36,10 +37,10 @@ class Benchmark:
             raise ValueError(f"the checker needs 6 pixels a place, this world has {world.size}/{world.cells}")
         self.world = world
 
-    def check(self, clips: np.ndarray, tasks: list[str], images: list[bytes]) -> dict[str, np.ndarray]:
+    def check(self, clips: np.ndarray, cases: Cases) -> dict[str, np.ndarray]:
         verdicts = [
             checker.check(self.world, true_scene(image), task, clip)
-            for clip, task, image in zip(clips, tasks, images, strict=True)
+            for clip, task, image in zip(clips, cases.tasks, cases.images, strict=True)
         ]
         return {q: np.array([v[q] for v in verdicts], np.float64) for q in self.questions}
 

@@ -1,7 +1,8 @@
 """A run's folder: its config, its records, its state on the mesh, and what later programs need of it.
 
 `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `judgments.sqlite`, `judged_clips/` if some are kept,
-`controls.json` where the judge was asked about negative controls, and `data/` where the config names no other records.
+`controls.json` where the judge was asked about negative controls, `benchmark.sqlite` where the benchmark asks a judge,
+and `data/` where the config names no other records.
 """
 
 import contextlib
@@ -17,11 +18,12 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from world_distill import build
+from world_distill import build, console
 from world_distill.errors import UserError
 from world_distill.evaluation.held_out import HeldOut, make_held_out
 from world_distill.evaluation.scoring import Evaluator
-from world_distill.interfaces import Benchmark, ModelFamily
+from world_distill.interfaces import Benchmark, Judge, ModelFamily
+from world_distill.judges.ask import check_judge
 from world_distill.judges.memory.cache import JudgmentCache
 from world_distill.judges.memory.kept_clips import KeptClips
 from world_distill.judges.memory.segments import SyncedCache, is_shared
@@ -42,7 +44,7 @@ _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
 # trained.
 FREE_KEYS = (
     "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch",
-    "encode_batch", "ablation", "checkpoints", "held_out", "judge.cache", "judge.keep_clips",
+    "encode_batch", "ablation", "checkpoints", "held_out", "benchmark", "judge.cache", "judge.keep_clips",
     "judge.controls",
 )  # fmt: skip
 
@@ -82,18 +84,34 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     return from_json(path.read_text())
 
 
-def open_run(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None) -> Run:
-    """Opens a run's folder: its config, the base, and the newest Executor.
+def run_config(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None, config: Any = None) -> ConfigDict:
+    """The config of a run's folder, with `overrides` of values that have no part in what was trained (`FREE_KEYS`).
 
-    `overrides` change values of the config that have no part in what was trained (`FREE_KEYS`).
+    `config` is that of a folder in which nothing was trained yet; the folder becomes its run's.
 
     Raises:
-      UserError: the folder holds no run, or an override is of another value.
+      UserError: the folder holds no run, another config's, or an override is of another value.
     """
+    if config is not None:
+        claim_folder(config, workdir)
+        return config
     config = read_config(workdir)
     if fixed := [key for key in overrides or () if not is_free(key)]:
         raise UserError(f"--config.{fixed[0]} is part of what was trained in {workdir}; that cannot change any more")
+    build.make_room(config, overrides or {})
     override(config, overrides or {})
+    return config
+
+
+def open_run(workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None, *, config: Any = None) -> Run:
+    """Opens a run's folder: its config, the base, and the newest Executor.
+
+    `config` is what `run_config` gave, if it was called before; `overrides` are for it.
+
+    Raises:
+      UserError: see `run_config`.
+    """
+    config = run_config(workdir, overrides) if config is None else config
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)
     base = base_model.load_base(family, config, mesh)
@@ -182,8 +200,10 @@ def todays_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     return fixed_settings(ConfigDict(translate(saved)))
 
 
-def open_cache(config, workdir: pathlib.Path) -> JudgmentCache:
+def open_cache(config, workdir: pathlib.Path, name: str = "judgments") -> JudgmentCache:
     """The run's memory of judgments, which keeps the clips that the config says.
+
+    That of another `name` is apart: its file lies in the run's folder, and what hosts share in a folder of this name.
 
     Raises:
       CacheError: its file, or the address that it is shared through, cannot be used.
@@ -192,11 +212,13 @@ def open_cache(config, workdir: pathlib.Path) -> JudgmentCache:
     if not 0 <= share <= 1:
         raise UserError(f"config.judge.keep_clips is a share from 0 to 1, not {share}")
     keep = KeptClips(workdir / "judged_clips", share=share) if share else None
+    if name != "judgments":
+        address, keep = f"{address.rstrip('/')}/{name}/" if is_shared(address) else "", None
     if address and not is_shared(address):
         return JudgmentCache(address, keep=keep)
     # Hosts may have one folder, on a network file system: then each has a file of its own there.
     host = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-    local = workdir / f"judgments{host}.sqlite"
+    local = workdir / f"{name}{host}.sqlite"
     return SyncedCache(local, address, keep=keep) if address else JudgmentCache(local, keep=keep)
 
 
@@ -254,3 +276,49 @@ def open_held_out(config, workdir: pathlib.Path) -> Iterator[HeldOut | None]:
     reward = build.make(config, "judge") if questions else None
     with open_cache(config, workdir) as cache:
         yield make_held_out(config, questions, reward, cache)
+
+
+BENCHMARK = "benchmark"  # the name of its memory of judgments
+
+
+@contextlib.contextmanager
+def open_benchmark(config, workdir: pathlib.Path, *, writes: bool = True) -> Iterator[Benchmark]:
+    """The benchmark that the config names; one that asks judges has, with `writes`, a memory of their answers.
+
+    Its judges are tested first. The memory is apart from that of rewards: audits of the reward do not mix both.
+
+    Raises:
+      UserError: the config names none, or a judge fails its test.
+    """
+    if not config.benchmark.factory:
+        raise UserError(
+            f"{workdir} names no benchmark, so nothing says whether a clip is good; let a VLM on a server say it:"
+            " --config.benchmark.factory=world_distill.evaluation:WorldTasksBench"
+            " --config.benchmark.options.servers=http://HOST:8000/v1 --config.benchmark.options.model=NAME"
+        )
+    benchmark = build.make(config, "benchmark")
+    if (begin := getattr(benchmark, "begin", None)) is None:
+        yield benchmark
+        return
+    with open_cache(config, workdir, BENCHMARK) if writes else contextlib.nullcontext() as cache:
+        begin(cache, build.make_family(config).fps)
+        for judge in getattr(benchmark, "judges", {}).values():
+            test_judge(judge, "benchmark")
+        if getattr(benchmark, "describe", dict)().get("rubric") == build.make_rubric(config).version:
+            logging.warning(
+                "the benchmark asks the questions of the reward: what was trained to please, it will praise"
+            )
+        yield benchmark
+
+
+def test_judge(judge: Judge | None, part: str = "judge") -> None:
+    """Tests a judge that can be, before anything slow is begun; one that cannot be reached may still come up.
+
+    Raises:
+      UserError: it cannot judge.
+    """
+    try:
+        for line in check_judge(judge):
+            console.say(f"{part}: {line}")
+    except ConnectionError as error:
+        logging.warning("%s; going on: what is cached needs no judge, and for the rest it will be waited for", error)

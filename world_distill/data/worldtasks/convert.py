@@ -25,6 +25,7 @@ from world_distill.data.images.lookup import ImageLookup
 from world_distill.data.images.ordered import map_ordered
 from world_distill.data.images.png import ImageError
 from world_distill.data.images.reader import read_rows
+from world_distill.data.images.rows import Row
 from world_distill.data.images.sources import ImageSource
 from world_distill.data.images.unused import Unused
 from world_distill.data.records.reader import AnnotatedRecord, RecordError, write_atomically, write_records
@@ -51,6 +52,8 @@ class TaskImport:
         strict: bool = False,
         min_side: int = 16,
         max_side: int = 0,
+        rows: Sequence[Row] | None = None,
+        own_ids: bool = False,
     ):
         """
         Args:
@@ -64,7 +67,10 @@ class TaskImport:
           strict: leave out tasks that break a rule of `pair_rules`; otherwise they are counted.
           min_side: pixels; smaller pictures are broken.
           max_side: pixels that the longer side is shrunk to; 0: as it is.
+          rows: what the files say; None: they are read.
+          own_ids: records are called by the data set's own ids, which have to differ.
         """
+        self._rows, self._own_ids = rows, own_ids
         self.root, self.files, self.schema = os.fspath(root), list(files), schema
         self.unused = Unused() if unused is None else unused
         self._image_root, self._skip_bad = image_root, skip_bad
@@ -115,7 +121,7 @@ class TaskImport:
         lookups: dict[str, ImageLookup] = {}
         found: dict[str, tuple[ImageSource, list[Item]]] = {}
         alone: list[ImageSource] = []  # pictures without words, which rows may name
-        for row in read_rows(self.files, self.unused, skip_bad=self._skip_bad):
+        for row in self._rows or read_rows(self.files, self.unused, skip_bad=self._skip_bad):
             if row.image is not None and not row.fields:
                 alone.append(row.image)
                 continue
@@ -172,9 +178,8 @@ class TaskImport:
         number = self._images[image_id] = self._images.get(image_id, -1) + 1
         kind = item.kind or "unspecified"
         self.kinds[kind] += 1
-        record = AnnotatedRecord(
-            f"{image_id}-{number}", image_id, kept, item.task, item.solution, item.agent, kind, source
-        )
+        name = item.id if self._own_ids else f"{image_id}-{number}"
+        record = AnnotatedRecord(name, image_id, kept, item.task, item.solution, item.agent, kind, source)
         if self.example is None:
             texts = {name: getattr(record, name) for name in ("task", "solution", "agent", "kind")}
             self.example = texts | {"image": source["file"]}

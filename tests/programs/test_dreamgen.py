@@ -1,0 +1,145 @@
+"""DreamGen Bench from made folders to the table, and its clips as upstream's scripts read them."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.programs.test_worldtasks import CONFIG, asked
+from tests.vlm.fake_server import FakeServer
+from world_distill import cli
+from world_distill.data.records.reader import RecordReader
+from world_distill.errors import UserError
+from world_distill.evaluation import DreamGenBench, dreamgen
+from world_distill.evaluation.dreamgen import ClipFolder, file_name, instruction_of
+
+pytestmark = pytest.mark.once
+
+SPLITS = {"gr1_object": 50, "gr1_behavior": 47, "gr1_env": 29}
+SCORED = "--config.benchmark.factory=world_distill.evaluation:DreamGenBench"
+
+
+def instruction(split, i):
+    return f"Use the {'left' if i % 2 else 'right'} hand to pick up the cup, then move it to tray {split[4:]} {i}."
+
+
+def make_folders(folder):
+    """As the authors' data set is laid out: `NAME.txt` beside a picture, `NAME..txt` where the picture lost its dot."""
+    rng = np.random.default_rng(0)
+    for split, count in SPLITS.items():
+        (folder / split).mkdir(parents=True)
+        for i in range(count):
+            text = instruction(split, i)
+            stem = f"{i}_{text.removesuffix('.') if i % 10 == 3 else text}"
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / split / f"{stem}.png")
+            twin = f"{stem}..txt" if i % 10 == 3 else f"{stem}.txt"
+            if i % 10 != 7:  # of some there is no text
+                (folder / split / twin).write_text(f"{text}\n")
+    (folder / "gr1_env" / "readme.png").write_bytes(
+        (folder / "gr1_env" / f"0_{instruction('gr1_env', 0)}.png").read_bytes()
+    )
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """(folder, evaluation.json, questions that were answered) of an evaluation that was stopped and called again."""
+    folder = tmp_path_factory.mktemp("dreamgen")
+    make_folders(folder / "EVAL-175")
+    data = str(folder / "data")
+    flags = ["--folder", str(folder / "EVAL-175"), "--dreamgen", "--out", data, "--name", "dreamgen"]
+    assert cli.main(["import-tasks", *flags]) == 0
+    assert cli.main(["encode", *CONFIG, "--records", data, "--name", "dreamgen"]) == 0
+
+    def evaluate(server, *more):
+        flags = ["evaluate", "--workdir", str(folder / "base"), "--split", "dreamgen", SCORED]
+        flags += [f"--config.benchmark.options.servers={server.url}", "--config.benchmark.options.model=judge", *more]
+        return cli.main([*flags, "--export-clips", str(folder / "clips")])
+
+    with FakeServer(fault=lambda number, body: "quota" if number > 100 else None) as server:
+        assert evaluate(server, *CONFIG, f"--config.data={data}") == 2
+    with FakeServer() as other:
+        assert evaluate(other) == 0
+    return folder, json.loads((folder / "base/evaluation.json").read_text()), asked(server) + asked(other)
+
+
+def test_the_folders_are_read(scored):
+    folder, *_ = scored
+    records = list(RecordReader(folder / "data", "dreamgen"))
+    assert len(records) == sum(SPLITS.values()) == 126
+    for record in records:
+        split, _, i = record.id.rpartition("-")
+        assert record.task == f"[robot]: {instruction(split, int(i))}" and record.agent == "robot"
+        assert record.kind == {"object": "object", "behavior": "behaviour", "env": "environment"}[split[4:]]
+
+
+def test_the_table_has_the_splits_beside_the_papers(scored):
+    folder, result, questions = scored
+    assert len(questions) == len(set(questions)) == 2 * 126  # nothing was asked twice
+    assert {len(urls) for urls, _ in questions} == {49} and len({len(set(urls)) for urls, _ in questions}) == 1
+    [row] = result["rows"]
+    assert row["n"] == 126 and list(result["benchmark"]["questions"]) == ["instruction", "physics"]
+    assert {row["group"]: row["n"] for row in result["by_kind"]} == {"object": 50, "behaviour": 47, "environment": 29}
+    [judged] = result["judges"]
+    assert judged["yes"]["instruction"] == row["instruction"] and 0 < judged["probability"]["instruction"] < 1
+    text = (folder / "base/evaluation.md").read_text()
+    assert "| instruction | object | behaviour | environment |" in text and "of 47 |" in text
+    assert "| *WMSD on LTX-2, without robot data, the paper's figure* | 70.0 % | 57.4 % | 58.6 % |" in text
+
+
+def upstream(path):
+    """(instruction, prompt is known) as upstream's scripts are documented to read a clip's path."""
+    words = pathlib.Path(path).stem.split("_")[1:]
+    if "hunyuan" in path:
+        words = words[:-4]
+    known = any(word in path for word in ("cogvideo", "hunyuan", "wan", "cosmos"))
+    return " ".join(words), known
+
+
+def test_upstream_reads_every_clip_as_it_was_meant(scored):
+    folder, result, _ = scored
+    root = folder / "clips/base"
+    paths = sorted(root.glob("**/*.mp4"))
+    manifest = {str(root / entry["file"]): entry for entry in json.loads((root / "manifest.json").read_text())}
+    assert len(paths) == 126 == len(manifest)
+    for path in map(str, paths):
+        entry = manifest[path]
+        meant = instruction(entry["split"], entry["index"])
+        assert entry["instruction"] == meant
+        assert upstream(path) == (meant.replace(",", ""), True) == (entry["read_back"], True)
+        assert f"as_wan_{entry['split']}/{entry['index']}_Use_the_" in path
+    for question in ("instruction", "physics"):
+        head, *lines = (root / f"{question}.csv").read_text().splitlines()
+        assert head == "video_path,prompt,prediction" and len(lines) == 126
+        cells = [line.split(",") for line in lines]  # as a script reads them that knows no quotes
+        assert all(len(row) == 3 and manifest[row[0]]["read_back"] == row[1] for row in cells)
+        rate = np.mean([int(row[2]) for row in cells])
+        assert rate == pytest.approx(result["rows"][0][question])
+
+
+def test_paths_that_upstream_misreads_are_refused(tmp_path):
+    for name in ("hunyuan_clips", "My-CogVideo", "a,b"):
+        with pytest.raises(UserError, match="DreamGen Bench's scripts"):
+            ClipFolder(tmp_path / name, 8.0)
+    assert instruction_of(file_name("3", "Put a/b_c,  d.")) == "Put a b c d."
+    with pytest.raises(UserError, match="too long"):
+        file_name("3", "word " * 60)
+
+
+def test_its_frames_are_upstreams():
+    bench = DreamGenBench(model="m", servers="http://a/v1")
+    assert bench.questions == ("instruction", "physics") and "49x448" in bench.judges["main"].name
+    clip = np.arange(93, dtype=np.uint8)[None, :, None, None, None] * np.ones((1, 93, 40, 60, 3), np.uint8)
+    shown = bench.shown(clip)
+    assert shown.shape == (1, 49, 12, 18, 3)
+    assert shown[0, :, 0, 0, 0].tolist() == np.linspace(0, 92, 49).astype(int).tolist()
+    assert bench.shown(clip[:, :5])[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 4] + [4] * 44
+    assert dreamgen.PAPER.keys() == bench.describe()["paper_splits"].keys()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "cat.png")
+    flags = ["import-tasks", "--folder", str(tmp_path), "--dreamgen", "--out", str(tmp_path / "out")]
+    assert cli.main(flags) == 2
+    assert "holds no picture INDEX_instruction.png" in capsys.readouterr().err
