@@ -2,7 +2,8 @@
 
 Every row is a slice that makes 16 rollouts a chip, one of them on a chip at a time (weak scaling), with the weights in
 up to 64 parts and copies of these parts beyond; or, `tensor 4`, what any trainer of LoRA does: one update by
-distillation alone, of a clip on every four chips, over which heads and hidden units are spread. Needs the extra `tpu`.
+distillation alone, of a clip on every four chips, over which heads and hidden units are spread. LTX-2's rows are steps of
+its config as it is shipped. Needs the extra `tpu`.
 A row takes minutes; with --json, what is there already is not compiled again, so that a run that was stopped goes on.
 
     python tests/benchmarks/plan_table.py --json plans.json
@@ -30,9 +31,13 @@ ROWS = [
     *((f"wan_sizes:{size}", "v5p:2x2x1", PHASES) for size in ("14b", "19b")),
     *((f"wan_sizes:{size}", "v6e:4x4", PHASES) for size in ("14b", "19b")),
     ("wan22_5b:wmsd", "2*v5p:4x4x4", PHASES),  # two slices
-    *(("ltx2:wmsd", topology, (*PHASES, "decode")) for topology in ("v5e:2x2", "v5p:2x2x1", "v5p:4x4x4", "v6e:4x4")),
-    ("ltx2:wmsd,audio=off", "v5e:2x2", (*PHASES, "decode")),
 ]
+# A step of 192 rollouts as it is shipped; on four chips of v5e, heads are shared and kernels are int8.
+LTX2 = [
+    *((f"ltx2:{config}", topology, (*PHASES, "decode")) for topology in ("v5p:2x2x1", "v5p:4x4x4", "v6e:4x4")
+      for config in ("wmsd", "wmsd,audio=off")),
+]  # fmt: skip
+LTX2_SMALL = [(f"ltx2:{config}", "v5e:2x2", (*PHASES, "decode")) for config in ("wmsd", "wmsd,audio=off")]
 TENSOR = [
     ("wan_sizes:13b", "v5e:2x2"), ("wan_sizes:13b", "v5p:2x2x2"), ("wan_sizes:13b", "v6e:4x4"),
     ("wan_sizes:14b", "v5e:2x2"), ("wan_sizes:14b", "v5p:2x2x1"), ("wan_sizes:14b", "v6e:4x4"),
@@ -50,6 +55,14 @@ def tensor_parallel(chips: int) -> dict:
         "rollout.tasks": chips // 4, "rollout.group": 1, "rollout.micro_batch": 0, "objective.rl": "none",
         "objective.updates": 1, "objective.minibatches": 1, "objective.draws": 1, "mesh.fsdp": -1, "mesh.tensor": 4,
     }  # fmt: skip
+
+
+def as_shipped(chips: int) -> dict:
+    return {}
+
+
+def tensor_int8(chips: int) -> dict:
+    return {"mesh.fsdp": -1, "mesh.tensor": 4, "model.int8": True}
 
 
 def weak_scaling(chips: int) -> dict:
@@ -102,6 +115,8 @@ def main() -> None:
     rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     wanted = [(*row, "", weak_scaling) for row in [*WHOLE, *ROWS]]
     wanted += [(*row, PHASES, " tensor 4", tensor_parallel) for row in TENSOR]
+    wanted += [(*row, "", as_shipped) for row in LTX2]
+    wanted += [(*row, " tensor 4 int8", tensor_int8) for row in LTX2_SMALL]
     for name, topology, phases, what, settings in wanted:
         key = f"{name} {topology}{what}"
         if key in rows or args.only not in key:
