@@ -2,8 +2,8 @@
 
 Every row is a slice that makes 16 rollouts a chip, one of them on a chip at a time (weak scaling), with the weights in
 up to 64 parts and copies of these parts beyond; or, `tensor 4`, what any trainer of LoRA does: one update by
-distillation alone, of a clip on every four chips, over which heads and hidden units are spread. LTX-2's rows are steps of
-its config as it is shipped. Needs the extra `tpu`.
+distillation alone, of a clip on every four chips, over which heads and hidden units are spread. LTX-2's rows are steps
+of its config as it is shipped. Needs the extra `tpu`.
 A row takes minutes; with --json, what is there already is not compiled again, so that a run that was stopped goes on.
 
     python tests/benchmarks/plan_table.py --json plans.json
