@@ -26,7 +26,7 @@ from tests.weights.test_lora_forms import expected as changes_of_wan
 from world_distill import cli, models
 from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
-from world_distill.models.ltx2.text import read_projection
+from world_distill.models.ltx2.text import projection_digest, read_projection
 from world_distill.models.wan.published import transformer_entries
 from world_distill.programs.export import describe
 from world_distill.settings.loading import load_config
@@ -97,6 +97,8 @@ def test_every_layer_of_the_distilled_lora_is_in_the_base_and_the_projection(tmp
     metadata = array_store.describe(tmp_path / "dest")[1]
     assert metadata["merged"] == [{"file": "distilled.safetensors", "scale": 0.5}]
     assert metadata["beside"] == {"text_projection": beside.name}
+    # By this, records and text encoders with the source's own projection are refused.
+    assert metadata["text_weights"] == projection_digest(beside) != projection_digest(single)
     assert sorted(path.name for path in tmp_path.glob("dest*")) == ["dest", beside.name]
     assert cli.main(["convert", str(start), str(tmp_path / "dest"), "--merge", str(file)]) == 2
     (tmp_path / "dest").rename(tmp_path / "other")

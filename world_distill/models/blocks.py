@@ -154,7 +154,9 @@ class StreamLayout:
             h = self.rows(self.gather(x))
             return [layer(h, lora, scale) for layer, lora in zip(layers, loras, strict=True)]
         factors = [self.factors(layer, lora) for layer, lora in zip(layers, loras, strict=True)]
-        inner = jnp.concatenate([a for a, _ in filter(None, factors)], axis=-1).astype(x.dtype)
+        # Their gradient is scattered before each factor's is cut out of it: XLA fails to do both at once.
+        together = jnp.concatenate([a for a, _ in filter(None, factors)], axis=-1)
+        inner = constrain(self.mesh, together, *_inner_names(layers[0])).astype(x.dtype)
         gathered = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
         h: Array = _pin_rows(self.mesh, gathered)
         found, start = [], 0
@@ -164,6 +166,7 @@ class StreamLayout:
                 continue
             rank = pair[1].shape[0]
             outer = jnp.pad(pair[1], ((start, inner.shape[-1] - start - rank), (0, 0)))
+            outer = constrain(self.mesh, outer, *_outer_names(layer))
             found.append(layer.add_bias(joint_product(h, layer.dense_kernel, outer)))
             start += rank
         return found
@@ -188,11 +191,9 @@ class StreamLayout:
         """LoRA's factors, gathered along `fsdp` as the layer's weights are (`settle`); gradients are scattered."""
         if lora is None:
             return None
-        inputs, outputs = layer.axes
-        own = [name if name == "embed" else "factor" for name in layer.axes]  # as `lora.lora_axes`
-        a = constrain(self.mesh, lora["a"], (_whole(inputs), None), (own[0], None))
-        b = constrain(self.mesh, lora["b"], (None, _whole(outputs)), (None, own[1]))
-        return a, b
+        return constrain(self.mesh, lora["a"], *_inner_names(layer)), constrain(
+            self.mesh, lora["b"], *_outer_names(layer)
+        )
 
     def settle(self, block: nnx.Module, cut_out: nnx.Module) -> None:
         """Gathers the weights of one block along `fsdp`, and fixes where a TPU keeps them.
@@ -218,6 +219,23 @@ class StreamLayout:
 def _settled(mesh: Mesh | None, kernel: Array, names: tuple[str | None, ...]) -> Array:
     """One kernel as `StreamLayout.settle` lays it out, and its gradient as the kernel lay before."""
     return constrain(mesh, pin_order(mesh, kernel, names, (0, 1)), tuple(map(_whole, names)), names)
+
+
+def _own(name: str | None) -> str:
+    """The name of a factor's wide axis as it is kept, given its layer's (`lora.lora_axes`)."""
+    return name if name == "embed" else "factor"
+
+
+def _inner_names(layer: Linear) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Names of the axes of LoRA's inner factor [i r] as it is used, and of its gradient."""
+    inputs = layer.axes[0]
+    return (_whole(inputs), None), (_own(inputs), None)
+
+
+def _outer_names(layer: Linear) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Names of the axes of LoRA's outer factor [r o] as it is used, and of its gradient."""
+    outputs = layer.axes[1]
+    return (None, _whole(outputs)), (None, _own(outputs))
 
 
 def _whole(name: str | None) -> str | None:
