@@ -160,3 +160,15 @@ def test_another_judge_behind_the_benchmark_brings_its_own_options():
     build.make_room(config, flags)
     override(config, flags)
     assert config.benchmark.options.device == "cpu" and "servers" not in config.benchmark.options
+
+
+def test_other_sections_take_options_in_the_same_way():
+    config = load_config("sandbox")
+    flags = {"held_out.factory": "world_distill.judges:ServerJudge", "held_out.options.model": "Other/VLM"}
+    build.make_room(config, flags)
+    override(config, flags)
+    assert build.make(config, "held_out").name.startswith("server-2 Other/VLM 16x448")
+    prepared = load_config("wan22_5b")
+    build.make_room(prepared, flags)
+    override(prepared, flags)
+    assert prepared.held_out.options.servers == prepared.judge.options.servers  # what was prepared stays

@@ -12,6 +12,7 @@ from world_distill.core.measures import Measures
 from world_distill.errors import UserError
 from world_distill.evaluation.scoring import Verdict
 from world_distill.judges.memory.cache import JudgmentCache
+from world_distill.judges.memory.entries import About
 from world_distill.programs import ablate, train
 from world_distill.reports import report
 from world_distill.storage.metric_log import read_log
@@ -164,3 +165,22 @@ def test_a_benchmark_is_no_part_of_what_is_trained(inputs, run):
     config = small_config(inputs, steps=2, evaluate_every=1)
     run_folder.check_folder(config, run)
     assert "benchmark" not in run_folder.fixed_settings(config)
+
+
+def test_its_memory_is_apart_from_the_rewards(inputs, tmp_path):
+    shared = tmp_path / "shared"
+    config = small_config(inputs, **{"judge.cache": f"{shared}/"})
+    with (
+        run_folder.open_cache(config, tmp_path) as rewards,
+        run_folder.open_cache(config, tmp_path, "benchmark") as own,
+    ):
+        assert (rewards.path.name, own.path.name) == ("judgments.sqlite", "benchmark.sqlite")
+        assert (rewards.address, own.address) == (str(shared), str(shared / "benchmark"))
+        about = {"k": About("00" * 32, "task", "Is it?", "t", "a", "r", "v")}
+        own.put_many({"k": 1.0}, judge_name="j", about=about)
+        own.sync()
+        rewards.sync()
+        assert (len(rewards), len(own)) == (0, 1)
+    config = small_config(inputs, **{"judge.cache": str(tmp_path / "all.sqlite")})
+    with run_folder.open_cache(config, tmp_path, "benchmark") as own:
+        assert own.path == tmp_path / "benchmark.sqlite"

@@ -141,4 +141,7 @@ def test_what_is_missing_is_said(bench, tmp_path, capsys):
         assert "holds no trained Executor" in capsys.readouterr().err
         assert cli.main([*again, "--against", str(tmp_path)]) == 2
         assert "holds no evaluation" in capsys.readouterr().err
+        (tmp_path / "results.json").write_text('{"rows": [], "verdicts": {}, "benchmark": {"questions": ["physics"]}}')
+        assert cli.main([*again, "--against", str(tmp_path)]) == 2
+        assert "its benchmark asks physics, and this one task, agent, consistency" in capsys.readouterr().err
         assert not asked(server)

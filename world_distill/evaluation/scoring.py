@@ -10,6 +10,7 @@ Demonstrator's clips, told the solution, are made with demonstrator.guidance, al
 
 import collections
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -136,12 +137,7 @@ class Evaluator:
         heads = reader.heads() if apart else None
         if heads is not None and text == "solution":
             heads.take(range(total)).check_solutions()  # on all processes alike
-        batches = (
-            (noise, number * self._batch, batch)
-            for noise in range(noises)
-            for number, batch in enumerate(fixed_batches(reader, self._batch, lengths=self._lengths, needed=needed))
-            if number * self._batch < total
-        )
+        wanted = -(-total // self._batch)  # batches; those behind are not read
 
         def score(noise: int, first: int, batch: TaskBatch, sampled: jax.Array) -> None:
             count = min(self._batch, total - first)
@@ -167,11 +163,14 @@ class Evaluator:
         # operations would meet in another order than they were issued in.
         ahead = 1 if jax.process_count() == 1 else 0
         waiting: list[tuple[int, int, TaskBatch, jax.Array]] = []
-        for noise, first, batch in batches:
-            rows = np.arange(self._batch) + first
-            waiting.append((noise, first, batch, self._clips(batch, base, lora, text, rows, negative, noise)))
-            while len(waiting) > ahead:
-                score(*waiting.pop(0))
+        for noise in range(noises):
+            batches = fixed_batches(reader, self._batch, lengths=self._lengths, needed=needed)
+            for number, batch in enumerate(itertools.islice(batches, wanted)):
+                first = number * self._batch
+                rows = np.arange(self._batch) + first
+                waiting.append((noise, first, batch, self._clips(batch, base, lora, text, rows, negative, noise)))
+                while len(waiting) > ahead:
+                    score(*waiting.pop(0))
         for batch in waiting:
             score(*batch)
         return verdicts

@@ -63,6 +63,8 @@ def evaluate(
         # The quick things first: the weights of the base take minutes.
         reader = RecordReader(run_folder.data_folder(config, workdir), split)
         benchmark = stack.enter_context(run_folder.open_benchmark(config, workdir))
+        for name, other in others.items():
+            _check_questions(name, other, benchmark)
         audit = stack.enter_context(run_folder.open_held_out(config, workdir))
         fps = build.make_family(config).fps
         exported = dreamgen.ClipFolder(export_clips, fps) if export_clips and hosts.is_main() else None
@@ -197,28 +199,28 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{found[0]} is no evaluation ({type(error).__name__}: {error})") from error
 
 
-def _against(result: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows of other evaluations, and how this one's roles differ from theirs.
+def _check_questions(name: str, other: Mapping[str, Any], benchmark: Benchmark) -> None:
+    """Raises UserError where another evaluation's benchmark has other questions."""
+    theirs, ours = Measures.of(other).questions, tuple(benchmark.questions)
+    if theirs != ours:
+        raise UserError(f"--against {name}: its benchmark asks {', '.join(theirs)}, and this one {', '.join(ours)}")
 
-    Raises:
-      UserError: their benchmark has other questions, or they share no case.
-    """
+
+def _against(result: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of other evaluations, and how this one's roles differ from theirs. What makes them unlike is warned of."""
     measures = Measures.of(result)
     mine = {role: [Verdict.from_json(v) for v in clips] for role, clips in result["verdicts"].items()}
     rows, differences = [], []
     for name, other in others.items():
-        if Measures.of(other) != measures:
-            raise UserError(f"--against {name}: its benchmark asks {', '.join(Measures.of(other).questions)}, and this"
-                            f" one {', '.join(measures.questions)}")  # fmt: skip
         if _asked(other) != _asked(result):
             console.warn(f"{name} was scored by another benchmark: {_asked(other)}, here {_asked(result)}")
         if other.get("seed") != result["seed"]:
             console.warn(f"{name} began from other noise (seed {other.get('seed')}, here {result['seed']})")
         rows += [row | {"name": f"{name}: {row['name']}"} for row in other["rows"]]
-        for role in mine.keys() & other["verdicts"].keys():
+        for role in (role for role in mine if role in other["verdicts"]):
             found = comparison.paired(other["verdicts"][role], mine[role], measures)
             if not found:
-                raise UserError(f"--against {name}: it has no case in common with this evaluation")
+                console.warn(f"{name} has no clip of {role} in common with this evaluation")
             differences += [{"before": f"{name}: {role}", "after": role} | entry for entry in found]
     return {"rows": rows, "paired": differences}
 

@@ -304,10 +304,9 @@ def open_benchmark(config, workdir: pathlib.Path, *, writes: bool = True) -> Ite
         begin(cache, build.make_family(config).fps)
         for judge in getattr(benchmark, "judges", {}).values():
             test_judge(judge, "benchmark")
-        if getattr(benchmark, "describe", dict)().get("rubric") == build.make_rubric(config).version:
-            logging.warning(
-                "the benchmark asks the questions of the reward: what was trained to please, it will praise"
-            )
+        with contextlib.suppress(OSError, ValueError):  # the reward's questions may be gone; here nobody asks them
+            if getattr(benchmark, "describe", dict)().get("rubric") == build.make_rubric(config).version:
+                logging.warning("the benchmark asks the reward's own questions: what was trained to please will pass")
         yield benchmark
 
 
