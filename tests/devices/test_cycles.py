@@ -1,5 +1,7 @@
 """The compiler's estimates, read from a program's text that has one of everything."""
 
+import re
+
 import pytest
 
 from world_distill.devices import cycles
@@ -154,6 +156,12 @@ ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
     found = cycles.estimate("HloModule jit_f\n" + parts + entry)
     assert [(one.sent, one.hidden) for one in found.collectives] == [(2400, 300), (2400, 0)]
     assert found.cycles["products"] == 300
+
+
+def test_what_the_compiler_does_not_know_counts_as_none():
+    number = re.search(r'"estimated_cycles":"(\d+)"', PROGRAM)
+    found = cycles.estimate(PROGRAM.replace(number[0], f'"estimated_cycles":"{2**63 - 1}"', 1))
+    assert found.unknown == 1 and 0 < found.total < cycles.estimate(PROGRAM).total
 
 
 def test_programs_of_other_platforms_have_no_estimate():

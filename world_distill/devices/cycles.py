@@ -21,6 +21,7 @@ KINDS = ("products", "layouts", "reductions", "elementwise")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ((?:\([^=]*?\)|\S+)) ([a-z][\w\-]*)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = str(2**63 - 1)  # what the compiler writes where it cannot tell
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]")
@@ -79,12 +80,14 @@ class Estimate:
       kernels: Pallas kernels by name: runs.
       collectives: as they stand in the program.
       endless: loops of which the number of turns is not known; each counts as one turn.
+      unknown: instructions of which the compiler says that it does not know the cycles; they count as none.
     """
 
     instructions: list[Instruction] = dataclasses.field(default_factory=list)
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     endless: int = 0
+    unknown: int = 0
 
     @property
     def cycles(self) -> dict[str, float]:
@@ -177,7 +180,10 @@ class _Program:
                 found.kernels[kernel] = found.kernels.get(kernel, 0) + runs
             else:
                 before = spent
-                if cycles := _CYCLES.search(line):
+                cycles = _CYCLES.search(line)
+                if cycles and cycles[1] == _UNKNOWN:
+                    found.unknown += 1
+                elif cycles:
                     spent += float(cycles[1])
                     what = f"{operation} {re.sub(r'{[^}]*}', '', shape)}"
                     total, kind = float(cycles[1]) * runs, self._kind(operation, line)

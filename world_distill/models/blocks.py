@@ -154,8 +154,7 @@ class StreamLayout:
             h = self.rows(self.gather(x))
             return [layer(h, lora, scale) for layer, lora in zip(layers, loras, strict=True)]
         factors = [self.factors(layer, lora) for layer, lora in zip(layers, loras, strict=True)]
-        # Their gradient is scattered before each factor's is cut out of it: XLA fails to do both at once.
-        together = jnp.concatenate([a for a, _ in filter(None, factors)], axis=-1)
+        together = _whole_gradient(jnp.concatenate([a for a, _ in filter(None, factors)], axis=-1))
         inner = constrain(self.mesh, together, *_inner_names(layers[0])).astype(x.dtype)
         gathered = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
         h: Array = _pin_rows(self.mesh, gathered)
@@ -165,7 +164,7 @@ class StreamLayout:
                 found.append(layer(h[..., : x.shape[-1]]))
                 continue
             rank = pair[1].shape[0]
-            outer = jnp.pad(pair[1], ((start, inner.shape[-1] - start - rank), (0, 0)))
+            outer = _whole_gradient(jnp.pad(pair[1], ((start, inner.shape[-1] - start - rank), (0, 0))))
             outer = constrain(self.mesh, outer, *_outer_names(layer))
             found.append(layer.add_bias(joint_product(h, layer.dense_kernel, outer)))
             start += rank
@@ -241,6 +240,15 @@ def _outer_names(layer: Linear) -> tuple[tuple[str | None, ...], tuple[str | Non
 def _whole(name: str | None) -> str | None:
     """A weight's logical axis once it is gathered along `fsdp`."""
     return None if name == "embed" else name
+
+
+@jax.custom_vjp
+def _whole_gradient(x: Array) -> Array:
+    """`x`, whose gradient is scattered before parts are cut out of it: XLA for TPUs may fail to do both at once."""
+    return x
+
+
+_whole_gradient.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -65,6 +65,7 @@ class Phase:
     kernel_flops: float = 0.0  # of `flops`, those in kernels
     sent: float = 0.0  # bytes that a chip sends in a call
     endless: int = 0  # loops whose turns are not known; `cycles` and `sent` have one turn of each
+    unknown: int = 0  # instructions whose cycles the compiler does not know; `cycles` has none of them
     seconds: tuple[float, float] | None = None  # of one call, at best and at worst
     expensive: list[cycles_lib.Instruction] = dataclasses.field(default_factory=list)
     problem: str = ""
@@ -265,6 +266,7 @@ def _refusal(error: str) -> str:
 def _predict(phase: Phase, estimate: cycles_lib.Estimate, sharding: jax.sharding.Sharding) -> None:
     """Writes into the phase what the compiler estimates, and the seconds that follow for this kind of chip."""
     phase.cycles, phase.kernels, phase.endless = estimate.cycles, estimate.kernels, estimate.endless
+    phase.unknown = estimate.unknown
     phase.collectives = estimate.counts
     phase.sent = sum(collective.sent * collective.runs for collective in estimate.collectives)
     phase.expensive = estimate.largest()
@@ -400,6 +402,8 @@ def _describe_cycles(result: dict[str, Any]) -> list[str]:
         )
         if phase["endless"]:
             lines.append(f"{'':>15}at least: of {phase['endless']} loops the turns are not known, and one is counted")
+        if phase["unknown"]:
+            lines.append(f"{'':>15}at least: the compiler does not know the cycles of {phase['unknown']} instructions")
     return lines
 
 
