@@ -154,7 +154,7 @@ class StreamLayout:
             h = self.rows(self.gather(x))
             return [layer(h, lora, scale) for layer, lora in zip(layers, loras, strict=True)]
         factors = [self.factors(layer, lora) for layer, lora in zip(layers, loras, strict=True)]
-        together = _whole_gradient(jnp.concatenate([a for a, _ in filter(None, factors)], axis=-1))
+        together = self._whole_gradient(jnp.concatenate([a for a, _ in filter(None, factors)], axis=-1))
         inner = constrain(self.mesh, together, *_inner_names(layers[0])).astype(x.dtype)
         gathered = self.gather(jnp.concatenate([x, self.lay(scale * (x @ inner))], axis=-1))
         h: Array = _pin_rows(self.mesh, gathered)
@@ -164,7 +164,7 @@ class StreamLayout:
                 found.append(layer(h[..., : x.shape[-1]]))
                 continue
             rank = pair[1].shape[0]
-            outer = _whole_gradient(jnp.pad(pair[1], ((start, inner.shape[-1] - start - rank), (0, 0))))
+            outer = self._whole_gradient(jnp.pad(pair[1], ((start, inner.shape[-1] - start - rank), (0, 0))))
             outer = constrain(self.mesh, outer, *_outer_names(layer))
             found.append(layer.add_bias(joint_product(h, layer.dense_kernel, outer)))
             start += rank
@@ -185,6 +185,11 @@ class StreamLayout:
         inner = self.scatter(jnp.tensordot(x, a.reshape(*parts, -1), len(parts)))
         y = self.scatter(jnp.tensordot(x, kernel, len(parts)))
         return layer.add_bias(y + (scale * inner) @ b)
+
+    def _whole_gradient(self, x: Array) -> Array:
+        """Factors in one array, whose gradient is scattered along `fsdp` before each factor's is cut out of it."""
+        # XLA for TPUs fails where it does both at once.
+        return _gradient_first(x) if self.mesh is not None and self.mesh.shape["fsdp"] > 1 else x
 
     def factors(self, layer: Linear, lora: Lora) -> tuple[Float[Array, "i r"], Float[Array, "r o"]] | None:
         """LoRA's factors, gathered along `fsdp` as the layer's weights are (`settle`); gradients are scattered."""
@@ -243,12 +248,12 @@ def _whole(name: str | None) -> str | None:
 
 
 @jax.custom_vjp
-def _whole_gradient(x: Array) -> Array:
-    """`x`, whose gradient is scattered before parts are cut out of it: XLA for TPUs may fail to do both at once."""
+def _gradient_first(x: Array) -> Array:
+    """`x`, whose gradient is complete before anything is made of it."""
     return x
 
 
-_whole_gradient.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
+_gradient_first.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
