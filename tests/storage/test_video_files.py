@@ -52,7 +52,7 @@ def test_what_is_not_a_strip_is_named(tmp_path):
     with pytest.raises(FileNotFoundError):
         video_files.load_strip(path)
     save(path)
-    with pytest.raises(ValueError, match=r"s\.png: not a strip .*`frames` is missing"):
+    with pytest.raises(ValueError, match=r"s\.png: not a strip .*number of `frames` is missing"):
         video_files.load_strip(path)
     save(path, "RGBA", frames="3")
     with pytest.raises(ValueError, match="RGB image, this one is RGBA"):
