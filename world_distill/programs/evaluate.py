@@ -74,7 +74,8 @@ def evaluate(
         exported = dreamgen.ClipFolder(export_clips, fps) if export_clips and hosts.is_main() else None
         kept = None
         if hosts.is_main():
-            kept = KeptClips(workdir / CLIPS, reader, _spread(min(limit or len(reader), len(reader)), clips), fps)
+            numbers = _spread(min(limit or len(reader), len(reader)), clips)
+            kept = stack.enter_context(KeptClips(workdir / CLIPS, reader, numbers, fps))
         opened = run_folder.open_run(workdir, config=config)
         roles = roles or _there(opened, reader, limit)
         if opened.executor is None and "executor" in roles:
@@ -84,8 +85,8 @@ def evaluate(
             opened, roles=roles, split=split, limit=limit, noises=noises, audit=audit, benchmark=benchmark,
             keep=_keeping(exported, kept, reader) if export_clips or clips != 0 else None, progress=progress.at,
         )  # fmt: skip
-    if kept is not None and (count := kept.finish()):
-        result["clips"] = count
+        if kept is not None and (count := kept.finish()):
+            result["clips"] = count
     if exported is not None:
         exported.finish(result, benchmark.questions)
     return result | ({"against": _against(result, others)} if others else {})

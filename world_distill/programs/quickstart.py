@@ -58,9 +58,11 @@ def score(workdir: pathlib.Path) -> dict:
             return results
     reader = RecordReader(opened.data, "test")
     shown = range(0, len(reader), max(1, len(reader) // CLIPS))
-    kept = KeptClips(workdir / run_data.RESULTS[path.name], reader, shown, opened.family.fps)
-    with run_folder.open_benchmark(opened.config, workdir) as benchmark:
+    with (
+        KeptClips(workdir / run_data.RESULTS[path.name], reader, shown, opened.family.fps) as kept,
+        run_folder.open_benchmark(opened.config, workdir) as benchmark,
+    ):
         results = evaluate_roles(opened, roles=ROLES, split="test", keep=kept.keep, benchmark=benchmark)
-    kept.finish()
+        kept.finish()
     atomic.write_json(path, results)
     return json.loads(path.read_text())

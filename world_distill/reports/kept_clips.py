@@ -10,6 +10,7 @@
 import pathlib
 import shutil
 from collections.abc import Iterable
+from typing import Self
 
 import numpy as np
 
@@ -23,9 +24,9 @@ SIDE, FRAMES = 320, 24  # pixels and frames of a larger clip that are kept
 
 
 class KeptClips:
-    """Writes the clips of some records beside the folder, and puts them in its place at the end.
+    """A context that writes the clips of some records beside the folder, and puts them in its place at the end.
 
-    A stopped evaluation leaves the folder as it was.
+    An evaluation that is stopped leaves the folder as it was.
     """
 
     def __init__(self, folder: pathlib.Path, reader: RecordReader, numbers: Iterable[int], fps: float):
@@ -36,7 +37,13 @@ class KeptClips:
         self._numbers = {ids[number]: number for number in numbers}
         self._rates: dict[str, float] = {}
         self._nameless: set[str] = set()
-        shutil.rmtree(self._making, ignore_errors=True)  # of an evaluation that was stopped
+        shutil.rmtree(self._making, ignore_errors=True)  # of an evaluation that was killed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._making, ignore_errors=True)
 
     def keep(self, role: str, record: str, clip: np.ndarray) -> None:
         """Writes a clip [F H W 3] uint8 of a role, if it is of one of the records."""
