@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
+from world_distill import console
 from world_distill.core.measures import grouping_key
 from world_distill.errors import UserError
 from world_distill.reports import page
@@ -132,7 +133,11 @@ def _cards(contents: Contents, shown: Sequence[Clip]) -> tuple[list[Card], list[
     with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow works outside of the interpreter's lock
 
         def make(numbers: Sequence[int], detail: page.Detail) -> tuple[list[Card], list[str]]:
-            found = list(pool.map(lambda number: _card(contents, number, shown[number], detail), numbers))
+            found: list[tuple[Card | None, list[str]]] = []
+            with console.Progress("card", len(numbers), shown=len(numbers) > 2 * _SAMPLE) as progress:
+                for made in pool.map(lambda number: _card(contents, number, shown[number], detail), numbers):
+                    found.append(made)
+                    progress.at(len(found))
             return [card for card, _ in found if card], [note for _, notes in found for note in notes]
 
         for detail in page.DETAILS:
