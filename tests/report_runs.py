@@ -15,6 +15,32 @@ RATES = {"base": (0.1, 0.5, 0.7), "demonstrator": (0.6, 0.95, 0.8), "executor": 
 HOSTILE = "</script></style><img src=x onerror=alert(1)>&\"'\x00\ud800"
 
 
+CASES = 200  # of `make_evaluation`
+
+
+def make_evaluation(folder, *, shape=(12, 90, 160), noise=False):
+    """A run's folder as evaluate leaves it: `CASES` cases, with a clip of each role in WebP."""
+    results = make_run(folder, count=CASES, kept=0)
+    for name in ("results.json", "clips/clips.json"):
+        (folder / name).unlink()
+    atomic.write_json(folder / "evaluation.json", results | {"clips": CASES})
+    clips, rng = folder / "evaluation_clips", np.random.default_rng(1)
+    entries = []
+    for role in RATES:
+        frames = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        if not noise:
+            frames = np.broadcast_to(frames[:, :1, :1], frames.shape)
+        first = run_data.clip_path(clips, role, "r0", ".webp")
+        video_files.save_small_strip(first, frames)
+        for number in range(1, CASES):
+            run_data.clip_path(clips, role, f"r{number}", ".webp").write_bytes(first.read_bytes())
+    for verdict in results["verdicts"]["base"]:
+        entry = {name: verdict[name] for name in ("id", "task", "agent", "kind")}
+        entries.append(entry | {"solution": "It moves, then stops. " * 40, "fps": 6})
+    atomic.write_json(clips / "clips.json", entries)
+    return results
+
+
 def make_run(folder, *, count=100, kept=4, steps=60, text="", clip=(9, 30, 30), noise=False):
     """A run's folder as quickstart leaves it."""
     rng = np.random.default_rng(0)
@@ -58,7 +84,7 @@ def make_run(folder, *, count=100, kept=4, steps=60, text="", clip=(9, 30, 30), 
         entries.append(entry | {"solution": f"The {verdict.agent} moves, then stops.{text}", "fps": 4})
         for role in RATES:
             frames = rng.integers(0, 256 if noise else 2, (*clip, 3), dtype=np.uint8) * (1 if noise else 255)
-            video_files.save_strip(run_data.clip_path(folder, role, verdict.id), frames)
+            video_files.save_strip(run_data.clip_path(folder / "clips", role, verdict.id), frames)
     atomic.write_json(folder / "clips/clips.json", entries)
     atomic.write_json(folder / "config.json", {"seed": 3, "objective": {"rl": "awm"}, "name": f"x{text}", "empty": {}})
     return results

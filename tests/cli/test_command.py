@@ -250,6 +250,7 @@ def test_a_wrong_choice_or_value_ends_a_verb_before_it_does_anything(capsys, tmp
     [
         ["generate", "--out", "x", "--steps", "0"], ["generate", "--out", "x", "--count", "0"],
         ["scenes", "--out", "x", "--count", "0"], ["evaluate", "--workdir", "x", "--limit", "-1"],
+        ["evaluate", "--workdir", "x", "--clips", "-1"], ["evaluate", "--workdir", "x", "--clips", "some"],
         ["benchmark", "--repeats", "0"], ["probe", "--workdir", "x", "--clips", "0"],
         ["plan", "--config", "sandbox", "--topology", "local", "--utilisation", "0"],
         ["generate", "--out", "x", "--guidance", "0.5"], ["judgments", "x", "--flips", "-1"],

@@ -13,6 +13,7 @@ from world_distill.core.metrics import wilson_interval
 from world_distill.evaluation import WorldTasksBench
 from world_distill.judges.rubric import load_rubric
 from world_distill.judges.selftest import PROBES
+from world_distill.storage.video_files import load_strip
 
 pytestmark = pytest.mark.once
 
@@ -108,12 +109,28 @@ def test_the_papers_figures_stand_beside(scored, bench):
     assert "Task completed" in page and "LTX-2 8-step + WMSD" in page and "no measurement of this project" in page
 
 
+def test_clips_of_all_cases_are_kept_and_shown(scored, bench):
+    result, folder = scored[0], bench / "base/evaluation_clips"
+    ids = [v["id"] for v in result["verdicts"]["base"]]
+    assert result["clips"] == CASES and sorted(p.stem for p in (folder / "base").iterdir()) == sorted(ids)
+    entries = json.loads((folder / "clips.json").read_text())
+    assert [entry["id"] for entry in entries] == ids and entries[7]["task"] == f"[{AGENTS[1]}]: Move on to place 7."
+    assert load_strip(folder / f"base/{ids[0]}.png").shape == (5, 32, 32, 3)
+    assert not (bench / "base/.evaluation_clips.new").exists()  # of the one that was stopped
+    page = (bench / "base/evaluation.html").read_text()
+    assert len(page) < 15_000_000 and page.count('class="card task"') == CASES
+    agents = re.findall(r'<option value="(.*?)"', page.split('name="agent"')[1].split("</select>")[0])
+    assert agents == ["", "first person view", "man in blue shirt"]  # two spellings, one agent
+
+
 def test_several_noises_and_another_run_are_compared_case_by_case(scored, bench, capsys):
     with FakeServer() as server:
-        more = ["--noises", "2", "--limit", "30", "--against", f"first={bench / 'base'}"]
+        more = ["--noises", "2", "--limit", "30", "--clips", "4", "--against", f"first={bench / 'base'}"]
         assert evaluate(bench, server, "twice", *CONFIG, f"--config.data={bench / 'data'}", *more) == 0
         clips = {urls for urls, _ in asked(server)}
     result = json.loads((bench / "twice/evaluation.json").read_text())
+    kept = [entry["id"] for entry in json.loads((bench / "twice/evaluation_clips/clips.json").read_text())]
+    assert kept == [result["verdicts"]["base"][i]["id"] for i in (0, 10, 19, 29)]  # evenly
     [row] = result["rows"]
     assert (row["n"], row["clips"], result["noises"], len(clips)) == (30, 60, 2, 60)
     known = {v["id"]: v["scores"] for v in scored[0]["verdicts"]["base"]}

@@ -4,15 +4,22 @@ import base64
 import io
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.report_runs import HOSTILE, Checker, make_run, text_of
-from world_distill.reports import page, report, run_data
+from tests.report_runs import HOSTILE, Checker, make_evaluation, make_run, text_of
+from world_distill.reports import clip_cards, page, report, run_data
 from world_distill.storage import video_files
+
+
+def cards_of(text):
+    """Cards by their number, in the order of the page."""
+    cards = text.split('<div class="card task"')[1:]
+    return {int(re.search(r'data-number="(\d+)"', card)[1]): card for card in cards}
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +79,14 @@ def test_figures_are_those_of_the_file(whole):
 
 def test_clips_have_texts_verdicts_and_exact_pixels(whole):
     folder, results, text = whole
-    cards = text.split('<div class="card task"')[1:]
-    assert len(cards) == 4
+    cards = cards_of(text)
+    assert sorted(cards) == [0, 1, 2, 3]
     names = ["Start image", "Demonstrator", "Base model", "Executor"]
-    for i, card in enumerate(cards):
+    for i, card in cards.items():
         agent = ("red disc", "blue square")[i % 2]
         assert f'<span class="agent">{agent}</span> Go.' in card and f"The {agent} moves, then stops." in card
         assert re.findall(r"<figcaption><b>(.*?)</b>", card) == names
-        marks = re.findall(r'<li class="(\w+)">', card)
+        marks = re.findall(r'<li class="(\w+)"', card)
         expected = [
             "yes" if score else "no"
             for role in ("demonstrator", "base", "executor")
@@ -128,10 +135,73 @@ def test_page_of_many_noisy_clips_stays_small(tmp_path):
     assert report.build(tmp_path).stat().st_size < 3_000_000
 
 
-def test_only_so_many_tasks_go_in(tmp_path):
+def test_only_so_many_tasks_go_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_cards, "MAX_TASKS", 24)
     make_run(tmp_path, kept=30, clip=(2, 3, 3))
     text = report.build(tmp_path).read_text()
     assert text.count('class="card task"') == 24 and "the first 24 of 30" in text_of(text)
+
+
+def test_failures_come_first(whole):
+    _, results, text = whole
+    failures = [sum(not s for s in v["scores"].values()) for v in results["verdicts"]["executor"][:4]]
+    assert len(set(failures)) > 1
+    assert list(cards_of(text)) == sorted(range(4), key=lambda i: (-failures[i], i))
+    assert "Tasks at which the Executor fails come first." in text_of(text)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_page_of_200_cases_stays_below_15_mb(tmp_path, noise):
+    make_evaluation(tmp_path, shape=(9, 56, 104), noise=noise)
+    path = report.build(tmp_path, source="evaluation.json")
+    text = path.read_text()
+    assert 400_000 < path.stat().st_size < 15_000_000
+    assert len(cards_of(text)) == 200 and text.count("data:image/webp") >= 800
+    frames = max(int(n) for n in re.findall(r"--n:(\d+)", text.split('id="cards"')[1]))
+    assert frames == (5 if noise else 9), "detail goes down only as far as it must"
+
+
+def test_tasks_that_do_not_fit_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_cards, "BUDGET", 40_000)
+    make_run(tmp_path, kept=24, clip=(4, 64, 120), noise=True)
+    text = report.build(tmp_path).read_text()
+    shown = text.count('class="card task"')
+    assert 0 < shown < 24 and f"the first {shown} of 24" in text_of(text) and len(text) < 400_000
+
+
+def test_evaluations_show_their_own_clips_and_older_ones_the_runs(tmp_path):
+    make_run(tmp_path / "old", kept=1)
+    make_evaluation(tmp_path / "new", shape=(2, 90, 120))
+    shutil.copytree(tmp_path / "old/clips", tmp_path / "new/clips", dirs_exist_ok=True)
+    assert len(report.read(tmp_path / "new", "evaluation.json").clips) == 200
+    results = json.loads((tmp_path / "new/evaluation.json").read_text())
+    del results["clips"]  # as earlier versions wrote it, or `--clips 0`
+    (tmp_path / "new/evaluation.json").write_text(json.dumps(results))
+    assert [clip.id for clip in report.read(tmp_path / "new", "evaluation.json").clips] == ["r0"]
+
+
+def test_cards_say_what_they_can_be_chosen_by(whole):
+    _, results, text = whole
+    form = text.split('id="filter"')[1].split("</form>")[0]
+    values = {
+        name: re.findall(r'<option value="(.*?)"', part)
+        for name, part in re.findall(r'<select name="(\w+)">(.*?)</select>', form, re.S)
+    }
+    assert values == {
+        "model": ["", "demonstrator", "base", "executor"], "question": ["", "0", "1", "2"],
+        "verdict": ["", "no", "yes", "none", "differ"], "kind": ["", "beside", "go"],
+        "agent": ["", "blue square", "red disc"], "order": ["failures", "record"],
+    }  # fmt: skip
+    for i, card in cards_of(text).items():
+        verdict = results["verdicts"]["base"][i]
+        assert f'data-kind="{verdict["kind"]}" data-agent="{verdict["agent"]}"' in card
+        assert re.findall(r'<figure data-model="(\w*)"', card) == ["", "demonstrator", "base", "executor"]
+        assert 'type="range" min="0" max="8"' in card
+
+
+def test_one_task_needs_no_filter(tmp_path):
+    make_run(tmp_path, kept=1)
+    assert 'id="filter"' not in report.build(tmp_path).read_text()
 
 
 def test_large_clips_are_made_smaller(tmp_path):

@@ -116,7 +116,7 @@ def test_damaged_clip_leaves_a_gap_and_a_note(tmp_path):
     (tmp_path / "clips/base/r1.png").unlink()
     contents = report.read(tmp_path)
     text = report.html(contents)
-    cards = text.split('<div class="card task"')[1:]
+    cards = sorted(text.split('<div class="card task"')[1:], key=lambda card: card.split("data-number")[1])
     assert [re.findall(r"<figcaption><b>(.*?)</b>", card) for card in cards] == [
         ["Start image", "Demonstrator", "Base model"], ["Start image", "Demonstrator", "Executor"],
     ]  # fmt: skip
@@ -129,7 +129,7 @@ def test_unjudged_clip_is_neither_right_nor_wrong(tmp_path):
     results["verdicts"]["executor"][0]["scores"]["agent"] = None
     (tmp_path / "results.json").write_text(json.dumps(results))
     card = report.build(tmp_path).read_text().split('<div class="card task"')[1]
-    assert re.findall(r'<li class="(\w+)">', card)[-2] == "none" and "not judged" in card
+    assert re.findall(r'<li class="(\w+)"', card)[-2] == "none" and "not judged" in card
 
 
 def test_breakdown_by_agent_whose_name_took_the_rates_place(tmp_path):
@@ -189,10 +189,136 @@ def test_pairs_are_compared_task_by_task():
     found = run_data.changes(contents(wide, [(0.5 + gap, 0.07)] * 5, verdicts), "demonstrator", "executor")
     for change in found:
         mean, low, high = change.paired
-        assert change.verdict == "overlap" and mean == pytest.approx(gap) and 0 < low < mean < high
-        assert sections.sentence(change).endswith("points, so a small one is likely.")
+        assert change.verdict == "up" and mean == pytest.approx(gap) and 0 < low < mean < high
+        assert f"better by {100 * gap:.1f} points; paired by task" in sections.sentence(change)
+        assert sections.sentence(change).endswith("points, above 0.")
+    back = run_data.changes(contents(wide, wide, {
+        "demonstrator": verdicts["executor"], "executor": verdicts["demonstrator"],
+    }), "demonstrator", "executor")  # fmt: skip
+    assert {c.verdict for c in back} == {"down"} and sections.sentence(back[0]).endswith("points, below 0.")
     no_more = Change("task", 0.5, 0.51, "overlap", (0.01, -0.02, 0.04))
-    assert sections.sentence(no_more).endswith("difference is \u22122.0 to +4.0 points.")
+    assert sections.sentence(no_more).endswith(
+        "1.0 points higher, no clear difference; paired by task, the difference is \u22122.0 to +4.0 points."
+    )
+
+
+def test_intervals_that_are_apart_do_not_outvote_the_pairs():
+    apart = [(0.5, 0.01)] * 5, [(0.6, 0.01)] * 5
+    sides = [{"r0": (0, 1), "r1": (1, 0), "r2": (0, 1), "r3": (1, 0)} for _ in range(2)]
+    verdicts = {
+        role: {record: dict.fromkeys(QUESTIONS, float(pair[i])) for record, pair in side.items()}
+        for i, (role, side) in enumerate(zip(("demonstrator", "executor"), sides, strict=True))
+    }
+    assert {c.verdict for c in run_data.changes(contents(*apart), "demonstrator", "executor")} == {"up"}
+    assert {c.verdict for c in run_data.changes(contents(*apart, verdicts), "demonstrator", "executor")} == {"overlap"}
+
+
+def test_differences_of_the_results_count_before_those_of_the_first_noise(tmp_path):
+    results = make_run(tmp_path, kept=0)
+    entry = {"before": "demonstrator", "after": "executor", "measure": "task", "difference": -0.5}
+    results["paired"] = [entry | {"ci95": [-0.6, -0.4], "n": 100}]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = run_data.changes(report.read(tmp_path), "demonstrator", "executor")
+    assert found[0].paired == (-0.5, -0.6, -0.4) and found[0].verdict == "down"
+    assert found[1].paired not in (None, found[0].paired)
+    results["paired"] = [entry]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="`paired` is damaged"):
+        report.read(tmp_path)
+
+
+def test_intervals_of_few_cases_lie_in_bounds_and_are_never_empty(tmp_path):
+    for count in (1, 2, 3):
+        make_run(tmp_path / str(count), count=count, kept=0)
+        found = report.read(tmp_path / str(count))
+        for row in (*found.rows, *found.by_kind):
+            for low, high in row.intervals.values():
+                assert 0 <= low < high <= 1
+        for change in run_data.changes(found, "base", "executor"):
+            assert (change.paired is None) == (count == 1)
+            assert change.paired is None or -1 <= change.paired[1] < change.paired[2] <= 1
+        assert "95 % interval" in text_of(report.html(found))
+
+
+# ---- Where RL begins
+
+
+def with_log(folder, lines):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return report.read(folder)
+
+
+def test_the_start_of_rl_is_marked_in_every_curve(tmp_path):
+    make_run(tmp_path, kept=0)
+    lines = [{"step": step, "train/rl_weight": float(step > 12), "rate/task": 0.5} for step in range(1, 21)]
+    found = with_log(tmp_path, lines)
+    text = report.html(found)
+    assert run_data.rl_start(found) == 13 and "RL begins at step 13, at the dotted line." in text_of(text)
+    drawings = re.findall(r"<svg.*?</svg>", text.split('id="training"')[1].split("</section>")[0], re.S)
+    assert len(drawings) == 2 and all("RL begins at step 13</title>" in drawing for drawing in drawings)
+    for drawing in drawings:
+        assert f'd="M{48 + 12 / 19 * 264:.1f} 8V150"' in drawing
+    from_the_first = with_log(tmp_path, lines[12:])
+    text = report.html(from_the_first)
+    assert "RL has a weight from the first step on." in text_of(text) and 'class="mark"' not in text
+
+
+def test_earlier_logs_tell_by_their_correlations(tmp_path):
+    make_run(tmp_path, kept=0)
+    pair = "within_group/task~motion"
+    lines = [{"step": step, "rate/task": 0.5, pair: 0.1 if step > 3 else None} for step in range(1, 6)]
+    assert run_data.rl_start(with_log(tmp_path, lines)) == 4
+    assert run_data.rl_start(with_log(tmp_path, [{"step": 1, "rate/task": 0.5}])) is None
+
+
+@pytest.mark.parametrize("objective", [{"rl": "none"}, {"rl": "awm", "kind": "sft"}, None])
+def test_without_rl_nothing_is_marked(tmp_path, objective):
+    make_run(tmp_path, kept=0)
+    (tmp_path / "config.json").write_text(json.dumps({"objective": objective}))
+    assert run_data.rl_start(with_log(tmp_path, [{"step": 1, "train/rl_weight": 1.0}])) is None
+
+
+# ---- Negative controls
+
+CONTROL = {
+    "control": "still", "question": "task", "n": 8, "no_answer": 0, "score": -2.0, "plain_score": 1.5, "rate": 0.125,
+    "plain_rate": 0.75, "difference": -0.625, "low": -0.9, "high": -0.2, "passes": False,
+}  # fmt: skip
+
+
+def with_controls(folder, rows, **more):
+    found = {"judge": "the judge", "rubric": "1", "clips": 8, "rows": rows, "failed": {}} | more
+    (folder / "controls.json").write_text(json.dumps(found))
+    return report.html(report.read(folder))
+
+
+def test_negative_controls_stand_in_a_table(tmp_path):
+    make_run(tmp_path, kept=0)
+    assert 'id="controls"' not in report.html(report.read(tmp_path)), "a run without them says nothing of them"
+    graded = CONTROL | {"control": "yes", "rate": None, "plain_rate": None, "difference": 0.5, "passes": True}
+    silent = CONTROL | dict.fromkeys(("score", "plain_score", "rate", "plain_rate", "difference", "low", "high"))
+    silent |= {"control": "odd", "n": 0, "passes": None}
+    text = with_controls(tmp_path, [CONTROL, graded, silent], failed={"instruction": "the server refuses"})
+    part = text.split('<section id="controls"')[1].split("</section>")[0].replace("\u00a0", " ")
+    rows = re.findall(r"<tr><th scope=\"row\">task</th>(.*?)</tr>", part)
+    assert [re.sub("<.*?>", "|", row) for row in rows] == [
+        "|75.0 %||12.5 %||\u221262.5|\u221290.0 to \u221220.0|||held||8|",
+        "|1.5||\u22122||0.5|\u22120.9 to \u22120.2|||passes||8|",
+        "|–||–||–||no answers||0|",
+    ]
+    assert "still: the first frame for the whole length" in part and "<b>1 passes.</b>" in part
+    assert "Control instruction was not asked: the server refuses" in part
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"judge": 1, "rows": [{}], "failed": {}}', '{"judge": 1, "rows": []}', "null"]
+)
+def test_damaged_controls_are_left_out_with_a_note(tmp_path, content):
+    make_run(tmp_path, kept=0)
+    (tmp_path / "controls.json").write_text(content)
+    text = report.html(report.read(tmp_path))
+    assert 'id="controls"' not in text
+    assert ("negative controls are left out" in text_of(text)) == (content != "null")
 
 
 # ---- The verb

@@ -33,6 +33,44 @@ def test_clip_of_any_memory_layout_is_saved(tmp_path):
     np.testing.assert_array_equal(video_files.load_strip(tmp_path / "s.png"), clip)
 
 
+def smooth(frames, height, width):
+    """A clip whose brightness rises from frame to frame and from left to right."""
+    ramp = (
+        np.linspace(0, 120, width)[None, None] + np.linspace(0, 120, frames)[:, None, None] + np.zeros((1, height, 1))
+    )
+    return np.repeat(ramp.astype(np.uint8)[..., None], 3, axis=3)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (24, 18, 40)])
+def test_small_strip_comes_back_nearly(tmp_path, shape):
+    clip = smooth(*shape)
+    video_files.save_small_strip(tmp_path / "s.webp", clip)
+    loaded = video_files.load_strip(tmp_path / "s.webp")
+    assert loaded.shape == clip.shape and np.abs(loaded.astype(int) - clip).max() < 12
+    with Image.open(tmp_path / "s.webp") as image:
+        assert image.format == "WEBP" and image.size == (shape[0] * shape[2], shape[1])
+
+
+def test_small_strip_that_does_not_fit_or_does_not_say_its_frames_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="too large for one WebP"):
+        video_files.save_small_strip(tmp_path / "s.webp", np.zeros((200, 2, 100, 3), np.uint8))
+    Image.new("RGB", (12, 4)).save(tmp_path / "s.webp")
+    with pytest.raises(ValueError, match="number of `frames` is missing"):
+        video_files.load_strip(tmp_path / "s.webp")
+    Image.new("RGB", (12, 4)).save(tmp_path / "s.webp", xmp=b"frames=5")
+    with pytest.raises(ValueError, match="cannot hold '5' frames"):
+        video_files.load_strip(tmp_path / "s.webp")
+
+
+def test_reduced_clips_keep_their_ends_and_their_shape():
+    clip = smooth(25, 30, 60)
+    few = video_files.reduced(clip, 100, 7)  # no side is too long
+    np.testing.assert_array_equal(few, clip[[0, 4, 8, 12, 16, 20, 24]])
+    small = video_files.reduced(clip, 20, 99)
+    assert small.shape == (25, 10, 20, 3) and np.abs(small[:, 5, 10].astype(int) - clip[:, 15, 31]).max() < 6
+    assert video_files.reduced(clip.swapaxes(1, 2), 20, 99).shape == (25, 20, 10, 3)  # the longer side
+
+
 def save(path, mode="RGB", **text):
     info = PngInfo()
     for name, value in text.items():
@@ -52,7 +90,7 @@ def test_what_is_not_a_strip_is_named(tmp_path):
     with pytest.raises(FileNotFoundError):
         video_files.load_strip(path)
     save(path)
-    with pytest.raises(ValueError, match=r"s\.png: not a strip .*`frames` is missing"):
+    with pytest.raises(ValueError, match=r"s\.png: not a strip .*number of `frames` is missing"):
         video_files.load_strip(path)
     save(path, "RGBA", frames="3")
     with pytest.raises(ValueError, match="RGB image, this one is RGBA"):

@@ -9,6 +9,7 @@ from world_distill.cli import arguments
 from world_distill.storage import atomic
 
 ROLES = ("base", "demonstrator", "executor")
+CLIPS = 200
 
 HELP = """\
 Score models on held-out tasks: task completed, intended agent, consistency, with 95 % intervals.
@@ -16,6 +17,9 @@ Score models on held-out tasks: task completed, intended agent, consistency, wit
 Samples one clip a task for each role (base: told the task; demonstrator: told the solution; executor: told the task,
 with the weights trained in WORKDIR) and has the config's benchmark score it. Prints a table and breakdowns by kind of
 task and by agent, and writes evaluation.json, evaluation.md and evaluation.html into WORKDIR.
+
+The clips of up to 200 tasks are kept in WORKDIR/evaluation_clips, and evaluation.html shows them, failures first, with
+a filter by model, question, verdict, kind and agent. --clips 0 keeps none, --clips all keeps those of every task.
 
 The benchmark of a real model is a VLM, which config.benchmark names and which may be another one at every call. Its
 answers are kept in WORKDIR/benchmark.sqlite: called again, evaluate asks nothing twice. --noises 4 samples four clips a
@@ -60,7 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--export-clips", type=arguments.path, metavar="DIR",
         help="also write the clips as MP4, with manifest.json and CSVs, as DreamGen Bench's scripts read them",
     )  # fmt: skip
+    parser.add_argument(
+        "--clips", type=_clips, default=CLIPS, metavar="N|all",
+        help=f"tasks whose clips are kept for the page, evenly over the record set (default: {CLIPS} at most)",
+    )  # fmt: skip
     arguments.add_json(parser)
+
+
+def _clips(text: str) -> int | None:
+    return None if text == "all" else arguments.LIMIT(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     result = evaluate.evaluate(
         args.workdir, args.overrides, config=config, roles=roles, split=args.split, limit=args.limit,
         noises=args.noises, against=_named(args.against), export_clips=args.export_clips,
+        clips=args.clips,
     )  # fmt: skip
     if not hosts.is_main():
         return 0
@@ -80,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     console.say()
     run = ("--workdir", args.workdir)
     names, count = ", ".join(row["name"] for row in result["rows"]), result["rows"][0]["n"]
-    made = (args.workdir / "evaluation.json", page, *filter(None, [args.export_clips]))
+    clips = args.workdir / evaluate.CLIPS if args.clips != 0 else None
+    made = (args.workdir / "evaluation.json", page, *filter(None, [clips, args.export_clips]))
     console.finish(f"scored {names} on {count} tasks", *made, then=[("report", *run)])
     if args.json:
         atomic.write_json(args.json, result)

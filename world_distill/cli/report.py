@@ -10,7 +10,8 @@ HELP = """\
 Make one HTML page of a run: results with intervals, training curves, and clips side by side.
 
 The page is a single file that opens from disk, on a phone too. It shows what the folder WORKDIR holds: the figures of
-`quickstart` or `evaluate`, the log of `train`, and the clips that were kept.
+`quickstart` or `evaluate`, the log of `train` with the start of RL, what the judge says of negative controls, and the
+clips that were kept, failures first, with a filter and a slider through their frames.
 
   world-distill report --workdir runs/mine
   world-distill report --workdir runs/mine --out page.html --gifs gifs --json figures.json

@@ -8,6 +8,7 @@ three, `QUESTIONS`, which earlier versions did not write down either.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ QUESTIONS = ("task", "agent", "consistency")
 AVERAGE, ALL = "average", "all"
 # What rows of a table have beside the rates of questions.
 _TAKEN = frozenset((AVERAGE, ALL, "name", "group", "seed", "steps", "n", "clips", "invalid", "ci95"))
+_SPACES = re.compile(r"[\s_\-\u2010-\u2015]+")
 _COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
@@ -75,3 +77,11 @@ class Measures:
         if measure not in self.names:
             raise KeyError(f"no measure {measure!r}; there are {', '.join(self.names)}")
         return scores.mean(axis=1) if measure == AVERAGE else scores.min(axis=1)
+
+
+def grouping_key(text: str) -> str:
+    """A kind's or an agent's name without what is only writing: capitals, hyphens and spaces.
+
+    Tasks of WorldTasks name both a "First person view" and a "First-person view".
+    """
+    return _SPACES.sub(" ", text.casefold()).strip()

@@ -11,7 +11,6 @@ Demonstrator's clips, told the solution, are made with demonstrator.guidance, al
 import collections
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from jaxtyping import Int
 
 from world_distill import console
 from world_distill.core import metrics
-from world_distill.core.measures import Measures
+from world_distill.core.measures import Measures, grouping_key
 from world_distill.data.records.batches import Role, TaskBatch, fixed_batches
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
@@ -299,14 +298,13 @@ def _rate(value: float | None) -> str:
 def breakdown(name: str, verdicts: Sequence[Verdict], by: str, measures: Measures = _USUAL) -> list[dict[str, Any]]:
     """One row for each value of the verdicts' field `by` ("kind" or "agent"), with the value as `group`.
 
-    Values that differ in capitals, hyphens and spaces alone are one, by its commonest spelling: tasks of WorldTasks
-    name both a "First person view" and a "First-person view".
+    Values with the same `grouping_key` are one, by its commonest spelling.
     """
     spelt: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     groups: dict[str, list[Verdict]] = collections.defaultdict(list)
     for verdict in verdicts:
         value = getattr(verdict, by)
-        key = " ".join(re.split(r"[\s_\-\u2010-\u2015]+", value.casefold())).strip()
+        key = grouping_key(value)
         spelt[key][value] += 1
         groups[key].append(verdict)
     names = {key: min(counts, key=lambda value: (-counts[value], value)) for key, counts in spelt.items()}

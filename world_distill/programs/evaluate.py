@@ -17,13 +17,17 @@ from world_distill.errors import UserError
 from world_distill.evaluation import comparison, dreamgen, held_out, worldtasks
 from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summarise
 from world_distill.interfaces import Benchmark
-from world_distill.reports import report
+from world_distill.reports import report, run_data
+from world_distill.reports.kept_clips import KeptClips
 from world_distill.storage import atomic
 from world_distill.training import run_folder
 from world_distill.weights import base_model
 
 ROLES = ("base", "demonstrator", "executor")
 RESULTS = ("evaluation.json", "results.json")  # of a folder, by `evaluate` and by `quickstart`
+CLIPS = run_data.RESULTS["evaluation.json"]  # folder of the clips that are kept, in that of the run
+
+Keep = Callable[[str, str, np.ndarray], None]
 
 
 def evaluate(
@@ -37,6 +41,7 @@ def evaluate(
     noises: int = 1,
     against: Mapping[str, pathlib.Path] | None = None,
     export_clips: pathlib.Path | None = None,
+    clips: int | None = 0,
 ) -> dict[str, Any]:
     """Scores the roles of a run's folder; returns rows, breakdowns, held-out figures and verdicts.
 
@@ -51,6 +56,7 @@ def evaluate(
       noises: clips of each task, each from another noise.
       against: by name, folders or files of other evaluations, which are compared with this one case by case.
       export_clips: folder for the clips as MP4, as the scripts of DreamGen Bench read them.
+      clips: tasks, evenly over the record set, whose clips are kept in `CLIPS` of the run's folder; None keeps all.
 
     Raises:
       UserError: the folder holds no run, names no benchmark, or an override is of another value.
@@ -68,6 +74,10 @@ def evaluate(
         audit = stack.enter_context(run_folder.open_held_out(config, workdir))
         fps = build.make_family(config).fps
         exported = dreamgen.ClipFolder(export_clips, fps) if export_clips and hosts.is_main() else None
+        kept = None
+        if hosts.is_main():
+            numbers = _spread(min(limit or len(reader), len(reader)), clips)
+            kept = stack.enter_context(KeptClips(workdir / CLIPS, reader, numbers, fps))
         opened = run_folder.open_run(workdir, config=config)
         roles = roles or _there(opened, reader, limit)
         if opened.executor is None and "executor" in roles:
@@ -75,8 +85,10 @@ def evaluate(
         progress = stack.enter_context(console.Progress("clip", shown=hosts.is_main()))
         result = evaluate_roles(
             opened, roles=roles, split=split, limit=limit, noises=noises, audit=audit, benchmark=benchmark,
-            keep=None if export_clips is None else _exporting(exported, reader), progress=progress.at,
+            keep=_keeping(exported, kept, reader) if export_clips or clips != 0 else None, progress=progress.at,
         )  # fmt: skip
+        if kept is not None and (count := kept.finish()):
+            result["clips"] = count
     if exported is not None:
         exported.finish(result, benchmark.questions)
     return result | ({"against": _against(result, others)} if others else {})
@@ -94,14 +106,23 @@ def _there(opened: run_folder.Run, reader: RecordReader, limit: int) -> tuple[st
     return tuple(role for role in ROLES if left.get(role, True))
 
 
-def _exporting(folder: dreamgen.ClipFolder | None, reader: RecordReader) -> Callable[[str, str, np.ndarray], None]:
-    """Writes each clip of a record into the folder, on the process that has one."""
+def _spread(count: int, most: int | None) -> Sequence[int]:
+    """At most `most` of the numbers below `count`, evenly from the first to the last."""
+    if most is None or most >= count:
+        return range(count)
+    return np.linspace(0, count - 1, most).round().astype(int).tolist()
+
+
+def _keeping(folder: dreamgen.ClipFolder | None, kept: KeptClips | None, reader: RecordReader) -> Keep:
+    """Writes each clip of a record into the folders, on the process that has them."""
     heads = reader.heads()
     known = dict(zip(heads.id, zip(heads.task, heads.agent, heads.kind, strict=True), strict=True))
 
     def keep(role: str, record: str, clip: np.ndarray) -> None:
         if folder is not None:
             folder.write(role, record, *known[record], clip)
+        if kept is not None:
+            kept.keep(role, record, clip)
 
     return keep
 
@@ -113,7 +134,7 @@ def evaluate_roles(
     split: str,
     limit: int = 0,
     noises: int = 1,
-    keep: Callable[[str, str, np.ndarray], None] | None = None,
+    keep: Keep | None = None,
     audit: held_out.HeldOut | None = None,
     benchmark: Benchmark | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -265,4 +286,4 @@ def write(workdir: pathlib.Path, result: Mapping[str, Any]) -> pathlib.Path:
     """Writes evaluation.json, evaluation.md and evaluation.html into the run's folder; returns the page's path."""
     atomic.write_json(workdir / "evaluation.json", result)
     atomic.write_text(workdir / "evaluation.md", tables(result) + "\n")
-    return report.build(workdir, workdir / "evaluation.html")
+    return report.build(workdir, workdir / "evaluation.html", source="evaluation.json")

@@ -14,10 +14,9 @@ from world_distill.errors import UserError
 from world_distill.evaluation.scoring import markdown
 from world_distill.programs import prepare, train
 from world_distill.programs.evaluate import ROLES, evaluate_roles
-from world_distill.reports import report
-from world_distill.reports.run_data import clip_path
+from world_distill.reports import report, run_data
+from world_distill.reports.kept_clips import KeptClips
 from world_distill.storage import atomic
-from world_distill.storage.video_files import save_strip
 from world_distill.training import run_folder
 from world_distill.weights import base_model
 
@@ -58,19 +57,12 @@ def score(workdir: pathlib.Path) -> dict:
         if results.get("step") == opened.step:
             return results
     reader = RecordReader(opened.data, "test")
-    stride = max(1, len(reader) // CLIPS)
-    shown = {}
-    for index in range(0, len(reader), stride):
-        record = reader[index]
-        shown[record.id] = {name: getattr(record, name) for name in ("id", "task", "solution", "agent", "kind")}
-        shown[record.id]["fps"] = opened.family.fps
-
-    def keep(role, record, clip):
-        if record in shown:
-            save_strip(clip_path(workdir, role, record), clip)
-
-    with run_folder.open_benchmark(opened.config, workdir) as benchmark:
-        results = evaluate_roles(opened, roles=ROLES, split="test", keep=keep, benchmark=benchmark)
-    atomic.write_json(workdir / "clips" / "clips.json", list(shown.values()))
+    shown = range(0, len(reader), max(1, len(reader) // CLIPS))
+    with (
+        KeptClips(workdir / run_data.RESULTS[path.name], reader, shown, opened.family.fps) as kept,
+        run_folder.open_benchmark(opened.config, workdir) as benchmark,
+    ):
+        results = evaluate_roles(opened, roles=ROLES, split="test", keep=kept.keep, benchmark=benchmark)
+        kept.finish()
     atomic.write_json(path, results)
     return json.loads(path.read_text())

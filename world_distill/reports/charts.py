@@ -163,6 +163,7 @@ def lines(
     across: tuple[float, float] | None = None,
     x_label: str = "step",
     x_ticks: Sequence[tuple[float, str]] | None = None,
+    marks: Sequence[tuple[float, str, str]] = (),
     show: Callable[[float], str] = number,
 ) -> Markup:
     """Lines over a common x, with axes. Long noisy series get a faint line of all points and a strong smooth one.
@@ -174,6 +175,7 @@ def lines(
       across: lowest and highest x; by default from the data.
       x_label: name of x.
       x_ticks: (x, text) of the marks under the axis; by default round numbers.
+      marks: (x, short text, what it means) of upright lines at an x between the ends of `across`.
       show: y values as text.
     """
     found = [(x, y) for s in series for x, y in s.points if y is not None and math.isfinite(y)]
@@ -196,6 +198,12 @@ def lines(
         out.append(_text(px(tick), bottom + 15, text, 10, "middle", 0.75))
     names = dict(x_ticks or ())
     out.append(_text((left + right) / 2, bottom + 30, x_label, 10, "middle", 0.75))
+    for at, text, meaning in marks:
+        out.append(
+            f'<g class="mark"><title>{escape(meaning)}</title>'
+            f'<path d="M{px(at):.1f} {top}V{bottom}" stroke="currentColor" stroke-dasharray="2 3"/>'
+            f"{_text(px(at) + 3, top + 8, text, 9, 'start', 0.75)}</g>"
+        )
     for one in series:
         points = thin([(x, y if y is not None and math.isfinite(y) else None) for x, y in one.points], 200)
         style = f'style="stroke:{escape(one.colour)}" fill="none" stroke-linejoin="round" stroke-linecap="round"'

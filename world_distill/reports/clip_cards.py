@@ -1,12 +1,16 @@
 """The clips of a report: side by side on the page, and exported as GIF, MP4 and a contact sheet."""
 
+import concurrent.futures
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
 
+from world_distill import console
+from world_distill.core.measures import grouping_key
 from world_distill.errors import UserError
 from world_distill.reports import page
 from world_distill.reports.page import Film
@@ -14,7 +18,9 @@ from world_distill.reports.run_data import Clip, Contents
 from world_distill.reports.sections import name_of, rate
 from world_distill.storage import video_files
 
-MAX_TASKS = 24  # that go into the page
+MAX_TASKS = 400  # that go into the page
+BUDGET = 11_000_000  # characters of all clips in the page, which is to stay below 15 MB
+_SAMPLE = 8  # tasks by whose clips the page's detail is chosen
 SHOWN = (
     ("demonstrator", "told the solution"),
     ("base", "told the task"),
@@ -34,17 +40,19 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A verdict: `kind` is "yes", "no" or "none"."""
+    """A verdict: `kind` is "yes", "no" or "none"; `number` is the question's."""
 
     kind: str
     question: str
     word: str
+    number: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A film with its caption and verdicts."""
+    """A film with its caption and verdicts; `role` is "" for the start image."""
 
+    role: str
     name: str
     told: str
     film: Film
@@ -53,13 +61,37 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """A task and its films, each `width` CSS pixels wide."""
+    """A task and its films, each `width` CSS pixels wide; `number` is its place in the record set."""
 
+    number: int
     task: Task
     kind: str
+    kind_key: str
+    agent_key: str
     solution: str
     width: int
     figures: Sequence[Figure]
+
+    @property
+    def size(self) -> int:
+        """Characters of its films."""
+        return sum(len(figure.film.sprite.uri) for figure in self.figures)
+
+    @property
+    def last(self) -> int:
+        """Number of the last frame, from 0, of its longest film."""
+        return max(figure.film.sprite.frames for figure in self.figures) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """What the cards can be chosen by: (value, text) pairs; `lead` is the role whose failures come first."""
+
+    lead: str
+    models: Sequence[tuple[str, str]]
+    questions: Sequence[tuple[str, str]]
+    kinds: Sequence[tuple[str, str]]
+    agents: Sequence[tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +103,79 @@ class Example:
 
 
 def clips(contents: Contents) -> Markup:
-    """One card a task: start image, Demonstrator, base and Executor, with verdicts and the solution.
+    """One card a task: start image, Demonstrator, base and Executor, with verdicts and the solution; failures first.
 
-    Clips that cannot be read are left out, and named in `contents.notes`.
+    The detail is the finest by which all clips fit into `BUDGET`. Clips that cannot be read are left out, and named in
+    `contents.notes`.
     """
     shown = contents.clips[:MAX_TASKS]
     text = "All clips of a task begin with the same image. They stop while a pointer rests on them, or after a tap. "
+    cards, notes = _cards(contents, shown)
+    contents.notes.extend(notes)
+    fit = list(itertools.takewhile(lambda size: size <= BUDGET, itertools.accumulate(card.size for card in cards)))
+    if len(fit) < len(cards):
+        cards = cards[: len(fit)]
+        shown = [shown[card.number] for card in cards]
     text += _share(contents, shown)
     if len(contents.clips) > len(shown):
         text += f" These are the first {len(shown)} of {len(contents.clips)} tasks whose clips were kept."
-    cards = [card for clip in shown if (card := _card(contents, clip))]
-    return page.render("clips.html", text=text, cards=cards)
+    lead = _lead(contents)
+    if lead and len(cards) > 1:
+        text += f" Tasks at which the {name_of(lead)} fails come first."
+    cards.sort(key=lambda card: (-_failures(card, lead), card.number))
+    return page.render("clips.html", text=text, cards=cards, filter=_filter(contents, shown, lead))
+
+
+def _cards(contents: Contents, shown: Sequence[Clip]) -> tuple[list[Card], list[str]]:
+    """Cards of the finest detail by which they fit, or of the coarsest; and a sentence for each clip left out."""
+    stride = max(1, len(shown) // _SAMPLE)
+    cards, notes = [], []
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow works outside of the interpreter's lock
+
+        def make(numbers: Sequence[int], detail: page.Detail) -> tuple[list[Card], list[str]]:
+            found: list[tuple[Card | None, list[str]]] = []
+            with console.Progress("card", len(numbers), shown=len(numbers) > 2 * _SAMPLE) as progress:
+                for made in pool.map(lambda number: _card(contents, number, shown[number], detail), numbers):
+                    found.append(made)
+                    progress.at(len(found))
+            return [card for card, _ in found if card], [note for _, notes in found for note in notes]
+
+        for detail in page.DETAILS:
+            if detail != page.DETAILS[-1] and len(shown) > 2 * _SAMPLE:
+                sample, _ = make(range(0, len(shown), stride), detail)
+                if sum(card.size for card in sample) / (len(sample) or 1) * len(shown) > BUDGET:
+                    continue
+            cards, notes = make(range(len(shown)), detail)
+            if sum(card.size for card in cards) <= BUDGET:
+                break
+    return cards, notes
+
+
+def _lead(contents: Contents) -> str:
+    """The role whose failures come first: the Executor, or the first that was judged; "" where none was."""
+    return next((role for role in ("executor", "base", "demonstrator") if contents.verdicts.get(role)), "")
+
+
+def _failures(card: Card, role: str) -> int:
+    return sum(mark.kind == "no" for figure in card.figures if figure.role == role for mark in figure.marks)
+
+
+def _filter(contents: Contents, shown: Sequence[Clip], lead: str) -> Filter:
+    roles = [role for role, _ in SHOWN if any(role in clip.films for clip in shown)]
+    questions = [(str(i), _mark_name(question)) for i, question in enumerate(contents.measures.questions)]
+    return Filter(
+        lead,
+        [(role, name_of(role)) for role in roles],
+        questions if contents.verdicts else [],
+        _values([clip.kind for clip in shown]),
+        _values([clip.agent for clip in shown]),
+    )
+
+
+def _values(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Keys and spellings of what differs in more than its writing, in alphabetical order; [] of a single one."""
+    spelt = {grouping_key(text): text for text in reversed(texts)}
+    return sorted(spelt.items(), key=lambda item: item[0]) if len(spelt) > 1 else []
 
 
 def example(contents: Contents) -> Example | None:
@@ -116,26 +210,29 @@ def _share(contents: Contents, shown: list[Clip]) -> str:
     )
 
 
-def _card(contents: Contents, clip: Clip) -> Card | None:
+def _card(contents: Contents, number: int, clip: Clip, detail: page.Detail) -> tuple[Card | None, list[str]]:
+    """The card of a task, if it has a clip that can be read, and a sentence for each one that cannot."""
     films: dict[str, np.ndarray] = {}
+    notes = []
     for role in clip.films:
         try:
             films[role] = clip.load(role)
         except (OSError, ValueError) as error:
             reason = str(error).removeprefix(f"{clip.films[role]}: ")
-            contents.notes.append(f"The clip of the {name_of(role)} for {clip.id} is left out: {reason}.")
+            notes.append(f"The clip of the {name_of(role)} for {clip.id} is left out: {reason}.")
     if not films:
-        return None
-    sprites = {role: page.sprite(film) for role, film in films.items()}
-    start = page.sprite(next(iter(films.values()))[:1])
-    figures = [Figure("Start image", "what all are given", Film(start, "start image", 1))]
+        return None, notes
+    sprites = {role: page.sprite(film, detail) for role, film in films.items()}
+    start = page.sprite(next(iter(films.values()))[:1], detail)
+    figures = [Figure("", "Start image", "what all are given", Film(start, "start image", 1))]
     for role, told in SHOWN:
         if role not in sprites:
             continue
         description = f"Clip of the {name_of(role)}, {told}: {clip.task}"
         film = Film(sprites[role], description, len(films[role]) / clip.fps)
-        figures.append(Figure(name_of(role), told, film, _marks(contents, role, clip)))
-    return Card(_task(clip), clip.kind, clip.solution, max(s.shown_width for s in sprites.values()), figures)
+        figures.append(Figure(role, name_of(role), told, film, _marks(contents, role, clip)))
+    width, keys = max(s.shown_width for s in sprites.values()), (grouping_key(clip.kind), grouping_key(clip.agent))
+    return Card(number, _task(clip), clip.kind, *keys, clip.solution, width, figures), notes
 
 
 def _task(clip: Clip) -> Task:
@@ -150,14 +247,18 @@ def _marks(contents: Contents, role: str, clip: Clip) -> list[Mark]:
     if scores is None:
         return []
     marks = []
-    for question in contents.measures.questions:
+    for number, question in enumerate(contents.measures.questions):
         score = scores.get(question)
         kind, word = ("none", "not judged") if score is None else ("yes", "yes") if score > 0.5 else ("no", "no")
-        name = _MARKS.get(question, question.replace("_", " "))
+        name = _mark_name(question)
         if score is not None and 0 < score < 1:
             name, word = f"{name} {rate(score)}", rate(score)
-        marks.append(Mark(kind, name, word))
+        marks.append(Mark(kind, name, word, number))
     return marks
+
+
+def _mark_name(question: str) -> str:
+    return _MARKS.get(question, question.replace("_", " "))
 
 
 # Exports ------------------------------------------------------------------------------------------------------------
@@ -204,4 +305,4 @@ def export_sheet(contents: Contents, path: pathlib.Path, ids: tuple[str, ...] = 
 
 def _need_clips(contents: Contents) -> None:
     if not contents.clips:
-        raise UserError(f"{contents.folder} holds no clips to export; quickstart keeps some")
+        raise UserError(f"{contents.folder} holds no clips to export; world-distill evaluate keeps them")

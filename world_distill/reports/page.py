@@ -1,8 +1,9 @@
 """The frame of the project's HTML pages, and the data of the pieces that they are built of.
 
-A page is one file without outside resources. It needs no script: a short inline one only adds a button that stops the
-clips. Clips are sprite strips moved by CSS in steps, so every pixel stays crisp. All tags stand in `templates/`: a
-template is given plain text and numbers, and escapes them; drawings and rendered parts come to it as `Markup`.
+A page is one file without outside resources. It needs no script: short inline ones add a button that stops the clips,
+and to a report's clips a filter and a slider through their frames. Clips are sprite strips moved by CSS in steps, so
+every pixel stays crisp. All tags stand in `templates/`: a template is given plain text and numbers, and escapes them;
+drawings and rendered parts come to it as `Markup`.
 """
 
 import base64
@@ -18,10 +19,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from world_distill.reports import charts
+from world_distill.storage import video_files
 
 _SHOWN = 150  # CSS pixels that a small clip is wide at most
-_CRISP_WIDTH, _CRISP_FRAMES = 100, 24  # clips up to this size are kept without loss, and enlarged to whole squares
-_MAX_WIDTH, _MAX_FRAMES = 240, 16  # what is embedded of larger ones
+_CRISP_SIDE, _CRISP_FRAMES = 100, 24  # clips up to this size are kept without loss, and enlarged to whole squares
 _MOVING = 0.7  # share of a round in which a film moves; then its last frame is held (`play` in style.css)
 
 
@@ -124,12 +125,12 @@ class Sprite:
     frames: int
     width: int  # of one frame, as embedded
     height: int
-    crisp: bool
+    crisp: bool  # its pixels are shown as squares
 
     @property
     def shown_width(self) -> int:
-        """CSS pixels of a frame; a whole multiple of its own pixels, so that all of them look alike."""
-        return self.width * max(1, _SHOWN // self.width) if self.crisp else self.width
+        """CSS pixels of a frame; if it is crisp, a whole multiple of its own, so that all of them look alike."""
+        return self.width * max(1, _SHOWN // self.width) if self.crisp else max(self.width, _SHOWN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,21 +151,34 @@ class Film:
         return f"{self.seconds / _MOVING:.2f}"
 
 
-def sprite(clip: np.ndarray) -> Sprite:
-    """A clip [F H W 3] uint8 as a sprite: exact if it is small, else fewer and smaller frames, compressed."""
-    crisp = clip.shape[2] <= _CRISP_WIDTH and len(clip) <= _CRISP_FRAMES
-    if len(clip) > _MAX_FRAMES and not crisp:
-        clip = clip[np.linspace(0, len(clip) - 1, _MAX_FRAMES).round().astype(int)]
-    frames = [Image.fromarray(frame) for frame in clip]
-    width, height = frames[0].size
-    if width > _MAX_WIDTH:
-        width, height = _MAX_WIDTH, max(1, round(height * _MAX_WIDTH / width))
-        frames = [frame.resize((width, height), Image.Resampling.LANCZOS) for frame in frames]
-    strip = Image.new("RGB", (width * len(frames), height))
-    for i, frame in enumerate(frames):
-        strip.paste(frame, (i * width, 0))
-    kind, options = ("png", {"optimize": True}) if crisp else ("webp", {"quality": 70, "method": 4})
-    return Sprite(data_uri(strip, kind, **options), len(frames), width, height, crisp)
+@dataclasses.dataclass(frozen=True)
+class Detail:
+    """How much of a clip goes into a page: a frame's longer side in pixels, the number of frames, WebP's quality."""
+
+    side: int
+    frames: int
+    quality: int
+
+
+# From the finest: a page with many clips takes a coarser one.
+DETAILS = (Detail(240, 16, 70), Detail(208, 12, 62), Detail(160, 9, 56), Detail(128, 7, 50), Detail(96, 5, 40))
+
+
+def is_small(clip: np.ndarray) -> bool:
+    """Whether a clip [F H W 3] is kept and shown without loss."""
+    return max(clip.shape[1:3]) <= _CRISP_SIDE and len(clip) <= _CRISP_FRAMES
+
+
+def sprite(clip: np.ndarray, detail: Detail = DETAILS[0]) -> Sprite:
+    """A clip [F H W 3] uint8 as a sprite: with the finest detail exact if it is small, else reduced and compressed."""
+    crisp = is_small(clip)
+    if crisp and detail == DETAILS[0]:
+        kind, options = "png", {"optimize": True}
+    else:
+        clip = video_files.reduced(clip, detail.side, detail.frames)
+        kind, options = "webp", {"quality": detail.quality, "method": 4}
+    strip = Image.fromarray(np.concatenate(list(clip), axis=1))
+    return Sprite(data_uri(strip, kind, **options), len(clip), clip.shape[2], clip.shape[1], crisp)
 
 
 def data_uri(image: Image.Image, kind: str, **options: Any) -> str:

@@ -4,8 +4,8 @@ The page is made from what lies in the run's folder (`run_data` reads it), and s
 
     results.json or evaluation.json   rates with intervals (`evaluate.evaluate_roles`)
     metrics.jsonl                     figures of every training step (`metric_log.MetricLog`)
-    clips/clips.json                  [{id, task, solution, agent, kind, fps?}] of the tasks whose clips were kept
-    clips/ROLE/ID.png                 those clips (`video_io.save_strip`); ROLE is base, demonstrator or executor
+    clips/, evaluation_clips/         clips that quickstart and evaluate have kept (`kept_clips`)
+    controls.json                     negative controls of the reward's judge (`evaluation.controls`)
     config.json                       the settings
 """
 
@@ -20,19 +20,22 @@ from world_distill.reports.run_data import Contents, read
 from world_distill.storage import atomic
 
 
-def build(workdir: pathlib.Path, out: pathlib.Path | None = None, *, command: str | None = None) -> pathlib.Path:
+def build(
+    workdir: pathlib.Path, out: pathlib.Path | None = None, *, command: str | None = None, source: str = ""
+) -> pathlib.Path:
     """Writes the page of a run and returns its path.
 
     Args:
       workdir: the run's folder.
       out: the page; by default WORKDIR/report.html.
       command: the command that made the run, to be shown on the page.
+      source: which of `run_data.RESULTS` the page is about. Empty: the newer ones.
 
     Raises:
       UserError: nothing to report on, or damaged figures.
       OSError: the page cannot be written.
     """
-    contents = read(pathlib.Path(workdir))
+    contents = read(pathlib.Path(workdir), source)
     path = pathlib.Path(out) if out is not None else contents.folder / "report.html"
     atomic.write_text(path, html(contents, command))
     return path
@@ -45,7 +48,8 @@ def html(contents: Contents, command: str | None = None) -> str:
     listed = (
         ("result", "Result", contents.rows, sections.results,
          f"There are no results yet; world-distill evaluate --workdir {name} scores the models on held-out tasks."),
-        ("clips", "Clips", contents.clips, clip_cards.clips, "No clips were kept; quickstart keeps some."),
+        ("clips", "Clips", contents.clips, clip_cards.clips, "No clips were kept; world-distill evaluate keeps them."),
+        ("controls", "Controls of the judge", contents.controls, sections.controls, ""),
         ("training", "Training", contents.log, sections.training,
          "There is no log of a training (metrics.jsonl), so there are no curves."),
         ("breakdown", "Break-down", contents.by_kind or contents.by_agent, sections.breakdowns,
@@ -53,7 +57,7 @@ def html(contents: Contents, command: str | None = None) -> str:
         ("settings", "Settings", True, lambda c: _settings(c, name, command), ""),
     )  # fmt: skip
     parts = [page.Section(anchor, heading, make(contents)) for anchor, heading, there, make, _ in listed if there]
-    missing = [otherwise for *_, there, _, otherwise in listed if not there] + contents.notes
+    missing = [otherwise for *_, there, _, otherwise in listed if otherwise and not there] + contents.notes
     objective = (contents.config or {}).get("objective")
     return str(
         page.render(

@@ -21,7 +21,11 @@ from world_distill.storage.metric_log import read_log
 from world_distill.storage.video_files import load_strip
 
 ROLES = ("base", "demonstrator", "executor")
-RESULTS = ("results.json", "evaluation.json")
+# Figures of a folder, and the folder of their clips, where any were kept.
+RESULTS = {"results.json": "clips", "evaluation.json": "evaluation_clips"}
+CLIPS = RESULTS["results.json"]
+CONTROLS = "controls.json"  # of `judgments --controls` and of the start of training
+INDEX = "clips.json"  # of a folder of clips
 FPS = 4.0  # of clips whose entry in clips.json names no fps
 
 
@@ -78,26 +82,34 @@ class Contents:
     verdicts: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)  # role, id, question
     log: dict[str, list[tuple[float, float | None]]] = dataclasses.field(default_factory=dict)
     clips: list[Clip] = dataclasses.field(default_factory=list)
+    clips_folder: str = CLIPS  # that of the rows' clips
     config: dict[str, Any] | None = None
+    controls: dict[str, Any] | None = None  # what a judge says of negative controls (`evaluation.controls`)
+    # Differences that the results hold: mean and 95 % interval by (before, after, measure)
+    paired: dict[tuple[str, str, str], tuple[float, float, float]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)  # what could not be used, one sentence each
 
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
 
 
-def clip_path(workdir: pathlib.Path, role: str, record: str) -> pathlib.Path:
-    """Where the clip of a role for a record lies in a run's folder.
+def clip_path(folder: pathlib.Path, role: str, record: str, suffix: str = ".png") -> pathlib.Path:
+    """Where the clip of a role for a record lies in a folder of clips: `.png` is exact, `.webp` small.
 
     Raises:
       ValueError: the record's id is no plain file name.
     """
     if not record or record.startswith(".") or set(record) & set("/\\:\0"):
         raise ValueError(f"record id {record!r} is no file name")
-    return workdir / "clips" / role / f"{record}.png"
+    return folder / role / f"{record}{suffix}"
 
 
-def read(workdir: pathlib.Path) -> Contents:
+def read(workdir: pathlib.Path, source: str = "") -> Contents:
     """Reads a run's folder.
+
+    Args:
+      workdir: the folder.
+      source: which of `RESULTS` the page is about. Empty: the newer ones.
 
     Raises:
       UserError: there is no such folder, nothing in it to report on, or figures in it are damaged.
@@ -105,13 +117,15 @@ def read(workdir: pathlib.Path) -> Contents:
     if not workdir.is_dir():
         raise UserError(f"{workdir} is not a folder; --workdir names that of a run")
     contents = Contents(workdir)
-    found = [(name, value) for name in RESULTS if (value := _json(workdir / name)) is not None]
+    names = (source,) if source else RESULTS
+    found = [(name, value) for name in names if (value := _json(workdir / name)) is not None]
     if found:
         # The newer figures: those of more training steps, and quickstart's own where both have as many.
         found.sort(key=lambda item: -_step(item[1]))
         _read_results(contents, *found[0])
     _read_log(contents)
     _read_clips(contents)
+    _read_controls(contents)
     config = _json(workdir / "config.json")
     contents.config = config if isinstance(config, dict) else None
     if not (contents.rows or contents.log or contents.clips):
@@ -142,6 +156,7 @@ def _read_results(contents: Contents, name: str, value: Any) -> None:
     if not isinstance(value, dict) or not isinstance(value.get("rows"), list):
         raise UserError(f"{path}: has no list `rows`; quickstart and evaluate write such a file")
     contents.source = name
+    contents.clips_folder = RESULTS[name] if value.get("clips") else CLIPS
     try:
         measures = contents.measures = Measures.of(value)
     except (AttributeError, TypeError, ValueError) as error:
@@ -160,6 +175,14 @@ def _read_results(contents: Contents, name: str, value: Any) -> None:
             }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its `verdicts` are damaged ({type(error).__name__}: {error})") from error
+    try:
+        for entry in value.get("paired") or []:
+            low, high = entry["ci95"]
+            if entry["n"] > 1:
+                key = entry["before"], entry["after"], entry["measure"]
+                contents.paired[key] = float(entry["difference"]), float(low), float(high)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its `paired` is damaged ({type(error).__name__}: {error})") from error
 
 
 def _row(path: pathlib.Path, value: Any, measures: Measures, by: str = "") -> Row:
@@ -207,6 +230,20 @@ def _read_log(contents: Contents) -> None:
 WITHIN_GROUP = "within_group/"  # prefix of the log's correlations, see `core.metrics.within_group_correlations`
 
 
+def rl_start(contents: Contents) -> float | None:
+    """The first logged step in which RL has a weight; None without RL, or where the log does not tell.
+
+    Earlier logs do not hold the weight, but correlations inside groups, which steps with RL alone have.
+    """
+    objective = (contents.config or {}).get("objective")
+    if not isinstance(objective, Mapping) or objective.get("rl") == "none" or objective.get("kind") == "sft":
+        return None
+    if weights := contents.log.get("train/rl_weight"):
+        return min((step for step, weight in weights if weight), default=None)
+    pairs = [points for name, points in contents.log.items() if name.startswith(WITHIN_GROUP)]
+    return min((step for points in pairs for step, y in points if y is not None), default=None)
+
+
 def within_group(contents: Contents) -> dict[tuple[str, str], float]:
     """Mean over steps of each pair's correlation inside groups, from the log; pairs that never had one are left out."""
     found = {}
@@ -219,7 +256,8 @@ def within_group(contents: Contents) -> dict[tuple[str, str], float]:
 
 
 def _read_clips(contents: Contents) -> None:
-    path = contents.folder / "clips/clips.json"
+    folder = contents.folder / contents.clips_folder
+    path = folder / INDEX
     entries = _json(path)
     if entries is None:
         return
@@ -228,15 +266,41 @@ def _read_clips(contents: Contents) -> None:
     for entry in entries:
         try:
             texts = {name: entry[name] for name in ("id", "task", "solution", "agent", "kind")}
-            paths = {role: clip_path(contents.folder, role, str(texts["id"])) for role in ROLES}
+            paths = {
+                role: [clip_path(folder, role, str(texts["id"]), suffix) for suffix in (".png", ".webp")]
+                for role in ROLES
+            }
             fps = float(entry.get("fps") or FPS)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             contents.notes.append(f"An entry of clips.json cannot be used ({type(error).__name__}: {error}).")
             continue
-        films = {role: path for role, path in paths.items() if path.is_file()}
+        films = {role: path for role, of_role in paths.items() for path in of_role if path.is_file()}
         if films:
             texts = {name: str(text) for name, text in texts.items()}
             contents.clips.append(Clip(**texts, fps=fps if 0 < fps <= 1000 else FPS, films=films))
+
+
+def _read_controls(contents: Contents) -> None:
+    """The figures of negative controls; damaged ones are left out with a note, since no other figure needs them."""
+    try:
+        value = _json(contents.folder / CONTROLS)
+        if value is None:
+            return
+        for row in value["rows"]:
+            if not isinstance(row["control"], str) or not isinstance(row["question"], str):
+                raise TypeError("a row without the names of its control and question")
+            for name in ("n", "rate", "plain_rate", "score", "plain_score", "difference", "low", "high"):
+                if row[name] is not None:
+                    float(row[name])
+            if row["passes"] not in (True, False, None):
+                raise TypeError(f"passes is {row['passes']!r}")
+        contents.controls = value | {"judge": str(value["judge"]), "failed": dict(value["failed"])}
+    except UserError as error:
+        contents.notes.append(f"The judge's negative controls are left out: {CONTROLS} is damaged ({error.__cause__}).")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        contents.notes.append(
+            f"The judge's negative controls are left out: {CONTROLS} is damaged ({type(error).__name__}: {error})."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +309,8 @@ class Change:
 
     Attributes:
       before, after: the rates.
-      verdict: "up" or "down" where the 95 % intervals are apart, "overlap" where not, "unknown" without intervals.
+      verdict: "up" or "down" where the paired 95 % interval lies above or below 0, else "overlap". Without a paired
+        one: "up" or "down" where the roles' intervals are apart, "overlap" where not, "unknown" without intervals.
       paired: mean difference and its 95 % interval, task by task, where both roles' verdicts are known.
     """
 
@@ -266,15 +331,19 @@ def changes(contents: Contents, before: str, after: str) -> list[Change]:
         a, b = first.rates[measure], second.rates[measure]
         if a is None or b is None:
             continue
-        verdict = "unknown"
-        if measure in first.intervals and measure in second.intervals:
+        verdict, pairs = "unknown", _paired(contents, before, after, measure)
+        if pairs:
+            verdict = "up" if pairs[1] > 0 else "down" if pairs[2] < 0 else "overlap"
+        elif measure in first.intervals and measure in second.intervals:
             (low_a, high_a), (low_b, high_b) = first.intervals[measure], second.intervals[measure]
             verdict = "up" if low_b > high_a else "down" if high_b < low_a else "overlap"
-        found.append(Change(measure, a, b, verdict, _paired(contents, before, after, measure)))
+        found.append(Change(measure, a, b, verdict, pairs))
     return found
 
 
 def _paired(contents: Contents, before: str, after: str, measure: str) -> tuple[float, float, float] | None:
+    if (before, after, measure) in contents.paired:
+        return contents.paired[before, after, measure]  # over all noises
     first, second = contents.verdicts.get(before, {}), contents.verdicts.get(after, {})
     measures, sides = contents.measures, (first, second)
     questions = measures.questions

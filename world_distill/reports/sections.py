@@ -1,11 +1,13 @@
 """The figures of a report: rates with intervals, what changed in words, training curves, break-downs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
 from world_distill.core.measures import ALL, AVERAGE, QUESTIONS, Measures
+from world_distill.judges.controls import CONTROLS
 from world_distill.reports import charts, page, run_data
 from world_distill.reports.charts import Bar, Series, percent
 from world_distill.reports.page import Cell, Chart, Key, Table, TableRow, Tile
@@ -214,22 +216,26 @@ def summary(before: str, after: str, found: Sequence[Change], measures: Measures
 
 def sentence(change: Change) -> str:
     """One measure's change; what the intervals allow to be said, and no more."""
-    points = 100 * (change.after - change.before)
+    points = 100 * (change.paired[0] if change.paired else change.after - change.before)
     moved = "the same" if abs(points) < 0.05 else f"{abs(points):.1f} points {'higher' if points > 0 else 'lower'}"
-    text = {
-        "up": f"better by {points:.1f} points; the intervals are apart.",
-        "down": f"worse by {-points:.1f} points; the intervals are apart.",
-        "overlap": f"{moved}, but the intervals overlap: no clear difference.",
-        "unknown": f"{moved}; without intervals, this may be chance.",
-    }[change.verdict]
-    text = f"{percent(change.before)} → {percent(change.after)}, {text}".replace("the same, but", "the same, and")
+    better, worse = f"better by {points:.1f} points", f"worse by {-points:.1f} points"
     if change.paired:
         _, low, high = (100 * x for x in change.paired)
-        text += f" Paired by task, the difference is {_signed(low)} to {_signed(high)} points"
-        if change.verdict == "overlap" and (low > 0 or high < 0):
-            text += ", so a small one is likely"
-        text += "."
-    return text
+        bounds = f"paired by task, the difference is {_signed(low)} to {_signed(high)} points"
+        text = {
+            "up": f"{better}; {bounds}, above 0.",
+            "down": f"{worse}; {bounds}, below 0.",
+            "overlap": f"{moved}, no clear difference; {bounds}.",
+        }[change.verdict]
+    else:
+        joined = "and" if moved == "the same" else "but"
+        text = {
+            "up": f"{better}; the intervals are apart.",
+            "down": f"{worse}; the intervals are apart.",
+            "overlap": f"{moved}, {joined} the intervals overlap: no clear difference.",
+            "unknown": f"{moved}; without intervals, this may be chance.",
+        }[change.verdict]
+    return f"{percent(change.before)} → {percent(change.after)}, {text}"
 
 
 def _comparisons(contents: Contents) -> list[Comparison]:
@@ -268,6 +274,12 @@ def training(contents: Contents) -> Markup:
     text = f"{charts.number(across[1])} steps."
     if any(len(points) > 24 for points in log.values()):
         text += " Where a line is noisy, the faint one is every step and the strong one the trend of its neighbours."
+    begins, marks = run_data.rl_start(contents), []
+    if begins is not None and begins > across[0]:
+        marks.append((begins, "RL", f"RL begins at step {charts.number(begins)}"))
+        text += f" RL begins at step {charts.number(begins)}, at the dotted line."
+    elif begins is not None:
+        text += " RL has a weight from the first step on."
     demonstrator = contents.row("demonstrator")
     panels, used = [], set()
     for caption, note, limits, lines in _panels(contents.measures):
@@ -284,7 +296,7 @@ def training(contents: Contents) -> Markup:
                 name = f"Demonstrator on {contents.about.get('split', 'test')}"
                 series.append(Series(name, [(x, level) for x in across], colour("demonstrator"), dashed=True))
         if series:
-            panels.append(_panel(caption, series, across, note, limits))
+            panels.append(_panel(caption, series, across, note, limits, marks))
     if any(key.startswith("validation/") for key in log):
         text += " Training clips are seen by the judge whose answers are the reward, all others by the benchmark."
     if any(key.startswith("held_out/") for key in log):
@@ -293,7 +305,9 @@ def training(contents: Contents) -> Markup:
     if any(invalid):
         text += f" The judge had no answer for {percent(sum(invalid) / len(invalid))} of the clips."
     used |= {key for key in log if key.startswith(run_data.WITHIN_GROUP)}
-    others = [_panel(key, [Series(key, log[key], colour("executor"))], across) for key in sorted(set(log) - used)]
+    others = [
+        _panel(key, [Series(key, log[key], colour("executor"))], across, marks=marks) for key in sorted(set(log) - used)
+    ]
     return page.render("training.html", text=text, panels=panels, correlations=_correlations(contents), others=others)
 
 
@@ -314,12 +328,48 @@ def _panel(
     across: tuple[float, float],
     note: str = "",
     limits: tuple[float, float] | None = None,
+    marks: Sequence[tuple[float, str, str]] = (),
 ) -> Chart:
     show = percent if limits == (0.0, 1.0) else charts.number
     title = f"{caption} over training steps"
-    svg = charts.lines(series, title=title, limits=limits, across=across, show=show)
+    svg = charts.lines(series, title=title, limits=limits, across=across, marks=marks, show=show)
     legend = [Key(s.label, s.colour, "dashed" if s.dashed else "dot" if s.dots else "") for s in series]
     return Chart(caption, svg, note, legend if len(legend) > 1 or series[0].dots else ())
+
+
+# Negative controls ----------------------------------------------------------------------------------------------------
+
+
+def controls(contents: Contents) -> Markup:
+    """What the judge says of clips that do not show their task: a table by control and question."""
+    found = contents.controls or {}
+    groups: dict[str, list[TableRow]] = {}
+    for row in found["rows"]:
+        control = CONTROLS.get(row["control"])
+        name = f"{row['control']}: {control.about}" if control else row["control"]
+        groups.setdefault(name, []).append(_control_row(row))
+    head = ["Question", "Plain clips", "Control", "Difference", "Verdict", "Clips"]
+    failed = [f"Control {name} was not asked: {why}" for name, why in found["failed"].items()]
+    passing = sum(row["passes"] is True for row in found["rows"])
+    return page.render(
+        "controls.html", judge=found["judge"], table=Table(head, list(groups.items())), failed=failed, passing=passing
+    )
+
+
+def _control_row(row: Mapping[str, Any]) -> TableRow:
+    rated = row["rate"] is not None and row["plain_rate"] is not None
+    show = percent if rated else charts.number
+    values = [row["plain_rate"], row["rate"]] if rated else [row["plain_score"], row["score"]]
+    cells = [Cell("–" if value is None else show(value)) for value in values]
+
+    def moved(value: float) -> str:
+        return _signed(100 * value) if rated else charts.number(value)
+
+    bounds = (row["low"], row["high"])
+    small = f"{moved(bounds[0])} to {moved(bounds[1])}" if None not in bounds else ""
+    cells.append(Cell("–" if row["difference"] is None else moved(row["difference"]), small))
+    word = {True: "passes", False: "held", None: "–" if row["n"] else "no answers"}[row["passes"]]
+    return TableRow(row["question"].replace("_", " "), [*cells, Cell(word), Cell(row["n"])])
 
 
 # Break-downs ----------------------------------------------------------------------------------------------------------

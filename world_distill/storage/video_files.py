@@ -1,8 +1,9 @@
 """Clips as files: lossless strips, and GIF, MP4 and contact sheets for looking at.
 
-A *strip* is a PNG with all frames of a clip side by side; its text chunk `frames` says how many. It is exact, opens in
-any viewer, and is what reports animate. A clip is [F H W 3] uint8. Every file is written beside its target and then
-renamed, so a reader sees the old file or the whole new one. All functions raise OSError where the disk refuses.
+A *strip* is a picture with all frames of a clip side by side. It opens in any viewer, and is what reports animate. A
+PNG is exact, and its text chunk `frames` says how many frames there are. A WebP is small and has lost a little; its XMP
+part says it. A clip is [F H W 3] uint8. Every file is written beside its target and then renamed, so a reader sees the
+old file or the whole new one. All functions raise OSError where the disk refuses.
 """
 
 import contextlib
@@ -19,9 +20,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from world_distill.errors import UserError
 
+WEBP_SIDE = 16383  # pixels that a WebP has at most
 _INDEX_FIRST = {"movflags": "+faststart"}
 _BT709, _LIMITED = 1, 1  # FFmpeg's numbers of the primaries, curve and matrix of BT.709, and of the range 16 to 235
 _INK, _PAPER = (60, 60, 60), (255, 255, 255)
+_XMP = "frames="  # before the number of frames in a WebP strip
 
 
 def save_strip(path: str | os.PathLike, clip: np.ndarray, *, quick: bool = False) -> None:
@@ -40,8 +43,37 @@ def save_strip(path: str | os.PathLike, clip: np.ndarray, *, quick: bool = False
         Image.fromarray(np.concatenate(list(clip), axis=1)).save(file, "PNG", pnginfo=info, **effort)
 
 
+def save_small_strip(path: str | os.PathLike, clip: np.ndarray, quality: int = 75) -> None:
+    """Writes a clip [F H W 3] uint8 as a WebP with loss, frames from left to right; at most 16383 pixels in all.
+
+    Raises:
+      ValueError: not a clip, or too large.
+    """
+    clip = _checked(clip)
+    if max(len(clip) * clip.shape[2], clip.shape[1]) > WEBP_SIDE:
+        raise ValueError(f"{len(clip)} frames of {clip.shape[1]} x {clip.shape[2]} are too large for one WebP")
+    with _replacing(path) as file:
+        Image.fromarray(np.concatenate(list(clip), axis=1)).save(
+            file, "WEBP", quality=quality, method=4, xmp=f"{_XMP}{len(clip)}".encode()
+        )
+
+
+def reduced(clip: np.ndarray, side: int, frames: int) -> np.ndarray:
+    """At most `frames` frames of a clip [F H W 3] uint8, evenly from the first to the last, no side over `side`."""
+    clip = _checked(clip)
+    if len(clip) > frames:
+        clip = clip[np.linspace(0, len(clip) - 1, frames).round().astype(int)]
+    factor = side / max(clip.shape[1:3])
+    if factor >= 1:
+        return clip
+    height, width = (max(1, round(factor * pixels)) for pixels in clip.shape[1:3])
+    return np.stack(
+        [np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)) for frame in clip]
+    )
+
+
 def load_strip(path: str | os.PathLike) -> np.ndarray:
-    """The clip [F H W 3] uint8 that `save_strip` wrote.
+    """The clip [F H W 3] uint8 that `save_strip` or `save_small_strip` wrote.
 
     Raises:
       ValueError: the file is damaged, is no RGB image, or does not say how many frames it holds.
@@ -52,11 +84,14 @@ def load_strip(path: str | os.PathLike) -> np.ndarray:
             with Image.open(file) as image:
                 image.load()
                 mode, count = image.mode, getattr(image, "text", {}).get("frames")
+                if count is None and image.format == "WEBP":
+                    _, known, count = image.info.get("xmp", b"").decode("ascii", "replace").rpartition(_XMP)
+                    count = count if known else None
                 strip = np.array(image)
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
-            raise ValueError(f"{path}: damaged, or not a PNG ({error})") from error
+            raise ValueError(f"{path}: damaged, or not a picture ({error})") from error
     if count is None:
-        raise ValueError(f"{path}: not a strip of frames (its text chunk `frames` is missing)")
+        raise ValueError(f"{path}: not a strip of frames (its number of `frames` is missing)")
     if mode != "RGB":
         raise ValueError(f"{path}: a strip is an RGB image, this one is {mode}")
     frames = int(count) if count.isascii() and count.isdecimal() and len(count) < 9 else 0

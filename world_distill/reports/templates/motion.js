@@ -2,4 +2,4 @@
 let still=matchMedia('(prefers-reduced-motion: reduce)').matches;
 const show=()=>{root.classList.toggle('still',still);button.textContent=still?'Play the clips':'Stop the clips'};
 button.hidden=false;show();
-button.onclick=()=>{still=!still;if(!still)root.classList.add('moving');show()}})()
+button.onclick=()=>{still=!still;if(!still)root.classList.add('moving');show()}})();
