@@ -23,8 +23,8 @@ COLUMNS = {
 def plan(study: Study) -> list[dict[str, Any]]:
     """One entry for each run: its steps, those that are saved, whether it is finished, and the costs in `COLUMNS`.
 
-    Costs are those that are left. A forward is of one clip, and a backward pass counts as two. Answers that a cache holds
-    cost nothing, so there may be fewer questions. Nothing is run or written.
+    Costs are those that are left. A forward is of one clip, and a backward pass counts as two. Answers that a cache
+    holds cost nothing, so there may be fewer questions. Nothing is run or written.
 
     Raises:
       UserError: see `make_runs`.

@@ -141,10 +141,9 @@ def _declared(study: Study) -> tuple[Mapping[str, tuple[str, str, dict[str, str]
     for row in section.rows:
         name, role, variant, *changes = row if len(row) >= 3 else (*row, "", "", "")[:3]
         if role not in ROLES or not variant or not all("=" in change for change in changes):
-            raise UserError(
-                f"config.reproduce.rows: {row} is not (name, {' or '.join(ROLES)}, variant, KEY=VALUE, ...)"
-            )
-        rows[name] = role, variant, dict(change.split("=", 1) for change in changes)
+            raise UserError(f"config.reproduce.rows: {row} is not (NAME, {'|'.join(ROLES)}, VARIANT, KEY=VALUE, ...)")
+        pairs = (change.partition("=") for change in changes)
+        rows[name] = role, variant, {key: value for key, _, value in pairs}
     for name in (section.reference, *study.rows, *study.own):
         if name not in rows:
             raise UserError(f"there is no row {name!r}; {did_you_mean(name, rows)}")

@@ -1,7 +1,8 @@
 """`world-distill reproduce`: the rows of the paper's table on one benchmark, over several seeds, at equal compute.
 
-Every row is made by `demonstrate`, `train` and `evaluate` in a folder of its own, WORKDIR/runs/ROW/SEED, as its commands
-would make it. What is finished there is read, what was begun goes on, and a row that fails is named and left out.
+Every row is made by `demonstrate`, `train` and `evaluate` in a folder of its own, WORKDIR/runs/ROW/SEED, as its
+commands would make it. What is finished there is read, what was begun goes on, and a row that fails is named and left
+out.
 `ablate` asks another question: it compares variants of the sandbox, from beginnings that they share, by claims.
 
 Rows with the same seed share test tasks and starting noise, so their differences are paired by task, noise and seed. A
@@ -100,7 +101,7 @@ def _make(run: Run, study: Study) -> dict[str, Any]:
 
 
 def finished(run: Run, study: Study) -> dict[str, Any] | None:
-    """What `evaluate` wrote of this very run, benchmark and number of clips; None where there is nothing of the kind."""
+    """What `evaluate` wrote of this very run, benchmark and number of clips; None where it wrote nothing such."""
     path = run.folder / "evaluation.json"
     if not path.is_file() or not (run.folder / "config.json").is_file():
         return None
