@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     result = reproduce.reproduce(study)
     if not hosts.is_main():
         return 0
-    console.say("\n" + reproduce.tables(result) + "\n")
+    console.say("\n" + reproduce.tables(result, kinds=False) + "\n")
     failed = len(result["failed"])
     again = f"; {failed} runs failed, and the same call tries them again" if failed else ""
     console.finish(

@@ -208,12 +208,11 @@ def _paired(
 # ---- Tables
 
 
-def tables(result: Mapping[str, Any]) -> str:
-    """The table, paired differences, the paper's figures where they are of this benchmark, failures and commands."""
-    return "\n\n".join([*_figures(result), by_kind(result), commands(result)])
+def tables(result: Mapping[str, Any], kinds: bool = True) -> str:
+    """The table, paired differences, the paper's figures where they are of this benchmark, failures and commands.
 
-
-def _figures(result: Mapping[str, Any]) -> list[str]:
+    With `kinds`, the rates by kind of task, too.
+    """
     measures, about = Measures.of(result), result.get("benchmark") or {}
     rows = [row | {"steps": row["steps"] or "–", "seeds": len(row["seeds"])} for row in result["rows"]]
     found = [markdown(rows, first=("name", "steps", "seeds"), measures=measures)]
@@ -229,15 +228,12 @@ def _figures(result: Mapping[str, Any]) -> list[str]:
     if about.get("paper"):
         found.append(worldtasks.paper_table(result["rows"], about["paper"], measures))
     found += [f"{line['row']}, seed {line['seed']}, failed: {line['why']}" for line in result["failed"]]
-    return found
+    if kinds:
+        found.append(markdown(result["by_kind"], first=("group", "name"), measures=measures))
+    return "\n\n".join([*found, _commands(result)])
 
 
-def by_kind(result: Mapping[str, Any]) -> str:
-    """The rates by kind of task, as Markdown."""
-    return markdown(result["by_kind"], first=("group", "name"), measures=Measures.of(result))
-
-
-def commands(result: Mapping[str, Any]) -> str:
+def _commands(result: Mapping[str, Any]) -> str:
     """The calls that make each row alone, as a Markdown block."""
     lines = [f"# {line['row']}, seed {line['seed']}\n" + "\n".join(line["calls"]) for line in result["commands"]]
     return "```sh\n" + "\n".join(lines) + "\n```"
