@@ -99,6 +99,8 @@ def test_the_plan_counts_what_is_left(tmp_path):
     assert list(planned) == ROWS and not any(entry["finished"] for entry in planned.values())
     wmsd, config = planned["wmsd"], load_config("sandbox", {k: v for k, v in TINY.items() if k != "judge.factory"})
     assert wmsd["rewards"] == 2 * 8 * 3 and wmsd["clips"] == 2 * 4 and wmsd["benchmark"] == 0  # it asks nobody
+    [controlled] = paper_plan.plan(study_of(tmp_path, seeds=(0,), rows=("wmsd",), overrides={"judge.controls": "8"}))
+    assert controlled["rewards"] == wmsd["rewards"] + 168
     assert wmsd["training"] == equal_compute.run_forwards(config)
     assert wmsd["sampling"] == 3 * (2 * 4 + 2 * 1)  # the sampler's steps; two looks at one validation task
     assert planned["base"]["training"] == planned["on_policy"]["rewards"] == 0
@@ -240,6 +242,12 @@ def test_a_row_that_fails_is_named_and_does_not_stop_the_others(table, capsys):
     assert "rollout.group: 2 -> 4" in found["failed"][0]["why"]
     assert cli.main(flags) == 0
     assert json.loads((study.workdir / "reproduce.json").read_text())["rows"] == result["rows"]
+
+
+def test_rows_without_weights_say_how_to_name_them(tmp_path):
+    study = Study("ltx2", tmp_path, {"data": str(tmp_path)}, seeds=(0,), rows=("base_undistilled",))
+    with pytest.raises(UserError, match=r"no row could be made.*--row base_undistilled\.base"):
+        reproduce.reproduce(study)
 
 
 # ---- Wan, with a VLM as judge and benchmark

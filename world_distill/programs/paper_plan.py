@@ -6,6 +6,7 @@ from typing import Any
 
 from world_distill import build
 from world_distill.evaluation.comparison import markdown_table
+from world_distill.judges.controls import CONTROLS
 from world_distill.programs import equal_compute
 from world_distill.programs.paper_rows import Run, Study, count_records, make_runs
 from world_distill.programs.reproduce import finished
@@ -57,6 +58,8 @@ def _costs(run: Run, study: Study, saved: int) -> dict[str, float]:
         training = equal_compute.run_forwards(config, saved)
         rewarded = sum(objective.rl_active(step) for step in range(saved, config.steps))
         rewards = rewarded * settings.tasks * settings.group_in(True) * len(settings.questions)
+        if not saved:
+            rewards += config.judge.controls * len(CONTROLS) * len(settings.questions)
         looked_at = _evaluations(config, saved) * _validated(config)
     scale = config.demonstrator.guidance if run.role == "demonstrator" else settings.guidance
     return {

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from world_distill import console
+from world_distill import build, console
 from world_distill.core.measures import Measures
 from world_distill.core.metrics import student_interval
 from world_distill.data.records.reader import EncodedRecord, RecordReader
@@ -34,6 +34,7 @@ from world_distill.programs.paper_rows import Run, Study, make_runs
 from world_distill.settings.loading import diff
 from world_distill.storage import atomic
 from world_distill.training import run_folder
+from world_distill.weights import base_model
 
 RESULTS = "reproduce.json"
 
@@ -51,10 +52,13 @@ def reproduce(study: Study) -> dict[str, Any]:
     runs = make_runs(study)
     found: dict[str, dict[int, dict[str, Any]]] = collections.defaultdict(dict)
     failed = []
-    for number, run in enumerate(runs, 1):
+    build.start_devices(runs[0].config)
+    known = [finished(run, study) for run in runs]
+    hosts.agree("list of finished runs", str([scores is not None for scores in known]))
+    for number, (run, scores) in enumerate(zip(runs, known, strict=True), 1):
         name = f"run {number}/{len(runs)}: {run.row}, seed {run.seed}"
         try:
-            if (scores := finished(run, study)) is not None:
+            if scores is not None:
                 console.say(f"{name}: there already")
             else:
                 console.say(name + (f", {run.steps} steps" if run.trains else ""))
@@ -79,6 +83,10 @@ def reproduce(study: Study) -> dict[str, Any]:
 
 def _make(run: Run, study: Study) -> dict[str, Any]:
     """Trains and scores a run, or goes on with it; what `evaluate` returns."""
+    if base_model.base_path(build.make_family(run.config), run.config.base) is None:
+        raise UserError(
+            f"its weights are not named: --config.base does for all rows, --row {run.row}.base for this one"
+        )
     if run.makes_records:
         prepare.make_records(run.config, pathlib.Path(run.config.data), say=console.say)
     if run.shown is not None:
