@@ -62,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
     variant = parsed.variant
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}; {did_you_mean(variant, VARIANTS)}")
-    c = default_config()
+    c = default_config("reproduce")
     # Sizes as published; see `world_distill.models.ltx2`.
     c.model = ConfigDict({
         "family": "ltx2", "size": (512, 768), "frames": 121, "fps": 24.0, "audio": parsed.audio, "audio_counts": False,
@@ -102,12 +102,29 @@ def get_config(arg: str = "") -> ConfigDict:
         _shrink(c)
     if variant in ("sft", "debug_sft"):
         _fine_tune(c)
+    c.reproduce.rows = _rows(tiny=variant in ("debug", "debug_sft"))
     return c
+
+
+def _rows(tiny: bool) -> tuple[tuple[str, ...], ...]:
+    """The rows of the paper's table. LTX-2 and LTX-2 + SFT are the undistilled model, whose weights have no default."""
+    sft, distil, wmsd = ("debug_sft", "debug", "debug") if tiny else ("sft", "distill", "wmsd")
+    no_rl, undistilled = (("objective.rl=none",), ()) if tiny else ((), ("base=",))
+    return (
+        ("base_undistilled", "base", sft, *undistilled),
+        ("sft", "executor", sft, *undistilled),
+        ("base", "base", wmsd),
+        ("demonstrator", "demonstrator", wmsd),
+        ("off_policy", "executor", distil, *no_rl, "rollout.role=demonstrator"),
+        ("on_policy", "executor", distil, *no_rl),
+        ("wmsd", "executor", wmsd),
+    )
 
 
 def _fine_tune(c: ConfigDict) -> None:
     """Takes the records' clips in place of rollouts, with times as the model's own trainer draws them."""
     c.objective.kind, c.objective.rl, c.objective.beta_d = "sft", "none", ((0, 0.0),)
+    c.judge.controls = 0  # no judge is asked
     c.objective.sft_times, c.objective.times = "stretched", "index"
     c.objective.sft_shift = dev_shift(min(TOKENS, 4096))  # as there: no larger one for more tokens
     c.objective.updates, c.objective.minibatches, c.objective.draws = 1, 1, 1

@@ -62,7 +62,7 @@ DISTILL_RATE, RL_RATE, LAST_RATE = 4e-3, 1e-3, 1e-4  # learning rates: at first,
 def get_config(arg: str = "") -> ConfigDict:
     """The config of a variant; see the module's text."""
     a = parse_arg(arg, variant="wmsd", kinds="simple")
-    c = default_config("scenes", "clips", "pretrain", "ablation")
+    c = default_config("scenes", "clips", "pretrain", "ablation", "reproduce")
     c.base = "3"
     c.text_length = 40
     c.encode_batch = 64
@@ -124,6 +124,10 @@ def get_config(arg: str = "") -> ConfigDict:
     # Fine-tuning needs other records.
     c.ablation.variants = (*(v for v in VARIANTS if not v.startswith("full_") and v != "sft"), *BETAS)
     c.ablation.orderings = ORDERINGS
+    trained = ("sft", "off_policy", "on_policy", "wmsd")
+    c.reproduce.rows = (
+        ("base", "base", "wmsd"), ("demonstrator", "demonstrator", "wmsd"), *((v, "executor", v) for v in trained),
+    )  # fmt: skip
     _apply(c, a.variant)
     return c
 

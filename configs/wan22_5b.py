@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     variant = parse_arg(arg, variant="distill").variant
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}; {did_you_mean(variant, VARIANTS)}")
-    c = default_config()
+    c = default_config("reproduce")
     # Sizes as published; see `world_distill.models.wan`.
     c.model = ConfigDict({
         "family": "wan", "size": (480, 832), "frames": 49, "fps": 24.0, "channels": 48, "width": 3072, "depth": 30,
@@ -98,6 +98,7 @@ def get_config(arg: str = "") -> ConfigDict:
         _shrink(c)
     if variant in ("sft", "debug_sft"):
         _fine_tune(c)
+    c.reproduce.rows = _rows(tiny=variant in ("debug", "debug_sft"))
     if variant == "mid":
         c.model.size = (192, 192)
         c.model.width, c.model.depth, c.model.heads, c.model.mlp = 768, 4, 6, 3072
@@ -105,6 +106,20 @@ def get_config(arg: str = "") -> ConfigDict:
         c.model.remat = "dots"
         c.world.size = 192
     return c
+
+
+def _rows(tiny: bool) -> tuple[tuple[str, ...], ...]:
+    """The rows of the paper's table. The base is sampled as a fine-tuned model is, with its own guidance."""
+    sft, distil, wmsd = ("debug_sft", "debug", "debug") if tiny else ("sft", "distill", "wmsd")
+    no_rl = ("objective.rl=none",) if tiny else ()
+    return (
+        ("base", "base", sft),
+        ("demonstrator", "demonstrator", wmsd),
+        ("sft", "executor", sft),
+        ("off_policy", "executor", distil, *no_rl, "rollout.role=demonstrator"),
+        ("on_policy", "executor", distil, *no_rl),
+        ("wmsd", "executor", wmsd),
+    )
 
 
 def _fine_tune(c: ConfigDict) -> None:

@@ -24,7 +24,7 @@ from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
 from world_distill.interfaces import Judge, ModelFamily
 from world_distill.judges.rubric import Rubric, rubric_for
-from world_distill.settings import addresses
+from world_distill.settings import addresses, loading
 
 
 def make(config: ConfigDict, section: str) -> Any:
@@ -96,6 +96,18 @@ def parameters(factory: Callable[..., Any], options: Mapping[str, Any] | None = 
     if hands_on and isinstance(judge, str):
         found = parameters(load_part(judge, "judge")) | found
     return found
+
+
+def load(spec: str, overrides: Mapping[str, Any]) -> ConfigDict:
+    """`loading.load_config`, where overrides may also be of options that a factory takes and the config does not name.
+
+    Raises:
+      UserError: see `loading.load_config`, or a factory cannot be imported.
+    """
+    config = loading.load_config(spec)
+    make_room(config, overrides)
+    loading.override(config, overrides)
+    return config
 
 
 def make_room(config: ConfigDict, overrides: Mapping[str, Any]) -> None:

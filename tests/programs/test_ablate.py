@@ -11,7 +11,7 @@ from world_distill.cli.command import main
 from world_distill.core.measures import QUESTIONS
 from world_distill.errors import UserError
 from world_distill.evaluation.scoring import Verdict
-from world_distill.programs import ablate, train
+from world_distill.programs import ablate, equal_compute, train
 from world_distill.programs.ablate import Ordering
 from world_distill.settings.loading import load_config, section
 from world_distill.settings.objective import Objective
@@ -31,7 +31,7 @@ def test_every_variant_gets_the_reference_compute():
     budget = sum(cost(reference, s) for s in range(reference.steps))
     for name in reference.ablation.variants:
         config = load_config(f"sandbox:{name}")
-        steps = ablate.equal_steps(config, reference)
+        steps = equal_compute.equal_steps(config, reference)
         spent = sum(cost(config, s) for s in range(steps))
         assert spent == pytest.approx(budget, abs=cost(config, steps)), name
 
@@ -42,7 +42,7 @@ def test_no_variant_spends_its_compute_before_rl_begins():
     for name in ("wmsd", "wmsd_guided", "wmsd_grpo", "judge_free", "beta_0"):
         config = load_config(f"sandbox:{name}")
         objective = section(config.objective, Objective)
-        with_rl = sum(objective.rl_active(step) for step in range(ablate.equal_steps(config, reference)))
+        with_rl = sum(objective.rl_active(step) for step in range(equal_compute.equal_steps(config, reference)))
         assert with_rl >= 10, name
 
 

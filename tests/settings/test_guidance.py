@@ -11,7 +11,7 @@ from world_distill.data.records.negative import load_negative, negative_path, re
 from world_distill.data.records.reader import RecordError, RecordReader
 from world_distill.devices.sharding import make_mesh
 from world_distill.errors import UserError
-from world_distill.programs import ablate
+from world_distill.programs import ablate, equal_compute
 from world_distill.settings.check import check as check_settings
 from world_distill.settings.guidance import Guidance
 from world_distill.settings.loading import load_config, section
@@ -98,11 +98,11 @@ def test_a_guided_velocity_is_two_forwards():
 
 def test_an_ablation_leaves_out_guidance_that_a_variant_has_no_use_for():
     changes = {"demonstrator.guidance": 2.0, "demonstrator.negative": "blur"}
-    kept = ablate.without_idle_guidance(load_config("sandbox:wmsd", changes))
+    kept = equal_compute.without_idle_guidance(load_config("sandbox:wmsd", changes))
     assert (kept.demonstrator.guidance, kept.demonstrator.negative) == (2.0, "blur")
-    plain = ablate.without_idle_guidance(load_config("sandbox:rl_only", changes))
+    plain = equal_compute.without_idle_guidance(load_config("sandbox:rl_only", changes))
     assert (plain.demonstrator.guidance, plain.demonstrator.negative) == (1.0, "")
-    rolled = ablate.without_idle_guidance(load_config("sandbox:rl_only", changes | {"rollout.guidance": 3.0}))
+    rolled = equal_compute.without_idle_guidance(load_config("sandbox:rl_only", changes | {"rollout.guidance": 3.0}))
     assert (rolled.demonstrator.guidance, rolled.demonstrator.negative) == (1.0, "blur")
     # A variant with another Demonstrator is compared with its own.
     assert ablate.RECORDS.match("demonstrator.guidance: 1.0 -> 2.0")

@@ -29,14 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from world_distill.programs import ablate
+    from world_distill.programs import ablate, equal_compute
     from world_distill.settings.loading import load_config
 
     config = arguments.config_from(args)
-    try:
-        seeds = [int(seed) for seed in args.seeds.split(",")]
-    except ValueError as error:
-        raise UserError(f"--seeds {args.seeds}: not whole numbers with commas between") from error
+    seeds = arguments.seeds(args.seeds)
     variants = args.variants.split(",") if args.variants else list(config.ablation.variants)
     name, _, rest = args.config.partition(":")
     if bare := [part for part in rest.split(",") if part and "=" not in part]:
@@ -44,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     def variant_config(variant: str, seed: int):
         address = f"{name}:{variant},{rest}" if rest else f"{name}:{variant}"
-        return ablate.without_idle_guidance(load_config(address, dict(args.overrides) | {"seed": seed}))
+        return equal_compute.without_idle_guidance(load_config(address, dict(args.overrides) | {"seed": seed}))
 
     orderings = [ablate.Ordering(*o) for o in config.ablation.orderings]
     result = ablate.ablate(variant_config, variants, seeds, args.workdir, config.ablation.reference, orderings)

@@ -132,6 +132,23 @@ def one_each(flag: str, values: Sequence[Any], of: str, count: int, default: Any
     return tuple(values) if len(values) == count else tuple(values or (default,)) * count
 
 
+def seeds(text: str) -> list[int]:
+    """The seeds of `--seeds`.
+
+    Raises:
+      UserError: not whole numbers with commas between, one that a run cannot have, or one named twice.
+    """
+    try:
+        found = [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds {text}: not whole numbers with commas between") from error
+    if wrong := [seed for seed in found if not ranges.SEED.holds(seed)]:
+        raise UserError(f"--seeds {text}: a seed must be {ranges.SEED}, not {wrong[0]}")
+    if len(set(found)) < len(found):
+        raise UserError(f"--seeds {text}: names a seed twice")
+    return found
+
+
 def add_logging(parser: argparse.ArgumentParser) -> None:
     """`--log-level` and `--verbose`; every verb has them."""
     text = "of this program and of Orbax, which has much to say (default: warning)"
@@ -194,7 +211,7 @@ def config_from(args: argparse.Namespace, *, needs: Sequence[str] = (), verb: st
     Raises:
       UserError: see `load_config`; or `--seed` and `--config.seed` were both given; or a section is missing.
     """
-    from world_distill.settings.loading import load_config, need, override
+    from world_distill.settings.loading import load_config, need
 
     overrides = dict(args.overrides)
     if getattr(args, "seed", None) is not None:
@@ -207,10 +224,7 @@ def config_from(args: argparse.Namespace, *, needs: Sequence[str] = (), verb: st
         return load_config(args.config, overrides)
     from world_distill import build  # which loads JAX
 
-    config = load_config(args.config)
-    build.make_room(config, overrides)
-    override(config, overrides)
-    return config
+    return build.load(args.config, overrides)
 
 
 def _default(default: object) -> str:

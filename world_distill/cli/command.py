@@ -47,6 +47,7 @@ VERBS = {
     "judgments": "audit the judge: count, compare, export, merge and repeat its answers",
     "report": "make one HTML page of a run, with its clips",
     "ablate": "train the paper's variants and compare them",
+    "reproduce": "fill the rows of the paper's table: base, captioned, fine-tuned, distilled, WMSD",
     "plan": "say whether a config fits a TPU slice, without having one",
     "benchmark": "measure the speed of every part of the loop",
     "doctor": "check this installation, in words with remedies",
@@ -55,7 +56,7 @@ VERBS = {
 # Verbs that go on where they stopped when they are called again.
 RESUMES = {
     "quickstart", "annotate", "encode", "pretrain", "probe", "demonstrate", "train", "generate", "evaluate",
-    "judgments", "ablate",
+    "judgments", "ablate", "reproduce",
 }  # fmt: skip
 
 _OVERVIEW = """\

@@ -9,8 +9,9 @@ offset. With e = v - v_ref:
     dc          share of the energy of e that lies in its per-channel means over frames and space
 
 Intervals: Wilson's score interval for rates, Agresti and Min's for the difference of two rates of
-the same things, a normal one for means, a percentile bootstrap for paired differences. Those of
-scores and of their differences are never empty, and stay where such figures can lie.
+the same things, a normal one for means, Student's for means of a few values, a percentile bootstrap
+for paired differences. Those of scores and of their differences are never empty, and stay where such
+figures can lie.
 """
 
 import itertools
@@ -129,6 +130,19 @@ def mean_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[flo
     mean = float(values.mean())
     half = z * float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
     return mean, mean - half, mean + half
+
+
+def student_interval(values: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
+    """(mean, low, high) at 95 % by Student's t, for a handful of values such as one a seed.
+
+    The bounds of a single value are NaN.
+
+    Raises:
+        ValueError: see `mean_interval`.
+    """
+    from scipy.special import stdtrit
+
+    return mean_interval(values, z=float(stdtrit(np.size(values) - 1, 0.975)) if np.size(values) > 1 else 0.0)
 
 
 def score_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[float, float, float]:

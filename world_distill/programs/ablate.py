@@ -14,7 +14,6 @@ have in common (distillation before RL) are trained once and counted for each.
 
 import copy
 import dataclasses
-import itertools
 import json
 import pathlib
 import re
@@ -29,17 +28,14 @@ from world_distill.core.metrics import score_difference
 from world_distill.core.schedules import piecewise_linear
 from world_distill.errors import UserError
 from world_distill.evaluation.scoring import Verdict, markdown, scores_of, summarise
-from world_distill.programs import prepare, train
+from world_distill.programs import equal_compute, prepare, train
 from world_distill.programs.evaluate import evaluate_roles
 from world_distill.reports import ablation
-from world_distill.settings.check import uses_demonstrator
 from world_distill.settings.loading import diff, section
-from world_distill.settings.objective import Objective, Phase
-from world_distill.settings.rollout import RolloutSettings
+from world_distill.settings.objective import Objective
 from world_distill.storage import atomic
 from world_distill.storage.metric_log import read_log
 from world_distill.training import run_folder
-from world_distill.training.forwards import per_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,37 +46,6 @@ class Ordering:
     worse: str
     metric: str
     claim: str
-
-
-def without_idle_guidance(config):
-    """The config; if it trains without the Demonstrator, no guidance of the Demonstrator, which would be refused."""
-    objective, settings = section(config.objective, Objective), RolloutSettings(**config.rollout.to_dict())
-    if not uses_demonstrator(objective, settings):
-        config.demonstrator.guidance = 1.0
-        if settings.guidance == 1:
-            config.demonstrator.negative = ""
-    return config
-
-
-def equal_steps(config, reference) -> int:
-    """Steps that cost as many forward passes as the reference's whole run."""
-
-    def cost_by_step(c):
-        objective, settings = section(c.objective, Objective), RolloutSettings(**c.rollout.to_dict())
-        # A step costs what its losses cost, and those only depend on which of them has a weight in it.
-        costs: dict[Phase, float] = {}
-        for step in itertools.count():
-            phase = objective.phase(step)
-            if phase not in costs:
-                costs[phase] = per_step(objective, settings, c.sampler.steps, phase, c.demonstrator.guidance)
-            yield costs[phase]
-
-    budget = sum(itertools.islice(cost_by_step(reference), reference.steps))
-    steps, costs = 0, cost_by_step(config)
-    while budget >= 0.5 * (cost := next(costs)):
-        budget -= cost
-        steps += 1
-    return max(1, steps)
 
 
 # What records are made of, and the Demonstrator: keys that start like this.
@@ -139,13 +104,6 @@ def _curve(folders: Sequence[pathlib.Path], measure: str = AVERAGE) -> list[tupl
     return [(step, float(np.mean([by_step[step] for by_step in scores]))) for step in steps]
 
 
-def _until(rates, steps: int):
-    """A schedule of learning rates whose last point lies at the run's end: each run cools down in its own time."""
-    if np.ndim(rates) == 0 or len(rates) < 2 or rates[-2][0] >= steps:
-        return rates
-    return (*rates[:-1], (steps, rates[-1][1]))
-
-
 def ablate(
     variant_config,
     variants: Sequence[str],
@@ -194,8 +152,8 @@ def ablate(
         }
         for variant, config in configs.items():
             with config.unlocked():
-                config.steps = equal_steps(config, first)
-                config.optimizer.learning_rate = _until(config.optimizer.learning_rate, config.steps)
+                config.steps = equal_compute.equal_steps(config, first)
+                config.optimizer.learning_rate = equal_compute.until(config.optimizer.learning_rate, config.steps)
             steps[variant] = config.steps
             done += 1
             console.say(f"run {done}/{total}: {variant}, seed {seed}, {config.steps} steps")

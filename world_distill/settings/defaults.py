@@ -25,7 +25,7 @@ from world_distill.settings.parts import (
 from world_distill.settings.pretrain import PretrainSettings
 from world_distill.settings.roles import DemonstratorSettings, ExecutorSettings, SamplerSettings
 from world_distill.settings.rollout import RolloutSettings
-from world_distill.settings.run import AblationSettings, MeshSettings, RunSettings
+from world_distill.settings.run import AblationSettings, MeshSettings, ReproduceSettings, RunSettings
 
 # In the order in which they are explained; "" is the top level.
 SECTIONS: dict[str, type] = {
@@ -47,8 +47,10 @@ SECTIONS: dict[str, type] = {
     "clips": ClipsSettings,
     "pretrain": PretrainSettings,
     "ablation": AblationSettings,
+    "reproduce": ReproduceSettings,
 }
-EVERYWHERE = tuple(name for name in SECTIONS if name not in ("", "scenes", "clips", "pretrain", "ablation"))
+_NOT_EVERYWHERE = ("", "scenes", "clips", "pretrain", "ablation", "reproduce")
+EVERYWHERE = tuple(name for name in SECTIONS if name not in _NOT_EVERYWHERE)
 
 
 def default_config(*extra: str) -> ConfigDict:

@@ -73,3 +73,17 @@ class AblationSettings:
     reference: str = "wmsd"
     variants: tuple[str, ...] = ()
     orderings: tuple[tuple[str, str, str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReproduceSettings:
+    """The rows of the paper's table that `reproduce` fills.
+
+    Attributes:
+      reference: row whose compute every other trained row gets, and whose Demonstrator makes the clips of fine-tuning.
+      rows: each as (name, role, variant, KEY=VALUE, ...): the role base, demonstrator or executor, whose clips are
+        scored; the variant of this config that it has; and what differs from that variant.
+    """
+
+    reference: str = "wmsd"
+    rows: tuple[tuple[str, ...], ...] = ()

@@ -44,7 +44,7 @@ _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
 # trained.
 FREE_KEYS = (
     "steps", "log_every", "save_every", "keep", "evaluate_every", "evaluate_tasks", "evaluate_batch",
-    "encode_batch", "ablation", "checkpoints", "held_out", "benchmark", "judge.cache", "judge.keep_clips",
+    "encode_batch", "ablation", "reproduce", "checkpoints", "held_out", "benchmark", "judge.cache", "judge.keep_clips",
     "judge.controls",
 )  # fmt: skip
 
