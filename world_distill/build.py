@@ -232,6 +232,15 @@ def start_devices(config: ConfigDict) -> jax.sharding.Mesh:
     return make_mesh(**config.mesh.to_dict(), devices=devices)
 
 
+def own_devices(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of `start_devices`; in a job of several processes, one of this process's devices alone.
+
+    It is for work that each process does on its own, such as encoding its shards of a record set.
+    """
+    mesh = start_devices(config)
+    return mesh if jax.process_count() == 1 else make_mesh(devices=jax.local_devices())
+
+
 def sampler_grid(config: ConfigDict) -> tuple[np.ndarray, np.ndarray | None]:
     """The sampler's times [k + 1], and where it is stochastic its table [k] of `sampling.DIFFUSIONS`."""
     settings = config.sampler

@@ -239,6 +239,12 @@ def test_plan_and_dry_run_know_the_one_program(films, tmp_path):
     said = []
     result = dry_run.dry_run(config, tmp_path, say=said.append)
     assert [phase["name"] for phase in result["phases"]] == ["update"] and result["fits"]
+    rows = config.rollout.tasks * config.rollout.group
+    assert f"{config.steps} steps of {rows} clips" in said and any(f", {rows} clips a step" in line for line in said)
+    assert "judge: none, since objective.kind = sft" in said and "rollouts" not in " ".join(said)
+    timed = {"estimated": True, "step_seconds": (1, 2), "rollouts_per_second": (3, 4), "mfu": (0.1, 0.2)}
+    lines = plan.describe(result | timed | {"judge_requests_per_second": (0, 0)})
+    assert any("1 to 2 s a step, 3 to 4 clips a second, MFU" in line for line in lines)
     config = load_config("wan22_5b:debug_sft")
     phases = plan.make_plan(config, jax.devices()[:1])
     assert [phase.name for phase in phases] == ["update", "encode"]

@@ -77,7 +77,7 @@ def pipeline(source):
 
 @pytest.mark.parametrize("audio", ["joint", "off"])
 @pytest.mark.parametrize("method", [AWM, GRPO], ids=["awm", "flow_grpo"])
-def test_the_pipeline_samples_our_latents(source, base, records, pipeline, tmp_path, method, audio):
+def test_the_pipeline_samples_our_latents(source, base, records, pipeline, tmp_path, capsys, method, audio):
     config = config_of(base=str(base), data=str(records), **{"model.audio": audio}, **AUDIO_CHANNELS, **STRONG | method)
     train.train(config, tmp_path / "run")
     opened = run_folder.open_run(tmp_path / "run")
@@ -118,3 +118,22 @@ def test_the_pipeline_samples_our_latents(source, base, records, pipeline, tmp_p
             assert np.abs(check(opened.executor) - before).max() > 0.05, "training does not show"
         finally:
             pipeline.unload_lora_weights()
+    check_merged(tmp_path, source, capsys, complete=audio == "joint")
+
+
+def check_merged(tmp_path, source, capsys, complete):
+    """diffusers finds every parameter in the merged folder, or the verb says that it would not."""
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    merged = tmp_path / "merged"
+    assert cli.main(["export", "--workdir", str(tmp_path / "run"), "--format", "merged", "--out", str(merged)]) == 0
+    assert ("not complete" in capsys.readouterr().out) is not complete
+    if complete:
+        kinds = {
+            "transformer": diffusers.LTX2VideoTransformer3DModel, "connectors": LTX2TextConnectors,
+            "vae": diffusers.AutoencoderKLLTX2Video,
+        }  # fmt: skip
+        for part, kind in kinds.items():
+            _, info = kind.from_pretrained(merged / part, output_loading_info=True)
+            assert not info["missing_keys"] and not info["unexpected_keys"], part
+        np.testing.assert_array_equal(read_projection(merged / "connectors"), read_projection(source / "connectors"))

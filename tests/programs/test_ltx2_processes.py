@@ -11,8 +11,12 @@ from small import PATTERN, check_advantages
 
 from tests.programs.test_ltx2_run import config_of
 from tests.runs import final_states
+from world_distill import build
 from world_distill.data.records.reader import RecordReader
+from world_distill.devices.sharding import make_mesh
 from world_distill.programs import prepare, train
+from world_distill.storage import array_store
+from world_distill.weights import base_model
 
 pytestmark = pytest.mark.once
 
@@ -37,7 +41,8 @@ TRAIN = (
 ENCODE = (
     START
     + """
-    sys.exit(cli.main(["encode", "--config", "ltx2:debug", "--records", records, "--shard", "SHARD"]))
+    config.base = workdir
+    sys.exit(cli.main(["encode", "--config", "ltx2:debug", "--records", records, FLAGS]))
 """
 )
 
@@ -49,20 +54,39 @@ def records(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The base of the debug model as `convert` writes one."""
+    config, mesh = config_of(**CHANGES), make_mesh()
+    family = build.make_family(config, mesh)
+    writer = array_store.Writer(tmp_path_factory.mktemp("ltx2") / "base", {"family": family.name})
+    for name, x in array_store.by_name(base_model.load_base(family, config, mesh)).items():
+        writer.add(name, np.asarray(x))
+    writer.finish()
+    return writer.path
+
+
 def scripts(*codes):
     return [textwrap.dedent(code) for code in codes]
 
 
-def test_two_processes_encode_as_one(records, tmp_path):
+@pytest.mark.parametrize("job", [False, True], ids=["shard", "job"])
+def test_two_processes_encode_as_one(records, checkpoint, tmp_path, job):
+    """On machines of their own, each told its shard, or in one job, which shares three shards out."""
+    base = str(checkpoint) if job else config_of().base
     for path in records.glob("train_annotated*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    made = [
-        jobs.start_scripts(scripts(ENCODE.replace("SHARD", f"{i}/2")), str(tmp_path), "unused")[0] for i in range(2)
-    ]
+    flags = ['"--shards", "3"'] * 2 if job else [f'"--shard", "{i}/2"' for i in range(2)]
+    codes = scripts(*(ENCODE.replace("FLAGS", words) for words in flags))
+    groups = [codes] if job else [[code] for code in codes]
+    made = [process for group in groups for process in jobs.start_scripts(group, str(tmp_path), base)]
     codes, said = jobs.finish(made)
     assert codes == [0, 0], said
     one, two = (list(RecordReader(folder, "train")) for folder in (records, tmp_path))
-    assert len(list(tmp_path.glob("train-*.arrayrecord"))) == 2 and len(two) == len(one)
+    assert len(list(tmp_path.glob("train-*.arrayrecord"))) == (3 if job else 2) and len(two) == len(one)
+    if job:  # the first process speaks for all
+        assert f"encoded {len(one)} records; {tmp_path}/train is complete with {len(one)} records" in said[0]
+        assert "complete" not in said[1]
     for a, b in zip(one, two, strict=True):
         assert (a.id, a.task, a.image_png) == (b.id, b.task, b.image_png)
         np.testing.assert_allclose(b.scene["video"], a.scene["video"], atol=1e-5)

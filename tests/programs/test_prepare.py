@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from world_distill import cli
+from world_distill.cli.encode import share_out
 from world_distill.data.images.png import encode_png
 from world_distill.data.records.reader import AnnotatedRecord, EncodedRecord, RecordReader, write_records
+from world_distill.errors import UserError
 from world_distill.programs import prepare
 
 COUNT = 6
@@ -128,6 +130,17 @@ def test_shard_and_shards_exclude_each_other(capsys, folder):
     with pytest.raises(SystemExit):
         cli.main(["encode", "--records", str(folder), "--shards", "2", "--shard", "0/2"])
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_processes_of_a_job_share_the_shards_out():
+    assert share_out(None, None, 0, 1) == (None, 1) and share_out("1/3", None, 0, 1) == ([1], 3)
+    taken = [share_out(None, 5, process, 2) for process in range(2)]
+    assert [list(only) for only, _ in taken] == [[0, 2, 4], [1, 3]] and {shards for _, shards in taken} == {5}
+    assert share_out(None, None, 1, 3) == (range(1, 3, 3), 3)
+    with pytest.raises(UserError, match="--shards 1 for 2 processes: give at least --shards 2"):
+        share_out(None, 1, 0, 2)
+    with pytest.raises(UserError, match="process 1 of a job of 2, .* give --shards 4 instead"):
+        share_out("0/4", None, 1, 2)
 
 
 # ---- annotate

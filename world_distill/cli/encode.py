@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+from collections.abc import Collection
 
 from world_distill import console
 from world_distill.cli import arguments
@@ -25,7 +26,8 @@ so are the tasks of a damaged picture.
 and `test`. Which images depends on their files alone: it is the same for any order and number of records.
 
 Several machines that share the folder do a shard each with --shard I/N, I from 0 to N - 1; the last of them to finish
-makes the set whole.
+makes the set whole. The processes of one job (launch/README.md) share the shards out by themselves: each takes every
+N-th of --shards.
 
 Records that `import-videos` made get their clips, at the model's frame rate, length and size. A video that is too
 short, damaged or changed is left out and listed. Where the videos have moved, --videos names their folder.
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", type=pathlib.Path, required=True, help="folder of the annotated records")
     parser.add_argument("--name", default="train", help="name of the record set (default: train)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--shards", type=int, default=1, help="files to spread the images over (default: 1)")
+    which.add_argument("--shards", type=int, help="files to spread the images over (default: one a process)")
     which.add_argument("--shard", metavar="I/N", help="write shard I (from 0) of N only")
     clips = parser.add_mutually_exclusive_group()
     clips.add_argument(
@@ -69,9 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from world_distill.data.records.reader import RecordReader
     from world_distill.data.records.splits import Splits
+    from world_distill.devices import hosts
     from world_distill.programs import prepare
 
-    only, shards = arguments.parse_shard(args.shard) if args.shard else (None, args.shards)
+    hosts.start()
+    only, shards = share_out(args.shard, args.shards, *hosts.place_in_job())
     config = arguments.config_from(args)
     batch = config.encode_batch if args.batch is None else args.batch
     if shards < 1 or batch < 1:
@@ -93,6 +97,30 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         atomic.write_json(args.json, counts if splits else counts[args.name])
     return 0
+
+
+def share_out(
+    shard: str | None, shards: int | None, process: int, processes: int
+) -> tuple[Collection[int] | None, int]:
+    """(shards that this process of the job writes, None for all; how many there are), from `--shard` and `--shards`.
+
+    Raises:
+      UserError: `--shard` in a job that shares them out itself, or fewer shards than processes.
+    """
+    if shard:
+        one, shards = arguments.parse_shard(shard)
+        if processes > 1:
+            raise UserError(
+                f"--shard {shard}: this is process {process} of a job of {processes}, which share the shards out: give"
+                f" --shards {max(shards, processes)} instead, or start a job of one process on each machine"
+            )
+        return [one], shards
+    if processes == 1:
+        return None, 1 if shards is None else shards
+    shards = processes if shards is None else shards
+    if 0 < shards < processes:
+        raise UserError(f"--shards {shards} for {processes} processes: give at least --shards {processes}")
+    return range(process, shards, processes), shards
 
 
 def describe(counts: dict[str, int], where: pathlib.Path) -> list[str]:

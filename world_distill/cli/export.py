@@ -23,7 +23,9 @@ Export the trained Executor of a run: as a LoRA file, or merged into the base.
 The weights are the slow average that `evaluate` scores, of the newest checkpoint. The file's header names the base and
 its revision, the sampler, the form of prompts and the licence. With --source, a merged model gets the other parts of
 the published pipeline (text encoder, tokenizer, scheduler) copied beside it, and is a whole one. In a merged model of
-bfloat16, arrays that everyone keeps in float32 stay so.
+bfloat16, arrays that everyone keeps in float32 stay so. LTX-2's text projection is no part of the base: it is taken
+from --source (here also the single file, or the *.text_projection.safetensors of `convert --merge`), or from where the
+base came from; where it is not found, a line says so.
 
   world-distill export --workdir runs/wan --out executor.safetensors
   world-distill export --workdir runs/wan --dtype bfloat16 --out models/loras/executor.safetensors
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         summary = export.export_lora(args.workdir, args.out, layout=layout, **common)
     for line in summary.get("unread", ()):
         console.say(f"diffusers does not read this file: {line}; give it one of --format diffusers")
+    for line in summary.get("missing", ()):
+        console.say(f"not complete: {line}")
     if args.json:
         atomic.write_json(args.json, summary)
     made = f"{summary['tensors']} tensors, {console.disk(summary['bytes'])}, of step {summary['step']}"

@@ -145,6 +145,12 @@ def _tpu_vm_hosts() -> str:
         return ""
 
 
+def place_in_job() -> tuple[int, int]:
+    """(number of this process, how many the job has), after `start` and without starting JAX's devices."""
+    state = distributed.global_state
+    return (state.process_id, state.num_processes) if jax.distributed.is_initialized() else (0, 1)
+
+
 def is_main() -> bool:
     """Whether this process does what only one should: logs, progress."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0

@@ -36,9 +36,10 @@ def dry_run(config, workdir: pathlib.Path, *, say: Callable[[str], None] = conso
     rows = config.rollout.tasks * config.rollout.group
     say(f"records: {len(inputs.reader)} tasks in {inputs.reader.index_path}")
     say(f"validation: {_validation(inputs, config)}")
-    say(f"judge: {inputs.judge.name if inputs.judge else 'none, since objective.rl = none'}")
+    why = "objective.kind = sft" if config.objective.kind == "sft" else "objective.rl = none"
+    say(f"judge: {inputs.judge.name if inputs.judge else f'none, since {why}'}")
     say(f"weights: {config.base or 'none named'}, {console.memory(_bytes(inputs.base))} over all devices")
-    say(f"{left} steps of {rows} rollouts" + (f", after step {done}" if done else ""))
+    say(f"{left} steps of {rows} {plan.rows_of(config)}" + (f", after step {done}" if done else ""))
 
     devices = list(mesh.devices.flat)
     result = plan.summary(config, devices, plan.make_plan(config, devices, PHASES, say=say))

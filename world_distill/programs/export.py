@@ -11,6 +11,7 @@ from world_distill import build
 from world_distill.errors import UserError
 from world_distill.training import run_folder
 from world_distill.weights import base_model, merging
+from world_distill.weights.apart import Apart, find_apart
 from world_distill.weights.lora_files import write_lora
 from world_distill.weights.lora_layouts import Layout, LoraModel, unread_by_diffusers
 from world_distill.weights.merged_model import (
@@ -62,9 +63,10 @@ def export_merged(
     comfy: bool = False,
     license: str = "",
 ) -> dict[str, Any]:
-    """Writes the run's base plus Executor; returns step, tensors, bytes and layout.
+    """Writes the run's base plus Executor; returns step, tensors, bytes, layout and `missing`.
 
-    It is a folder in diffusers' layout, or with `comfy` one file of the transformer for ComfyUI.
+    It is a folder in diffusers' layout, or with `comfy` one file of the transformer for ComfyUI. `missing` has lines
+    about tensors that the folder lacks (`find_apart`).
 
     Raises:
       UserError: OUT exists, no run or checkpoint there, or SOURCE is no published pipeline.
@@ -73,7 +75,8 @@ def export_merged(
     config = run_folder.read_config(workdir)
     mesh = build.start_devices(config)
     family = build.make_family(config, mesh)
-    published_layout(family)
+    layout = published_layout(family)
+    found = Apart() if comfy else find_apart(layout, config, base_model.origin(config.base), source)
     executor, step = run_folder.load_executor(config, mesh, workdir)
     if executor is None:
         raise UserError(f"{workdir} has no checkpoint yet: there is no Executor to export")
@@ -82,8 +85,10 @@ def export_merged(
     if comfy:
         written = write_merged_file(out, family, read, executor, dtype=dtype, metadata=metadata)
     else:
-        written = write_merged(out, family, read, executor, dtype=dtype, source=source, metadata=metadata)
-    return {"step": step, **written, "layout": "merged-comfy" if comfy else "merged"}
+        options: Any = {"dtype": dtype, "source": source, "metadata": metadata}
+        written = write_merged(out, family, read, executor, apart=found.tensors, **options)
+    kind = "merged-comfy" if comfy else "merged"
+    return {"step": step, **written, "layout": kind, "missing": list(found.missing)}
 
 
 def describe(config, step: int, license: str = "") -> dict[str, str]:

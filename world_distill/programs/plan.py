@@ -324,6 +324,7 @@ def summary(config, devices: list[Any], plan: list[Phase], utilisation: float = 
         "chip": dataclasses.asdict(chip) if chip else None,
         "mesh": {k: int(v) for k, v in make_mesh(**config.mesh.to_dict(), devices=devices).shape.items()},
         "rollouts_per_step": config.rollout.tasks * config.rollout.group,
+        "rows": rows_of(config),
         "phases": [dataclasses.asdict(phase) for phase in plan],
         "fits": not any(phase.peak is None or (chip and phase.peak + phase.beside > chip.hbm_gib) for phase in plan),
     }
@@ -347,12 +348,19 @@ def summary(config, devices: list[Any], plan: list[Phase], utilisation: float = 
     }
 
 
+def rows_of(config) -> str:
+    """What the rows of a step are: "rollouts", or in fine-tuning the "clips" of records."""
+    return "clips" if config.objective.kind == "sft" else "rollouts"
+
+
 def describe(result: dict[str, Any], *, explain: bool = False) -> list[str]:
     """Lines for people; with `explain`, the most expensive instructions of each phase, and where they come from."""
     chip = result["chip"]
     has = f" of {chip['hbm_gib']:g}" if chip else ""
     mesh = " ".join(f"{name}={size}" for name, size in result["mesh"].items())
-    lines = [f"{result['devices']} x {result['kind']}, mesh {mesh}, {result['rollouts_per_step']} rollouts a step"]
+    lines = [
+        f"{result['devices']} x {result['kind']}, mesh {mesh}, {result['rollouts_per_step']} {result['rows']} a step"
+    ]
     lines.append(
         f"{'phase':>13}  {'peak GiB' + has:>17}  (args  temps  output  beside)  compile s       PFLOP  collectives"
     )
@@ -375,10 +383,11 @@ def describe(result: dict[str, Any], *, explain: bool = False) -> list[str]:
         how = (
             "the compiler's cycles" if result["estimated"] else f"{console.percent(result['utilisation'])} of the peak"
         )
+        asked = f" and {_range(result['judge_requests_per_second'])} judge requests"
         lines.append(
-            f"predicted from {how}: {_range(result['step_seconds'])} s a step, "
-            f"{_range(result['rollouts_per_second'])} rollouts and {_range(result['judge_requests_per_second'])} judge "
-            f"requests a second, MFU {_range([100 * part for part in result['mfu']])} %"
+            f"predicted from {how}: {_range(result['step_seconds'])} s a step, {_range(result['rollouts_per_second'])} "
+            f"{result['rows']}{asked if result['rows'] == 'rollouts' else ''} a second, "
+            f"MFU {_range([100 * part for part in result['mfu']])} %"
         )
     if chip:
         over = [p["name"] for p in result["phases"] if not p["problem"] and p["peak"] + p["beside"] > chip["hbm_gib"]]

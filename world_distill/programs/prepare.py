@@ -25,6 +25,7 @@ from world_distill.data.records.negative import keep_negative
 from world_distill.data.records.reader import RecordError, RecordReader
 from world_distill.data.records.splits import Splits, check_names
 from world_distill.data.videos.convert import VIDEOS
+from world_distill.devices import hosts
 from world_distill.devices.sharding import batch_sharding
 from world_distill.errors import UserError
 from world_distill.settings.guidance import Guidance
@@ -33,6 +34,7 @@ from world_distill.structs import PyTree
 from world_distill.weights import base_model
 
 SPLITS = ("train", "validation", "test")
+SUMMED = ("encoded", "left_out", "bytes", "estimated_bytes", "shards_kept")  # counts of a process's own shards
 
 
 def make_records(config, folder: pathlib.Path, *, say=lambda text: None) -> None:
@@ -122,7 +124,7 @@ class Encoder:
                 " --no-clips, which encodes their first frames alone"
             )
         frames, height, width = fit.clip_shape(self._family)
-        mesh = build.start_devices(self._config)
+        mesh = build.own_devices(self._config)
         # A clip on each device, or on those that share one along context and tensor.
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         encode = jax.jit(build.make_family(self._config, mesh).codec.encode)
@@ -156,10 +158,11 @@ class Encoder:
         """Encodes record set `name` and those that are split off from it, with their negative texts.
 
         The sets that are split off come first, so that the training set never holds an image of theirs. `progress` is
-        entered for each set and gives `encode_records` its own; other `options` are that function's.
+        entered for each set and gives `encode_records` its own; other `options` are that function's. All processes of
+        a job call this together, each with its own shards in `only`.
 
         Returns:
-          Its counts by set, and in `negative` whether a negative text was encoded.
+          Its counts by set, over all processes of the job, and in `negative` whether a negative text was encoded.
 
         Raises:
           RecordError: see `encode_records`, `splits.check_names` and `Splits.check`.
@@ -168,6 +171,8 @@ class Encoder:
         if splits:
             splits.check(reader.heads().image_id)
         counts = {}
+        if hosts.place_in_job()[1] > 1:
+            _ = self._codec  # reading a checkpoint waits for all processes, also for those that find nothing to encode
         for part in (*splits.names, name):
             of_part = part if part in splits.names else None
             negative = self.keep_negative(folder, part)
@@ -177,13 +182,26 @@ class Encoder:
                     metadata=splits.metadata(reader.index_path.stem), progress=show, **options,
                 )  # fmt: skip
             counts[part] = found | {"negative": int(negative)}
-        return counts
+        return {part: _of_job(found) for part, found in counts.items()}
 
     @functools.cached_property
     def _identity(self) -> dict[str, str]:
         """`fit.identity` of encoders that belong to the base."""
         fit.check_encoders(self._family, base_model.origin(self._config.base))
         return fit.identity(self._family)
+
+
+def _of_job(counts: dict[str, int]) -> dict[str, int]:
+    """Counts of a set over all processes, each of which wrote its own shards; waits for the others."""
+    process, processes = hosts.place_in_job()
+    if processes == 1:
+        return counts
+    keys = (*SUMMED, "shards_missing", "negative")
+    own = np.array([[counts.get(key, 0) for key in keys]], np.float64)
+    every = dict(zip(keys, hosts.join_rows(np.array([process]), own, processes).T.astype(int), strict=True))
+    # Whoever ended last saw all shards.
+    whole = {"shards_missing": int(every["shards_missing"].min()), "negative": int(every["negative"].max())}
+    return counts | {key: int(every[key].sum()) for key in SUMMED} | whole
 
 
 def is_complete(folder: pathlib.Path, name: str) -> bool:

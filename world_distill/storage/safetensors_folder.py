@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +127,28 @@ def _instead(path: str | os.PathLike) -> str:
     except OSError:
         return ""
     return next((what for mark, what in _INSTEAD.items() if head.startswith(mark)), "")
+
+
+class Found(NamedTuple):
+    """A tensor, its name, and the file that holds it."""
+
+    file: pathlib.Path
+    name: str
+    tensor: np.ndarray
+
+
+def find_tensor(path: pathlib.Path, names: Sequence[str]) -> Found | None:
+    """The first tensor that has one of these names, in a file or in the files of a folder; None: there is none.
+
+    Raises:
+      TensorFileError: one of the files is damaged.
+    """
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with open_tensors(file) as opened:
+            there = set(opened.keys())
+            if name := next((name for name in names if name in there), None):
+                return Found(file, name, read_tensor(opened, file, name))
+    return None
 
 
 def digest(tensor: np.ndarray) -> str:

@@ -11,7 +11,7 @@ import jax
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from world_distill.build import start_devices
+from world_distill.build import own_devices
 from world_distill.devices.sharding import tree_shardings
 from world_distill.errors import UserError
 from world_distill.interfaces import ModelFamily
@@ -182,11 +182,14 @@ def _check_weights(path: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...
 
 
 def load_codec(family: ModelFamily, config: ConfigDict) -> PyTree:
-    """The parts of the base that decode clips and encode scenes; nothing is read where the codec has no weights."""
+    """The parts of the base that decode clips and encode scenes, on this process's devices.
+
+    Nothing is read where the codec has no weights.
+    """
     parts = tuple(dict.fromkeys((*family.codec.parts, *family.encoders.parts)))
     if not parts:
         return {}
-    return load_base(family, config, start_devices(config), parts=parts)
+    return load_base(family, config, own_devices(config), parts=parts)
 
 
 def differences(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> list[str]:

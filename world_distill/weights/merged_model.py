@@ -34,6 +34,7 @@ from world_distill.structs import PyTree
 SHARD_BYTES = 10**9  # of a merged model's files
 COMFY_PREFIX = "model.diffusion_model."  # of the transformer's names in a checkpoint for ComfyUI
 NAME = "diffusion_pytorch_model"
+Kind = tuple[np.dtype, tuple[int, ...]]  # of a tensor in a file
 
 
 def write_merged(
@@ -44,13 +45,15 @@ def write_merged(
     *,
     dtype: str = "float32",
     source: pathlib.Path | None = None,
+    apart: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
     """Writes base plus Executor as a folder in diffusers' layout; returns tensors and bytes.
 
     `read` gives an array of the base by its dotted path (`base_model.open_base`). The folder appears when it is whole.
-    With `source`, the other parts of that pipeline are copied beside. `metadata` goes into the files' headers. Arrays
-    that everyone keeps in float32 (`PublishedLayout.float32`) stay so, whatever `dtype` says.
+    With `source`, a folder, the other parts of that pipeline are copied beside. `apart` has tensors that the base
+    lacks, by part and by name (`apart.Apart.tensors`); they are written among those of their part. `metadata` goes into
+    the files' headers. Arrays that everyone keeps in float32 (`PublishedLayout.float32`) stay so whatever `dtype` is.
 
     Raises:
       UserError: OUT exists, SOURCE is no published pipeline, or nobody publishes models of this family.
@@ -68,9 +71,14 @@ def write_merged(
             lora = executor if part == family.adapted else None
             wanted = _typed(layout, part, layout.entries()[part], dtype)
             tensors = _tensors(wanted, read, lora, family.lora_scale, part)
-            for key, value in _write_shards(folder, tensors, wanted, metadata or {}).items():
+            kinds = _kinds(wanted)
+            if more := (apart or {}).get(part, {}):
+                typed = {name: tensor.astype(jnp.dtype(dtype), copy=False) for name, tensor in more.items()}
+                kinds |= {name: (tensor.dtype, tensor.shape) for name, tensor in typed.items()}
+                tensors = itertools.chain(tensors, typed.items())
+            for key, value in _write_shards(folder, tensors, kinds, metadata or {}).items():
                 summary[key] += value
-        for path in sorted(source.iterdir()) if source else ():
+        for path in sorted(source.iterdir()) if source and source.is_dir() else ():
             if path.name not in configs:
                 (shutil.copytree if path.is_dir() else shutil.copy)(path, temporary / path.name)
         temporary.rename(out)
@@ -97,7 +105,7 @@ def write_merged_file(
     assert part is not None
     check_target(out, None)
     wanted = _typed(layout, part, layout.entries("original")[part], dtype)
-    kinds = {COMFY_PREFIX + name: (kind, entry.shape) for entry, kind in wanted for name in entry.names}
+    kinds = {COMFY_PREFIX + name: kind for name, kind in _kinds(wanted).items()}
     tensors = _tensors(wanted, read, executor, family.lora_scale, part)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
@@ -114,7 +122,7 @@ def check_target(out: pathlib.Path, source: pathlib.Path | None) -> None:
     """Raises UserError where `write_merged` could not write, before anything slow is done."""
     if out.exists():
         raise UserError(f"{out} exists already; remove it, or name another folder")
-    if source is not None and not (source / "model_index.json").is_file():
+    if source is not None and not source.is_file() and not (source / "model_index.json").is_file():
         raise UserError(f"--source {source}: no model_index.json there; name the folder of the whole pipeline")
 
 
@@ -135,6 +143,11 @@ def _typed(layout: PublishedLayout, part: str, entries: Iterable[Entry], dtype: 
     keep = layout.float32.get(part, "")
     found = [(e, jnp.dtype("float32" if re.fullmatch(keep, e.path) else dtype)) for e in entries]
     return sorted(found, key=lambda item: -item[1].itemsize)
+
+
+def _kinds(wanted: Iterable[tuple[Entry, np.dtype]]) -> dict[str, Kind]:
+    """Type and shape of every tensor by its published name."""
+    return {name: (kind, entry.shape) for entry, kind in wanted for name in entry.names}
 
 
 def _tensors(
@@ -168,12 +181,11 @@ def _change(executor: Mapping[str, Any], path: str, scale: float) -> np.ndarray 
 def _write_shards(
     folder: pathlib.Path,
     tensors: Iterator[tuple[str, np.ndarray]],
-    wanted: list[tuple[Entry, np.dtype]],
+    kinds: Mapping[str, Kind],
     metadata: Mapping[str, str],
 ) -> dict[str, int]:
     """Tensors in one file, or in several with an index."""
-    kinds = {name: (kind, entry.shape) for entry, kind in wanted for name in entry.names}
-    shards: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = [{}]
+    shards: list[dict[str, Kind]] = [{}]
     filled = 0
     for name, (kind, shape) in kinds.items():
         size = math.prod(shape) * kind.itemsize

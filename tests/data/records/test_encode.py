@@ -161,7 +161,7 @@ def test_each_shard_by_a_call_of_its_own_in_any_order(reader, whole, tmp_path):
     for shard, left in ((2, 2), (0, 1), (1, 0)):
         with pytest.raises(RecordError, match="no readable index"):
             RecordReader(tmp_path, "set")
-        counts = count(reader, tmp_path, shards=3, only=shard)
+        counts = count(reader, tmp_path, shards=3, only=[shard])
         assert (counts["encoded"], counts["shards_missing"]) == ([5, 6, 3][shard], left)
     assert contents(tmp_path) == whole
     assert RecordReader(tmp_path, "set").longest_texts == RecordReader(tmp_path / "whole", "set").longest_texts
@@ -176,7 +176,7 @@ def test_what_is_complete_is_left_alone(reader, tmp_path):
     assert not encoder.texts and not encoder.batches
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     (tmp_path / "set.json").unlink()  # a job that died between the last note and the index
-    assert count(reader, tmp_path, shards=2, only=0)["encoded"] == 0
+    assert count(reader, tmp_path, shards=2, only=[0])["encoded"] == 0
     assert len(RecordReader(tmp_path, "set")) == COUNT
 
 
@@ -189,7 +189,7 @@ def test_shards_of_another_request_are_not_taken(reader, tmp_path, change):
         reader = RecordReader(tmp_path, "raw")
     else:
         options[change] = {"size": (4, 4), "metadata": {"weights": "b"}, "shards": 2}[change]
-    counts = count(reader, tmp_path, **options, only=0)
+    counts = count(reader, tmp_path, **options, only=[0])
     assert counts["shards_kept"] == 0 and counts["shards_missing"] == options["shards"] - 1
     with pytest.raises(RecordError, match="no readable index"):  # nor is the old set mixed with the new shard
         RecordReader(tmp_path, "set")
@@ -204,7 +204,7 @@ def test_shards_of_another_request_are_not_taken(reader, tmp_path, change):
 def test_shards_have_to_be_among_those_there_are(reader, tmp_path):
     for only in (-1, 3):
         with pytest.raises(RecordError, match=f"no shard {only} among 3: they are counted from 0 to 2"):
-            count(reader, tmp_path, shards=3, only=only)
+            count(reader, tmp_path, shards=3, only=[only])
 
 
 def test_more_shards_than_records(reader, tmp_path):

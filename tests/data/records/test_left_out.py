@@ -46,7 +46,7 @@ def test_a_text_that_is_too_long_is_left_out_and_listed(reader, tmp_path, encode
     """Solutions have 9 + i characters, so those of records 12 and 13 have more than 20: one in each of two shards."""
     for shard in (1, 0):
         assert not listed(tmp_path)
-        counts = count(reader, tmp_path, encoder, shards=2, lengths=lengths, only=shard)
+        counts = count(reader, tmp_path, encoder, shards=2, lengths=lengths, only=[shard])
     assert (counts["encoded"], counts["left_out"]) == (6, 2)
     encoded = RecordReader(tmp_path, "set")
     assert len(encoded) == 12 and encoded.left_out == 2

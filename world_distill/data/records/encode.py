@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def encode_records(
     encode_scene: Callable[[np.ndarray], Mapping[str, np.ndarray]],
     encode_text: Callable[[Sequence[str]], Mapping[str, Sequence[np.ndarray]]],
     shards: int = 1,
-    only: int | None = None,
+    only: Collection[int] | None = None,
     batch: int = 8,
     size: tuple[int, int] | None = None,
     lengths: Mapping[str, int] | None = None,
@@ -65,7 +65,7 @@ def encode_records(
       encode_scene: as `Encoders.scene`; always called with `batch` images, so that it compiles once.
       encode_text: as `Encoders.text`; called with at most `batch` texts.
       shards: files to spread the images over.
-      only: the one shard to write, from 0; None writes all. Each may be written by another process.
+      only: the shards to write, from 0; None writes all. Each may be written by another process.
       batch: images, and texts, at a time.
       size: (height, width) to bring every image to; None takes them as they are. The record keeps the image as fitted.
       lengths: tokens that the model takes of each text, by the name of the states; a task with more is left out.
@@ -93,8 +93,9 @@ def encode_records(
         raise RecordError(
             f"{reader.index_path}: the encoded data set would replace the annotated one: name it otherwise"
         )
-    if only is not None and not 0 <= only < shards:
-        raise RecordError(f"no shard {only} among {shards}: they are counted from 0 to {shards - 1}")
+    asked = range(shards) if only is None else sorted(only)
+    if outside := [shard for shard in asked if not 0 <= shard < shards]:
+        raise RecordError(f"no shard {outside[0]} among {shards}: they are counted from 0 to {shards - 1}")
     metadata = dict(metadata or {}) | ({"scene_dtype": scene_dtype} if scene_dtype else {})
     request = {"annotated": reader.fingerprint, "records": len(reader), "size": size}
     make_set = functools.partial(
@@ -106,8 +107,7 @@ def encode_records(
         if (held := _complete(make_set(request=request | order))) is not None:
             if progress is not None:
                 progress(held, held)
-            kept = shards if only is None else 1
-            return counts | {"records": held, "shards_kept": kept, "shards_missing": 0}
+            return counts | {"records": held, "shards_kept": len(asked), "shards_missing": 0}
     if not reader.has_heads:
         say(f"{reader.index_path} is of an earlier version: reading it once, to put the tasks of each image together")
     heads = reader.heads()
@@ -122,7 +122,7 @@ def encode_records(
         say(f"{name} was begun by an earlier version: going on in its order, in which an image may be encoded again")
         target, images = begun, _runs(heads.image_id)
     parts = _whole_images(images, shards)
-    wanted = dict(enumerate(parts)) if only is None else {only: parts[only]}
+    wanted = {shard: parts[shard] for shard in asked}
     missing = [shard for shard in wanted if target.note(shard) is None]
     total, counts["records"] = sum(_records(part) for part in wanted.values()), _records(images)
     job = EncodeJob(reader, encode_scene, encode_text, batch, size, lengths or {}, clips)

@@ -18,7 +18,7 @@ import numpy as np
 
 from world_distill.models.ltx2.connectors import project_states
 from world_distill.models.text_encoders import TorchTextEncoder
-from world_distill.storage.safetensors_folder import TensorFileError, digest, open_tensors, read_tensor
+from world_distill.storage.safetensors_folder import TensorFileError, digest, find_tensor
 
 MAX_LENGTH = 1024  # tokens that the model was trained with
 # The projection's name in `connectors/` of diffusers' layout, and in the original file.
@@ -106,16 +106,12 @@ def read_projection(path: pathlib.Path) -> np.ndarray:
       ValueError: none of the files holds it.
       TensorFileError: one of them is damaged.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    for file in files:
-        with open_tensors(file) as opened:
-            for name in PROJECTIONS:
-                if name in opened.keys():  # noqa: SIM118  (not a mapping)
-                    kernel = read_tensor(opened, file, name)
-                    if kernel.ndim != 2:
-                        raise ValueError(f"{file}: {name} has shape {list(kernel.shape)}, not [rows, states]")
-                    return kernel.T
-    raise ValueError(
-        f"{path} holds no text projection ({' or '.join(PROJECTIONS)}): it stands in connectors/ of diffusers' layout,"
-        " and in the original single file"
-    )
+    found = find_tensor(path, PROJECTIONS)
+    if found is None:
+        raise ValueError(
+            f"{path} holds no text projection ({' or '.join(PROJECTIONS)}): it stands in connectors/ of diffusers'"
+            " layout, and in the original single file"
+        )
+    if found.tensor.ndim != 2:
+        raise ValueError(f"{found.file}: {found.name} has shape {list(found.tensor.shape)}, not [rows, states]")
+    return found.tensor.T
