@@ -112,11 +112,11 @@ def build(
     """
     own, network = split_settings(WanFamily, settings)
     codec = WanCodec(codec_sizes(vae or {}), jnp.dtype(vae_dtype), piece, rows)
-    family = WanFamily(WanConfig(**network), codec, dtype=jnp.dtype(dtype), **own)
-    unit = codec.config.space * family.config.patch
-    if any(side % unit for side in family.size):
-        raise ValueError(f"model.size = {family.size}: height and width must be multiples of {unit}")
-    return family
+    config = WanConfig(**network)
+    unit = codec.config.space * config.patch
+    if any(side % unit for side in own.get("size", ())):
+        raise ValueError(f"model.size = {tuple(own['size'])}: height and width must be multiples of {unit}")
+    return WanFamily(config, codec, dtype=jnp.dtype(dtype), **own)
 
 
 def codec_sizes(sizes: Mapping[str, Any]) -> VaeConfig:
