@@ -135,7 +135,7 @@ def test_noise_that_a_viewer_would_not_see_changes_nothing():
 
 def test_answers_follow_from_pixels_and_words_alone():
     """No layout is handed in; equal arrays get equal answers, alone or among others, in any order, from any oracle."""
-    assert {f.name for f in dataclasses.fields(JudgeRequest)} == {"clip", "question"}
+    assert {f.name for f in dataclasses.fields(JudgeRequest)} == {"clip", "question", "name", "task"}
     assert set(inspect.signature(ORACLE.ask).parameters) == {"requests"}
     requests = []
     for it in [act(s, d) for s, d in some_deeds(3, 12)] + spoilt(next(iter(FAULTS)), 3, 1):
@@ -144,7 +144,8 @@ def test_answers_follow_from_pixels_and_words_alone():
     order = np.random.default_rng(0).permutation(len(requests))
     shuffled = Oracle(WORLD).ask([JudgeRequest(requests[i].clip.copy(), requests[i].question) for i in order])
     for place, i in enumerate(order):
-        assert shuffled[place] == together[i] == ORACLE.ask([requests[i]])[0]
+        named = dataclasses.replace(requests[i], name="task", task="[red disc]: Go to the blue ring.")
+        assert shuffled[place] == together[i] == ORACLE.ask([requests[i]])[0] == ORACLE.ask([named])[0]
     assert len({a.log_odds for a in together}) > 10
 
 

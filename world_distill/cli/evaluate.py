@@ -9,7 +9,6 @@ from world_distill.cli import arguments
 from world_distill.storage import atomic
 
 ROLES = ("base", "demonstrator", "executor")
-CLIPS = 200
 
 HELP = """\
 Score models on held-out tasks: task completed, intended agent, consistency, with 95 % intervals.
@@ -65,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also write the clips as MP4, with manifest.json and CSVs, as DreamGen Bench's scripts read them",
     )  # fmt: skip
     parser.add_argument(
-        "--clips", type=_clips, default=CLIPS, metavar="N|all",
-        help=f"tasks whose clips are kept for the page, evenly over the record set (default: {CLIPS} at most)",
+        "--clips", type=_clips, default=argparse.SUPPRESS, metavar="N|all",
+        help="tasks whose clips are kept for the page, evenly over the record set (default: 200 at most)",
     )  # fmt: skip
     arguments.add_json(parser)
 
@@ -79,12 +78,14 @@ def run(args: argparse.Namespace) -> int:
     from world_distill.devices import hosts
     from world_distill.programs import evaluate
 
+    kept = getattr(args, "clips", evaluate.KEPT_TASKS)
+
     roles = arguments.chosen("--roles", args.roles, ROLES) if args.roles else ()
     config = arguments.config_from(args) if args.config else None
     result = evaluate.evaluate(
         args.workdir, args.overrides, config=config, roles=roles, split=args.split, limit=args.limit,
         noises=args.noises, against=_named(args.against), export_clips=args.export_clips,
-        clips=args.clips,
+        clips=kept,
     )  # fmt: skip
     if not hosts.is_main():
         return 0
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     console.say()
     run = ("--workdir", args.workdir)
     names, count = ", ".join(row["name"] for row in result["rows"]), result["rows"][0]["n"]
-    clips = args.workdir / evaluate.CLIPS if args.clips != 0 else None
+    clips = args.workdir / evaluate.CLIPS if kept != 0 else None
     made = (args.workdir / "evaluation.json", page, *filter(None, [clips, args.export_clips]))
     console.finish(f"scored {names} on {count} tasks", *made, then=[("report", *run)])
     if args.json:

@@ -26,6 +26,7 @@ from world_distill.weights import base_model
 ROLES = ("base", "demonstrator", "executor")
 RESULTS = ("evaluation.json", "results.json")  # of a folder, by `evaluate` and by `quickstart`
 CLIPS = run_data.RESULTS["evaluation.json"]  # folder of the clips that are kept, in that of the run
+KEPT_TASKS = 200  # of which the verb keeps clips if it is not told how many
 
 Keep = Callable[[str, str, np.ndarray], None]
 

@@ -101,7 +101,7 @@ def _make(run: Run, study: Study) -> dict[str, Any]:
         train.train(run.config, run.folder)
     result = evaluate.evaluate(
         run.folder, config=None if run.trains else run.config, roles=(run.role,), split=study.split,
-        limit=study.limit, noises=study.noises,
+        limit=study.limit, noises=study.noises, clips=evaluate.KEPT_TASKS,
     )  # fmt: skip
     if hosts.is_main():
         evaluate.write(run.folder, result)
