@@ -11,7 +11,7 @@ from small import PATTERN, make_inputs, small_config
 
 from tests.runs import final_states
 from world_distill import build
-from world_distill.devices.sharding import make_mesh
+from world_distill.devices.sharding import batch_sharding, make_mesh
 from world_distill.errors import UserError
 from world_distill.programs import plan, pretrain, train
 from world_distill.settings.loading import from_json, load_config, to_json
@@ -83,7 +83,7 @@ def test_a_tpu_holds_no_stack_of_wide_kernels():
     family = build.make_family(config, mesh)
     base, lora = base_model.abstract_base(family, mesh), base_model.abstract_executor(family, mesh, 4)
     condition = plan._condition(config, family, mesh, 2)
-    lie = jax.tree.leaves(condition)[0].sharding
+    lie = batch_sharding(mesh)
     x = {name: jax.ShapeDtypeStruct((2, *s.shape), jnp.float32, sharding=lie) for name, s in family.latents.items()}
     t = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=lie)
 
