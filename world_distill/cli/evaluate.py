@@ -79,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
     from world_distill.programs import evaluate
 
     kept = getattr(args, "clips", evaluate.KEPT_TASKS)
-
     roles = arguments.chosen("--roles", args.roles, ROLES) if args.roles else ()
     config = arguments.config_from(args) if args.config else None
     result = evaluate.evaluate(

@@ -96,7 +96,7 @@ def attend_on(
     """
 
     def local(q, k, v):
-        return attend(q, k, v, kind, platform_of(mesh), keys, one_pass=_has_room(mesh))
+        return attend(q, k, v, kind, platform_of(mesh), keys, one_pass=_has_room(mesh, q, k))
 
     if mesh is None or mesh.size == 1:
         return local(q, k, v)
@@ -126,11 +126,15 @@ def attend_on(
     return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v)
 
 
-def _has_room(mesh: Mesh | None) -> bool:
-    """Whether a device's memory has room for the sums that `splash_attention` keeps for its `one_pass`."""
+def _has_room(mesh: Mesh | None, q: Float[Array, "b n h e"], k: Float[Array, "b m h e"]) -> bool:
+    """Whether what `splash_attention` keeps for its `one_pass` is at most a 16th of the memory of a device.
+
+    `q` and `k` are one device's.
+    """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     chip = chips.chip(device.device_kind)
-    return chip is not None and chip.hbm_gib > 24
+    parts = -(-k.shape[1] // key_tile(k.shape[1] + -k.shape[1] % tile(k.shape[1])))
+    return chip is not None and parts * q.size * q.dtype.itemsize <= chip.hbm_gib * 2**30 / 16
 
 
 def splash_attention(
