@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from world_distill.devices.sharding import make_mesh, replicated
 from world_distill.models.attention import (
@@ -83,6 +84,25 @@ def test_the_kernel_for_tpus_gives_the_same_values_and_gradients(queries, keys, 
 )
 def test_tiles_are_large_and_add_little_to_a_sequence(length, queries, keys):
     assert (tile(length), key_tile(length + -length % tile(length))) == (queries, keys)
+
+
+# All heads divide; groups of two devices exchange tokens for heads; no heads to exchange; groups beside `tensor`.
+@pytest.mark.parametrize("heads, context, tensor", [(4, 4, 1), (6, 4, 1), (3, 8, 1), (12, 4, 2)])
+def test_devices_that_share_a_clip_attend_to_all_of_it(heads, context, tensor):
+    mesh = make_mesh(fsdp=8 // context // tensor, context=context, tensor=tensor)
+    draws = jax.random.normal(jax.random.key(0), (4, 8 // context // tensor, 40, heads, 8))
+    share = lambda q, k, v: attend_on(mesh, q, k, v, itself=True, keys=37)  # noqa: E731
+    alone = lambda q, k, v: attend_on(None, q, k, v, itself=True, keys=37)  # noqa: E731
+    spread = jax.device_put(draws, NamedSharding(mesh, PartitionSpec(None, "fsdp", "context", "tensor")))
+    for found, expected in zip(value_and_grads(share, *spread), value_and_grads(alone, *draws), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_tensor_does_not_divide_are_refused_with_the_axis_that_takes_them():
+    mesh = make_mesh(fsdp=1, context=2, tensor=4)
+    x = jnp.ones((1, 8, 6, 8))
+    with pytest.raises(ValueError, match=r"6 attention heads do not divide by mesh\.tensor = 4; use mesh\.context"):
+        attend_on(mesh, x, x, x, itself=True)
 
 
 @pytest.mark.parametrize("kind", ["blocked", "xla", "splash"])

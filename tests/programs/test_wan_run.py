@@ -129,7 +129,8 @@ def test_the_judge_saw_the_clips_and_evaluation_runs(run, opened):
     assert [row["n"] for row in rows] == [2, 2]
 
 
-MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
+          {"data": 2, "context": 4}]  # fmt: skip  # the last one with more devices for a clip than heads
 
 
 @pytest.fixture(scope="module")
@@ -145,14 +146,6 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(shape, random, 
     found = value_and_gradient(build.make_family(random.config, mesh), mesh, random)
     for a, b in zip(jax.tree.leaves(on_one_device), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_heads_that_do_not_divide_are_an_error_that_names_the_axes(random):
-    mesh = make_mesh(data=2, fsdp=1, context=4, tensor=1)  # 2 heads
-    with pytest.raises(
-        ValueError, match=r"2 attention heads do not divide by mesh\.tensor = 1 times mesh\.context = 4"
-    ):
-        value_and_gradient(build.make_family(random.config, mesh), mesh, random)
 
 
 def value_and_gradient(family, where, weights):

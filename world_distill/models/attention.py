@@ -6,11 +6,12 @@ from the logarithm of the softmax's denominator, as in FlashAttention (Dao et al
 over keys.
 """
 
-import functools
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -78,9 +79,10 @@ def attend_on(
 
     Rows lie along data and fsdp, heads along tensor, tokens along context. Over themselves, tokens are exchanged for
     heads (Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509), so that each device sees every token of some heads. On c
-    devices each sends 4 (c - 1) / c^2 of a clip's tokens that way (queries, keys, values, results); around a ring it
-    would be 2 (c - 1) / c (keys, values), more from c = 3 on, so there is no ring here. Keys of a text are on every
-    device of `context`, and nothing is exchanged.
+    devices each sends 4 (c - 1) / c^2 of a clip's tokens that way (queries, keys, values, results). Where the heads do
+    not divide by c, the exchange stays within groups of g devices, which they divide by: 4 (g - 1) / (g c). Each device
+    then gathers keys and values of the other groups: 2 (1 / g - 1 / c) more. A ring would send 2 (c - 1) / c (keys,
+    values), more from c = 3 on. Keys of a text are on every device of `context`, and nothing is exchanged.
 
     Args:
       mesh: None or one device: all of this is one sequence.
@@ -92,7 +94,7 @@ def attend_on(
       keys: how many of `k` are keys; None: all.
 
     Raises:
-      ValueError: heads that do not divide by tensor, or for self-attention by tensor times context.
+      ValueError: heads that do not divide by tensor, or tokens that do not divide by context.
     """
 
     def local(q, k, v):
@@ -101,22 +103,27 @@ def attend_on(
     if mesh is None or mesh.size == 1:
         return local(q, k, v)
     heads, context, tensor = q.shape[2], mesh.shape["context"], mesh.shape["tensor"]
-    ways = tensor * (context if itself else 1)
-    if heads % ways:
-        raise ValueError(
-            f"{heads} attention heads do not divide by mesh.tensor = {tensor}"
-            + (f" times mesh.context = {context}" if itself and context > 1 else "")
-        )
+    if heads % tensor:
+        raise ValueError(f"{heads} attention heads do not divide by mesh.tensor = {tensor}; use mesh.context")
     exchanged = itself and context > 1
     if exchanged and q.shape[1] % context:
         raise ValueError(f"{q.shape[1]} tokens do not divide by mesh.context = {context}: fill them up")
+    # Neighbours on `context`, whose tokens follow each other, are a group: a row of `groups`.
+    groups = np.arange(context).reshape(-1, math.gcd(context, heads // tensor))
+
+    def exchange(y, split_axis, concat_axis):
+        return jax.lax.all_to_all(y, "context", split_axis, concat_axis, axis_index_groups=groups.tolist(), tiled=True)
+
+    def gather(y):
+        return jax.lax.all_gather(y, "context", axis_index_groups=groups.T.tolist(), axis=1, tiled=True)
 
     def on_device(q, k, v):
         if not exchanged:
             return local(q, k, v)
-        gather = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
-        q, k, v = (gather(y, split_axis=2, concat_axis=1) for y in (q, k, v))
-        return gather(local(q, k, v), split_axis=1, concat_axis=2)
+        q, k, v = (exchange(y, 2, 1) for y in (q, k, v))
+        if len(groups) > 1:
+            k, v = gather(k), gather(v)
+        return exchange(local(q, k, v), 1, 2)
 
     def spec(y, tokens):
         return dividing_spec(mesh, ("batch", tokens, "heads", None), y.shape)
