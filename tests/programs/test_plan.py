@@ -27,8 +27,10 @@ def test_candidates_use_every_chip_and_divide_the_rows():
     found = list(plan.candidates(config, 16))
     assert found[0]["mesh.fsdp"] == 16 and found[0]["model.remat"] == "attention"
     for change in found:
-        assert change["mesh.fsdp"] * change["mesh.context"] == 16
+        assert change["mesh.fsdp"] * change["mesh.tensor"] * change["mesh.context"] == 16
         assert 64 % change["mesh.fsdp"] == 0
+    shared = {change["mesh.fsdp"]: (change["mesh.tensor"], change["mesh.context"]) for change in found}
+    assert shared == {16: (1, 1), 8: (2, 1), 4: (4, 1), 2: (8, 1), 1: (8, 2)}  # 24 heads
 
 
 def test_the_table_of_chips_knows_what_jax_calls_them():

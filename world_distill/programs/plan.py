@@ -471,17 +471,19 @@ def search(config, devices: list[Any], only: tuple[str, ...], utilisation: float
 def candidates(config, devices: int) -> Iterator[dict[str, Any]]:
     """Changes of a config to try, the best first: less remat and larger micro-batches before smaller ones.
 
-    Meshes keep the rows of a step busy: data and fsdp together are no more than the rollouts.
+    Meshes keep the rows of a step busy: data and fsdp together are no more than the rollouts. Chips that share a clip
+    share heads first, which spreads the weights too, and tokens where heads do not divide.
     """
     rows = config.rollout.tasks * config.rollout.group
     shards = [n for n in range(devices, 0, -1) if devices % n == 0 and rows % n == 0]
     per_update = rows // config.objective.minibatches
     for fsdp, remat in itertools.product(shards, ("attention", "full", "offload")):
-        context = devices // fsdp
+        shared = devices // fsdp
+        tensor = math.gcd(config.model.heads, shared)
         for micro in sorted({per_update, max(per_update // 4, fsdp), fsdp}, reverse=True):
             if per_update % micro == 0 and micro % fsdp == 0:
                 yield {
-                    "mesh.data": 1, "mesh.fsdp": fsdp, "mesh.context": context, "mesh.tensor": 1,
+                    "mesh.data": 1, "mesh.fsdp": fsdp, "mesh.context": shared // tensor, "mesh.tensor": tensor,
                     "model.remat": remat, "model.rows": fsdp, "rollout.micro_batch": fsdp,
                     "objective.micro_batch": 0 if micro == per_update else micro,
                 }  # fmt: skip
