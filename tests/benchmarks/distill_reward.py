@@ -29,6 +29,7 @@ from world_distill.core.sampling import counted
 from world_distill.data.records.batches import task_batches
 from world_distill.data.records.negative import load_negative
 from world_distill.data.records.reader import RecordReader
+from world_distill.devices import hosts
 from world_distill.devices.sharding import rows_or_whole
 from world_distill.evaluation.scoring import QUESTIONS
 from world_distill.judges.ask import judge_clips
@@ -110,7 +111,8 @@ def measure(workdir: pathlib.Path, tasks: int, group: int, seed: int):
         given = task, solution, key, jnp.zeros((), jnp.int32), negative
         rollout = programs.roll[Phase(True, True).rl](executor, base, *given)
         shown, _ = programs.demonstrate(base, rollout, solution, negative)
-        clips = np.asarray(programs.decode(base, rollout.latents))
+        numbers, clips = hosts.own_rows(programs.decode(base, rollout.latents), axes=2)
+        clips = clips[np.argsort(numbers)]
         texts = ([x for x in values for _ in range(group)] for values in (batch.task, batch.agent))
         scores = judge_clips(judge, None, clips, *texts, rubric, QUESTIONS).scores
         scores = {name: np.clip(scores[name], -config.rollout.clip, config.rollout.clip) for name in QUESTIONS}

@@ -18,6 +18,7 @@ from tests.vlm.fake_server import FakeServer
 from world_distill import build, cli
 from world_distill.data.annotation.server import ServerAnnotator
 from world_distill.data.records.reader import RecordReader
+from world_distill.devices import hosts
 from world_distill.devices.sharding import batch_sharding, make_mesh, replicated, tree_shardings
 from world_distill.errors import UserError
 from world_distill.evaluation import WorldTasksBench
@@ -183,6 +184,20 @@ def test_clips_decoded_a_few_at_a_time_are_the_same(random):
     )
     with pytest.raises(ValueError, match="2 rows at a time do not divide 3"):
         family.codec.decode(base, {"video": latents[:3]})
+
+
+def test_clips_of_a_step_go_to_the_host_by_turns_and_keep_their_numbers(random):
+    mesh = make_mesh(data=1, fsdp=2, context=2, tensor=2)
+    latents = jax.random.normal(jax.random.key(3), (8, *shape_of(random.family)))
+    base = jax.device_put({"vae": jax.device_get(random.base["vae"])}, replicated(mesh))
+    placed = {"video": jax.device_put(latents, batch_sharding(mesh))}
+    turns = make_programs(config_of(**{"model.rows": 2}), mesh).decode(base, placed)
+    assert turns.sharding.memory_kind == "pinned_host"
+    numbers, clips = hosts.own_rows(turns, axes=2)
+    whole = make_programs(config_of(**{"model.rows": 0}), mesh).decode(base, placed)
+    assert turns.shape[:2] == (4, 2) and whole.shape[:2] == (1, 8) and whole.sharding.memory_kind == "device"
+    assert sorted(numbers) == list(range(8)) and len(np.unique(whole[0], axis=0)) == 8
+    np.testing.assert_allclose(clips.astype(int), whole[0][numbers].astype(int), atol=1)
 
 
 @pytest.mark.once

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import hashlib
 import itertools
+import math
 import os
 import sys
 import threading
@@ -204,23 +205,29 @@ def whole(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def own_rows(x: jax.Array, axes: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """(numbers of the rows that this process is to look after, these rows of `x`): each row has one such process.
+
+    Args:
+      x: [b ...], or with two `axes` the turns [t r ...] of `sharding.map_turns`.
+      axes: along which rows lie.
 
     Raises:
       ValueError: a row lies in parts on several devices.
     """
+    shape = x.shape[axes:]
+    of_rows = np.arange(math.prod(x.shape[:axes])).reshape(x.shape[:axes][::-1]).T
     if jax.process_count() == 1:
-        return np.arange(x.shape[0]), np.asarray(x)
+        return of_rows.ravel(), np.asarray(x).reshape(-1, *shape)
     numbers, parts = [], []
     for shard in x.addressable_shards:
-        if shard.data.shape[1:] != x.shape[1:]:
+        if shard.data.shape[axes:] != shape:
             raise ValueError(f"rows of {x.shape} lie in parts of {shard.data.shape} on the devices")
         if shard.replica_id == 0:
-            numbers.append(np.arange(x.shape[0])[shard.index[0]])
-            parts.append(np.asarray(shard.data))
+            numbers.append(of_rows[shard.index[:axes]].ravel())
+            parts.append(np.asarray(shard.data).reshape(-1, *shape))
     if not numbers:
-        return np.arange(0), np.empty((0, *x.shape[1:]), x.dtype)
+        return np.arange(0), np.empty((0, *shape), x.dtype)
     order = np.argsort(np.concatenate(numbers))
     return np.concatenate(numbers)[order], np.concatenate(parts)[order]
 

@@ -225,6 +225,19 @@ def rows_at_once(mesh: Mesh | None, count: int, asked: int | None) -> int:
 def map_rows(function: Callable[..., PyTree], rows: int, *trees: PyTree) -> PyTree:
     """`function(*trees)` of arrays [b ...], for `rows` of the rows at a time; 0: all at once.
 
+    Raises:
+      ValueError: `rows` does not divide b.
+    """
+    count = jax.tree.leaves(trees)[0].shape[0]
+    if not rows or count <= rows:
+        return function(*trees)
+    done = map_turns(function, rows, *trees)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(count, *x.shape[2:]), done)
+
+
+def map_turns(function: Callable[..., PyTree], rows: int, *trees: PyTree) -> PyTree:
+    """`map_rows` whose results [t r ...] stay as the turns made them: row r of turn t is row `r turns + t` of all.
+
     Neighbouring rows lie on one device: each turn takes some of every device's.
 
     Raises:
@@ -232,13 +245,12 @@ def map_rows(function: Callable[..., PyTree], rows: int, *trees: PyTree) -> PyTr
     """
     count = jax.tree.leaves(trees)[0].shape[0]
     if not rows or count <= rows:
-        return function(*trees)
+        return jax.tree.map(lambda x: x[None], function(*trees))
     if count % rows:
         raise ValueError(f"{rows} rows at a time do not divide {count}")
     turns = count // rows
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows, turns, *x.shape[1:]), 1, 0), trees)
-    done = jax.lax.map(lambda part: function(*part), parts)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(count, *x.shape[2:]), done)
+    return jax.lax.map(lambda part: function(*part), parts)
 
 
 def dividing_spec(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:

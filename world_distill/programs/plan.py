@@ -57,6 +57,7 @@ class Phase:
     temporaries: float | None = None
     output: float | None = None
     peak: float | None = None
+    host: float = 0.0  # what it leaves in the host's memory
     beside: float = 0.0  # what else lies in the memory meanwhile: parts of the base and of the state not read here
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)  # in the program's text: a loop's count once
     needed: float = 0.0  # of `flops`, what the model needs: without what a backward pass computes again
@@ -242,7 +243,10 @@ def _compile(name: str, function: Any, given: tuple, held: PyTree, *, calls: int
     arguments = phase.arguments = memory.argument_size_in_bytes / GIB
     phase.temporaries = memory.temp_size_in_bytes / GIB
     phase.output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
+    phase.host = memory.host_output_size_in_bytes / GIB
     phase.peak = memory.peak_memory_in_bytes / GIB
+    if phase.host:  # a part of the compiler's peak; the other figures are an upper bound for what is not
+        phase.peak = min(phase.peak, phase.arguments + phase.temporaries + phase.output)
     phase.beside = max(_bytes((given, held)) / GIB - arguments, 0.0)
     _predict(phase, cycles_lib.estimate(compiled.as_text()), jax.tree.leaves(given)[0].sharding)
     result = jax.tree.map(_abstract, traced.out_info, compiled.output_shardings)
@@ -375,6 +379,11 @@ def describe(result: dict[str, Any], *, explain: bool = False) -> list[str]:
             f"{phase['temporaries']:5.1f}  {phase['output']:6.1f}  {phase['beside']:6.1f})  "
             f"{phase['compile_seconds']:9.0f}  {phase['flops'] / 1e15:10.2f}  {counts}"
         )
+    lines += [
+        f"{phase['name']}: {phase['host']:.1f} GiB of each chip go to the host"
+        for phase in result["phases"]
+        if phase["host"]
+    ]
     if any(sum(phase["cycles"].values()) for phase in result["phases"]):
         lines += _describe_cycles(result)
     if explain:

@@ -180,7 +180,7 @@ class Collector:
         if not (pending.phase.rl and self._questions):
             return Judged()
         assert pending.clips is not None  # there are questions
-        numbers, clips = hosts.own_rows(pending.clips)
+        numbers, clips = hosts.own_rows(pending.clips, axes=2)
         rolled = time.perf_counter()
         judgment = self._ask(pending.tasks, clips, numbers)
         info = {"time/clips": rolled - pending.started, "time/judge": time.perf_counter() - rolled}
@@ -209,7 +209,7 @@ class Collector:
         given = state.lora, base, task, solution, *_key(key, step), self._negative
         roll = self._roll[phase.rl]
         rollout = roll(*given)
-        frames = np.asarray(self._decode(base, rollout.latents))
+        numbers, frames = hosts.own_rows(self._decode(base, rollout.latents), axes=2)
 
         def demonstrate():
             return self._demonstrate(base, rollout, solution, self._negative)
@@ -218,7 +218,7 @@ class Collector:
             roll=lambda: roll(*given),
             decode=lambda: self._decode(base, rollout.latents),
             demonstrate=demonstrate if self._programs.demonstrates(phase) else None,
-            judge=lambda: self._ask(tasks, frames, np.arange(len(frames))),
+            judge=lambda: self._ask(tasks, frames, numbers),
         )
 
     def clock(self, program: Callable[[str, Any, Callable], Any]) -> None:
@@ -274,7 +274,7 @@ class Collector:
 
     def _some_shown(self, tasks: TaskBatch, clips: np.ndarray, numbers: np.ndarray, count: int) -> list[Shown]:
         """`count` of the clips: the first of each task, then the second of each, and so on."""
-        chosen = np.argsort(numbers % self.settings.group, kind="stable")[:count]
+        chosen = np.lexsort((numbers, numbers % self.settings.group))[:count]
         told = zip(chosen, *self._told(tasks, numbers[chosen]), strict=True)
         return [Shown(clips[i], task, agent, name) for i, name, task, agent in told]
 

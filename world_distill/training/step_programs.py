@@ -2,7 +2,7 @@
 
     init          the base                                  -> the first state
     roll          an Executor, the base, conditions, a key  -> a rollout of each row
-    decode        the base, final latents                   -> RGB clips
+    decode        the base, final latents                   -> RGB clips [t r ...], see `sharding.map_turns`
     demonstrate   the base, rollouts, their solutions       -> the Demonstrator's velocities there, Eq. 9's reward
     motion        final latents                             -> how much each clip moves
     update        a state, the base, a batch                -> the next state, metrics        (step.py)
@@ -36,6 +36,8 @@ from world_distill.devices.sharding import (
     kept_rows,
     like_weights,
     map_rows,
+    map_turns,
+    platform_of,
     replicated,
     rows_at_once,
     spread_kept,
@@ -153,9 +155,18 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         return _demonstrate(family, mesh, denoise, settings, grid, base, rollout, solution)
 
     def decode(base, latents):
-        clips = family.codec.decode(base, latents)
-        # Each is looked at by one process.
-        return jax.lax.with_sharding_constraint(clips, batch_sharding(mesh)) if jax.process_count() > 1 else clips
+        count = len(jax.tree.leaves(latents)[0])
+        rows = rows_at_once(mesh, count, getattr(family.codec, "rows", 0))
+        # All clips of a step would take much of a device's memory: each turn's go to the host's.
+        leaves = 0 < rows < count and platform_of(mesh) != "gpu"
+
+        def some(latents):
+            clips = family.codec.decode(base, latents)
+            if jax.process_count() > 1:  # each is looked at by one process
+                clips = jax.lax.with_sharding_constraint(clips, batch_sharding(mesh))
+            return jax.device_put(clips, jax.memory.Space.Host) if leaves else clips
+
+        return map_turns(some, rows, latents)
 
     def motion(latents):
         """[b] root mean square of the differences between the picture's neighbouring latent frames."""
