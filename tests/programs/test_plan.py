@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 
 import jax
@@ -117,6 +118,7 @@ def lines_of_code():
 @needs_compiler
 def test_the_most_expensive_instructions_are_explained(lines_of_code, capsys):
     flags = ["--config", "wan22_5b:debug", "--topology", "v5e:2x2", "--config.objective.rl=none"]
+    flags += ["--config.objective.minibatches=1"]
     assert cli.main(["plan", *flags, "--phases", "rollout", "--explain"]) == 0
     text = capsys.readouterr().out
     assert "rollout: the most expensive instructions" in text and re.search(r" x \w+ .* world_distill/models/", text)
@@ -124,6 +126,18 @@ def test_the_most_expensive_instructions_are_explained(lines_of_code, capsys):
     for more, words in ((["--utilisation", "0.5"], "the compiler for v5e"), (["--explain", "--search"], "--explain")):
         assert cli.main(["plan", *flags, *more]) == 2
         assert words in capsys.readouterr().err
+
+
+@needs_compiler
+@pytest.mark.parametrize("rollouts, minibatches, count", [((2, 3), 1, 6), ((2, 8), 4, 4)])
+def test_rollouts_that_every_chip_would_compute_are_refused(rollouts, minibatches, count, capsys):
+    sizes = {"rollout.tasks": rollouts[0], "rollout.group": rollouts[1], "objective.minibatches": minibatches}
+    flags = [f"--config.{key}={value}" for key, value in sizes.items()]
+    assert cli.main(["plan", "--config", "wan22_5b:debug", "--topology", "v5e:2x4", *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"{count} rollouts (rollout.tasks x rollout.group" in error and "mesh.fsdp = 8" in error
+    most = math.gcd(count, 8)
+    assert f"--config.mesh.fsdp={most} --config.mesh.tensor={8 // most}" in error
 
 
 @needs_compiler
@@ -161,7 +175,14 @@ def test_tensor_parallel_blocks_scatter_their_sums():
 @needs_compiler
 def test_weights_and_factors_along_fsdp_are_gathered_before_their_products():
     """Else the compiler deals the columns of a product out to the devices that share its weights."""
-    flags = {"mesh.fsdp": 4, "objective.rl": "none", "model.width": 1024, "model.heads": 8, "model.mlp": 4096}
+    flags = {
+        "mesh.fsdp": 4,
+        "objective.rl": "none",
+        "objective.minibatches": 1,
+        "model.width": 1024,
+        "model.heads": 8,
+        "model.mlp": 4096,
+    }
     flags |= {"model.size": (256, 256), "model.depth": 2, "model.dtype": "bfloat16", "executor.rank": 32}
     config = load_config("wan22_5b:debug", flags)
     [rollout] = plan.make_plan(config, plan.topology("v5e:2x2"), ("rollout",))

@@ -241,12 +241,12 @@ def _compile(name: str, function: Any, given: tuple, held: PyTree, *, calls: int
         phase.compile_seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     arguments = phase.arguments = memory.argument_size_in_bytes / GIB
-    phase.temporaries = memory.temp_size_in_bytes / GIB
-    phase.output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
+    temporaries = phase.temporaries = memory.temp_size_in_bytes / GIB
+    output = phase.output = (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB
     phase.host = memory.host_output_size_in_bytes / GIB
     phase.peak = memory.peak_memory_in_bytes / GIB
     if phase.host:  # a part of the compiler's peak; the other figures are an upper bound for what is not
-        phase.peak = min(phase.peak, phase.arguments + phase.temporaries + phase.output)
+        phase.peak = min(phase.peak, arguments + temporaries + output)
     phase.beside = max(_bytes((given, held)) / GIB - arguments, 0.0)
     _predict(phase, cycles_lib.estimate(compiled.as_text()), jax.tree.leaves(given)[0].sharding)
     result = jax.tree.map(_abstract, traced.out_info, compiled.output_shardings)

@@ -17,6 +17,7 @@ run that goes on.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ from world_distill.devices.sharding import (
     spread_kept,
     tree_shardings,
 )
+from world_distill.errors import UserError
 from world_distill.interfaces import Denoise, ModelFamily
 from world_distill.settings import old_configs
 from world_distill.settings.check import check, check_noise
@@ -130,6 +132,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     settings = dataclasses.replace(settings, micro_batch=rows_at_once(mesh, rows, settings.micro_batch))
     in_update = rows_at_once(mesh, rows // objective.minibatches, objective.micro_batch)
     objective = dataclasses.replace(objective, micro_batch=in_update)
+    _check_rows(mesh, rows, objective.minibatches)
     grid, diffusion = build.sampler_grid(config)
     sde = config.sampler.sde
     check(
@@ -211,6 +214,23 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
         update={phase: train_step(phase) for phase in ((FINE_TUNING,) if objective.sft else PHASES)},
         _init=init,
     )
+
+
+def _check_rows(mesh: jax.sharding.Mesh, rows: int, minibatches: int) -> None:
+    """Raises UserError for rollouts that the accelerators along data and fsdp do not divide: each would have all."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if platform_of(mesh) == "cpu":  # small models, and devices that are often one
+        return
+    per_update = rows // minibatches
+    all_rows = "rollout.tasks x rollout.group"
+    for count, what in ((rows, all_rows), (per_update, f"{all_rows} / objective.minibatches")):
+        if count % ways:
+            most = math.gcd(rows, per_update, ways)
+            raise UserError(
+                f"{count} rollouts ({what}) do not divide by mesh.data x mesh.fsdp = {ways}, and every device would "
+                f"compute all of them. Let {ways // most} devices share a clip: --config.mesh.data=1 "
+                f"--config.mesh.fsdp={most} --config.mesh.tensor={mesh.shape['tensor'] * ways // most}"
+            )
 
 
 def _make_optimizer(config, family: ModelFamily, mesh: jax.sharding.Mesh) -> optax.GradientTransformation:
