@@ -226,10 +226,11 @@ def _check_rows(mesh: jax.sharding.Mesh, rows: int, minibatches: int) -> None:
     for count, what in ((rows, all_rows), (per_update, f"{all_rows} / objective.minibatches")):
         if count % ways:
             most = math.gcd(rows, per_update, ways)
+            data = mesh.shape["data"] if most % mesh.shape["data"] == 0 else 1
             raise UserError(
                 f"{count} rollouts ({what}) do not divide by mesh.data x mesh.fsdp = {ways}, and every device would "
-                f"compute all of them. Let {ways // most} devices share a clip: --config.mesh.data=1 "
-                f"--config.mesh.fsdp={most} --config.mesh.tensor={mesh.shape['tensor'] * ways // most}"
+                f"compute all of them. Let {ways // most} devices share a clip: --config.mesh.data={data} "
+                f"--config.mesh.fsdp={most // data} --config.mesh.tensor={mesh.shape['tensor'] * ways // most}"
             )
 
 
