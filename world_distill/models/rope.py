@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -50,5 +51,10 @@ def rotate(
     turn = np.zeros((width, width), np.float32)
     even, odd = np.arange(0, width, 2), np.arange(1, width, 2)
     turn[odd, even], turn[even, odd] = -1, 1
-    turned = x @ turn.astype(x.dtype)
-    return (x * cos[..., None, :] + turned * sin[..., None, :]).astype(x.dtype)
+    return (x * cos[..., None, :] + by_signs(x, turn) * sin[..., None, :]).astype(x.dtype)
+
+
+def by_signs(x: Float[Array, "*n e"], signs: Float[np.ndarray, "e e"]) -> Float[Array, "*n e"]:
+    """`x @ signs`, where each column of `signs` has one 1 or -1 and zeros: exact in the type of `x`."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # a TPU would round float32 to bfloat16
+    return jnp.matmul(x, signs.astype(x.dtype), precision=precision)

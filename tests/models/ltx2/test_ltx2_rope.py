@@ -7,7 +7,7 @@ import pytest
 
 from tests.models.ltx2.small_ltx2 import GOLDENS
 from world_distill.models.ltx2.config import LTX2Config
-from world_distill.models.ltx2.rope import audio_positions, rotate_halves, split_rope, video_positions
+from world_distill.models.ltx2.rope import audio_positions, rotate_halves, rotation, split_rope, video_positions
 
 GRID, MOMENTS = (16, 16, 24), 126
 
@@ -73,3 +73,13 @@ def test_halves_turn_by_the_angle_and_the_fill_is_empty():
     plane = np.asarray(x, np.float32)[..., :2] + 1j * np.asarray(x, np.float32)[..., 2:]
     turned = plane * np.exp(1j * angle)
     np.testing.assert_allclose(y, np.concatenate([turned.real, turned.imag], -1), atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_form_for_tpus_gives_the_same(dtype):
+    cos, sin = split_rope([np.float32([0.0, 0.7, 0.9])], [1], width=16, heads=2, theta=3.0)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 2, 8)).astype(dtype)
+    found, expected = (rotation(cos, sin, platform)(x) for platform in ("tpu", "cpu"))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (found, expected)), rtol=1e-6, atol=1e-6)
+    assert np.abs(np.asarray(found - x, np.float32)).max() > 0.1

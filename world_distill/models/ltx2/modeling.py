@@ -24,12 +24,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from world_distill.devices.sharding import constrain
+from world_distill.devices.sharding import constrain, platform_of
 from world_distill.models.blocks import scan_blocks, spread_times
 from world_distill.models.layers import Linear, Lora, layer_norm, sinusoid, stack, sub
 from world_distill.models.ltx2.block import Block, StreamInputs, modulation_rows, table_param
 from world_distill.models.ltx2.config import LTX2Config
-from world_distill.models.ltx2.rope import audio_positions, rotate_halves, split_rope, video_positions
+from world_distill.models.ltx2.rope import audio_positions, rotation, split_rope, video_positions
 from world_distill.models.stream_attention import Rotation
 
 
@@ -185,7 +185,7 @@ def _rotations(config: LTX2Config, name: str, grid: tuple[int, ...], length: int
     else:
         positions = (audio_positions(grid[0], config.audio_stride, config.audio_hop, config.audio_rate),)
 
-    def rotation(axes: int, width: int) -> Rotation:
+    def of(axes: int, width: int) -> Rotation:
         cos, sin = (
             constrain(config.mesh, table, ("length", "heads", None))
             for table in split_rope(
@@ -193,7 +193,7 @@ def _rotations(config: LTX2Config, name: str, grid: tuple[int, ...], length: int
                 repeats=math.prod(grid[axes:]), length=length,
             )
         )  # fmt: skip
-        return functools.partial(rotate_halves, cos=cos, sin=sin)
+        return rotation(cos, sin, platform_of(config.mesh))
 
-    av_rotation = rotation(1, config.audio_width) if config.joint else None
-    return rotation(len(grid), config.widths[name]), av_rotation
+    av_rotation = of(1, config.audio_width) if config.joint else None
+    return of(len(grid), config.widths[name]), av_rotation

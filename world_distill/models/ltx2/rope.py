@@ -14,11 +14,14 @@ the roundings of the published code: positions, fractions and angles in float32,
 rounded. Every channel belongs to one axis, so tables of the axes suffice, and a program holds no table of all tokens.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from world_distill.models.rope import by_signs
 
 
 def video_positions(
@@ -127,3 +130,17 @@ def rotate_halves(
     """Turns channel i of every head with channel i + d / 2, in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rotation(
+    cos: Float[Array, "n h e"], sin: Float[Array, "n h e"], platform: str
+) -> Callable[[Float[Array, "b n h d"]], Float[Array, "b n h d"]]:
+    """`rotate_halves` by these tables, made for a platform."""
+    if platform != "tpu":
+        return functools.partial(rotate_halves, cos=cos, sin=sin)
+    # A TPU would fill each half up to 128 channels. It swaps them with a product of 0, 1 and -1, as `rope.rotate` does.
+    cos, sin = (jnp.concatenate([table, table], axis=-1) for table in (cos, sin))
+    half = cos.shape[-1] // 2
+    swap = np.zeros((2 * half, 2 * half), np.float32)
+    swap[np.arange(half) + half, np.arange(half)], swap[np.arange(half), np.arange(half) + half] = -1, 1
+    return lambda x: (x * cos + by_signs(x, swap) * sin).astype(x.dtype)
