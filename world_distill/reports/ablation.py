@@ -145,7 +145,9 @@ def _table(rows: Sequence[Mapping[str, Any]], steps: Mapping[str, int], measures
     for row in rows:
         cells = [_cell(row[measure], row["ci95"][measure]) for measure in measures.names]
         lines.append(TableRow(row["name"], [Cell(steps.get(row["name"], "–")), *cells, Cell(row["n"])]))
-    return Table(["", "Steps", *(measure_name(measures, m) for m in measures.names), "Clips"], [("", lines)])
+    return Table(
+        "Every variant", ["", "Steps", *(measure_name(measures, m) for m in measures.names), "Clips"], [("", lines)]
+    )
 
 
 def _cell(value: float | None, bounds: Sequence[float]) -> Cell:

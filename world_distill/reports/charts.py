@@ -121,7 +121,7 @@ def is_noisy(points: Points) -> bool:
 def bars(items: Sequence[Bar], *, title: str, show: Callable[[float], str] = percent) -> Markup:
     """Horizontal bars from 0 to 1 with whiskers over their intervals, labels at the left, figures at the right."""
     longest = max((len(bar.label) for bar in items), default=0)
-    left, right, top, pitch, thick = min(max(96, 7 * longest + 8), 160), 262, 4, 28, 14
+    left, right, top, pitch, thick = min(max(96, 7 * longest + 8), 160), 254, 4, 28, 14
     bottom = top + pitch * len(items)
     x = lambda value: left + min(max(value, 0.0), 1.0) * (right - left)  # noqa: E731
     out = [_open(320, bottom + 18, title)]
