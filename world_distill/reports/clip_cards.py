@@ -15,7 +15,7 @@ from world_distill.errors import UserError
 from world_distill.reports import page
 from world_distill.reports.page import Film
 from world_distill.reports.run_data import Clip, Contents
-from world_distill.reports.sections import name_of, rate
+from world_distill.reports.sections import name_of, named, rate
 from world_distill.storage import video_files
 
 MAX_TASKS = 400  # that go into the page
@@ -129,7 +129,7 @@ def clips(contents: Contents, models: Sequence[tuple[str, str]] = MODELS, leads:
     if len(contents.clips) > len(shown):
         text += f" These are the first {len(shown)} of {len(contents.clips)} tasks whose clips were kept."
     if lead and len(cards) > 1:
-        text += f" Tasks at which the {name_of(lead)} fails come first."
+        text += f" Tasks at which {named(lead)} fails come first."
     cards.sort(key=lambda card: (-_failures(card, lead), card.number))
     return page.render("clips.html", text=text, cards=cards, filter=_filter(contents, models, shown, lead))
 
@@ -209,7 +209,7 @@ def _share(contents: Contents, lead: str, shown: list[Clip]) -> str:
         return ""
     passed = sum(all(scores[q] > 0.5 for q in questions) for scores in judged)
     what = "the question" if len(questions) == 1 else f"{contents.measures.label(ALL)} questions"
-    text = f"Here the {name_of(lead)} passes {what} in {passed} of {len(judged)} tasks"
+    text = f"Here {named(lead)} passes {what} in {passed} of {len(judged)} tasks"
     return f"{text}." if len(judged) == row.count else f"{text}; over all {row.count or ''} tasks it is {rate(whole)}."
 
 
@@ -224,7 +224,7 @@ def _card(
             films[role] = clip.load(role)
         except (OSError, ValueError) as error:
             reason = str(error).removeprefix(f"{clip.films[role]}: ")
-            notes.append(f"The clip of the {name_of(role)} for {clip.id} is left out: {reason}.")
+            notes.append(f"The clip of {named(role)} for {clip.id} is left out: {reason}.")
     if not films:
         return None, notes
     sprites = {role: page.sprite(film, detail) for role, film in films.items()}
@@ -233,7 +233,7 @@ def _card(
     for role, told in models:
         if role not in sprites:
             continue
-        description = f"Clip of the {name_of(role)}, {told}: {clip.task}"
+        description = f"Clip of {named(role)}, {told}: {clip.task}"
         film = Film(sprites[role], description, len(films[role]) / clip.fps)
         figures.append(Figure(role, name_of(role), told, film, _marks(contents, role, clip)))
     width, keys = max(s.shown_width for s in sprites.values()), (grouping_key(clip.kind), grouping_key(clip.agent))

@@ -124,7 +124,7 @@ def read(workdir: pathlib.Path, source: str = "") -> Contents:
         raise UserError(f"{workdir} is not a folder; --workdir names that of a run")
     contents = Contents(workdir)
     names = (source,) if source else RESULTS
-    found = [(name, value) for name in names if (value := _json(workdir / name)) is not None]
+    found = [(name, value) for name in names if (value := read_json(workdir / name)) is not None]
     if found:
         # The newer figures: those of more training steps, and quickstart's own where both have as many.
         found.sort(key=lambda item: -_step(item[1]))
@@ -133,7 +133,7 @@ def read(workdir: pathlib.Path, source: str = "") -> Contents:
     contents.clips, notes = _read_clips(workdir / contents.clips_folder)
     contents.notes += notes
     _read_controls(contents)
-    config = _json(workdir / "config.json")
+    config = read_json(workdir / "config.json")
     contents.config = config if isinstance(config, dict) else None
     if not (contents.rows or contents.log or contents.clips):
         figures = f"no rows in {contents.source}" if contents.source else f"no {' or '.join(RESULTS)}"
@@ -144,8 +144,8 @@ def read(workdir: pathlib.Path, source: str = "") -> Contents:
     return contents
 
 
-def _json(path: pathlib.Path) -> Any:
-    """The file's contents; None if it does not exist."""
+def read_json(path: pathlib.Path) -> Any:
+    """The file's contents; None if it does not exist. Raises UserError for what is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -272,7 +272,7 @@ def within_group(contents: Contents) -> dict[tuple[str, str], float]:
 def _read_clips(folder: pathlib.Path) -> tuple[list[Clip], list[str]]:
     """The tasks of a folder of clips that have one, and a sentence for each entry that cannot be used."""
     path = folder / INDEX
-    entries = _json(path)
+    entries = read_json(path)
     clips, notes = [], []
     if entries is None:
         return clips, notes
@@ -299,7 +299,7 @@ def _read_clips(folder: pathlib.Path) -> tuple[list[Clip], list[str]]:
 def _read_controls(contents: Contents) -> None:
     """The figures of negative controls; damaged ones are left out with a note, since no other figure needs them."""
     try:
-        value = _json(contents.folder / CONTROLS)
+        value = read_json(contents.folder / CONTROLS)
         if value is None:
             return
         for row in value["rows"]:

@@ -99,6 +99,11 @@ def name_of(role: str) -> str:
     return NAMES.get(role, role)
 
 
+def named(role: str) -> str:
+    """What a role or row is called inside a sentence."""
+    return f"the {name_of(role)}" if role in ROLES else name_of(role)
+
+
 def colour(role: str) -> str:
     """The CSS colour of a role or row, the same all over a page."""
     role = "executor" if role == "wmsd" else role
