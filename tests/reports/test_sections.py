@@ -307,7 +307,7 @@ def test_the_start_of_rl_is_marked_in_every_curve(tmp_path):
     drawings = re.findall(r"<svg.*?</svg>", text.split('id="training"')[1].split("</section>")[0], re.S)
     assert len(drawings) == 2 and all("RL begins at step 13</title>" in drawing for drawing in drawings)
     for drawing in drawings:
-        assert f'd="M{48 + 12 / 19 * 264:.1f} 8V150"' in drawing
+        assert f'd="M{48 + 12 / 19 * 264:.1f} 16V150"' in drawing
     from_the_first = with_log(tmp_path, lines[12:])
     text = report.html(from_the_first)
     assert "RL has a weight from the first step on." in text_of(text) and 'class="mark"' not in text

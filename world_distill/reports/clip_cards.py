@@ -256,7 +256,7 @@ def _marks(contents: Contents, role: str, clip: Clip) -> list[Mark]:
         score = scores.get(question)
         kind, word = ("none", "not judged") if score is None else ("yes", "yes") if score > 0.5 else ("no", "no")
         name = _mark_name(question)
-        if score is not None and 0 < score < 1:
+        if score is not None and contents.graded:
             name, word = f"{name} {rate(score)}", rate(score)
         marks.append(Mark(kind, name, word, number))
     return marks

@@ -1,5 +1,5 @@
 (()=>{const list=document.getElementById('cards'),form=document.getElementById('filter');if(!list)return;
-const PORTION=24,cards=[...list.children],more=document.getElementById('more');let most=PORTION;
+const PORTION=24,FEW=8,cards=[...list.children],more=document.getElementById('more');let most=PORTION;
 const words=text=>text.toLowerCase().split(/\s+/).filter(Boolean);
 const said=new Map(cards.map(card=>[card,card.firstElementChild.textContent.toLowerCase()]));
 const answers=(card,model,question)=>[...card.querySelectorAll('.marks li')].filter(mark=>
@@ -14,17 +14,19 @@ if(!verdict)return true;
 const marks=answers(card,verdict==='differ'?'':model,question);
 return verdict==='differ'?differ(marks):verdict==='yes'?marks.length>0&&count(marks,'yes')===marks.length:
 count(marks,verdict)>0};
-const apply=()=>{const chosen=Object.fromEntries(new FormData(form));let fitting=0;
+const apply=()=>{const chosen=Object.fromEntries(new FormData(form));
 const failures=new Map(cards.map(card=>[card,chosen.order==='record'?0:
 count(answers(card,chosen.model||form.dataset.lead,chosen.question),'no')]));
 const sorted=[...cards].sort((a,b)=>failures.get(b)-failures.get(a)||a.dataset.number-b.dataset.number);
 if(sorted.some((card,i)=>list.children[i]!==card))list.append(...sorted);
-for(const card of sorted){const fit=fits(card,chosen);fitting+=fit;card.hidden=!fit||fitting>most;
+const found=sorted.filter(card=>fits(card,chosen)),room=found.length-most>FEW?most:found.length;
+const shown=new Set(found.slice(0,room));
+for(const card of cards){card.hidden=!shown.has(card);
 for(const figure of card.querySelectorAll('figure'))
 figure.hidden=Boolean(chosen.model&&figure.dataset.model&&figure.dataset.model!==chosen.model)}
 list.classList.toggle('alone',Boolean(chosen.model));
-const rest=fitting-most;more.hidden=rest<=0;more.textContent=`Show ${Math.min(PORTION,rest)} more tasks`;
-form.querySelector('output').textContent=`${fitting} of ${cards.length} tasks${rest>0?`, ${most} shown`:''}`};
+const rest=found.length-room;more.hidden=!rest;more.textContent=`Show ${Math.min(PORTION,rest)} more tasks`;
+form.querySelector('output').textContent=`${found.length} of ${cards.length} tasks${rest?`, ${room} shown`:''}`};
 const anew=()=>{most=PORTION;apply()};
 if(form){form.hidden=false;form.onsubmit=event=>event.preventDefault();form.oninput=anew;
 form.onreset=()=>setTimeout(anew);anew();
