@@ -52,10 +52,8 @@ def document(result: Mapping[str, Any]) -> str:
 
 def _summary(lines: Sequence[Mapping[str, Any]]) -> str:
     counts = {outcome: sum(line["outcome"] == outcome for line in lines) for outcome in _OUTCOMES}
-    return (
-        f"Of {len(lines)} claims {counts['holds']} hold here, {counts['not resolved']} are not "
-        f"resolved and {counts['reversed']} are reversed."
-    )
+    held, open_, reversed_ = counts["holds"], counts["not resolved"], counts["reversed"]
+    return f"Claims that hold here: {held} of {len(lines)}; not resolved: {open_}; reversed: {reversed_}."
 
 
 def _claim(line: Mapping[str, Any]) -> Claim:
