@@ -91,6 +91,14 @@ def test_differences_say_whether_their_interval_holds_zero(whole):
     assert len({line[0][0] for _, line in cells(over_cases)}) > 1
 
 
+def test_seeds_that_agree_are_no_proof(tmp_path):
+    result = make_table(tmp_path)
+    alike = {"mean_of_seeds": 0.25, "ci95_seeds": [0.25, 0.25]}
+    change(tmp_path, paired=[entry | alike for entry in result["paired"]])
+    over_seeds = section(paper_table.build(tmp_path).read_text(), "differences").split("another training run")[1]
+    assert {cell for _, line in cells(over_seeds) for cell in line[:-1]} == {"+25.0<small>alike in all seeds</small>"}
+
+
 def test_clips_of_a_case_are_of_one_seed_and_have_their_verdicts(whole):
     folder, _, text = whole
     found = cards(text)

@@ -164,6 +164,8 @@ def _difference(entry: Mapping[str, Any] | None, mean: str, bounds: str) -> Cell
     if entry is None or entry[mean] is None or None in entry[bounds]:
         return Cell("–")
     low, high = (min(max(bound, -1.0), 1.0) for bound in entry[bounds])  # Student's interval may reach further
+    if low == high:  # seeds that agree to the last clip: their spread says nothing
+        return Cell(signed(100 * entry[mean]), "alike in all seeds")
     sign = _SIGNS["up" if low > 0 else "down" if high < 0 else "overlap"]
     return Cell(f"{sign} {signed(100 * entry[mean])}", f"{signed(100 * low)} to {signed(100 * high)}")
 
