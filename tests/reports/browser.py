@@ -12,7 +12,6 @@ import time
 import pytest
 
 PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(PROGRAM is None, reason="neither chromium nor google-chrome is installed")
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe",
@@ -23,13 +22,14 @@ _PATIENCE = 60  # seconds for an answer
 class Browser:
     """One tab, which shows a page at a time."""
 
-    def __init__(self, process, reading, writing):
-        self._process, self._reading, self._writing = process, reading, writing
+    def __init__(self, reading, writing):
+        self._reading, self._writing = reading, writing
         self._number, self._rest, self._session, self._events = 0, b"", None, []
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self("Page.enable")
         self("Runtime.enable")
+        self("Log.enable")
 
     def __call__(self, method, **params):
         """What the browser answers to a command of the protocol."""
@@ -84,27 +84,22 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def press(self, key, code=0, text="", modifiers=0):
+    def press(self, key, code, text=""):
         """Presses a key: its name, its Windows key code, the text that it writes."""
-        names = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+        names = {"key": key, "code": key, "windowsVirtualKeyCode": code}
         self("Input.dispatchKeyEvent", type="keyDown", text=text, **names)
         self("Input.dispatchKeyEvent", type="keyUp", **names)
 
-    def click(self, x, y):
-        """Clicks at a place of the window."""
-        self("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        for kind in ("mousePressed", "mouseReleased"):
-            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def shot(self, *, whole=False):
-        """A PNG of the window, or of the whole page."""
-        found = self("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        return base64.b64decode(found["data"])
+    def shot(self):
+        """A PNG of the window."""
+        return base64.b64decode(self("Page.captureScreenshot", format="png")["data"])
 
 
 @contextlib.contextmanager
 def open_browser(folder):
-    """A `Browser` with a fresh profile in the folder; skips the test where it does not start."""
+    """A `Browser` with a fresh profile in the folder; skips the test where there is none or it does not start."""
+    if PROGRAM is None:
+        pytest.skip("neither chromium nor google-chrome is installed")
     to_browser, writing = os.pipe()
     reading, from_browser = os.pipe()
 
@@ -122,7 +117,7 @@ def open_browser(folder):
     os.close(from_browser)
     try:
         try:
-            browser = Browser(process, reading, writing)
+            browser = Browser(reading, writing)
         except (TimeoutError, BrokenPipeError) as error:
             pytest.skip(f"{PROGRAM} does not start here: {error} {(folder / 'browser.log').read_bytes()[-300:]!r}")
         yield browser
