@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from world_distill.core.measures import Measures
 from world_distill.errors import UserError
@@ -107,7 +108,7 @@ def _lede(contents: Contents) -> str:
 # Rows ---------------------------------------------------------------------------------------------------------------
 
 
-def _rows(contents: Contents, result: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
+def _rows(contents: Contents, result: Mapping[str, Any], about: Mapping[str, Any]) -> Markup:
     measures = contents.measures
     paper = [dataclasses.replace(row, name=f"{row.name} (paper)") for row in contents.paper]
     groups = [("Measured here" if paper else "", contents.rows), ("The paper's figures", paper)]
@@ -136,7 +137,7 @@ def _with_columns(table: Table, head: Sequence[str], cells: Sequence[Sequence[Ce
     return dataclasses.replace(table, head=[table.head[0], *head, *table.head[1:-1], "Cases"], groups=groups)
 
 
-def _differences(result: Mapping[str, Any], measures: Measures) -> Any:
+def _differences(result: Mapping[str, Any], measures: Measures) -> Markup:
     cases = _difference_table("Over cases", result["paired"], measures, "difference", "ci95", "n")
     entries = [entry for entry in result["paired"] if "ci95_seeds" in entry]
     seeds = _difference_table("Over seeds", entries, measures, "mean_of_seeds", "ci95_seeds", "seeds")
@@ -170,7 +171,7 @@ def _difference(entry: Mapping[str, Any] | None, mean: str, bounds: str) -> Cell
     return Cell(f"{sign} {signed(100 * entry[mean])}", f"{signed(100 * low)} to {signed(100 * high)}")
 
 
-def _kinds(contents: Contents, about: Mapping[str, Any]) -> Any:
+def _kinds(contents: Contents, about: Mapping[str, Any]) -> Markup:
     measures, kinds = contents.measures, sections.grouped(contents.by_kind)
     table = sections.rates_table("By kind of task", measures, "Kind", kinds) if kinds else None
     groups = [
@@ -200,34 +201,30 @@ def _read_clips(contents: Contents, result: Mapping[str, Any]) -> int:
     A task's clips are of the seed with which the most rows have it, the first of those. Of many tasks, so many are
     taken, evenly, that there are `CLIPS` clips.
     """
-    found: dict[str, dict[int, dict[str, tuple[Clip, dict[str, float]]]]] = {}  # by id, seed and row
-    for row in result["rows"]:
-        for seed in row["seeds"]:
-            folder = contents.folder / "runs" / row["name"] / str(seed)
-            try:
-                run = run_data.read(folder, "evaluation.json")
-            except UserError as error:
-                contents.notes.append(f"Clips of {name_of(row['name'])} with seed {seed} are left out: {error}")
-                continue
-            contents.notes += [f"{name_of(row['name'])}, seed {seed}: {note}" for note in run.notes]
-            verdicts = run.verdicts.get(row["role"], {})
-            for clip in run.clips:
-                if row["role"] in clip.films:
-                    of_seed = found.setdefault(clip.id, {}).setdefault(seed, {})
-                    of_seed[row["name"]] = (
-                        dataclasses.replace(clip, films={row["name"]: clip.films[row["role"]]}),
-                        verdicts.get(clip.id, {}),
-                    )
-    most = max(1, CLIPS // max(1, len(result["rows"])))
+    found: dict[str, dict[int, dict[str, Clip]]] = {}  # by id, seed and row
+    said: dict[tuple[str, int], dict[str, dict[str, float]]] = {}  # scores by row and seed, id and question
+    roles = {row["name"]: row["role"] for row in result["rows"]}
+    for row, seed in [(row["name"], seed) for row in result["rows"] for seed in row["seeds"]]:
+        try:
+            run = run_data.read(contents.folder / "runs" / row / str(seed), "evaluation.json")
+        except UserError as error:
+            contents.notes.append(f"Clips of {name_of(row)} with seed {seed} are left out: {error}")
+            continue
+        contents.notes += [f"{name_of(row)}, seed {seed}: {note}" for note in run.notes]
+        said[row, seed] = run.verdicts.get(roles[row], {})
+        for clip in run.clips:
+            if roles[row] in clip.films:
+                found.setdefault(clip.id, {}).setdefault(seed, {})[row] = clip
+    most = max(1, CLIPS // max(1, len(roles)))
     chosen = list(found)
     if len(chosen) > most:
         chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
     for record in chosen:
-        of_rows = max(found[record].values(), key=len)  # the first of the largest
-        first = next(iter(of_rows.values()))[0]
-        films = {row: clip.films[row] for row, (clip, _) in of_rows.items()}
-        contents.clips.append(dataclasses.replace(first, films=films))
-        for row, (_, scores) in of_rows.items():
-            if scores:
-                contents.verdicts.setdefault(row, {})[record] = scores
+        seed = max(found[record], key=lambda seed: len(found[record][seed]))  # the first of the largest
+        clips = found[record][seed]
+        films = {row: clip.films[roles[row]] for row, clip in clips.items()}
+        contents.clips.append(dataclasses.replace(next(iter(clips.values())), films=films))
+        for row in clips:
+            if record in said[row, seed]:
+                contents.verdicts.setdefault(row, {})[record] = said[row, seed][record]
     return len(found)
