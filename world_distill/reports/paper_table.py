@@ -204,7 +204,8 @@ def _read_clips(contents: Contents, result: Mapping[str, Any]) -> int:
     found: dict[str, dict[int, dict[str, Clip]]] = {}  # by id, seed and row
     said: dict[tuple[str, int], dict[str, dict[str, float]]] = {}  # scores by row and seed, id and question
     roles = {row["name"]: row["role"] for row in result["rows"]}
-    for row, seed in [(row["name"], seed) for row in result["rows"] for seed in row["seeds"]]:
+    made = [(about["name"], seed) for about in result["rows"] for seed in about["seeds"]]
+    for row, seed in made:
         try:
             run = run_data.read(contents.folder / "runs" / row / str(seed), "evaluation.json")
         except UserError as error:
