@@ -6,10 +6,12 @@ import re
 
 import numpy as np
 
+from world_distill.programs import paper_rows, reproduce
 from world_distill.programs.evaluate import Verdict, summarise
 from world_distill.reports import run_data
 from world_distill.storage import atomic, video_files
 
+QUESTIONS = ("task", "agent", "consistency")
 SEEDS = {"base": 0, "demonstrator": 1, "executor": 2}
 RATES = {"base": (0.1, 0.5, 0.7), "demonstrator": (0.6, 0.95, 0.8), "executor": (0.9, 0.97, 0.5)}
 HOSTILE = "</script></style><img src=x onerror=alert(1)>&\"'\x00\ud800"
@@ -88,6 +90,40 @@ def make_run(folder, *, count=100, kept=4, steps=60, text="", clip=(9, 30, 30), 
     atomic.write_json(folder / "clips/clips.json", entries)
     atomic.write_json(folder / "config.json", {"seed": 3, "objective": {"rl": "awm"}, "name": f"x{text}", "empty": {}})
     return results
+
+
+def make_table(folder, *, rows=("base", "demonstrator", "sft", "wmsd"), seeds=(0, 1), count=6, clip=(5, 12, 12)):
+    """A folder as reproduce leaves it; returns its result. All pixels of a row's clip have the value of `pixel_of`."""
+    study = paper_rows.Study("sandbox", folder, {}, seeds=seeds, rows=rows)
+    runs, found = paper_rows.make_runs(study), {}
+    for number, run in enumerate(runs):
+        draw = np.random.default_rng(number).random((count, 3)) < RATES[run.role]
+        ids = [f"s{run.seed}-{i}" for i in range(count // 2)] + [f"both-{i}" for i in range(count - count // 2)]
+        scores = [dict(zip(QUESTIONS, map(float, row), strict=True)) for row in draw]
+        verdicts = [
+            Verdict(name, "[red disc]: Go.", "red disc", ("go", "beside")[n % 2], scores[n])
+            for n, name in enumerate(ids)
+        ]
+        scores = {
+            "split": "test", "seed": run.seed, "step": run.steps, "rows": [summarise(run.role, verdicts)],
+            "verdicts": {run.role: [v.to_json() for v in verdicts]}, "clips": count, "noises": 1,
+        }  # fmt: skip
+        atomic.write_json(run.folder / "evaluation.json", scores)
+        clips = run.folder / "evaluation_clips"
+        about = [{name: getattr(v, name) for name in ("id", "task", "agent", "kind")} for v in verdicts]
+        atomic.write_json(clips / "clips.json", [entry | {"solution": "It goes.", "fps": 4} for entry in about])
+        for verdict in verdicts:
+            frames = np.full((*clip, 3), pixel_of(run.row, run.seed), np.uint8)
+            video_files.save_strip(run_data.clip_path(clips, run.role, verdict.id), frames)
+        found.setdefault(run.row, {})[run.seed] = scores
+    result = reproduce.compare(study, runs, found) | {"failed": []}
+    atomic.write_json(folder / reproduce.RESULTS, result)
+    return json.loads((folder / reproduce.RESULTS).read_text())
+
+
+def pixel_of(row, seed):
+    """The value of all pixels of the clips that `make_table` makes."""
+    return 20 * ["base", "demonstrator", "sft", "off_policy", "on_policy", "wmsd"].index(row) + 7 * seed + 1
 
 
 class Checker(html.parser.HTMLParser):

@@ -186,6 +186,9 @@ def test_the_sandbox_fills_every_row(table):
     assert json.loads((study.workdir / "reproduce.json").read_text())["rows"] == json.loads(json.dumps(result["rows"]))
     text = (study.workdir / "reproduce.md").read_text()
     assert "Executor" not in text and text.count("world-distill train ") == 8 and "paper's figure" not in text
+    page = (study.workdir / "reproduce.html").read_text()
+    assert page.count('<figure data-model="') == 8 * (1 + len(ROWS)), "every row's clip of every task"
+    assert page.count("world-distill train ") == 8
     pairs = {(entry["before"], entry["after"]) for entry in result["paired"]}
     assert {("base", "demonstrator"), ("base", "wmsd"), ("demonstrator", "sft"), ("on_policy", "wmsd")} <= pairs
     assert ("wmsd", "on_policy") not in pairs and len(pairs) == 5 + 4 + 3
@@ -241,6 +244,7 @@ def test_a_row_that_fails_is_named_and_does_not_stop_the_others(table, capsys):
     assert [(line["row"], line["seed"]) for line in found["failed"]] == [("on_policy", 0), ("on_policy", 1)]
     assert "rollout.group: 2 -> 4" in found["failed"][0]["why"]
     assert cli.main(flags) == 0
+    assert str(study.workdir / "reproduce.html") in capsys.readouterr().out
     assert json.loads((study.workdir / "reproduce.json").read_text())["rows"] == result["rows"]
 
 

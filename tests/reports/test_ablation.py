@@ -49,7 +49,7 @@ def charts_of(page):
 
 def test_orderings_are_told_by_outcome():
     page = ablation.document(make_result())
-    assert "Of 3 claims 1 hold here, 1 are not resolved and 1 are reversed" in page
+    assert "Claims that hold here: 1 of 3; not resolved: 1; reversed: 1." in page
     items = re.findall(r'<li class="(\w*)">.*?<b>(.*?)</b>: ([a-z ]+)', page)
     assert items == [
         ("up", "RL adds", "holds"), ("down", "RL alone is enough", "reversed"), ("", "More is better", "not resolved"),

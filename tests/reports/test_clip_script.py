@@ -1,42 +1,25 @@
-"""The script of a report's clips, run by Node on the elements of a page: filter, order, slider."""
+"""The script of a report's clips, in a browser: filter, search, order, portions, slider."""
 
-import html.parser
 import json
-import pathlib
-import re
-import shutil
-import subprocess
 
 import pytest
 
-from tests.report_runs import RATES, Checker, make_run
+from tests.report_runs import RATES, make_run
 from world_distill.reports import report
 
-NODE = shutil.which("node")
-ELEMENTS = pathlib.Path(__file__).with_name("few_elements.js").read_text()
-TASKS = 12
+TASKS = 36
+PORTION = 24  # of clips.js
 QUESTIONS = ("task", "agent", "consistency")
-
-pytestmark = pytest.mark.skipif(NODE is None, reason="node is not installed")
-
-
-class Tree(html.parser.HTMLParser):
-    """[tag, attributes, children] of a page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.root = ["html", {}, []]
-        self.open = [self.root]
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        element = [tag, {name: value or "" for name, value in attrs}, []]
-        self.open[-1][2].append(element)
-        if tag not in Checker.VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        self.open.pop()
+# Numbers of the cards that are shown once the form has these choices; `all` asks for every portion.
+CHOOSE = """((choices, all) => {
+  const form = document.getElementById('filter'), more = document.getElementById('more');
+  for (const field of form.elements)
+    if (field.name) field.value = choices[field.name] ?? field.options?.[0].value ?? '';
+  form.dispatchEvent(new Event('input'));
+  while (all && !more.hidden) more.click();
+  const shown = [...document.querySelectorAll('.task')].filter(card => card.checkVisibility());
+  return shown.map(card => +card.dataset.number);
+})(%s, %s)"""
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +31,14 @@ def page(tmp_path_factory):
         verdicts[5]["scores"] = dict.fromkeys(QUESTIONS, 1.0)
     results["verdicts"]["base"][3]["scores"]["agent"] = None
     (folder / "results.json").write_text(json.dumps(results))
-    return results, report.build(folder).read_text()
+    return results, report.build(folder)
 
 
-def run(text, script):
-    """What the script, after those of the page, gives as JSON."""
-    [own] = re.findall(r"<script>(.*?)</script>", text, re.S)
-    tree = json.dumps(Tree(text).root)
-    code = f"const tree = {tree};\n{ELEMENTS}\n{own}\nconsole.log(JSON.stringify((() => {{{script}}})()));"
-    done = subprocess.run([NODE, "-"], input=code, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def choose(browser, page):
+    """A function from choices to the cards that they show."""
+    browser.show(page[1])
+    return lambda choices, all=True: browser.js(CHOOSE % (json.dumps(choices), json.dumps(all)))
 
 
 def marks(results, number, roles=tuple(RATES), questions=QUESTIONS):
@@ -68,16 +48,17 @@ def marks(results, number, roles=tuple(RATES), questions=QUESTIONS):
     return {(role, question): kinds[scores[role][question]] for role in roles for question in questions}
 
 
-def test_failures_come_first_and_all_are_counted(page):
-    results, text = page
+def test_failures_come_first_and_all_are_counted(browser, page, choose):
+    results, _ = page
     failures = [list(marks(results, i, ("executor",)).values()).count("no") for i in range(TASKS)]
     first = sorted(range(TASKS), key=lambda i: (-failures[i], i))
-    found = run(text, "return [form.hidden, choose({}), form.querySelector('output').textContent]")
-    assert found == [False, first, f"{TASKS} of {TASKS} tasks"]
-    assert run(text, "return choose({order: 'record'})") == [*range(TASKS)] != first
+    said = "document.querySelector('#filter output').textContent"
+    assert browser.js(said) == f"{TASKS} of {TASKS} tasks, {PORTION} shown"
+    assert choose({}) == first and browser.js(said) == f"{TASKS} of {TASKS} tasks"
+    assert choose({"order": "record"}) == [*range(TASKS)] != first
     base = [list(marks(results, i, ("base",), ("task",)).values()).count("no") for i in range(TASKS)]
     by_base = sorted(range(TASKS), key=lambda i: (-base[i], i))
-    assert run(text, "return choose({model: 'base', question: '0'})") == by_base
+    assert choose({"model": "base", "question": "0"}) == by_base
 
 
 CHOICES = {
@@ -93,8 +74,8 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_tasks_are_chosen_by_their_verdicts(page, name):
-    results, text = page
+def test_tasks_are_chosen_by_their_verdicts(page, choose, name):
+    results, _ = page
     chosen, fits = CHOICES[name]
 
     def of(number):
@@ -102,37 +83,64 @@ def test_tasks_are_chosen_by_their_verdicts(page, name):
             kind for (r, q), kind in marks(results, number).items() if role in ("*", r) and question in ("*", q)
         ]
 
-    found = run(text, f"return choose({json.dumps(chosen | {'order': 'record'})})")
+    found = choose(chosen | {"order": "record"})
     assert found == [i for i in range(TASKS) if fits(of(i))]
     assert name == "not judged of another model" or 0 < len(found) < TASKS
 
 
-def test_tasks_are_chosen_by_kind_and_agent(page):
-    results, text = page
+def test_tasks_are_chosen_by_kind_agent_and_words(page, choose):
+    results, _ = page
     about = [(v["kind"], v["agent"]) for v in results["verdicts"]["base"][:TASKS]]
-    found = run(text, "return choose({kind: 'beside', agent: 'red disc', order: 'record'})")
+    found = choose({"kind": "beside", "agent": "red disc", "order": "record"})
     assert found == [i for i in range(TASKS) if about[i] == ("beside", "red disc")] != []
+    found = choose({"words": " STOPS  blue", "order": "record"})  # of the solution and of the agent
+    assert found == [i for i in range(TASKS) if about[i][1] == "blue square"] != []
+    assert choose({"words": "record: r17"}) == [17] and choose({"words": "blue elephant"}) == []
 
 
-def test_a_model_is_shown_alone_with_the_start_image(page):
-    figures = "list.children[0].querySelectorAll('figure')"
-    shown = run(page[1], f"choose({{model: 'base'}}); return {figures}.map(f => [f.dataset.model, f.hidden])")
-    assert shown == [["", False], ["demonstrator", True], ["base", False], ["executor", True]]
+def test_all_tasks_come_back_with_one_button(browser, choose):
+    choose({"words": "blue", "verdict": "no"})
+    browser.js("document.querySelector('#filter [type=reset]').click(); new Promise(done => setTimeout(done))")
+    assert browser.js("document.querySelector('#filter output').textContent").startswith(f"{TASKS} of {TASKS} tasks")
 
 
-def test_the_slider_holds_all_films_of_a_task_at_a_frame(page):
-    script = """
-    const row = list.querySelector('.scrub'), [slider, play] = row.children, films = row.parentNode;
-    const places = () => films.querySelectorAll('.film').map(film => film.style.backgroundPosition);
-    const state = () => [films.classList.contains('held'), play.hidden, places()];
-    const before = [row.hidden, ...state()];
-    slider.value = '3';
-    list.listeners.input({target: slider});
-    const held = [...state(), slider.attributes['aria-valuetext']];
-    list.listeners.click({target: play});
-    return [before, held, [...state(), slider.focused]];
-    """
-    before, held, after = run(page[1], script)
-    assert before == [False, False, True, ["", "", ""]]
-    assert held == [True, False, ["75% 0"] * 3, "frame 4 of 5"]
-    assert after == [False, True, ["", "", ""], 1]
+def test_further_tasks_are_shown_on_request(browser, choose):
+    count = "[...document.querySelectorAll('.task')].filter(card => card.checkVisibility()).length"
+    more = "document.getElementById('more')"
+    browser.js("document.getElementById('filter').reset(); new Promise(done => setTimeout(done))")
+    assert browser.js(f"[{count}, {more}.textContent]") == [PORTION, f"Show {TASKS - PORTION} more tasks"]
+    focused = "[...document.querySelectorAll('.task')].indexOf(document.activeElement.closest('.task'))"
+    assert browser.js(f"{more}.click(); [{count}, {more}.hidden, {focused}]") == [TASKS, True, PORTION]
+    assert len(choose({}, all=False)) == PORTION, "another choice begins from the first ones"
+    few = {"model": "demonstrator", "question": "2", "verdict": "yes"}
+    assert PORTION < len(choose(few, all=False)) <= PORTION + 8, "a few more need no request"
+
+
+def test_a_model_is_shown_alone_and_larger_with_the_start_image(browser, choose):
+    figures = "[...document.querySelector('.task').querySelectorAll('figure')]"
+    width = f"{figures}[0].firstElementChild.getBoundingClientRect().width"
+    small = browser.js(width)
+    choose({"model": "base"})
+    shown = browser.js(f"{figures}.map(figure => [figure.dataset.model, figure.checkVisibility()])")
+    assert shown == [["", True], ["demonstrator", False], ["base", True], ["executor", False]]
+    assert browser.js(width) == 2 * small
+
+
+def test_the_slider_holds_all_films_of_a_task_at_a_frame(browser, choose):
+    places = "[...films.querySelectorAll('.film')].map(film => getComputedStyle(film).backgroundPositionX)"
+    state = f"""(() => {{
+      const films = document.querySelector('.films'), [slider, play] = films.querySelector('.scrub').children;
+      const moving = films.getAnimations({{subtree: true}}).length;
+      return [moving, play.checkVisibility(), slider.getAttribute('aria-valuetext'),
+        document.activeElement === slider, {places}];
+    }})()"""
+    moving, *rest = browser.js(state)
+    assert moving == 3 and rest[:3] == [False, "frame 1 of 5", False]
+    browser.js("document.querySelector('.scrub input').focus()")
+    for _ in range(3):
+        browser.press("ArrowRight", 39)
+    assert browser.js(state) == [0, True, "frame 4 of 5", True, ["75%"] * 3]
+    browser.press("Tab", 9)
+    browser.press("Enter", 13, "\r")
+    moving, shown, said, focused, _ = browser.js(state)
+    assert (moving, shown, said, focused) == (3, False, "frame 4 of 5", True)

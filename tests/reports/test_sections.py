@@ -12,6 +12,7 @@ from tests.report_runs import RATES, make_run, text_of
 from world_distill import cli
 from world_distill.core.measures import QUESTIONS, Measures
 from world_distill.errors import UserError
+from world_distill.evaluation.scoring import Verdict, summarise
 from world_distill.reports import report, run_data, sections
 from world_distill.reports.run_data import Change
 
@@ -240,6 +241,55 @@ def test_intervals_of_few_cases_lie_in_bounds_and_are_never_empty(tmp_path):
         assert "95 % interval" in text_of(report.html(found))
 
 
+# ---- Words that follow what was measured
+
+
+def with_results(folder, scores, roles=("base", "demonstrator", "executor"), **more):
+    """A report's text; each role's clips of the tasks a, b, ... have these scores, by question."""
+    questions = list(scores[0])
+    verdicts = {role: [Verdict(chr(97 + i), "Go.", "", "", s) for i, s in enumerate(scores)] for role in roles}
+    rows = [summarise(role, seen, Measures(tuple(questions))) for role, seen in verdicts.items()]
+    results = {"rows": rows, "benchmark": {"name": "x", "questions": questions}} | more
+    results["verdicts"] = {role: [v.to_json() for v in seen] for role, seen in verdicts.items()}
+    (folder / "results.json").write_text(json.dumps(results))
+    return text_of(report.build(folder).read_text())
+
+
+def test_two_questions_are_both_and_one_has_no_average(tmp_path):
+    make_run(tmp_path, kept=1)
+    clips = json.loads((tmp_path / "clips/clips.json").read_text())
+    (tmp_path / "clips/clips.json").write_text(json.dumps([clips[0] | {"id": "a"}]))
+    for path in tmp_path.glob("clips/*/r0.png"):
+        path.rename(path.with_name("a.png"))
+    text = with_results(tmp_path, [{"made": 1.0, "sound": 0.0}, {"made": 1.0, "sound": 1.0}])
+    assert "Both at once" in text and "share of clips that pass both" in text and "all two" not in text.lower()
+    assert "Here the Executor passes both questions in 0 of 1 tasks; over all 2 tasks it is 50.0 %." in text
+    text = with_results(tmp_path, [{"made": 1.0}])
+    assert "Here the Executor passes the question in 1 of 1 tasks." in text, "all tasks are shown"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "validation/average": 0.5, "rate/task": 1}) + "\n")
+    assert "Average of the" not in with_results(tmp_path, [{"made": 1.0}])
+
+
+def test_graded_scores_are_means_and_no_shares(tmp_path):
+    text = with_results(tmp_path, [{"made": 0.75, "sound": 0.5}, {"made": 0.25, "sound": 1.0}])
+    assert "A bar is the mean score of the clips." in text and "share of clips" not in text
+    assert "mean of each clip's lowest score" in text and "pass both" not in text
+    assert "A bar is the share of clips" in with_results(tmp_path, [{"made": 1.0, "sound": 0.0}] * 2)
+
+
+def test_without_an_executor_nothing_is_said_of_training(tmp_path):
+    text = with_results(tmp_path, [{"task": 1.0}] * 2, roles=("base", "demonstrator"))
+    assert "the untrained model, told only the task, completes 100.0 %" in text and "told the same" not in text
+    assert "The words below" not in text, "there are none"
+    assert "The words below" in with_results(tmp_path, [{"task": 1.0}] * 2)
+
+
+def test_an_empty_evaluation_is_named(tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": []}))
+    with pytest.raises(UserError, match=r"no rows in evaluation\.json, no metrics\.jsonl and no clips"):
+        report.build(tmp_path)
+
+
 # ---- Where RL begins
 
 
@@ -257,7 +307,7 @@ def test_the_start_of_rl_is_marked_in_every_curve(tmp_path):
     drawings = re.findall(r"<svg.*?</svg>", text.split('id="training"')[1].split("</section>")[0], re.S)
     assert len(drawings) == 2 and all("RL begins at step 13</title>" in drawing for drawing in drawings)
     for drawing in drawings:
-        assert f'd="M{48 + 12 / 19 * 264:.1f} 8V150"' in drawing
+        assert f'd="M{48 + 12 / 19 * 264:.1f} 16V150"' in drawing
     from_the_first = with_log(tmp_path, lines[12:])
     text = report.html(from_the_first)
     assert "RL has a weight from the first step on." in text_of(text) and 'class="mark"' not in text

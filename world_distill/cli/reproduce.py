@@ -16,7 +16,8 @@ supervised fine-tuning, off-policy and on-policy distillation, and WMSD.
 Trained rows get the compute of WMSD, in forward passes. Fine-tuning learns from the Demonstrator's clips of the
 training tasks, which are made first and not counted; `--row sft.train_set=NAME` names other records with clips. Ends
 with the table, paired differences with intervals over cases and over seeds, the paper's figures where the benchmark is
-WorldTasks-Bench, and the commands that make each row alone.
+WorldTasks-Bench, and the commands that make each row alone. A page, WORKDIR/reproduce.html, has the same and the rows'
+clips side by side; `report` makes it of a table of earlier versions.
 
 Every row has a folder, WORKDIR/runs/ROW/SEED. Called again, reproduce reads what is finished and goes on with the rest;
 a row that fails is named and does not stop the others. --plan says what is left to run, and what it costs.
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     again = f"; {failed} runs failed, and the same call tries them again" if failed else ""
     console.finish(
         f"{len(result['rows'])} rows of the table{again}",
-        args.workdir / reproduce.RESULTS, args.workdir / "reproduce.md",
+        args.workdir / reproduce.PAGE, args.workdir / reproduce.RESULTS, args.workdir / "reproduce.md",
         then=[("report", "--workdir", args.workdir / "runs" / result["rows"][-1]["name"] / str(study.seeds[0]))],
     )  # fmt: skip
     if args.json:

@@ -31,16 +31,17 @@ from world_distill.evaluation import comparison, worldtasks
 from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summarise
 from world_distill.programs import demonstrate, evaluate, prepare, train
 from world_distill.programs.paper_rows import Run, Study, make_runs
+from world_distill.reports import paper_table
 from world_distill.settings.loading import diff
 from world_distill.storage import atomic
 from world_distill.training import run_folder
 from world_distill.weights import base_model
 
-RESULTS = "reproduce.json"
+RESULTS, PAGE = paper_table.RESULTS, paper_table.PAGE
 
 
 def reproduce(study: Study) -> dict[str, Any]:
-    """Makes every run that is not finished, and compares the rows; writes reproduce.json and reproduce.md.
+    """Makes every run that is not finished, and compares the rows; writes reproduce.json, reproduce.md and PAGE.
 
     Returns:
       rows (pooled over seeds), by_seed, paired (differences with intervals over cases, and over seeds where there are
@@ -78,6 +79,7 @@ def reproduce(study: Study) -> dict[str, Any]:
     if hosts.is_main():
         atomic.write_json(study.workdir / RESULTS, result)
         atomic.write_text(study.workdir / "reproduce.md", tables(result) + "\n")
+        paper_table.build(study.workdir)
     return result
 
 

@@ -1,1 +1,1 @@
-"""HTML pages of runs, ablations and records."""
+"""HTML pages of runs, ablations, records and the paper's table."""

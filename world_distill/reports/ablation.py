@@ -52,10 +52,8 @@ def document(result: Mapping[str, Any]) -> str:
 
 def _summary(lines: Sequence[Mapping[str, Any]]) -> str:
     counts = {outcome: sum(line["outcome"] == outcome for line in lines) for outcome in _OUTCOMES}
-    return (
-        f"Of {len(lines)} claims {counts['holds']} hold here, {counts['not resolved']} are not "
-        f"resolved and {counts['reversed']} are reversed."
-    )
+    held, open_, reversed_ = counts["holds"], counts["not resolved"], counts["reversed"]
+    return f"Claims that hold here: {held} of {len(lines)}; not resolved: {open_}; reversed: {reversed_}."
 
 
 def _claim(line: Mapping[str, Any]) -> Claim:
@@ -145,7 +143,9 @@ def _table(rows: Sequence[Mapping[str, Any]], steps: Mapping[str, int], measures
     for row in rows:
         cells = [_cell(row[measure], row["ci95"][measure]) for measure in measures.names]
         lines.append(TableRow(row["name"], [Cell(steps.get(row["name"], "–")), *cells, Cell(row["n"])]))
-    return Table(["", "Steps", *(measure_name(measures, m) for m in measures.names), "Clips"], [("", lines)])
+    return Table(
+        "Every variant", ["", "Steps", *(measure_name(measures, m) for m in measures.names), "Clips"], [("", lines)]
+    )
 
 
 def _cell(value: float | None, bounds: Sequence[float]) -> Cell:

@@ -121,7 +121,7 @@ def is_noisy(points: Points) -> bool:
 def bars(items: Sequence[Bar], *, title: str, show: Callable[[float], str] = percent) -> Markup:
     """Horizontal bars from 0 to 1 with whiskers over their intervals, labels at the left, figures at the right."""
     longest = max((len(bar.label) for bar in items), default=0)
-    left, right, top, pitch, thick = min(max(96, 7 * longest + 8), 160), 262, 4, 28, 14
+    left, right, top, pitch, thick = min(max(96, 7 * longest + 8), 160), 254, 4, 28, 14
     bottom = top + pitch * len(items)
     x = lambda value: left + min(max(value, 0.0), 1.0) * (right - left)  # noqa: E731
     out = [_open(320, bottom + 18, title)]
@@ -185,7 +185,7 @@ def lines(
     first, last = across or (min(x for x, _ in found), max(x for x, _ in found))
     y_ticks = ticks(low, high, 4)
     low, high = y_ticks[0], y_ticks[-1]
-    left, right, top, bottom = 48, 312, 8, 150
+    left, right, top, bottom = 48, 312, 16 if marks else 8, 150  # names of marks stand above the lines
     px = lambda x: left + (x - first) / ((last - first) or 1) * (right - left)  # noqa: E731
     py = lambda y: bottom - (min(max(y, low), high) - low) / (high - low) * (bottom - top)  # noqa: E731
     out = [_open(320, bottom + 34, title)]
@@ -202,7 +202,7 @@ def lines(
         out.append(
             f'<g class="mark"><title>{escape(meaning)}</title>'
             f'<path d="M{px(at):.1f} {top}V{bottom}" stroke="currentColor" stroke-dasharray="2 3"/>'
-            f"{_text(px(at) + 3, top + 8, text, 9, 'start', 0.75)}</g>"
+            f"{_text(px(at), top - 4, text, 9, 'middle', 0.75)}</g>"
         )
     for one in series:
         points = thin([(x, y if y is not None and math.isfinite(y) else None) for x, y in one.points], 200)

@@ -10,22 +10,24 @@ import numpy as np
 from markupsafe import Markup
 
 from world_distill import console
-from world_distill.core.measures import grouping_key
+from world_distill.core.measures import ALL, grouping_key
 from world_distill.errors import UserError
 from world_distill.reports import page
 from world_distill.reports.page import Film
 from world_distill.reports.run_data import Clip, Contents
-from world_distill.reports.sections import name_of, rate
+from world_distill.reports.sections import name_of, named, rate
 from world_distill.storage import video_files
 
 MAX_TASKS = 400  # that go into the page
 BUDGET = 11_000_000  # characters of all clips in the page, which is to stay below 15 MB
 _SAMPLE = 8  # tasks by whose clips the page's detail is chosen
-SHOWN = (
+# What is shown side by side, and what each model is told.
+MODELS = (
     ("demonstrator", "told the solution"),
     ("base", "told the task"),
     ("executor", "told the task"),
 )
+LEADS = ("executor", "base", "demonstrator")
 _EXPORT_WIDTH = 300  # pixels, of small clips
 _MARKS = {"task": "task completed", "agent": "intended agent", "consistency": "consistent"}
 
@@ -50,7 +52,7 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A film with its caption and verdicts; `role` is "" for the start image."""
+    """A film with its caption and verdicts; `role` is the model's, and "" for the start image."""
 
     role: str
     name: str
@@ -64,6 +66,7 @@ class Card:
     """A task and its films, each `width` CSS pixels wide; `number` is its place in the record set."""
 
     number: int
+    id: str
     task: Task
     kind: str
     kind_key: str
@@ -102,31 +105,38 @@ class Example:
     film: Film
 
 
-def clips(contents: Contents) -> Markup:
-    """One card a task: start image, Demonstrator, base and Executor, with verdicts and the solution; failures first.
+def clips(contents: Contents, models: Sequence[tuple[str, str]] = MODELS, leads: Sequence[str] = LEADS) -> Markup:
+    """One card a task: the start image and the models' clips, with verdicts and the solution; failures first.
 
     The detail is the finest by which all clips fit into `BUDGET`. Clips that cannot be read are left out, and named in
     `contents.notes`.
+
+    Args:
+      contents: clips with their films by model, and verdicts by model.
+      models: the models in the order of the page, each with what it is told.
+      leads: the first of them that was judged is the one whose failures come first.
     """
     shown = contents.clips[:MAX_TASKS]
     text = "All clips of a task begin with the same image. They stop while a pointer rests on them, or after a tap. "
-    cards, notes = _cards(contents, shown)
+    cards, notes = _cards(contents, models, shown)
     contents.notes.extend(notes)
     fit = list(itertools.takewhile(lambda size: size <= BUDGET, itertools.accumulate(card.size for card in cards)))
     if len(fit) < len(cards):
         cards = cards[: len(fit)]
         shown = [shown[card.number] for card in cards]
-    text += _share(contents, shown)
+    lead = next((model for model in leads if contents.verdicts.get(model)), "")
+    text += _share(contents, lead, shown)
     if len(contents.clips) > len(shown):
         text += f" These are the first {len(shown)} of {len(contents.clips)} tasks whose clips were kept."
-    lead = _lead(contents)
     if lead and len(cards) > 1:
-        text += f" Tasks at which the {name_of(lead)} fails come first."
+        text += f" Tasks at which {named(lead)} fails come first."
     cards.sort(key=lambda card: (-_failures(card, lead), card.number))
-    return page.render("clips.html", text=text, cards=cards, filter=_filter(contents, shown, lead))
+    return page.render("clips.html", text=text, cards=cards, filter=_filter(contents, models, shown, lead))
 
 
-def _cards(contents: Contents, shown: Sequence[Clip]) -> tuple[list[Card], list[str]]:
+def _cards(
+    contents: Contents, models: Sequence[tuple[str, str]], shown: Sequence[Clip]
+) -> tuple[list[Card], list[str]]:
     """Cards of the finest detail by which they fit, or of the coarsest; and a sentence for each clip left out."""
     stride = max(1, len(shown) // _SAMPLE)
     cards, notes = [], []
@@ -135,7 +145,7 @@ def _cards(contents: Contents, shown: Sequence[Clip]) -> tuple[list[Card], list[
         def make(numbers: Sequence[int], detail: page.Detail) -> tuple[list[Card], list[str]]:
             found: list[tuple[Card | None, list[str]]] = []
             with console.Progress("card", len(numbers), shown=len(numbers) > 2 * _SAMPLE) as progress:
-                for made in pool.map(lambda number: _card(contents, number, shown[number], detail), numbers):
+                for made in pool.map(lambda number: _card(contents, models, number, shown[number], detail), numbers):
                     found.append(made)
                     progress.at(len(found))
             return [card for card, _ in found if card], [note for _, notes in found for note in notes]
@@ -151,17 +161,12 @@ def _cards(contents: Contents, shown: Sequence[Clip]) -> tuple[list[Card], list[
     return cards, notes
 
 
-def _lead(contents: Contents) -> str:
-    """The role whose failures come first: the Executor, or the first that was judged; "" where none was."""
-    return next((role for role in ("executor", "base", "demonstrator") if contents.verdicts.get(role)), "")
-
-
 def _failures(card: Card, role: str) -> int:
     return sum(mark.kind == "no" for figure in card.figures if figure.role == role for mark in figure.marks)
 
 
-def _filter(contents: Contents, shown: Sequence[Clip], lead: str) -> Filter:
-    roles = [role for role, _ in SHOWN if any(role in clip.films for clip in shown)]
+def _filter(contents: Contents, models: Sequence[tuple[str, str]], shown: Sequence[Clip], lead: str) -> Filter:
+    roles = [role for role, _ in models if any(role in clip.films for clip in shown)]
     questions = [(str(i), _mark_name(question)) for i, question in enumerate(contents.measures.questions)]
     return Filter(
         lead,
@@ -194,23 +199,23 @@ def example(contents: Contents) -> Example | None:
     return None
 
 
-def _share(contents: Contents, shown: list[Clip]) -> str:
-    """How the Executor does on the clips shown, against all: whether they flatter it."""
-    row, verdicts = contents.row("executor"), contents.verdicts.get("executor", {})
+def _share(contents: Contents, lead: str, shown: list[Clip]) -> str:
+    """How a model does on the clips shown, against all: whether they flatter it."""
+    row, verdicts = contents.row(lead), contents.verdicts.get(lead, {})
     questions = contents.measures.questions
     judged = [verdicts[clip.id] for clip in shown if set(questions) <= set(verdicts.get(clip.id, ()))]
     whole = row and row.rates[contents.measures.names[-1]]  # all at once, or the only question
-    if not judged or row is None or whole is None:
+    if not judged or row is None or whole is None or contents.graded:
         return ""
     passed = sum(all(scores[q] > 0.5 for q in questions) for scores in judged)
-    what = "the question" if len(questions) == 1 else f"all {contents.measures.count} questions"
-    return (
-        f"Here the Executor passes {what} in {passed} of {len(judged)} tasks; "
-        f"over all {row.count or ''} tasks it is {rate(whole)}."
-    )
+    what = "the question" if len(questions) == 1 else f"{contents.measures.label(ALL)} questions"
+    text = f"Here {named(lead)} passes {what} in {passed} of {len(judged)} tasks"
+    return f"{text}." if len(judged) == row.count else f"{text}; over all {row.count or ''} tasks it is {rate(whole)}."
 
 
-def _card(contents: Contents, number: int, clip: Clip, detail: page.Detail) -> tuple[Card | None, list[str]]:
+def _card(
+    contents: Contents, models: Sequence[tuple[str, str]], number: int, clip: Clip, detail: page.Detail
+) -> tuple[Card | None, list[str]]:
     """The card of a task, if it has a clip that can be read, and a sentence for each one that cannot."""
     films: dict[str, np.ndarray] = {}
     notes = []
@@ -219,20 +224,20 @@ def _card(contents: Contents, number: int, clip: Clip, detail: page.Detail) -> t
             films[role] = clip.load(role)
         except (OSError, ValueError) as error:
             reason = str(error).removeprefix(f"{clip.films[role]}: ")
-            notes.append(f"The clip of the {name_of(role)} for {clip.id} is left out: {reason}.")
+            notes.append(f"The clip of {named(role)} for {clip.id} is left out: {reason}.")
     if not films:
         return None, notes
     sprites = {role: page.sprite(film, detail) for role, film in films.items()}
     start = page.sprite(next(iter(films.values()))[:1], detail)
     figures = [Figure("", "Start image", "what all are given", Film(start, "start image", 1))]
-    for role, told in SHOWN:
+    for role, told in models:
         if role not in sprites:
             continue
-        description = f"Clip of the {name_of(role)}, {told}: {clip.task}"
+        description = f"Clip of {named(role)}, {told}: {clip.task}"
         film = Film(sprites[role], description, len(films[role]) / clip.fps)
         figures.append(Figure(role, name_of(role), told, film, _marks(contents, role, clip)))
     width, keys = max(s.shown_width for s in sprites.values()), (grouping_key(clip.kind), grouping_key(clip.agent))
-    return Card(number, _task(clip), clip.kind, *keys, clip.solution, width, figures), notes
+    return Card(number, clip.id, _task(clip), clip.kind, *keys, clip.solution, width, figures), notes
 
 
 def _task(clip: Clip) -> Task:
@@ -251,7 +256,7 @@ def _marks(contents: Contents, role: str, clip: Clip) -> list[Mark]:
         score = scores.get(question)
         kind, word = ("none", "not judged") if score is None else ("yes", "yes") if score > 0.5 else ("no", "no")
         name = _mark_name(question)
-        if score is not None and 0 < score < 1:
+        if score is not None and contents.graded:
             name, word = f"{name} {rate(score)}", rate(score)
         marks.append(Mark(kind, name, word, number))
     return marks
@@ -297,7 +302,7 @@ def export_sheet(contents: Contents, path: pathlib.Path, ids: tuple[str, ...] = 
     if unknown:
         raise UserError(f"no clips of {', '.join(unknown)} were kept; there are: {', '.join(kept)}")
     chosen = [kept[i] for i in ids] if ids else contents.clips
-    rows = [(clip, role) for clip in chosen for role, _ in SHOWN if role in clip.films]
+    rows = [(clip, role) for clip in chosen for role, _ in MODELS if role in clip.films]
     frames = [clip.load(role) for clip, role in rows]
     labels = [f"{name_of(role)}: {clip.task}" for clip, role in rows]
     video_files.save_sheet(path, frames, labels, max(1, 60 // frames[0].shape[2]))

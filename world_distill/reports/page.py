@@ -78,10 +78,12 @@ class Table:
     """A table that scrolls in its own box, its first column in view.
 
     Attributes:
+      label: what it is called, for screen readers.
       head: column headings.
       groups: the name of each group of rows, or "", and its rows.
     """
 
+    label: str
     head: Sequence[str]
     groups: Sequence[tuple[str, Sequence[TableRow]]]
 

@@ -92,6 +92,12 @@ class Contents:
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
 
+    @property
+    def graded(self) -> bool:
+        """Whether there are scores between yes and no."""
+        scores = (scores for of_role in self.verdicts.values() for scores in of_role.values())
+        return any(0 < score < 1 for of_clip in scores for score in of_clip.values())
+
 
 def clip_path(folder: pathlib.Path, role: str, record: str, suffix: str = ".png") -> pathlib.Path:
     """Where the clip of a role for a record lies in a folder of clips: `.png` is exact, `.webp` small.
@@ -118,26 +124,28 @@ def read(workdir: pathlib.Path, source: str = "") -> Contents:
         raise UserError(f"{workdir} is not a folder; --workdir names that of a run")
     contents = Contents(workdir)
     names = (source,) if source else RESULTS
-    found = [(name, value) for name in names if (value := _json(workdir / name)) is not None]
+    found = [(name, value) for name in names if (value := read_json(workdir / name)) is not None]
     if found:
         # The newer figures: those of more training steps, and quickstart's own where both have as many.
         found.sort(key=lambda item: -_step(item[1]))
         _read_results(contents, *found[0])
     _read_log(contents)
-    _read_clips(contents)
+    contents.clips, notes = _read_clips(workdir / contents.clips_folder)
+    contents.notes += notes
     _read_controls(contents)
-    config = _json(workdir / "config.json")
+    config = read_json(workdir / "config.json")
     contents.config = config if isinstance(config, dict) else None
     if not (contents.rows or contents.log or contents.clips):
+        figures = f"no rows in {contents.source}" if contents.source else f"no {' or '.join(RESULTS)}"
         raise UserError(
-            f"{workdir} holds nothing to report on: no {' or '.join(RESULTS)}, metrics.jsonl or clips. "
+            f"{workdir} holds nothing to report on: {figures}, no metrics.jsonl and no clips. "
             "Run `world-distill quickstart`, or `world-distill train` and `world-distill evaluate` with this --workdir"
         )
     return contents
 
 
-def _json(path: pathlib.Path) -> Any:
-    """The file's contents; None if it does not exist."""
+def read_json(path: pathlib.Path) -> Any:
+    """The file's contents; None if it does not exist. Raises UserError for what is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -161,10 +169,10 @@ def _read_results(contents: Contents, name: str, value: Any) -> None:
         measures = contents.measures = Measures.of(value)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its `benchmark` is damaged ({type(error).__name__}: {error})") from error
-    contents.rows = [_row(path, row, measures) for row in value["rows"]]
-    contents.paper = [_row(path, row, measures) for row in (value.get("benchmark") or {}).get("paper") or []]
-    contents.by_kind = [_row(path, row, measures, "kind") for row in value.get("by_kind") or []]
-    contents.by_agent = [_row(path, row, measures, "agent") for row in value.get("by_agent") or []]
+    contents.rows = [row_of(path, row, measures) for row in value["rows"]]
+    contents.paper = [row_of(path, row, measures) for row in (value.get("benchmark") or {}).get("paper") or []]
+    contents.by_kind = [row_of(path, row, measures, "kind") for row in value.get("by_kind") or []]
+    contents.by_agent = [row_of(path, row, measures, "agent") for row in value.get("by_agent") or []]
     contents.about = {k: value[k] for k in ("split", "seed", "step", "command") if value.get(k) is not None}
     try:
         for role, verdicts in (value.get("verdicts") or {}).items():
@@ -185,7 +193,13 @@ def _read_results(contents: Contents, name: str, value: Any) -> None:
         raise UserError(f"{path}: its `paired` is damaged ({type(error).__name__}: {error})") from error
 
 
-def _row(path: pathlib.Path, value: Any, measures: Measures, by: str = "") -> Row:
+def row_of(path: pathlib.Path, value: Any, measures: Measures, by: str = "") -> Row:
+    """A row of results; `by` is "kind" or "agent" in a break-down.
+
+    Raises:
+      UserError: it has no name, or a rate that is none; the message names the file `path`.
+    """
+
     def figure(x: Any, what: str) -> float | None:
         if x is None or (isinstance(x, float) and not math.isfinite(x)):
             return None
@@ -255,12 +269,13 @@ def within_group(contents: Contents) -> dict[tuple[str, str], float]:
     return found
 
 
-def _read_clips(contents: Contents) -> None:
-    folder = contents.folder / contents.clips_folder
+def _read_clips(folder: pathlib.Path) -> tuple[list[Clip], list[str]]:
+    """The tasks of a folder of clips that have one, and a sentence for each entry that cannot be used."""
     path = folder / INDEX
-    entries = _json(path)
+    entries = read_json(path)
+    clips, notes = [], []
     if entries is None:
-        return
+        return clips, notes
     if not isinstance(entries, list):
         raise UserError(f"{path}: not a list of tasks")
     for entry in entries:
@@ -272,18 +287,19 @@ def _read_clips(contents: Contents) -> None:
             }
             fps = float(entry.get("fps") or FPS)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            contents.notes.append(f"An entry of clips.json cannot be used ({type(error).__name__}: {error}).")
+            notes.append(f"An entry of clips.json cannot be used ({type(error).__name__}: {error}).")
             continue
         films = {role: path for role, of_role in paths.items() for path in of_role if path.is_file()}
         if films:
             texts = {name: str(text) for name, text in texts.items()}
-            contents.clips.append(Clip(**texts, fps=fps if 0 < fps <= 1000 else FPS, films=films))
+            clips.append(Clip(**texts, fps=fps if 0 < fps <= 1000 else FPS, films=films))
+    return clips, notes
 
 
 def _read_controls(contents: Contents) -> None:
     """The figures of negative controls; damaged ones are left out with a note, since no other figure needs them."""
     try:
-        value = _json(contents.folder / CONTROLS)
+        value = read_json(contents.folder / CONTROLS)
         if value is None:
             return
         for row in value["rows"]:

@@ -13,7 +13,11 @@ from world_distill.reports.charts import Bar, Series, percent
 from world_distill.reports.page import Cell, Chart, Key, Table, TableRow, Tile
 from world_distill.reports.run_data import ROLES, Change, Contents, Row, changes
 
-NAMES = {"base": "Base model", "demonstrator": "Demonstrator", "executor": "Executor"}
+NAMES = {
+    "base": "Base model", "demonstrator": "Demonstrator", "executor": "Executor",
+    # Rows of the paper's table.
+    "sft": "SFT", "off_policy": "Off-policy", "on_policy": "On-policy", "wmsd": "WMSD",
+}  # fmt: skip
 TOLD = {
     "base": "before training, told the task",
     "demonstrator": "before training, told the solution",
@@ -34,22 +38,25 @@ def measure_name(measures: Measures, measure: str) -> str:
     if measure == AVERAGE:
         return f"Average of the {measures.count}"
     if measure == ALL:
-        return f"All {measures.count} at once"
+        return f"{measures.label(ALL).capitalize()} at once"
     return _NAMES.get(measure) or measure.replace("_", " ").capitalize()
 
 
 def _noun(measures: Measures, measure: str) -> str:
     if measure == ALL:
-        return f"all {measures.count} at once"
+        return f"{measures.label(ALL)} at once"
     return _NOUNS.get(measure) or measure.replace("_", " ")
 
 
-def _meaning(measures: Measures, measure: str) -> str:
+def _meaning(contents: Contents, measure: str) -> str:
+    measures = contents.measures
     if measure == AVERAGE:
-        return f"mean of the {measures.count} rates"
+        return f"mean of the {measures.count} {'scores' if contents.graded else 'rates'}"
     if measure == ALL:
-        return f"share of clips that pass all {measures.count}"
-    return _MEANING.get(measure, "share of clips for which the answer is yes")
+        passes = f"share of clips that pass {measures.label(ALL)}"
+        return "mean of each clip's lowest score" if contents.graded else passes
+    mean = "mean score" if contents.graded else "share of clips for which the answer is yes"
+    return _MEANING.get(measure, mean)
 
 
 def _panels(measures: Measures) -> list[tuple]:
@@ -63,7 +70,9 @@ def _panels(measures: Measures) -> list[tuple]:
         for q in questions
     ]  # fmt: skip
     over_all = [
-        (measure_name(measures, m), "", (0.0, 1.0), (("validation", f"validation/{m}"),)) for m in (AVERAGE, ALL)
+        (measure_name(measures, m), "", (0.0, 1.0), (("validation", f"validation/{m}"),))
+        for m in (AVERAGE, ALL)
+        if m in measures.names
     ]
     gaps = [
         (f"Reward beyond the held-out judge: {_noun(measures, q)}",
@@ -86,12 +95,18 @@ def _panels(measures: Measures) -> list[tuple]:
 
 
 def name_of(role: str) -> str:
-    """What a role is called on the page."""
+    """What a role, or a row of the paper's table, is called on a page."""
     return NAMES.get(role, role)
 
 
+def named(role: str) -> str:
+    """What a role or row is called inside a sentence."""
+    return f"the {name_of(role)}" if role in ROLES else name_of(role)
+
+
 def colour(role: str) -> str:
-    """The CSS colour of a role, the same all over the page."""
+    """The CSS colour of a role or row, the same all over a page."""
+    role = "executor" if role == "wmsd" else role
     return f"var(--{role})" if role in ROLES else "var(--extra)"
 
 
@@ -125,21 +140,28 @@ class Comparison:
 
 def results(contents: Contents) -> Markup:
     """Tiles, bars with whiskers, the table, and what changed in words."""
+    measures = contents.measures
+    return page.render(
+        "results.html",
+        headline=headline(contents),
+        graded=contents.graded,
+        tiles=[_tile(contents, row) for row in contents.rows],
+        charts=rate_charts(contents),
+        table=rates_table("Every question", measures, "", [("", contents.rows)]),
+        paper=rates_table("The paper's figures", measures, "", [("", contents.paper)]) if contents.paper else None,
+        invalid=sum(row.invalid for row in contents.rows),
+        changes=_comparisons(contents),
+    )
+
+
+def rate_charts(contents: Contents) -> list[Chart]:
+    """One chart a measure: a bar with its whisker for each row."""
     panels, measures = [], contents.measures
     for measure in measures.names:
         name = measure_name(measures, measure)
         svg = charts.bars([_bar(row, measure) for row in contents.rows], title=f"{name}, by model")
-        panels.append(Chart(name, svg, _meaning(measures, measure)))
-    return page.render(
-        "results.html",
-        headline=headline(contents),
-        tiles=[_tile(row, measures) for row in contents.rows],
-        charts=panels,
-        table=_rates_table(measures, "", [("", contents.rows)]),
-        paper=_rates_table(measures, "", [("", contents.paper)]) if contents.paper else None,
-        invalid=sum(row.invalid for row in contents.rows),
-        changes=_comparisons(contents),
-    )
+        panels.append(Chart(name, svg, _meaning(contents, measure)))
+    return panels
 
 
 def headline(contents: Contents) -> str:
@@ -147,9 +169,12 @@ def headline(contents: Contents) -> str:
     measures = contents.measures
     of_tasks = measures.headline == _HEADLINE
     verb = "completes" if of_tasks else "reaches"
+    trained = contents.row("executor") is not None
     said = {
         "executor": f"the trained Executor, told only the task, {verb}",
-        "base": f"before training the same model, told the same, {verb}",
+        "base": f"before training the same model, told the same, {verb}"
+        if trained
+        else f"the untrained model, told only the task, {verb}",
         "demonstrator": f"told the full solution (the Demonstrator) it {verb}",
     }
     known = [
@@ -170,10 +195,12 @@ def headline(contents: Contents) -> str:
     )
 
 
-def _tile(row: Row, measures: Measures) -> Tile:
+def _tile(contents: Contents, row: Row) -> Tile:
+    measures = contents.measures
     headline = measures.headline
     what = "tasks completed" if headline == _HEADLINE else measure_name(measures, headline).lower()
-    more = f"{rate(row.rates[ALL])} pass all {measures.count}" if ALL in measures.names else ""
+    told = f"on {measures.label(ALL)} at once" if contents.graded else f"pass {measures.label(ALL)}"
+    more = f"{rate(row.rates[ALL])} {told}" if ALL in measures.names else ""
     return Tile(name_of(row.name), TOLD.get(row.name, ""), rate(row.rates[headline]), what, more, colour(row.name))
 
 
@@ -182,9 +209,10 @@ def _bar(row: Row, measure: str, label: str = "") -> Bar:
     return Bar(label or name_of(row.name), row.rates[measure], low, high, colour(row.name))
 
 
-def _rates_table(measures: Measures, heading: str, groups: Sequence[tuple[str, Sequence[Row]]]) -> Table:
+def rates_table(label: str, measures: Measures, heading: str, groups: Sequence[tuple[str, Sequence[Row]]]) -> Table:
+    """Rates with their intervals, a line a row, in named groups; `heading` stands above their names."""
     lines = [(name, [_table_row(row, measures) for row in rows]) for name, rows in groups]
-    return Table([heading, *(measure_name(measures, m) for m in measures.names), "Clips"], lines)
+    return Table(label, [heading, *(measure_name(measures, m) for m in measures.names), "Clips"], lines)
 
 
 def _table_row(row: Row, measures: Measures) -> TableRow:
@@ -193,7 +221,8 @@ def _table_row(row: Row, measures: Measures) -> TableRow:
         bounds = row.intervals.get(measure) if row.rates[measure] is not None else None
         small = f"{percent(bounds[0])[:-2]} to {percent(bounds[1])[:-2]}" if bounds else ""
         cells.append(Cell(rate(row.rates[measure]), small))
-    return TableRow(name_of(row.name), [*cells, Cell("–" if row.count is None else row.count)], colour(row.name))
+    swatch = colour(row.name) if row.name in NAMES else ""
+    return TableRow(name_of(row.name), [*cells, Cell("–" if row.count is None else row.count)], swatch)
 
 
 # What changed, in words ---------------------------------------------------------------------------------------------
@@ -221,7 +250,7 @@ def sentence(change: Change) -> str:
     better, worse = f"better by {points:.1f} points", f"worse by {-points:.1f} points"
     if change.paired:
         _, low, high = (100 * x for x in change.paired)
-        bounds = f"paired by task, the difference is {_signed(low)} to {_signed(high)} points"
+        bounds = f"paired by task, the difference is {signed(low)} to {signed(high)} points"
         text = {
             "up": f"{better}; {bounds}, above 0.",
             "down": f"{worse}; {bounds}, below 0.",
@@ -253,7 +282,8 @@ def _comparisons(contents: Contents) -> list[Comparison]:
     return told
 
 
-def _signed(points: float) -> str:
+def signed(points: float) -> str:
+    """Percentage points with their sign, to a tenth."""
     text = f"{abs(points):.1f}"
     return text if text == "0.0" else ("+" if points > 0 else "\u2212") + text
 
@@ -319,7 +349,7 @@ def _correlations(contents: Contents) -> Table | None:
     for a in names:
         values = [found.get((a, b), found.get((b, a))) for b in names]
         rows.append(TableRow(a, [Cell("" if value is None else f"{value:+.2f}") for value in values]))
-    return Table(["", *names], [("", rows)]) if found else None
+    return Table("What the rewards agree on", ["", *names], [("", rows)]) if found else None
 
 
 def _panel(
@@ -352,7 +382,11 @@ def controls(contents: Contents) -> Markup:
     failed = [f"Control {name} was not asked: {why}" for name, why in found["failed"].items()]
     passing = sum(row["passes"] is True for row in found["rows"])
     return page.render(
-        "controls.html", judge=found["judge"], table=Table(head, list(groups.items())), failed=failed, passing=passing
+        "controls.html",
+        judge=found["judge"],
+        failed=failed,
+        passing=passing,
+        table=Table("Controls of the judge", head, list(groups.items())),
     )
 
 
@@ -363,7 +397,7 @@ def _control_row(row: Mapping[str, Any]) -> TableRow:
     cells = [Cell("–" if value is None else show(value)) for value in values]
 
     def moved(value: float) -> str:
-        return _signed(100 * value) if rated else charts.number(value)
+        return signed(100 * value) if rated else charts.number(value)
 
     bounds = (row["low"], row["high"])
     small = f"{moved(bounds[0])} to {moved(bounds[1])}" if None not in bounds else ""
@@ -377,16 +411,17 @@ def _control_row(row: Mapping[str, Any]) -> TableRow:
 
 def breakdowns(contents: Contents) -> Markup:
     """Bars and a table by kind of task, a table by agent."""
-    kinds, agents = _groups(contents.by_kind), _groups(contents.by_agent)
+    kinds, agents = grouped(contents.by_kind), grouped(contents.by_agent)
     return page.render(
         "breakdowns.html",
         kind_charts=[_kind_chart(kind, rows, contents.measures) for kind, rows in kinds],
-        kinds=_rates_table(contents.measures, "Kind", kinds) if kinds else None,
-        agents=_rates_table(contents.measures, "Agent", agents) if agents else None,
+        kinds=rates_table("By kind of task", contents.measures, "Kind", kinds) if kinds else None,
+        agents=rates_table("By agent", contents.measures, "Agent", agents) if agents else None,
     )
 
 
-def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def grouped(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows of each kind or agent, in alphabetical order."""
     values = sorted({row.group for row in rows})
     return [(value, [row for row in rows if row.group == value]) for value in values]
 
