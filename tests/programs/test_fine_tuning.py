@@ -16,7 +16,7 @@ from world_distill import build, cli
 from world_distill.data.records.batches import fixed_batches
 from world_distill.data.records.reader import EncodedRecord, RecordError, RecordReader
 from world_distill.errors import UserError
-from world_distill.programs import demonstrate, dry_run, evaluate, plan, prepare, train
+from world_distill.programs import demonstrate, dry_run, evaluate, plan, plan_text, prepare, train
 from world_distill.programs.benchmark import measure
 from world_distill.settings.loading import load_config
 from world_distill.settings.objective import Phase
@@ -243,7 +243,7 @@ def test_plan_and_dry_run_know_the_one_program(films, tmp_path):
     assert f"{config.steps} steps of {rows} clips" in said and any(f", {rows} clips a step" in line for line in said)
     assert "judge: none, since objective.kind = sft" in said and "rollouts" not in " ".join(said)
     timed = {"estimated": True, "step_seconds": (1, 2), "rollouts_per_second": (3, 4), "mfu": (0.1, 0.2)}
-    lines = plan.describe(result | timed | {"judge_requests_per_second": (0, 0)})
+    lines = plan_text.describe(result | timed | {"judge_requests_per_second": (0, 0)})
     assert any("1 to 2 s a step, 3 to 4 clips a second, MFU" in line for line in lines)
     config = load_config("wan22_5b:debug_sft")
     phases = plan.make_plan(config, jax.devices()[:1])

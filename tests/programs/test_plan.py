@@ -1,5 +1,6 @@
 """Planning for TPUs, with their compiler where it is installed."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -126,6 +127,13 @@ def test_the_most_expensive_instructions_are_explained(lines_of_code, capsys):
     for more, words in ((["--utilisation", "0.5"], "the compiler for v5e"), (["--explain", "--search"], "--explain")):
         assert cli.main(["plan", *flags, *more]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_phase_needs_room_for_gaps_between_its_buffers_beside_what_lies_there():
+    chip = chips.chip("TPU v5 lite")
+    phase = plan.Phase("update", 1e15, 1, 0.0, arguments=8.0, temporaries=4.0, output=0.0, peak=10.0)
+    fits = lambda beside: plan._fits(dataclasses.replace(phase, beside=beside), chip)  # noqa: E731
+    assert fits(chip.hbm_gib - 10.6) and not fits(chip.hbm_gib - 10.4)
 
 
 @needs_compiler

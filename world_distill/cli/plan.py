@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from world_distill.devices import chips
-    from world_distill.programs import plan
+    from world_distill.programs import plan, plan_text
 
     if args.explain and args.search:
         raise UserError("--explain is of one plan, --search of many: run plan again with the settings that it finds")
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         phases = plan.make_plan(config, devices, only, say=console.say)
         result = plan.summary(config, devices, phases, utilisation)
-        for line in plan.describe(result, explain=args.explain):
+        for line in plan_text.describe(result, explain=args.explain):
             console.say(line)
     _finish(args, result)
     if args.json:

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from world_distill import console
-from world_distill.programs import plan
+from world_distill.programs import plan, plan_text
 from world_distill.programs.run_inputs import open_inputs
 from world_distill.training import run_folder
 
@@ -43,7 +43,7 @@ def dry_run(config, workdir: pathlib.Path, *, say: Callable[[str], None] = conso
 
     devices = list(mesh.devices.flat)
     result = plan.summary(config, devices, plan.make_plan(config, devices, PHASES, say=say))
-    for line in plan.describe(result):
+    for line in plan_text.describe(result):
         say(line)
     bytes_ = _bytes(programs.state)
     seconds = result["step_seconds"][1] * left if "step_seconds" in result else None
