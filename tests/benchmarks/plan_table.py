@@ -88,9 +88,9 @@ def make_row(name: str, topology: str, phases: tuple[str, ...], settings) -> dic
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Markdown: what each phase needs of a chip's memory."""
+    """Markdown: what each phase needs of a chip's memory, and what a chip sends in a step."""
     names = (*PHASES, "decode")
-    lines = [f"| config | slice | chip, GiB | {' | '.join(names)} | compiled in | fits |", "|---" * 9 + "|"]
+    lines = [f"| config | slice | chip, GiB | {' | '.join(names)} | sent, GB | fits |", "|---" * 9 + "|"]
     for key, row in rows.items():
         name, topology, *what = key.split(" ", 2)
         phases = {phase["name"]: phase for phase in row["phases"]}
@@ -102,9 +102,9 @@ def table(rows: dict[str, dict]) -> str:
             return "refused" if found["problem"] else f"{found['peak'] + found['beside']:.1f}"
 
         cells = " | ".join(map(cell, names))
-        seconds = sum(phase["compile_seconds"] for phase in phases.values())
+        sent = sum(phase["sent"] * phase["calls"] for phase in phases.values()) / 1e9
         about = f"{', '.join([name, *what])} | {topology}, {row['devices']} chips | {row['chip']['hbm_gib']:.1f}"
-        lines.append(f"| {about} | {cells} | {seconds:.0f} s | {'yes' if row['fits'] else 'no'} |")
+        lines.append(f"| {about} | {cells} | {sent:,.0f} | {'yes' if row['fits'] else 'no'} |")
     return "\n".join(lines)
 
 
