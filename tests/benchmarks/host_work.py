@@ -78,7 +78,7 @@ def programs_of(config, mesh, clips: np.ndarray):
     settings = dict(config.rollout.to_dict(), tasks=rows // config.rollout.group)
     return types.SimpleNamespace(
         mesh=mesh, rollout_settings=RolloutSettings(**settings), objective=section(config.objective, Objective),
-        roll={True: roll, False: roll}, decode=lambda base, latents: placed["clips"],
+        roll={True: roll, False: roll}, decode=lambda base, latents: placed["clips"][None],
         demonstrate=None, motion=lambda latents: placed["motion"], finish=None, demonstrates=lambda phase: False,
         rewards_distillation=lambda phase: False, keeps_log_probs=False,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def measure(config, rows: int, pixels: tuple[int, int], steps: int, folder: path
     parts: dict[str, list[float]] = {name: [] for name in ("read", "place", "judge", "weigh", "log")}
     for step in range(steps):
         clips[:, 0] = step  # other clips, whose judgments are not in the cache
-        programs.decode = functools.partial(lambda clips, *given: clips, jax.device_put(clips))
+        programs.decode = functools.partial(lambda clips, *given: clips, jax.device_put(clips[None]))
         collector = Collector(programs, judge=Noise(), cache=cache, rubric=load_rubric())
         marks = [time.perf_counter()]
         drawn = collector.draw(tasks, step)
