@@ -145,7 +145,7 @@ def test_rollouts_that_every_chip_would_compute_are_refused(rollouts, minibatche
     error = capsys.readouterr().err
     assert f"{count} rollouts (rollout.tasks x rollout.group" in error and "mesh.fsdp = 8" in error
     most = math.gcd(count, 8)
-    assert f"--config.mesh.fsdp={most} --config.mesh.tensor={8 // most}" in error
+    assert f"--config.mesh.fsdp={most} --config.mesh.context={4 // most} --config.mesh.tensor=2" in error  # 2 heads
 
 
 @needs_compiler

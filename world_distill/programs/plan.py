@@ -404,7 +404,7 @@ def candidates(config, devices: int) -> Iterator[dict[str, Any]]:
     per_update = rows // config.objective.minibatches
     for fsdp, remat in itertools.product(shards, ("attention", "full", "offload")):
         shared = devices // fsdp
-        tensor = math.gcd(config.model.heads, shared)
+        tensor = math.gcd(config.model.get("heads", 1), shared)
         for micro in sorted({per_update, max(per_update // 4, fsdp), fsdp}, reverse=True):
             if per_update % micro == 0 and micro % fsdp == 0:
                 yield {

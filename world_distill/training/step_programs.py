@@ -132,7 +132,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     settings = dataclasses.replace(settings, micro_batch=rows_at_once(mesh, rows, settings.micro_batch))
     in_update = rows_at_once(mesh, rows // objective.minibatches, objective.micro_batch)
     objective = dataclasses.replace(objective, micro_batch=in_update)
-    _check_rows(mesh, rows, objective.minibatches)
+    _check_rows(mesh, rows, objective.minibatches, config.model.get("heads", 1))
     grid, diffusion = build.sampler_grid(config)
     sde = config.sampler.sde
     check(
@@ -216,7 +216,7 @@ def _make(config: FrozenConfigDict, mesh: jax.sharding.Mesh) -> Programs:
     )
 
 
-def _check_rows(mesh: jax.sharding.Mesh, rows: int, minibatches: int) -> None:
+def _check_rows(mesh: jax.sharding.Mesh, rows: int, minibatches: int, heads: int) -> None:
     """Raises UserError for rollouts that the accelerators along data and fsdp do not divide: each would have all."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if platform_of(mesh) == "cpu":  # small models, and devices that are often one
@@ -227,10 +227,13 @@ def _check_rows(mesh: jax.sharding.Mesh, rows: int, minibatches: int) -> None:
         if count % ways:
             most = math.gcd(rows, per_update, ways)
             data = mesh.shape["data"] if most % mesh.shape["data"] == 0 else 1
+            shared = mesh.size // most
+            tensor = math.gcd(heads, shared)
+            settings = {"data": data, "fsdp": most // data, "context": shared // tensor, "tensor": tensor}
             raise UserError(
                 f"{count} rollouts ({what}) do not divide by mesh.data x mesh.fsdp = {ways}, and every device would "
-                f"compute all of them. Let {ways // most} devices share a clip: --config.mesh.data={data} "
-                f"--config.mesh.fsdp={most // data} --config.mesh.tensor={mesh.shape['tensor'] * ways // most}"
+                f"compute all of them. Let {shared} devices share a clip: "
+                + " ".join(f"--config.mesh.{axis}={size}" for axis, size in settings.items())
             )
 
 
