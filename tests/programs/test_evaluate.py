@@ -46,7 +46,7 @@ def test_summary_counts():
         assert (p - 0.5) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / 4)
     values = np.array([1, 2 / 3, 2 / 3, 0])
     low, high = row["ci95"]["average"]
-    assert high - low == pytest.approx(2 * 1.96 * values.std(ddof=1) / 2)
+    assert high - low == pytest.approx(2 * 3.18245 * values.std(ddof=1) / 2)  # Student's, of 3 degrees
 
 
 def test_clips_that_could_not_be_checked_are_counted_and_left_out():

@@ -203,7 +203,7 @@ def _paired(
         _joined({seed: before[seed] for seed in seeds}, study), _joined({seed: after[seed] for seed in seeds}, study),
         measures,
     )  # fmt: skip
-    each = [comparison.paired(before[seed], after[seed], measures, samples=1) for seed in seeds]
+    each = [comparison.paired(before[seed], after[seed], measures) for seed in seeds]
     for number, entry in enumerate(entries):
         values = [found[number]["difference"] for found in each if found]
         entry |= {"by_seed": values, "seeds": len(values)}
