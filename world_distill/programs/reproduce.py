@@ -60,6 +60,8 @@ def reproduce(study: Study) -> dict[str, Any]:
         try:
             if scores is not None:
                 console.say(f"{name}: there already")
+                if hosts.is_main() and not (run.folder / "evaluation.html").is_file():  # killed before its last file
+                    evaluate.write(run.folder, scores)
             else:
                 console.say(name + (f", {run.steps} steps" if run.trains else ""))
                 scores = _make(run, study)
