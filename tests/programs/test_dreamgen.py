@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.benchmark_sets import SPLITS, instruction, save_dreamgen
 from tests.programs.test_worldtasks import CONFIG, asked
 from tests.vlm.fake_server import FakeServer
 from world_distill import cli
@@ -18,36 +19,15 @@ from world_distill.evaluation.dreamgen import ClipFolder, file_name, instruction
 
 pytestmark = pytest.mark.once
 
-SPLITS = {"gr1_object": 50, "gr1_behavior": 47, "gr1_env": 29}
 SCORED = "--config.benchmark.factory=world_distill.evaluation:DreamGenBench"
-
-
-def instruction(split, i):
-    return f"Use the {'left' if i % 2 else 'right'} hand to pick up the cup, then move it to tray {split[4:]} {i}."
-
-
-def make_folders(folder):
-    """As the authors' data set is laid out: `NAME.txt` beside a picture, `NAME..txt` where the picture lost its dot."""
-    rng = np.random.default_rng(0)
-    for split, count in SPLITS.items():
-        (folder / split).mkdir(parents=True)
-        for i in range(count):
-            text = instruction(split, i)
-            stem = f"{i}_{text.removesuffix('.') if i % 10 == 3 else text}"
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / split / f"{stem}.png")
-            twin = f"{stem}..txt" if i % 10 == 3 else f"{stem}.txt"
-            if i % 10 != 7:  # of some there is no text
-                (folder / split / twin).write_text(f"{text}\n")
-    (folder / "gr1_env" / "readme.png").write_bytes(
-        (folder / "gr1_env" / f"0_{instruction('gr1_env', 0)}.png").read_bytes()
-    )
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     """(folder, evaluation.json, questions that were answered) of an evaluation that was stopped and called again."""
     folder = tmp_path_factory.mktemp("dreamgen")
-    make_folders(folder / "EVAL-175")
+    save_dreamgen(folder / "EVAL-175")
+    Image.new("RGB", (32, 32)).save(folder / "EVAL-175/gr1_env/readme.png")
     data = str(folder / "data")
     flags = ["--folder", str(folder / "EVAL-175"), "--dreamgen", "--out", data, "--name", "dreamgen"]
     assert cli.main(["import-tasks", *flags]) == 0
