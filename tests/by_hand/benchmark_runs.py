@@ -14,8 +14,8 @@ end, then called once more. The script ends with code 0 if
     every case is in the table with its clips, and a case without an answer is counted as such,
     the call after the end makes the same table.
 
-WorldTasks-Bench has a second judge, the same model shown two frames in place of four: where it contradicts the first,
-the verdict is the first one's, and the table of agreement shows it.
+WorldTasks-Bench has a second judge, the same model shown coarser pictures: where it contradicts the first, the verdict
+is the first one's, and the table of agreement shows it.
 
 Seen with vLLM 0.32 on two CPU cores and the tiny model: SEEN
 """
@@ -38,11 +38,17 @@ import time
 import urllib.parse
 import urllib.request
 
+import numpy as np
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from tests import benchmark_sets
 from tests.by_hand import judge_servers
+from world_distill.evaluation import DreamGenBench, WorldTasksBench
+from world_distill.judges.rubric import load_rubric
 from world_distill.judges.selftest import PROBES
+from world_distill.programs import prepare
+from world_distill.settings.loading import load_config
 
 PORT, KILLS = 8123, 2
 TINY = {
@@ -56,7 +62,7 @@ TINY = {
 ROLES = ("base", "executor")
 # name -> (cases, questions, judges, class, further options)
 BENCHMARKS = {
-    "worldtasks": (30, 3, 2, "WorldTasksBench", {"frames": 4, "beside.second.frames": 2}),
+    "worldtasks": (30, 3, 2, "WorldTasksBench", {"frames": judge_servers.FRAMES, "beside.second.quality": 60}),
     "dreamgen": (30, 2, 1, "DreamGenBench", {}),
 }
 
@@ -143,6 +149,8 @@ def make_inputs(folder):
             "import-tasks", "--folder", folder / "dreamgen", "--dreamgen", *data, "--name", "dreamgen",
         ],
     }  # fmt: skip
+    if not (run / "data/train.json").exists():
+        prepare.make_records(load_config("wan22_5b:debug", TINY), run / "data")
     if not (folder / "worldtasks").exists():
         benchmark_sets.save_worldtasks(folder / "worldtasks", 30)
         benchmark_sets.save_dreamgen(folder / "dreamgen", dict.fromkeys(benchmark_sets.SPLITS, 10))
@@ -170,7 +178,7 @@ def benchmark(name, run, proxy, model, min_mass):
     """Evaluates, is killed, and evaluates to the end; whether all was as the module's text says."""
     cases, questions, judges, factory, options = BENCHMARKS[name]
     need, before = cases * len(ROLES) * questions * judges, stored(run)
-    options = {"servers": proxy.url, "model": model, "min_mass": min_mass, "timeout": 600, **options}
+    options = {"servers": proxy.url, "model": model, "min_mass": min_mass, "quality": 0, "timeout": 600, **options}
     flags = ["evaluate", "--workdir", run, "--split", name, "--export-clips", run / "clips" / name]
     flags += [f"--config.benchmark.factory=world_distill.evaluation:{factory}"]
     flags += [f"--config.benchmark.options.{key}={value}" for key, value in options.items()]
@@ -185,12 +193,14 @@ def benchmark(name, run, proxy, model, min_mass):
         return proxy.asked[start:], known - before
 
     def killed(after):
-        process = call(*flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = run / "killed.log"
+        with log.open("w") as file:
+            process = call(*flags, stdout=file, stderr=file)
         while process.poll() is None and stored(run) - before < after:
             time.sleep(0.05)
         time.sleep(1)  # into the next batch
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        assert process.wait() == -signal.SIGKILL, f"it ended before it was killed; see {log}"
 
     def whole():
         process = call(*flags, stdout=subprocess.PIPE, text=True)
@@ -228,12 +238,25 @@ def benchmark(name, run, proxy, model, min_mass):
     return good
 
 
+def lessons():
+    """What the tiny model is taught: the self-tests, and that benchmarks' questions have a yes about light clips."""
+    many, rng = DreamGenBench.shows[0], np.random.default_rng(0)
+    yield from judge_servers.lessons((judge_servers.FRAMES, many))
+    for folder, count in ((WorldTasksBench.rubric, judge_servers.FRAMES), (DreamGenBench.rubric, many)):
+        rubric = load_rubric(folder)
+        for name in rubric.names:
+            question = rubric.render(name, "[robot]: Move on.", "robot", count)
+            for level, answer in ((60, "No"), (195, "Yes")):
+                clip = np.clip(rng.normal(level, 40, (count, 32, 32, 3)), 0, 255).astype(np.uint8)
+                yield judge_servers.about(clip, question), answer
+
+
 @contextlib.contextmanager
 def serving(command, folder):
     """A vLLM server of the tiny model, which is made first; its address."""
     tiny, url = folder / "tiny", f"http://127.0.0.1:{PORT}/v1"
     if not (tiny / "config.json").exists():
-        judge_servers.make_model(tiny, 1500)
+        judge_servers.make_model(tiny, 1500, list(lessons()))
     words = [command, "serve", str(tiny), "--served-model-name", "tiny", "--port", str(PORT), "--enforce-eager"]
     words += ["--logprobs-mode", "raw_logprobs", "--max-model-len", "4096"]
     with (folder / "server.log").open("w") as log:

@@ -56,6 +56,16 @@ def test_clips_that_could_not_be_checked_are_counted_and_left_out():
     assert empty["task"] is None and "–" in markdown([empty])
 
 
+@pytest.mark.parametrize("missing", [0, 1, 7])
+def test_clips_without_a_verdict_are_listed_below_the_table(missing):
+    verdicts = [*VERDICTS, *(verdict(90 + i, 1, math.nan, 1) for i in range(missing))]
+    result = {"rows": [summarise("executor", verdicts)], "by_kind": [], "by_agent": [], "held_out": {}}
+    result["verdicts"] = {"executor": [v.to_json() for v in verdicts]}
+    lines = [line for line in evaluate.tables(result).splitlines() if "no verdict" in line]
+    ids = {1: "90", 7: "90, 91, 92, 93, 94, …"}
+    assert lines == [f"Executor: {n} clips have no verdict and are left out ({ids[n]})." for n in [missing] if n]
+
+
 def test_breakdown_and_table():
     rows = breakdown("x", VERDICTS, "kind")
     assert [(r["group"], r["n"], r["task"]) for r in rows] == [("go", 2, 1.0), ("push", 2, 0.0)]
