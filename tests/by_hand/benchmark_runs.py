@@ -18,7 +18,7 @@ end, then called once more. The script ends with code 0 if
 WorldTasks-Bench has a second judge, the same model shown coarser pictures: where it contradicts the first, the verdict
 is the first one's, and the table of agreement shows it.
 
-Seen with vLLM 0.32 on two CPU cores and the tiny model, which takes ten minutes to make: all right after four minutes.
+Seen with vLLM 0.32 on two CPU cores and the tiny model, which takes ten minutes to make: all right after five minutes.
 WorldTasks-Bench asked 360 questions, 38 of them again: the kills came before their answers were stored, or there was no
 answer. 28 had none (yes and no had a probability below 0.5 together), so 13 of 60 clips were left out. The judges
 contradicted each other on 12 % of the answers about consistency. DreamGen Bench asked 120, each with 49 pictures, and 9
