@@ -35,6 +35,23 @@ def start(inputs, workdir, *overrides, before="", environment=()):
     return start_scripts(codes, str(inputs), str(workdir), environment=environment)
 
 
+VERB = """
+    import sys
+    sys.path[:0] = [{tests!r}, {root!r}]
+    from world_distill import cli
+    from world_distill.devices import hosts
+    hosts.SILENCE_SECONDS = 10
+    {before}
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def start_verb(*arguments, count=1, before=""):
+    """`count` processes of one job that call a verb; `before` is code that they run first."""
+    code = textwrap.dedent(VERB).format(tests=str(ROOT / "tests"), root=str(ROOT), before=before)
+    return start_scripts([code] * count, *map(str, arguments))
+
+
 def start_scripts(codes, *arguments, environment=()):
     """A process for each Python script; several are one job."""
     with socket.socket() as probe:

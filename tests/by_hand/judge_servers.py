@@ -40,22 +40,29 @@ FRAMES = 2
 QUICK = {"give_up_after": 60, "timeout": 60, "tries": 2}
 
 
-def lessons():
-    """(messages, answer) of what the model is taught: the questions of both self-tests."""
+def chat(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def picture(pixels):
     from PIL import Image
 
-    def chat(*parts):
-        return [{"role": "user", "content": list(parts)}]
+    return {"type": "image", "image": Image.fromarray(pixels)}
 
-    def picture(pixels):
-        return {"type": "image", "image": Image.fromarray(pixels)}
 
-    red = judge_test.probe_clip(FRAMES)
-    shown = [judge_test.text_part(judge_test.INTRO)]
-    for number, frame in enumerate(red):
-        shown += [judge_test.text_part(f"Frame {number + 1} of {FRAMES}:"), picture(frame)]
-    for question, sign in judge_test.PROBES:
-        yield chat(*shown, judge_test.text_part(question)), "Yes" if sign > 0 else "No"
+def about(clip, question):
+    """The messages in which a judge asks about a clip."""
+    parts = [judge_test.text_part(judge_test.INTRO)]
+    for number, frame in enumerate(clip):
+        parts += [judge_test.text_part(f"Frame {number + 1} of {len(clip)}:"), picture(frame)]
+    return chat(*parts, judge_test.text_part(question))
+
+
+def lessons(counts=(FRAMES,)):
+    """(messages, answer) of what the model is taught: the questions of both self-tests, of clips of so many frames."""
+    for count in counts:
+        for question, sign in judge_test.PROBES:
+            yield about(judge_test.probe_clip(count), question), "Yes" if sign > 0 else "No"
     for colour, pixels in annotator_test._COLOURS.items():
         side = annotator_test._SIDE
         seen = picture(np.full((side, side, 3), pixels, np.uint8))
@@ -63,8 +70,8 @@ def lessons():
         yield chat(seen, judge_test.text_part(annotator_test.PROBE)), answer
 
 
-def make_model(folder, steps):
-    """A tiny LLaVA, trained until it says word for word what `lessons` have."""
+def make_model(folder, steps, taught):
+    """A tiny LLaVA, trained until it says word for word what it is taught, (messages, answer) by (messages, answer)."""
     import torch
 
     from tests.vlm import tiny_general
@@ -75,7 +82,7 @@ def make_model(folder, steps):
     vlm.load()
     model, tokenizer = vlm._model.requires_grad_(True).train(), vlm._tokenizer
     batches = []
-    for messages, answer in lessons():
+    for messages, answer in taught:
         inputs = vlm._ready(messages)
         told = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         start, ids = inputs["input_ids"].shape[1], torch.cat([inputs["input_ids"], torch.tensor([told])], dim=1)
@@ -96,7 +103,7 @@ def make_model(folder, steps):
             break
     model.eval().save_pretrained(folder)
     name_as_published(pathlib.Path(folder) / "model.safetensors")
-    for messages, answer in lessons():
+    for messages, answer in taught:
         said = LocalVLM.generate(vlm, messages, max_tokens=80, temperature=0, seed=0)
         print("right" if said == answer else f"wrong: {said!r} in place of {answer!r}")
 
@@ -188,7 +195,7 @@ def main():
     ask.add_argument("--record", type=pathlib.Path)
     args = parser.parse_args()
     if args.verb == "model":
-        make_model(args.folder, args.steps)
+        make_model(args.folder, args.steps, list(lessons()))
         return 0
     if args.record:
         recording(args.record)

@@ -86,26 +86,6 @@ def test_mean_interval_against_scipy():
             metrics.mean_interval(bad)
 
 
-def test_bootstrap_difference_is_paired():
-    """A shared spread far larger than the difference must cancel, as in the normal interval."""
-    noise = 100 * draw(0, 80).astype(np.float64)
-    a, b = noise + 1.0 + draw(1, 80), noise + draw(2, 80)
-    got = metrics.bootstrap_difference(a, b, samples=2000)
-    d = a - b
-    expected = scipy.stats.norm.interval(0.95, d.mean(), scipy.stats.sem(d))
-    np.testing.assert_allclose(got, (d.mean(), *expected), atol=0.05)
-    assert got == metrics.bootstrap_difference(a, b, samples=2000)
-    assert got != metrics.bootstrap_difference(a, b, samples=2000, seed=1)
-    _, low, high = metrics.bootstrap_difference(a, b, samples=2000, level=0.5)
-    assert got[1] < low < high < got[2]
-
-
-@pytest.mark.parametrize("a, b", [([], []), ([1.0, np.inf], [1.0, 1.0])])
-def test_bootstrap_difference_refuses_what_it_cannot_use(a, b):
-    with pytest.raises(ValueError):
-        metrics.bootstrap_difference(np.array(a, float), np.array(b, float))
-
-
 def test_correlations_inside_groups_do_not_see_what_sets_groups_apart():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(30), 4)
@@ -141,20 +121,77 @@ def test_intervals_of_scores_lie_in_their_range_and_are_never_empty(values):
     assert mean == pytest.approx(np.mean(values)) and 0 <= low <= mean <= high <= 1 and low < high
 
 
-def test_intervals_of_scores_are_wilsons_for_verdicts_and_normal_for_grades():
+def test_intervals_of_scores_are_wilsons_for_verdicts_and_students_for_grades():
     assert metrics.score_interval(np.array([1.0, 0, 0, 1]))[1:] == metrics.wilson_interval(2, 4)
     assert metrics.score_interval(np.full(4, 0.75))[1:] == metrics.wilson_interval(3.0, 4)  # 0.75 is not 1
     grades = np.array([0.25, 0.5, 0.75, 0.5])
-    assert metrics.score_interval(grades) == metrics.mean_interval(grades)
+    assert metrics.score_interval(grades) == metrics.student_interval(grades)
     for bad in ([], [0.5, np.nan], [1.5], [-0.1]):
         with pytest.raises(ValueError):
             metrics.score_interval(np.array(bad, float))
 
 
-def test_differences_of_scores_are_never_empty():
-    one = np.ones(5)
+def test_differences_of_verdicts_are_agresti_and_mins():
+    """The equation of Statistics in Medicine 24 (2005): half a pair is added to each cell."""
+    a, b = np.repeat([1.0, 0, 1, 0], [14, 2, 5, 9]), np.repeat([0.0, 1, 1, 0], [14, 2, 5, 9])
+    centre, n = (14.5 - 2.5) / 32, 32
+    half = 1.96 * np.sqrt((14.5 + 2.5) / n - centre**2) / np.sqrt(n)
+    assert metrics.score_difference(a, b) == pytest.approx((0.4, centre - half, centre + half))
+    assert metrics.score_difference(b, a) == pytest.approx((-0.4, -centre - half, half - centre))
+    assert metrics.score_difference(a, b)[1:] == metrics.paired_rate_interval(a > 0, b > 0)[1:]
+
+
+def test_differences_of_grades_are_students_and_paired():
+    """A shared spread far larger than the difference must cancel."""
+    rng = np.random.default_rng(0)
+    shared = rng.uniform(0.1, 0.8, 40)
+    a, b = shared + 0.1 + rng.uniform(0, 0.1, 40), shared + rng.uniform(-0.1, 0.1, 40)
+    d = a - b
+    expected = scipy.stats.t.interval(0.95, 39, d.mean(), scipy.stats.sem(d))
+    assert metrics.score_difference(a, b) == pytest.approx((d.mean(), *expected))
+
+
+@pytest.mark.parametrize("values", [[1.0] * 3, [0.5] * 3, [0.2, 0.9, 0.4]])
+def test_differences_of_scores_are_never_empty_and_stay_in_their_range(values):
+    one = np.array(values)
     difference, low, high = metrics.score_difference(one, one)
-    assert difference == 0 and high == -low == metrics.wilson_interval(0, 5)[1]
-    assert metrics.score_difference(one, 0 * one)[1:] == (1 - high, 1.0)
-    a, b = np.array([1.0, 1, 0, 1, 0.5]), np.array([0, 1, 0, 0, 0.25])
-    assert metrics.score_difference(a, b) == metrics.bootstrap_difference(a, b, samples=4000)
+    assert difference == 0 and low < 0 < high
+    for a, b in ((one, 0 * one), (0 * one, one), (one, one[::-1])):
+        difference, low, high = metrics.score_difference(a, b)
+        assert -1 <= low <= difference <= high <= 1 and low < high
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("spread", [0.0, 0.01])
+def test_few_cases_show_no_sign(n, spread):
+    """All n differ alike, or nearly so: two-sided, that has chance 2 / 2^n. Cases that are equal show nothing more."""
+    a, b = 1 - spread * np.arange(n) / 8, np.zeros(n)
+    for ties in (0, 30):
+        _, low, high = metrics.score_difference(np.pad(a, (0, ties)), np.pad(b, (0, ties)))
+        assert (low > 0) == (n >= 6), (n, ties)
+        assert -metrics.score_difference(np.pad(b, (0, ties)), np.pad(a, (0, ties)))[2] == pytest.approx(low)
+
+
+@pytest.mark.parametrize("up, down", [(1, 0), (5, 0), (6, 0), (7, 1), (9, 2), (10, 3), (30, 14), (40, 20)])
+def test_the_sign_flip_test_of_verdicts_is_mcnemars(up, down):
+    d = np.repeat([1.0, -1, 0], [up, down, 17])
+    expected = scipy.stats.binomtest(up, up + down).pvalue
+    exact = up + down <= 12
+    assert metrics.sign_flip_p(d) == pytest.approx(expected, abs=1e-12 if exact else 0.01)
+    assert metrics.sign_flip_p(-d) == metrics.sign_flip_p(d)
+
+
+def test_the_sign_flip_test_of_grades_tries_all_signs():
+    d = np.array([0.3, 0.1, -0.2, 0.4, 0.25])
+    found = scipy.stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert metrics.sign_flip_p(d) == pytest.approx(found.pvalue)
+    assert metrics.sign_flip_p(np.zeros(3)) == metrics.sign_flip_p(np.array([])) == 1
+    many = np.random.default_rng(0).normal(0.3, 1, 60)
+    assert metrics.sign_flip_p(many) == pytest.approx(scipy.stats.ttest_1samp(many, 0).pvalue, abs=0.02)
+    assert metrics.sign_flip_p(np.ones(60)) == 1 / 4097  # never 0
+
+
+@pytest.mark.parametrize("a, b", [([], []), ([1.0, np.nan], [1.0, 1.0]), ([1.5], [1.0])])
+def test_differences_of_scores_refuse_what_they_cannot_use(a, b):
+    with pytest.raises(ValueError):
+        metrics.score_difference(np.array(a, float), np.array(b, float))

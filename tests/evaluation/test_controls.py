@@ -8,7 +8,7 @@ import pytest
 from absl import logging
 
 from tests.judges.controlled import QUESTIONS, RUBRIC, Fooled, Judge, Obedient, Static, shown
-from world_distill.core.metrics import mean_interval, paired_rate_interval
+from world_distill.core.metrics import paired_rate_interval, student_interval
 from world_distill.errors import UserError
 from world_distill.evaluation import controls
 from world_distill.interfaces import JudgeAnswer
@@ -79,7 +79,7 @@ def test_scores_without_a_yes_are_compared_by_their_means():
     plain, control = np.array([20.0, 21.0, 22.0, np.nan]), np.array([19.0, 19.5, 21.0, 3.0])
     row = controls.compare(control, plain, rated=False)
     assert row["n"] == 3 and row["rate"] is None and row["plain_rate"] is None
-    expected = mean_interval((control - plain)[:3])
+    expected = student_interval((control - plain)[:3])
     assert (row["difference"], row["low"], row["high"]) == expected and expected[2] < 0
     assert controls._passes(row) is False
     assert controls._passes(controls.compare(plain[:3], plain[:3], rated=False)) is True

@@ -1,5 +1,6 @@
 """DreamGen Bench from made folders to the table, and its clips as upstream's scripts read them."""
 
+import csv
 import json
 import pathlib
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.benchmark_sets import SPLITS, instruction, save_dreamgen
 from tests.programs.test_worldtasks import CONFIG, asked
 from tests.vlm.fake_server import FakeServer
 from world_distill import cli
@@ -17,36 +19,15 @@ from world_distill.evaluation.dreamgen import ClipFolder, file_name, instruction
 
 pytestmark = pytest.mark.once
 
-SPLITS = {"gr1_object": 50, "gr1_behavior": 47, "gr1_env": 29}
 SCORED = "--config.benchmark.factory=world_distill.evaluation:DreamGenBench"
-
-
-def instruction(split, i):
-    return f"Use the {'left' if i % 2 else 'right'} hand to pick up the cup, then move it to tray {split[4:]} {i}."
-
-
-def make_folders(folder):
-    """As the authors' data set is laid out: `NAME.txt` beside a picture, `NAME..txt` where the picture lost its dot."""
-    rng = np.random.default_rng(0)
-    for split, count in SPLITS.items():
-        (folder / split).mkdir(parents=True)
-        for i in range(count):
-            text = instruction(split, i)
-            stem = f"{i}_{text.removesuffix('.') if i % 10 == 3 else text}"
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / split / f"{stem}.png")
-            twin = f"{stem}..txt" if i % 10 == 3 else f"{stem}.txt"
-            if i % 10 != 7:  # of some there is no text
-                (folder / split / twin).write_text(f"{text}\n")
-    (folder / "gr1_env" / "readme.png").write_bytes(
-        (folder / "gr1_env" / f"0_{instruction('gr1_env', 0)}.png").read_bytes()
-    )
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     """(folder, evaluation.json, questions that were answered) of an evaluation that was stopped and called again."""
     folder = tmp_path_factory.mktemp("dreamgen")
-    make_folders(folder / "EVAL-175")
+    save_dreamgen(folder / "EVAL-175")
+    Image.new("RGB", (32, 32)).save(folder / "EVAL-175/gr1_env/readme.png")
     data = str(folder / "data")
     flags = ["--folder", str(folder / "EVAL-175"), "--dreamgen", "--out", data, "--name", "dreamgen"]
     assert cli.main(["import-tasks", *flags]) == 0
@@ -119,7 +100,7 @@ def test_upstream_reads_every_clip_as_it_was_meant(scored):
 
 
 def test_paths_that_upstream_misreads_are_refused(tmp_path):
-    for name in ("hunyuan_clips", "My-CogVideo", "a,b"):
+    for name in ("hunyuan_clips", "My-CogVideo", "a,b", "a[1]", "what?", 'a"b', "a\nb"):
         with pytest.raises(UserError, match="DreamGen Bench's scripts"):
             ClipFolder(tmp_path / name, 8.0)
     assert instruction_of(file_name("3", "Put a/b_c,  d.")) == "Put a b c d."
@@ -127,9 +108,53 @@ def test_paths_that_upstream_misreads_are_refused(tmp_path):
         file_name("3", "word " * 60)
 
 
+# What upstream's scripts make of an instruction that a file name cannot hold word for word.
+ODD = {
+    "Don't drop the robot's cup; it's 3.5 cm wide...": None,
+    "Pick up object_2, then put_it_down.": "Pick up object 2 then put it down.",
+    "Move 10  blocks\tto\u00a0zone 4": "Move 10 blocks to zone 4",
+    "Hebe die TASSE über den Würfel; 把杯子放在桌上 ☕": None,
+    "\"Take it\", said the sign: press 'go' (twice) & wait!": "'Take it' said the sign: press 'go' (twice) & wait!",
+    "Put clip.mp4 left/right of [it], or is it * or ?": "Put clip.mp4 left right of [it] or is it * or ?",
+    "100% #5 = yes ~ {x} \\ back | < > ; :": None,
+    "wave " + "and wave " * 26 + "now": None,  # 248 bytes, with all that stands before and behind
+}
+
+
+def test_odd_instructions_are_read_as_the_manifest_says(tmp_path, capsys):
+    folder, clip = ClipFolder(tmp_path / "clips", 8.0), np.zeros((2, 8, 8, 3), np.uint8)
+    cases = {f"gr1_env-{i}": text for i, text in enumerate(ODD)}
+    left_out = {"gr1_env-90": "Ask the Hunyuan model.", "gr1_env-91": "long " * 60, "gr1_env-92": "half \ud800."}
+    again = {"gr1_env-0.2": next(iter(ODD)), "odd kind-x": "Go."}  # a second picture of one number; no number at all
+    for record, text in {**cases, **left_out, **again}.items():
+        folder.write("base", record, f"[robot]: {text}", "robot", "a/b [c]", clip)
+    root = tmp_path / "clips/base"
+    (root / "as_wan_gr1_env/7_of_another_call.mp4").write_bytes(b"")
+    records = [*cases, *left_out, *again]
+    verdicts = [{"id": record, "scores": {"instruction": float(i % 2)}} for i, record in enumerate(records)]
+    [manifest] = folder.finish({"verdicts": {"base": verdicts}}, ["instruction"])
+    said = capsys.readouterr().err
+    assert (
+        "clips of 3 cases are not exported: gr1_env-90: " in said and "1 clips that are not of this evaluation" in said
+    )
+    entries = {entry["id"]: entry for entry in json.loads(manifest.read_text())}
+    assert entries.keys() == {*cases, *again} and len({entry["file"] for entry in entries.values()}) == len(entries)
+    for record, text in {**cases, **again}.items():
+        entry = entries[record]
+        assert (root / entry["file"]).is_file() and entry["instruction"] == text.strip()
+        told = (ODD.get(text) or text).strip()
+        assert upstream(str(root / entry["file"])) == (told, True) == (entry["read_back"], True)
+    head, *lines = (root / "instruction.csv").read_text().splitlines()
+    by_path = {str(root / entry["file"]): record for record, entry in entries.items()}
+    for path, prompt, verdict in csv.reader(lines):  # quotes are signs like others, or a reader would join lines
+        assert prompt == entries[by_path.pop(path)]["read_back"] and verdict in "01"
+    assert not by_path
+
+
 def test_its_frames_are_upstreams():
     bench = DreamGenBench(model="m", servers="http://a/v1")
     assert bench.questions == ("instruction", "physics") and "49x448" in bench.judges["main"].name
+    assert bench.shown(np.zeros((1, 1, 33, 39, 3), np.uint8)).shape[2:4] == (9, 11)  # cut, not rounded
     clip = np.arange(93, dtype=np.uint8)[None, :, None, None, None] * np.ones((1, 93, 40, 60, 3), np.uint8)
     shown = bench.shown(clip)
     assert shown.shape == (1, 49, 12, 18, 3)

@@ -44,9 +44,11 @@ def test_summary_counts():
     # Wilson's interval is where (p - rate)^2 = z^2 p (1 - p) / n.
     for p in (low, high):
         assert (p - 0.5) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / 4)
-    values = np.array([1, 2 / 3, 2 / 3, 0])
-    low, high = row["ci95"]["average"]
-    assert high - low == pytest.approx(2 * 1.96 * values.std(ddof=1) / 2)
+    assert row["ci95"]["average"] == [0, 1]  # four grades say little
+    values = np.array([1, 2 / 3, 2 / 3, 0] * 4)
+    low, high = summarise("x", VERDICTS * 4)["ci95"]["average"]
+    half = 2.13145 * values.std(ddof=1) / 4  # Student's, of 15 degrees of freedom
+    assert (low, high) == pytest.approx((7 / 12 - half, 7 / 12 + half), rel=1e-5)
 
 
 def test_clips_that_could_not_be_checked_are_counted_and_left_out():
@@ -54,6 +56,16 @@ def test_clips_that_could_not_be_checked_are_counted_and_left_out():
     assert (row["n"], row["invalid"], row["task"]) == (4, 1, 0.5)
     empty = summarise("x", [verdict(9, math.nan, 1, 1)])
     assert empty["task"] is None and "–" in markdown([empty])
+
+
+@pytest.mark.parametrize("missing", [0, 1, 7])
+def test_clips_without_a_verdict_are_listed_below_the_table(missing):
+    verdicts = [*VERDICTS, *(verdict(90 + i, 1, math.nan, 1) for i in range(missing))]
+    result = {"rows": [summarise("executor", verdicts)], "by_kind": [], "by_agent": [], "held_out": {}}
+    result["verdicts"] = {"executor": [v.to_json() for v in verdicts]}
+    lines = [line for line in evaluate.tables(result).splitlines() if "no verdict" in line]
+    ids = {1: "90", 7: "90, 91, 92, 93, 94, …"}
+    assert lines == [f"Executor: {n} clips have no verdict and are left out ({ids[n]})." for n in [missing] if n]
 
 
 def test_breakdown_and_table():

@@ -207,6 +207,9 @@ def test_what_is_finished_is_only_read(table, monkeypatch):
     for name in ("train", "demonstrate", "evaluate"):
         monkeypatch.setattr(getattr(reproduce, name), name, None)
     assert reproduce.reproduce(study)["rows"] == result["rows"]
+    page = study.workdir / "runs/sft/1/evaluation.html"
+    page.unlink()  # as if killed between the figures and their page
+    assert reproduce.reproduce(study)["rows"] == result["rows"] and page.is_file()
     # Another number of clips, another benchmark or other settings are other results.
     [run] = [run for run in paper_rows.make_runs(study) if (run.row, run.seed) == ("wmsd", 1)]
     assert reproduce.finished(run, study) is not None

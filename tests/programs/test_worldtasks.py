@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.benchmark_sets import AGENTS, KINDS, save_worldtasks
 from tests.vlm.fake_server import FakeServer, truth
 from world_distill import cli
 from world_distill.core.metrics import wilson_interval
@@ -18,8 +18,6 @@ from world_distill.storage.video_files import load_strip
 pytestmark = pytest.mark.once
 
 CASES = 200
-KINDS = ("navigation", "object interaction", "perception", "positioning")
-AGENTS = ("First person view", "First-person view", "Man in blue shirt")
 SMALL = {
     "model.size": (32, 32), "model.frames": 5, "model.depth": 1, "sampler.steps": 1, "evaluate_batch": 40,
     "encode_batch": 50, "host_devices": 1,
@@ -32,13 +30,7 @@ BENCH = "--config.benchmark.factory=world_distill.evaluation:WorldTasksBench"
 def bench(tmp_path_factory):
     """A folder as the authors' data set has it, imported and encoded."""
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "set/bench/images").mkdir(parents=True)
-    rng, rows = np.random.default_rng(0), []
-    for i in range(CASES):
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"set/bench/images/{i:06}.png")
-        task = f"[{AGENTS[i % 3]}]: Move on to place {i}."
-        rows.append({"id": f"{i:06}", "image": f"images/{i:06}.png", "task": task, "kind": KINDS[i % 4]})
-    (folder / "set/bench/bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_worldtasks(folder / "set", CASES)
     data = str(folder / "data")
     assert cli.main(["import-tasks", "--folder", str(folder / "set"), "--bench", "--out", data, "--name", "test"]) == 0
     assert cli.main(["encode", *CONFIG, "--records", data, "--name", "test"]) == 0

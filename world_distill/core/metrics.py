@@ -8,10 +8,9 @@ offset. With e = v - v_ref:
     norm_ratio  |v| / |v_ref|
     dc          share of the energy of e that lies in its per-channel means over frames and space
 
-Intervals: Wilson's score interval for rates, Agresti and Min's for the difference of two rates of
-the same things, a normal one for means, Student's for means of a few values, a percentile bootstrap
-for paired differences. Those of scores and of their differences are never empty, and stay where such
-figures can lie.
+Intervals: Wilson's score interval for rates, Agresti and Min's for the difference of two rates of the
+same things, Student's for means. Those of scores and of their differences are
+never empty, and stay where such figures can lie.
 """
 
 import itertools
@@ -108,12 +107,8 @@ def paired_rate_interval(
         ValueError: if the two do not pair up, or are empty.
     """
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    if a.ndim != 1 or a.shape != b.shape or a.size == 0:
-        raise ValueError(f"need two lists of one length, got {a.shape} and {b.shape}")
-    only_a, only_b, n = (a & ~b).sum() + 0.5, (b & ~a).sum() + 0.5, a.size + 2
-    centre = (only_a - only_b) / n
-    half = z * math.sqrt(only_a + only_b - (only_a - only_b) ** 2 / n) / n
-    return float(a.mean() - b.mean()), max(-1.0, float(centre - half)), min(1.0, float(centre + half))
+    _check_pairs(a, b)
+    return float(a.mean() - b.mean()), *_agresti_min(a.astype(np.float64) - b, z)
 
 
 def mean_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[float, float, float]:
@@ -133,7 +128,7 @@ def mean_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[flo
 
 
 def student_interval(values: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
-    """(mean, low, high) at 95 % by Student's t, for a handful of values such as one a seed.
+    """(mean, low, high) at 95 % by Student's t.
 
     The bounds of a single value are NaN.
 
@@ -145,11 +140,11 @@ def student_interval(values: Float[np.ndarray, " n"]) -> tuple[float, float, flo
     return mean_interval(values, z=float(stdtrit(np.size(values) - 1, 0.975)) if np.size(values) > 1 else 0.0)
 
 
-def score_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[float, float, float]:
+def score_interval(values: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
     """(mean, low, high) of scores in [0, 1], with 0 <= low < high <= 1.
 
     Wilson's interval for verdicts of 0 and 1, and where the values do not vary, which says nothing of their spread at
-    small n. Otherwise the normal one, cut to [0, 1].
+    small n. Otherwise Student's, cut to [0, 1].
 
     Raises:
         ValueError: without values, or if one is not in [0, 1].
@@ -158,8 +153,8 @@ def score_interval(values: Float[np.ndarray, " n"], z: float = 1.96) -> tuple[fl
     if values.size == 0 or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"need scores in [0, 1], got {values.size}, not all of them there or none")
     if np.isin(values, (0.0, 1.0)).all() or np.ptp(values) == 0:
-        return float(values.mean()), *wilson_interval(min(float(values.sum()), values.size), values.size, z)
-    mean, low, high = mean_interval(values, z)
+        return float(values.mean()), *wilson_interval(min(float(values.sum()), values.size), values.size)
+    mean, low, high = student_interval(values)
     return mean, max(low, 0.0), min(high, 1.0)
 
 
@@ -211,48 +206,60 @@ def within_group_correlations(
     return found
 
 
-def bootstrap_difference(
-    a: Float[np.ndarray, " n"],
-    b: Float[np.ndarray, " n"],
-    *,
-    level: float = 0.95,
-    samples: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """(difference, low, high) of mean(a - b) for paired values.
+def sign_flip_p(difference: Float[np.ndarray, " n"], *, samples: int = 4096, seed: int = 0) -> float:
+    """Two-sided p of the hypothesis that paired differences are as likely to have the other sign.
 
-    A percentile bootstrap over the pairs, from a fixed seed.
-
-    Raises:
-        ValueError: if the two do not pair up, are empty, or are not finite.
+    Fisher's randomisation test (The Design of Experiments, 1935, section 21): the share of all choices of signs whose
+    sum is as far from 0. For verdicts of 0 and 1 it is McNemar's exact test. Above `samples` choices, that many are
+    drawn from a fixed seed, and the given one is counted as one more (Phipson and Smyth 2010). Pairs that do not
+    differ have no part in it.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.ndim != 1 or a.shape != b.shape or a.size == 0:
-        raise ValueError(f"need two lists of one length, got {a.shape} and {b.shape}")
-    difference = a - b
-    if not np.isfinite(difference).all():
-        raise ValueError("values must be finite")
+    moved = np.asarray(difference, np.float64)
+    moved = moved[np.abs(moved) > 1e-12]  # but for rounding
+    n, far = len(moved), abs(moved.sum()) * (1 - 1e-9)
+    if 2**n <= samples:
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+        return float((np.abs(signs @ moved) >= far).mean())
     rng = np.random.default_rng(seed)
-    n = len(difference)
-    # One resample at a time: all at once would need samples * n numbers.
-    means = [difference[rng.integers(n, size=n)].mean() for _ in range(samples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(difference.mean()), float(low), float(high)
+    # One choice at a time: all at once would need samples * n numbers.
+    beyond = sum(abs(rng.choice((-1.0, 1.0), n) @ moved) >= far for _ in range(samples))
+    return (1 + beyond) / (1 + samples)
 
 
-def score_difference(
-    a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], *, samples: int = 4000
-) -> tuple[float, float, float]:
+def score_difference(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
     """(difference, low, high) of mean(a - b) for paired scores in [0, 1], with -1 <= low < high <= 1 at 95 %.
 
-    `bootstrap_difference`, which is empty where all pairs differ alike. There the interval is as wide as Wilson's of a
-    rate that was 0 in n.
+    Agresti and Min's interval for verdicts of 0 and 1, and where the differences do not vary. Otherwise Student's, cut
+    to [-1, 1]. Both reach 0 unless `sign_flip_p` is at most 0.05: fewer than 6 pairs that differ show no sign.
 
     Raises:
-        ValueError: see `bootstrap_difference`.
+        ValueError: if the two do not pair up, are empty, or one is not in [0, 1].
     """
-    difference, low, high = bootstrap_difference(a, b, samples=samples)
-    if high - low < 1e-9:  # but for rounding
-        margin = wilson_interval(0, len(a))[1]
-        low, high = max(difference - margin, -1.0), min(difference + margin, 1.0)
-    return difference, low, high
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    _check_pairs(a, b)
+    if not ((a >= 0) & (a <= 1) & (b >= 0) & (b <= 1)).all():
+        raise ValueError("scores are in [0, 1]")
+    difference = a - b
+    if np.isin(difference, (-1.0, 0.0, 1.0)).all() or np.ptp(difference) < 1e-9:  # but for rounding
+        low, high = _agresti_min(difference)
+    else:
+        _, low, high = student_interval(difference)
+    if (low > 0 or high < 0) and sign_flip_p(difference) > 0.05:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return float(difference.mean()), max(low, -1.0), min(high, 1.0)
+
+
+def _check_pairs(a: np.ndarray, b: np.ndarray) -> None:
+    if a.ndim != 1 or a.shape != b.shape or a.size == 0:
+        raise ValueError(f"need two lists of one length, got {a.shape} and {b.shape}")
+
+
+def _agresti_min(difference: np.ndarray, z: float = 1.96) -> tuple[float, float]:
+    """Agresti and Min's bounds for the mean of paired differences in [-1, 1].
+
+    Half a pair is added to each of the four cells of verdicts: half a difference of 1, half a one of -1, and one of 0.
+    """
+    n, total = len(difference) + 2, difference.sum()
+    centre = total / n
+    half = z * math.sqrt(difference @ difference + 1 - total**2 / n) / n
+    return max(-1.0, float(centre - half)), min(1.0, float(centre + half))

@@ -14,9 +14,7 @@ from world_distill.evaluation.scoring import NAMES, Verdict, scores_of
 PAIRS = (("base", "executor"), ("demonstrator", "executor"), ("base", "demonstrator"))
 
 
-def paired(
-    before: Sequence[Verdict], after: Sequence[Verdict], measures: Measures, samples: int = 4000
-) -> list[dict[str, Any]]:
+def paired(before: Sequence[Verdict], after: Sequence[Verdict], measures: Measures) -> list[dict[str, Any]]:
     """How much higher each measure is after than before, on the clips of the same case and noise that both have.
 
     One entry a measure: `difference`, its `ci95` over cases, and `n`, the number of cases; [] where there are none.
@@ -33,7 +31,7 @@ def paired(
         one, two = np.array(
             [np.mean([measures.values(v, measure) for v in clips], axis=0) for clips in cases.values()]
         ).T
-        difference, low, high = score_difference(two, one, samples=samples)
+        difference, low, high = score_difference(two, one)
         found.append({"measure": measure, "difference": difference, "ci95": [low, high], "n": len(cases)})
     return found
 

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from world_distill.console import percent, points
-from world_distill.core.metrics import mean_interval, paired_rate_interval
+from world_distill.core.metrics import paired_rate_interval, student_interval
 from world_distill.errors import UserError
 from world_distill.evaluation.agreement import table
 from world_distill.interfaces import Judge
@@ -97,7 +97,7 @@ def compare(control: np.ndarray, plain: np.ndarray, *, rated: bool) -> dict[str,
         found |= {"rate": float((control > 0).mean()), "plain_rate": float((plain > 0).mean())}
         interval = paired_rate_interval(control > 0, plain > 0)
     else:
-        interval = mean_interval(control - plain)
+        interval = student_interval(control - plain)
     return found | {
         name: value if math.isfinite(value) else None
         for name, value in zip(("difference", "low", "high"), interval, strict=True)

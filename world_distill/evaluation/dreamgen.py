@@ -1,17 +1,20 @@
 """DreamGen Bench: does a video of a robot follow its instruction, and is it physically sound.
 
-The judge sees what upstream's evaluators show: 49 frames evenly over the clip, at 0.3 of their size. A shorter clip
-ends with its last frame again and again. A verdict is hard (log-odds above 0), and the probability of yes stands beside
-it. The wording and the judge are ours, so rates need not be upstream's: `ClipFolder` writes the clips for its scripts.
+The judge sees the frames that upstream's evaluators show: 49 evenly over the clip, at 0.3 of their size. A shorter clip
+ends with its last frame again and again. Frames are shrunk with antialiasing, upstream's without. A verdict is hard
+(log-odds above 0), and the probability of yes stands beside it. The wording and the judge are ours, so rates need not
+be upstream's: `ClipFolder` writes the clips for its scripts.
 
 Upstream's scripts (NVIDIA/GR00T-Dreams, dreamgenbench) take what they are not told from a clip's path:
 
+    the clips           all `*.mp4` below a folder, whose path is a pattern: no `[`, `*` or `?` may be in it
     the instruction     the file's name behind the first `_`, with `_` as spaces
     another rule        wherever the path holds `cogvideo` or `hunyuan`
     no rule at all      in one of the scripts, unless the path holds one of those, `wan` or `cosmos`
     their CSV           lines without quotes: no comma may be in a path, and so in the file name of an instruction
 """
 
+import collections
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -34,6 +37,12 @@ PAPER = {
     "WMSD on LTX-2, without robot data": {"object": 0.700, "behaviour": 0.574, "environment": 0.586},
 }
 _MISREAD = ("cogvideo", "hunyuan")  # in a path
+_BREAKS = {
+    **dict.fromkeys(',"\n\r', "write paths into a CSV without quotes"),
+    **dict.fromkeys("[*?", "search by patterns"),
+}
+_UNFIT = r"[\s/,\"\[\]*?\0]"  # for the name of a folder
+_LONGEST = 255  # bytes of a file's name
 _PLAIN = "as_wan"  # of folders: a path that is read by the plain rule
 
 
@@ -87,34 +96,46 @@ class ClipFolder:
         video_files.require_pyav()
         self._folder, self._fps = pathlib.Path(folder), fps
         whole = str(self._folder.resolve())
-        if wrong := [word for word in _MISREAD if word in whole.lower()]:
+        _refuse_misread(whole)
+        if wrong := [sign for sign in whole if sign in _BREAKS]:
             raise UserError(
-                f"{whole}: DreamGen Bench's scripts read instructions otherwise from a path with {wrong[0]!r}: take"
-                " another folder"
-            )
-        if "," in whole:
-            raise UserError(
-                f"{whole}: DreamGen Bench's scripts write paths into a CSV without quotes: no comma in them"
+                f"{whole}: DreamGen Bench's scripts {_BREAKS[wrong[0]]}: take a folder without {wrong[0]!r} in its path"
             )
         self._entries: dict[str, dict[str, dict[str, Any]]] = {}  # by role and record
+        self._left_out: dict[str, str] = {}  # why, by record
+        self._names: collections.Counter[pathlib.Path] = collections.Counter()
 
     def write(self, role: str, record: str, task: str, agent: str, kind: str, clip: np.ndarray) -> None:
-        """Writes the clip [F H W 3] uint8 of a record. Raises UserError for an instruction that is too long."""
+        """Writes the clip [F H W 3] uint8 of a record; one whose file name cannot tell its instruction is left out."""
+        entries = self._entries.setdefault(role, {})
         instruction = task.removeprefix(f"[{agent}]:").strip()
         split, _, index = record.rpartition("-")
         index = index.partition(".")[0]
         if not (split and index.isdecimal()):  # not of an import of DreamGen Bench
-            split, index = kind, str(len(self._entries.get(role, ())))
-        name = file_name(index, instruction)
-        path = self._folder / role / f"{_PLAIN}_{split.replace(' ', '_').replace('/', '_')}" / name
-        video_files.save_mp4(path, clip, self._fps)
-        self._entries.setdefault(role, {})[record] = {
-            "file": path.relative_to(self._folder / role).as_posix(), "id": record, "split": split, "index": int(index),
+            split, index = kind, str(len(entries))
+        folder = self._folder / role / f"{_PLAIN}_{re.sub(_UNFIT, '_', split)}"
+        self._names[folder / index] += 1
+        again = self._names[folder / index]  # two pictures may bear one number
+        try:
+            name = file_name(index if again == 1 else f"{index}-{again}", instruction)
+            _refuse_misread(f"{folder.name}/{name}")
+        except UserError as error:
+            self._left_out[record] = str(error)
+            return
+        video_files.save_mp4(folder / name, clip, self._fps)
+        entries[record] = {
+            "file": f"{folder.name}/{name}", "id": record, "split": split, "index": int(index),
             "instruction": instruction, "read_back": instruction_of(name),
         }  # fmt: skip
 
     def finish(self, result: Mapping[str, Any], questions: Sequence[str]) -> list[pathlib.Path]:
-        """Writes manifests and CSVs of an evaluation's results; returns the paths of the manifests."""
+        """Writes manifests and CSVs of an evaluation's results; returns the paths of the manifests.
+
+        Warns of clips that were left out, and of others in the folders, which upstream's scripts would read as well.
+        """
+        if self._left_out:
+            some = "; ".join(f"{record}: {why}" for record, why in list(self._left_out.items())[:3])
+            console.warn(f"clips of {len(self._left_out)} cases are not exported: {some}")
         paths = []
         for role, entries in self._entries.items():
             folder = self._folder / role
@@ -128,19 +149,43 @@ class ClipFolder:
                     if score is not None and np.isfinite(score):
                         lines.append(f"{folder / row['file']},{row['read_back']},{int(score > 0.5)}")
                 atomic.write_text(folder / f"{question}.csv", "\n".join(lines) + "\n")
+            known = {entry["file"] for entry in entries.values()}
+            others = [p for p in sorted(folder.rglob("*.mp4")) if p.relative_to(folder).as_posix() not in known]
+            if others := [path for path in others if not path.name.startswith(".")]:
+                console.warn(
+                    f"{folder} holds {len(others)} clips that are not of this evaluation, such as {others[0].name}:"
+                    " DreamGen Bench's scripts read them, too; delete them, or take another folder"
+                )
             paths.append(folder / "manifest.json")
         return paths
 
 
 def file_name(index: str, instruction: str) -> str:
-    """The name of a clip's file, which tells its instruction without commas. Raises UserError for one too long."""
-    words = " ".join(re.sub(r"[,/\0]", " ", instruction).split())
+    """The name of a clip's file, which tells its instruction: commas and slashes become spaces, `"` becomes `'`.
+
+    Raises:
+      UserError: it is too long for the name of a file, or is no text.
+    """
+    words = " ".join(re.sub(r"[,/\0]", " ", instruction.replace('"', "'")).split())
     name = f"{index}_{words.replace(' ', '_')}.mp4"
-    if len(name.encode()) > 255:
-        raise UserError(f"case {index}: its instruction is too long for the name of a file ({len(words)} characters)")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise UserError(f"its instruction is no text that a file name can hold ({error})") from error
+    if size > _LONGEST:
+        raise UserError(f"its instruction is too long for the name of a file: {size} bytes, at most {_LONGEST}")
     return name
 
 
 def instruction_of(name: str) -> str:
     """What upstream's scripts take for the instruction of a clip with this file name."""
     return pathlib.PurePath(name).stem.partition("_")[2].replace("_", " ")
+
+
+def _refuse_misread(path: str) -> None:
+    """Raises UserError for a path from which upstream's scripts tell the instruction by another rule."""
+    if wrong := [word for word in _MISREAD if word in path.lower()]:
+        raise UserError(
+            f"{path}: DreamGen Bench's scripts read instructions otherwise from a path with {wrong[0]!r}: take another"
+            " folder"
+        )

@@ -1,23 +1,22 @@
 """What a probe found: Demonstrator and Executor side by side, and in words.
 
 Log-odds are clipped as the reward clips them, so that one answer of a very certain judge does not outweigh many. A
-task counts once, with the mean over its clips; intervals are bootstraps over tasks, at 95 %.
+task counts once, with the mean over its clips; intervals are over tasks, at 95 %: Student's for log-odds.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from world_distill import console
-from world_distill.core.metrics import bootstrap_difference
+from world_distill.core.metrics import score_difference, student_interval
 
 ROLES = ("demonstrator", "executor")
 AVERAGE = "average"  # over the questions
 FEWEST = 8  # tasks below which an interval says nothing
-_SAMPLES = 2000  # of a bootstrap
 _MOST_KINDS = 12  # kinds of task in a table or a sentence, those of the most tasks
 
 
@@ -93,7 +92,9 @@ def _row(probed: Probed, group: str, question: str, chosen: np.ndarray) -> dict[
         values = [probed.by_task(role, question, figure)[chosen] for role in ROLES]
         for role, of_role in zip(ROLES, values, strict=True):
             row[role][figure] = float(of_role.mean())
-        row["difference"][figure] = list(bootstrap_difference(*values, samples=_SAMPLES))
+        one, other = values
+        interval = score_difference(one, other) if figure == "rate" else student_interval(one - other)
+        row["difference"][figure] = list(interval)
     return row
 
 
@@ -127,8 +128,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [_plain(row["group"]), row["question"]]
         for figure, form, change in (("rate", console.percent, console.points), ("log_odds", *2 * ("{:+.2f}".format,))):
             cells += [form(row[role][figure]) for role in ROLES]
-            middle, low, high = map(change, row["difference"][figure])
-            cells.append(f"{middle} [{low}, {high}]")
+            cells.append(_with_bounds(row["difference"][figure], change))
         lines.append("| " + " | ".join([*cells, str(row["tasks"])]) + " |")
     return "\n".join(lines)
 
@@ -174,5 +174,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _difference(row: Mapping[str, Any]) -> str:
-    middle, low, high = row["difference"]["log_odds"]
-    return f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return _with_bounds(row["difference"]["log_odds"], "{:+.2f}".format)
+
+
+def _with_bounds(interval: Sequence[float], form: Callable[[float], str]) -> str:
+    """A difference with its bounds, which that of a single task has not."""
+    middle, low, high = interval
+    return form(middle) + (f" [{form(low)}, {form(high)}]" if np.isfinite([low, high]).all() else "")

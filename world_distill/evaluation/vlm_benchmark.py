@@ -110,7 +110,7 @@ class VlmBenchmark:
             clips = clips[:, even_frames(clips.shape[1], self._even_frames)]
         if self._scale == 1:
             return clips
-        height, width = (max(1, round(self._scale * side)) for side in clips.shape[2:4])
+        height, width = (max(1, int(self._scale * side)) for side in clips.shape[2:4])
         frames = [
             np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
             for frame in clips.reshape(-1, *clips.shape[2:])

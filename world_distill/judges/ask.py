@@ -16,7 +16,7 @@ from world_distill.judges.rubric import Rubric, load_rubric
 from world_distill.structs import Judgment
 from world_distill.vlm.chat_marks import ForbiddenText, refuse_marks
 
-_STORE_EVERY = 5.0  # seconds; what was answered since is lost if the process is killed
+_STORE_EVERY = 1.0  # seconds; what was answered since is lost if the process is killed
 
 
 def check_judge(judge: Judge | None) -> list[str]:
@@ -196,7 +196,7 @@ def note_other_rubrics(cache: JudgmentCache, rubric: Rubric, *, held_out: Rubric
 
 
 class _Answers:
-    """Answers as they come; finite ones are stored every few seconds."""
+    """Answers as they come; finite ones are stored every second."""
 
     def __init__(self, judge: Judge, cache: JudgmentCache | None, about: dict[str, About]):
         self.reasons: list[str] = []  # why there is no answer

@@ -6,13 +6,14 @@ there gives what the whole gives, which the self-test finds out.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
 
 from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
+from world_distill.judges.answering import AnswersEach, Done
 from world_distill.judges.answers import SPELLINGS, WORDS, NoVerdict, Reading
 from world_distill.judges.selftest import INTRO, PROBES, probe_clip, text_part
 from world_distill.vlm.chat_marks import ForbiddenText
@@ -24,7 +25,7 @@ from world_distill.vlm.local import LocalVLM, Message
 _ROUNDING = {"float32": 0.01, "float16": 0.25, "bfloat16": 0.5}
 
 
-class LocalJudge:
+class LocalJudge(AnswersEach):
     """`interfaces.Judge`.
 
     Attributes:
@@ -76,21 +77,12 @@ class LocalJudge:
         self._no_verdict = 0
         self.name = f"local-2 {self._vlm.name} {frames}x{max_side} mass>{min_mass:g}"
 
-    def __repr__(self) -> str:
-        return f"LocalJudge({self.name!r})"
-
-    def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
-        """One answer a request, in order; what could not be answered has an error instead.
+    def ask_each(self, requests: Sequence[JudgeRequest], done: Done) -> None:
+        """Calls `done(number of the request, answer)` for each, clip by clip.
 
         Raises:
           UserError: the model cannot be loaded, or fails its self-test.
         """
-        answers: dict[int, JudgeAnswer] = {}
-        self.ask_each(requests, answers.__setitem__)
-        return [answers[i] for i in range(len(requests))]
-
-    def ask_each(self, requests: Sequence[JudgeRequest], done: Callable[[int, JudgeAnswer], None]) -> None:
-        """Calls `done(number of the request, answer)` for each, clip by clip. Raises as `ask` does."""
         if requests and not self._ids:
             self.check()
         clips: dict[int, list[int]] = {}  # the requests of each array

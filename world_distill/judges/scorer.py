@@ -19,6 +19,7 @@ import numpy as np
 
 from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
+from world_distill.judges.answering import AnswersEach, Done
 from world_distill.judges.selftest import probe_clip
 from world_distill.settings import addresses
 
@@ -27,7 +28,6 @@ PROBE_FRAMES = 16
 
 # Clips [F H W 3] uint8 and their tasks -> each measure's numbers, in their order.
 Scorer = Callable[[Sequence[np.ndarray], Sequence[str]], Any]
-Done = Callable[[int, JudgeAnswer], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Measures:
         return ", ".join(f"{source} {_shown(numbers[source])}" for source in self.sources.values())
 
 
-class LearnedReward:
+class LearnedReward(AnswersEach):
     """`interfaces.Judge`, of a scorer in this process. Base of the judges that say how they get their numbers.
 
     Attributes:
@@ -101,9 +101,6 @@ class LearnedReward:
         self.name, self.measures, self.thresholds = name, measures.asked, measures.thresholds
         self._measures, self._batch = measures, batch
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r})"
-
     def numbers(self, clips: Sequence[np.ndarray], tasks: Sequence[str]) -> list[Mapping[str, Any]]:
         """The scorer's numbers by name for each of some clips [F H W 3] uint8 and their tasks.
 
@@ -112,18 +109,8 @@ class LearnedReward:
         """
         raise NotImplementedError
 
-    def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
-        """One answer a request, in order; where the scorer gave no finite number, it has an error instead.
-
-        Raises:
-          UserError: see `numbers`.
-        """
-        answers: dict[int, JudgeAnswer] = {}
-        self.ask_each(requests, answers.__setitem__)
-        return [answers[i] for i in range(len(requests))]
-
     def ask_each(self, requests: Sequence[JudgeRequest], done: Done) -> None:
-        """Calls `done(number of the request, answer)` for each, batch by batch. Raises as `ask` does."""
+        """Calls `done(number of the request, answer)` for each, batch by batch. Raises as `numbers`."""
         items = items_of(requests)
         for start in range(0, len(items), self._batch):
             part = items[start : start + self._batch]

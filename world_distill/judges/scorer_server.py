@@ -25,9 +25,10 @@ import numpy as np
 
 from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
-from world_distill.judges.scorer import PROBE_FRAMES, PROBE_TASK, Done, Measures, items_of
+from world_distill.judges.answering import Done
+from world_distill.judges.scorer import PROBE_FRAMES, PROBE_TASK, Measures, items_of
 from world_distill.judges.selftest import probe_clip
-from world_distill.judges.serving import Refusals, check_servers, side_by_side, wait_for
+from world_distill.judges.serving import AsksServers, Refusals, check_servers, side_by_side, wait_for
 from world_distill.storage.video_files import require_pyav, save_mp4
 from world_distill.vlm.chat_marks import ForbiddenText, refuse_marks
 from world_distill.vlm.client import Client, Limits, Refused, Server
@@ -89,7 +90,7 @@ class _Sent:
         return about | {"frames": urls, "numbers": numbers}
 
 
-class ScorerServerJudge:
+class ScorerServerJudge(AsksServers):
     """`interfaces.Judge`, of a scorer behind HTTP.
 
     Attributes:
@@ -159,24 +160,6 @@ class ScorerServerJudge:
         self._pool = Pool(self._client, self._test, path=PATH)
         self._refusals, self._answers, self._missing = Refusals(), 0, 0
         self.name = f"scorer-server-1 {model} {self._sent.version}"
-
-    def __repr__(self) -> str:
-        return f"ScorerServerJudge({self.name!r})"
-
-    def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
-        """One answer a request, in order; what could not be answered has an error instead.
-
-        Raises:
-          UserError: a server fails its self-test, refuses the key, or one request after another.
-        """
-        answers: dict[int, JudgeAnswer] = {}
-        self.ask_each(requests, answers.__setitem__)
-        return [answers[i] for i in range(len(requests))]
-
-    def ask_each(self, requests: Sequence[JudgeRequest], done: Done) -> None:
-        """Calls `done(number of the request, answer)` for each as it is answered. Raises as `ask` does."""
-        if requests:
-            wait_for(self._ask(requests, done))
 
     def check(self) -> list[str]:
         """Tests every server; one line for each.

@@ -6,22 +6,21 @@ others follow once it is answered, to the same server: it has the clip's part of
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from world_distill.interfaces import JudgeAnswer, JudgeRequest
+from world_distill.judges.answering import Done
 from world_distill.judges.answers import NoVerdict, Reading, read_answer
 from world_distill.judges.selftest import Form, Rules, find_form, make_body
-from world_distill.judges.serving import Refusals, check_servers, side_by_side, wait_for
+from world_distill.judges.serving import AsksServers, Refusals, check_servers, side_by_side, wait_for
 from world_distill.vlm.chat_marks import ForbiddenText, refuse_marks
 from world_distill.vlm.client import Client, Limits, Refused, Server
 from world_distill.vlm.options import api_key, extra_fields
 from world_distill.vlm.pool import GaveUp, Pool
 
-Done = Callable[[int, JudgeAnswer], None]
 
-
-class ServerJudge:
+class ServerJudge(AsksServers):
     """`interfaces.Judge`.
 
     Attributes:
@@ -82,24 +81,6 @@ class ServerJudge:
         self._masses: list[float] = []
         self._no_verdict = self._bounded = 0
         self._refusals = Refusals()
-
-    def __repr__(self) -> str:
-        return f"ServerJudge({self.name!r})"
-
-    def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeAnswer]:
-        """One answer a request, in order; what could not be answered has an error instead.
-
-        Raises:
-          UserError: a server fails its self-test, refuses the key or the model, or one question after another.
-        """
-        answers: dict[int, JudgeAnswer] = {}
-        self.ask_each(requests, answers.__setitem__)
-        return [answers[i] for i in range(len(requests))]
-
-    def ask_each(self, requests: Sequence[JudgeRequest], done: Done) -> None:
-        """Calls `done(number of the request, answer)` for each as it is answered. Raises as `ask` does."""
-        if requests:
-            wait_for(self._ask(requests, done))
 
     def check(self) -> list[str]:
         """Tests every server; one line for each.

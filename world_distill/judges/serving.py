@@ -6,10 +6,12 @@ is too long. It has no answer, and the others keep theirs. Where one after anoth
 
 import asyncio
 import concurrent.futures
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from world_distill.errors import UserError
+from world_distill.interfaces import JudgeRequest
+from world_distill.judges.answering import AnswersEach, Done
 from world_distill.vlm.client import Failure, Refused, Server
 from world_distill.vlm.pool import Pool
 
@@ -20,6 +22,22 @@ T = TypeVar("T")
 
 class NoServer(UserError, ConnectionError):
     """No server can be reached now."""
+
+
+class AsksServers(AnswersEach):
+    """Base of judges that ask servers, many requests side by side."""
+
+    def ask_each(self, requests: Sequence[JudgeRequest], done: Done) -> None:
+        """Calls `done(number of the request, answer)` for each as it is answered.
+
+        Raises:
+          UserError: a server fails its self-test, refuses the key or the model, or one request after another.
+        """
+        if requests:
+            wait_for(self._ask(requests, done))
+
+    async def _ask(self, requests: Sequence[JudgeRequest], done: Done) -> None:
+        raise NotImplementedError
 
 
 class Refusals:

@@ -15,7 +15,7 @@ from world_distill.data.records.reader import RecordReader
 from world_distill.devices import hosts
 from world_distill.errors import UserError
 from world_distill.evaluation import comparison, dreamgen, held_out, worldtasks
-from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summarise
+from world_distill.evaluation.scoring import NAMES, Verdict, breakdown, markdown, summarise
 from world_distill.interfaces import Benchmark
 from world_distill.reports import report, run_data
 from world_distill.reports.kept_clips import KeptClips
@@ -260,7 +260,7 @@ def tables(result: Mapping[str, Any]) -> str:
     Then what the benchmark has beyond: paired differences, the paper's form, its judges.
     """
     measures, about = Measures.of(result), result.get("benchmark") or {}
-    found = [markdown(result["rows"], measures=measures)]
+    found = [markdown(result["rows"], measures=measures), *_left_out(result)]
     for by in ("kind", "agent"):
         found.append(markdown(result[f"by_{by}"], first=("group", "name"), measures=measures))
     if result["held_out"]:
@@ -281,6 +281,18 @@ def tables(result: Mapping[str, Any]) -> str:
     if result.get("agreement"):
         found.append(comparison.agreement_table(result["agreement"]))
     return "\n\n".join(found)
+
+
+def _left_out(result: Mapping[str, Any]) -> list[str]:
+    """A line for each role with clips that the benchmark could not judge."""
+    lines = []
+    for row in (row for row in result["rows"] if row["invalid"]):
+        verdicts = map(Verdict.from_json, result["verdicts"][row["name"]])
+        ids = [verdict.id for verdict in verdicts if not np.isfinite(list(verdict.scores.values())).all()]
+        some = ", ".join(list(dict.fromkeys(ids))[:5]) + ", …" * (len(set(ids)) > 5)
+        name = NAMES.get(row["name"], row["name"])
+        lines.append(f"{name}: {row['invalid']} clips have no verdict and are left out ({some}).")
+    return lines
 
 
 def write(workdir: pathlib.Path, result: Mapping[str, Any]) -> pathlib.Path:

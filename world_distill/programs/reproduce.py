@@ -61,6 +61,8 @@ def reproduce(study: Study) -> dict[str, Any]:
         try:
             if scores is not None:
                 console.say(f"{name}: there already")
+                if hosts.is_main() and not (run.folder / "evaluation.html").is_file():  # killed before its last file
+                    evaluate.write(run.folder, scores)
             else:
                 console.say(name + (f", {run.steps} steps" if run.trains else ""))
                 scores = _make(run, study)
@@ -205,7 +207,7 @@ def _paired(
         _joined({seed: before[seed] for seed in seeds}, study), _joined({seed: after[seed] for seed in seeds}, study),
         measures,
     )  # fmt: skip
-    each = [comparison.paired(before[seed], after[seed], measures, samples=1) for seed in seeds]
+    each = [comparison.paired(before[seed], after[seed], measures) for seed in seeds]
     for number, entry in enumerate(entries):
         values = [found[number]["difference"] for found in each if found]
         entry |= {"by_seed": values, "seeds": len(values)}
