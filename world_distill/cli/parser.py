@@ -79,9 +79,9 @@ class Parser(argparse.ArgumentParser):
             best = [key for key in same if rank[key] == min(rank.values())]
             shown = " or ".join(f"--config.{key}={value or known[key]}" for key in best)
             return f"a value of the config is set with {shown}"
-        meant = {f"--{key.rpartition('.')[2]}": f"--config.{key}={value or known[key]}" for key in reversed(known)}
-        meant |= {text: text for text in flags}
-        near = difflib.get_close_matches(f"--{word}", meant, n=1)
+        meant = {key.rpartition(".")[2]: f"--config.{key}={value or known[key]}" for key in reversed(known)}
+        meant |= {text.removeprefix("--").replace("-", "_"): text for text in flags}
+        near = difflib.get_close_matches(word, meant, n=1)
         return f"did you mean {meant[near[0]]}?" if near else ""
 
     def _rank(self, key: str) -> int:
