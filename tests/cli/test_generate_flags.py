@@ -62,3 +62,8 @@ def test_strengths_that_do_not_fit_and_unknown_parts_are_explained(asked, capsys
         assert call("--config", "wan22_5b", "--without", part) == 0
     with pytest.raises(SystemExit):
         call("--config", "wan22_5b", "--without", "everything")
+
+
+def test_an_executor_that_is_not_there_is_named_before_the_model_is_asked_for(asked, capsys):
+    assert call("--executor", "runs/mnie") == 2
+    assert "--executor runs/mnie is not there" in capsys.readouterr().err

@@ -168,6 +168,9 @@ def resolve_config(config: str | None, executors: Sequence[pathlib.Path], overri
     run = next((path for path in executors if is_run(path)), None)
     if config is None:
         if run is None:
+            for path in executors:
+                if not path.exists():
+                    raise UserError(f"--executor {path} is not there: it is a LoRA file or the folder of a run")
             raise UserError("--config is needed: which model is it? (Only the folder of a run brings its own.)")
         loaded = run_folder.read_config(run)
         override(loaded, overrides)
