@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,7 @@ class Parser(argparse.ArgumentParser):
     def _meant(self, flag: str, value: str, args: argparse.Namespace, keys: Callable) -> str:
         """What was probably meant by a flag that does not exist: a key of the config, or another flag."""
         if not flag.startswith("-"):
-            return ""
+            return "a pattern of files stands in quotes, or the shell takes it apart" if os.path.exists(flag) else ""
         flags = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
         word = flag.lstrip("-").replace("-", "_")
         try:

@@ -122,8 +122,8 @@ def _absent(path: pathlib.Path) -> str:
         return f"there is no folder {path.parent}"
     if shards_of(path.parent, path.name.removesuffix(".json")):
         return "shards are there, so its writing was cut off: write the data set again"
-    names = {re.sub(r"-\d{5}-of-\d{5}\.arrayrecord", "", file.name) for file in path.parent.glob("*.arrayrecord")}
-    return f"no shards, either; the folder holds {', '.join(sorted(names)) or 'no data set'}"
+    names = {re.sub(r"-\d{5}-of-\d{5}\.arrayrecord$", "", file.name) for file in path.parent.glob("*.arrayrecord")}
+    return f"it has no shards; the sets in that folder are {', '.join(sorted(names)) or 'none'}"
 
 
 def longest_texts(index: dict) -> dict[str, dict]:
