@@ -241,7 +241,7 @@ def check_folder(config, workdir: pathlib.Path) -> None:
         if lines:
             raise UserError(
                 f"{workdir} holds a run of another config; take another --workdir, or the same settings:\n  "
-                + "\n  ".join(lines)
+                + "\n  ".join(line if len(line) <= 160 else f"{line[:159]}…" for line in lines)
             )
 
 
