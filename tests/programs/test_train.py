@@ -442,6 +442,18 @@ def test_a_run_that_is_done_says_what_would_be_more(whole, capsys, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     train.train(config, tmp_path / "run")
     assert "is trained to step 4: for more, raise --config.steps" in capsys.readouterr().out
+    fewer = config.copy_and_resolve_references()
+    with fewer.unlocked():
+        fewer.steps = 3
+    assert train.train(fewer, tmp_path / "run")["steps"] == 4  # as many as there are, not as many as were asked for
+
+
+def test_two_processes_do_not_train_in_one_folder(whole, tmp_path):
+    config, folder = whole("distill")
+    shutil.copytree(folder, tmp_path / "run")
+    with run_folder.hold(tmp_path / "run"), pytest.raises(UserError, match="another process trains in this folder"):
+        train.train(config, tmp_path / "run")
+    assert train.train(config, tmp_path / "run")["steps"] == 4
 
 
 def test_the_set_to_learn_from_is_a_setting(inputs, tmp_path):

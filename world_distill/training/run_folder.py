@@ -7,7 +7,9 @@ and `data/` where the config names no other records.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -253,6 +255,29 @@ def claim_folder(config, workdir: pathlib.Path) -> None:
     """
     check_folder(config, workdir)
     atomic.write_text(workdir / "config.json", to_json(config) + "\n")
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder, until the block ends or this process does.
+
+    Raises:
+      UserError: another process trains there.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{workdir}: another process trains in this folder; wait for it, or name another"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def _has_begun(workdir: pathlib.Path) -> bool:
