@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if line := unused.line():
         console.say(line)
     if card["counts"]["unusable"]:
-        console.say(f"each of them with its reason: {args.out / args.name}_annotated.unusable.jsonl")
+        console.say(f"unusable tasks, each with its reason: {args.out / args.name}_annotated.unusable.jsonl")
     if args.json:
         atomic.write_json(args.json, card)
     encode = ("encode", "--config", "CONFIG", "--records", args.out, "--name", args.name)

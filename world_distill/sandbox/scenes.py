@@ -100,8 +100,8 @@ def true_scene(png: bytes) -> Scene:
         text = getattr(image, "text", {}).get("scene")
     if text is None:
         raise ValueError(
-            "this PNG carries no sandbox layout (text chunk `scene`); draw scenes with `scenes`, or score other pictures"
-            " with --config.benchmark.factory=world_distill.evaluation:WorldTasksBench, which asks a VLM"
+            "this PNG carries no sandbox layout (text chunk `scene`); draw scenes with `scenes`, or score other"
+            " pictures with --config.benchmark.factory=world_distill.evaluation:WorldTasksBench, which asks a VLM"
         )
     return Scene(tuple(Thing(t["shape"], t["colour"], tuple(t["place"])) for t in json.loads(text)))
 
