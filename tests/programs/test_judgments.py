@@ -99,6 +99,18 @@ def test_judges_that_answered_the_same_are_compared(folder, tmp_path, capsys):
     assert TASKS[2] in capsys.readouterr().out
 
 
+def test_the_run_of_somebody_else_is_counted_from_a_copy(folder, tmp_path, monkeypatch):
+    known = figures(tmp_path, folder)["judgments"]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(transfer.os, "access", lambda path, mode: False)  # whatever the user of the tests may do
+    opened = []
+    real = transfer.JudgmentCache
+    monkeypatch.setattr(transfer, "JudgmentCache", lambda path: opened.append(path) or real(path))
+    assert figures(tmp_path, folder)["judgments"] == known == 10
+    assert [path.name for path in opened] == ["judgments.sqlite"] and opened[0].parent != folder
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_new_cache_and_one_of_format_1_have_figures(tmp_path):
     with JudgmentCache(tmp_path / "c") as cache:
         assert figures(tmp_path, tmp_path / "c")["judgments"] == 0
