@@ -140,6 +140,7 @@ def generate(request: Request, config) -> tuple[int, int]:
     waiting = [job for job in jobs if not _is_done(request.out, job, settings)]
     if not waiting:
         return 0, len(jobs)
+    request.out.mkdir(parents=True, exist_ok=True)  # before the sampler is compiled
     lengths = build.text_lengths(family, config)
     sample = _sampler(family, mesh, settings, lengths, _negative(request, family, lengths))
     written = 0
