@@ -405,6 +405,12 @@ def test_a_call_that_fails_leaves_the_folder_to_the_corrected_one(inputs, tmp_pa
     run_folder.check_folder(small_config(inputs), tmp_path)
 
 
+def test_a_lora_to_start_from_is_looked_at_before_the_base(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(base_model, "load_base", None)
+    with pytest.raises(UserError, match=r"config.executor.start = 'nothing.safetensors'"):
+        train.train(small_config(inputs, **{"executor.start": "nothing.safetensors"}), tmp_path)
+
+
 def test_a_folder_belongs_to_a_run_from_its_first_step_on(inputs, tmp_path):
     one, other = small_config(inputs), small_config(inputs, **{"rollout.group": 4})
     run_folder.claim_folder(one, tmp_path)

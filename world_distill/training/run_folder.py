@@ -39,6 +39,7 @@ from world_distill.structs import PyTree, TrainState
 from world_distill.weights import base_model
 from world_distill.weights.lora_files import read_lora
 from world_distill.weights.lora_layouts import LoraModel
+from world_distill.weights.lora_reading import Reading
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
 
@@ -140,7 +141,27 @@ def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -> TrainState:
-    """A fresh state whose Executor is that of a LoRA file or folder (`weights.lora_names`).
+    """A fresh state whose Executor is that of a LoRA file or folder. Raises as `read_start` does."""
+    found = read_start(path, config, family, state)
+    for line in found.notes:
+        logging.warning("config.executor.start = %s: %s", path, line)
+    lora = found.tree
+
+    def placed():  # a copy for each, since the training step gives its buffers away
+        return jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), lora, state.lora)
+
+    rolled = None if state.lora_rolled is None else placed()
+    return dataclasses.replace(state, lora=placed(), lora_ema=placed(), lora_old=placed(), lora_rolled=rolled)
+
+
+def check_start(config, workdir: pathlib.Path, family: ModelFamily, state: TrainState) -> None:
+    """Raises as `read_start` does where a run that has not begun starts from a LoRA file, before the base is read."""
+    if config.executor.start and not (config.checkpoints or _has_begun(workdir)):
+        read_start(config.executor.start, config, family, state)
+
+
+def read_start(path: str, config, family: ModelFamily, state: TrainState) -> Reading:
+    """The LoRA of a file or folder (`weights.lora_names`), of the layers and the rank of a state or an abstract one.
 
     Raises:
       UserError: a family or an Executor without LoRA, or other layers or another rank than the config's.
@@ -150,8 +171,6 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
         raise UserError(f"config.executor.start = {path!r}: only LoRA of a published family can be read from a file")
     without, alpha = tuple(config.executor.start_without), config.executor.start_alpha or None
     found = read_lora(path, LoraModel.of(family), scale=family.lora_scale, without=without, alpha=alpha)
-    for line in found.notes:
-        logging.warning("config.executor.start = %s: %s", path, line)
     lora = found.tree
     have, want = ({n: x.shape for n, x in array_store.by_name(tree).items()} for tree in (lora, state.lora))
     if lines := base_model.differences(have, want):
@@ -160,12 +179,7 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
             f"the LoRA in {path} is not of the layers and the rank that config.executor says. These flags fit it:\n"
             f"  {flags}\nWhat differs:\n  " + "\n  ".join(lines)
         )
-
-    def placed():  # a copy for each, since the training step gives its buffers away
-        return jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), lora, state.lora)
-
-    rolled = None if state.lora_rolled is None else placed()
-    return dataclasses.replace(state, lora=placed(), lora_ema=placed(), lora_old=placed(), lora_rolled=rolled)
+    return found
 
 
 def fitting_settings(lora: PyTree) -> dict[str, Any]:
