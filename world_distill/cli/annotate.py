@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from world_distill.data.images.png import ImageError
     from world_distill.data.images.reader import find_images
     from world_distill.data.images.unused import Unused
+    from world_distill.data.records.shard_files import check_maker
     from world_distill.settings.loading import section
 
     only, shards = arguments.parse_shard(args.shard) if args.shard else (None, args.shards)
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     max_failures = given(args.max_failures, annotator.max_failures)
     if min_side < 0 or max_side < 0 or not 0 <= max_failures <= 1:
         raise UserError("--min-side and --max-side are at least 0, --max-failures is from 0 to 1")
+    check_maker(args.out, f"{args.name}_annotated", "annotate")
     unused, skip_bad = Unused(), filters.broken or args.skip_bad
     images = find_images(args.images, image_root=args.image_root, skip_bad=skip_bad, unused=unused)
     if not images:

@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from world_distill.data.images.files import find_files
     from world_distill.data.images.unused import Unused
+    from world_distill.data.records.shard_files import check_maker
     from world_distill.data.worldtasks.convert import TaskImport
     from world_distill.data.worldtasks.dreamgen import AGENT, dreamgen_rows
     from world_distill.data.worldtasks.fields import Schema
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_side < 0:
         raise UserError("--max-side is at least 0")
+    check_maker(args.out, f"{args.name}_annotated", "import-tasks")
     schema, unused = Schema(_fields(args.field), agent=args.agent, needs_solution=not args.bench), Unused()
     rows, root = None, args.folder
     if args.dreamgen:

@@ -183,6 +183,21 @@ def test_pictures_without_rows_lead_to_annotate(tmp_path, capsys):
     assert "no rows among its 1 files" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["import-videos", "annotate"])
+def test_one_verb_does_not_replace_the_records_of_another(folder, tmp_path, capsys, verb):
+    assert call(folder) == call(folder) == 0  # its own it may replace
+    before = files(tmp_path / "out")
+    flags = ["--videos"] if verb == "import-videos" else ["--images"]
+    assert cli.main([verb, *flags, str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert f"from `world-distill import-tasks`: {verb} would replace it" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before
+    for made, card in (("annotate", {"annotator": "x"}), ("import-videos", {"counts": {"videos": 1}})):
+        (tmp_path / "out/train_annotated.card.json").write_text(json.dumps(card))
+        assert call(folder) == 2 and f"from `world-distill {made}`" in capsys.readouterr().err
+    (tmp_path / "out/train_annotated.json").unlink()
+    assert call(folder) == 0
+
+
 def test_paths_of_another_machine_and_another_root(folder, tmp_path):
     rows(folder / "train/train.jsonl", {"image": "/scratch/me/shard_001/1_1.png", "task": TASK, "solution": SOLUTION})
     assert call(folder) == 0
