@@ -194,6 +194,22 @@ def test_abbreviated_and_unknown_flags_are_refused(capsys, config):
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
+def test_a_pattern_that_the_shell_took_apart_is_told_of_quotes(capsys, tmp_path):
+    files = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    for file in files:
+        file.touch()
+    with pytest.raises(SystemExit):
+        cli.main(["annotate", "--images", *map(str, files), "--out", "data"])
+    assert "a pattern of files stands in quotes" in capsys.readouterr().err
+
+
+def test_a_flag_that_is_like_no_other_is_not_guessed_at(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["encode", "--config", "wan22_5b:debug", "--records", "data", "--out", "data2"])
+    err = capsys.readouterr().err
+    assert "unrecognized arguments: --out data2 (" in err and "did you mean" not in err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -1,8 +1,11 @@
 """How `generate` reads its flags, without generating."""
 
+import json
+
 import pytest
 
 from world_distill import cli
+from world_distill.errors import UserError
 from world_distill.programs import generate
 from world_distill.weights import lora_names
 
@@ -62,3 +65,20 @@ def test_strengths_that_do_not_fit_and_unknown_parts_are_explained(asked, capsys
         assert call("--config", "wan22_5b", "--without", part) == 0
     with pytest.raises(SystemExit):
         call("--config", "wan22_5b", "--without", "everything")
+
+
+def test_an_executor_that_is_not_there_is_named_before_the_model_is_asked_for(asked, capsys):
+    assert call("--executor", "runs/mnie") == 2
+    assert "--executor runs/mnie is not there" in capsys.readouterr().err
+
+
+def test_clips_of_other_settings_name_the_settings_and_not_whole_sections(tmp_path):
+    job = generate.Job("kitchen.base.0", "base", "[a]: b.", 0, {"image": "kitchen.jpg"}, lambda: ({}, {}))
+    settings = {"steps": 4, "executor": None, "model": {"width": 32, **{f"k{i}": i for i in range(20)}}}
+    assert not generate._is_done(tmp_path, job, settings)
+    (tmp_path / "kitchen.base.0.json").write_text(json.dumps(generate._describe(job, settings) | {"later": 1}))
+    assert generate._is_done(tmp_path, job, settings)
+    with pytest.raises(UserError, match=r"other settings \(steps 4 -> 8, model.width 32 -> 64\); take another"):
+        generate._is_done(tmp_path, job, {**settings, "steps": 8, "model": {**settings["model"], "width": 64}})
+    with pytest.raises(UserError, match=r"and 13 more\)"):
+        generate._is_done(tmp_path, job, {**settings, "model": {}})

@@ -21,7 +21,7 @@ from world_distill.models.hashed_words import encode_text
 from world_distill.models.tiny import codec
 from world_distill.models.tiny.modeling import T_MIN
 from world_distill.settings.loading import load_config
-from world_distill.storage.weight_files import WeightFileError, load_weights, save_weights
+from world_distill.storage.weight_files import load_weights, save_weights
 from world_distill.weights import base_model
 
 
@@ -290,7 +290,7 @@ def test_weights_that_are_not_there_or_do_not_fit_are_named(tmp_path, base):
     path = tmp_path / "mine.safetensors"
     config = load_config("sandbox", {**small, "base": str(path)})
     family, mesh = build.make_family(config), make_mesh(devices=jax.devices()[:1])
-    with pytest.raises(WeightFileError, match="mine.safetensors"):
+    with pytest.raises(UserError, match="mine.safetensors is not there; `world-distill convert`"):
         base_model.load_base(family, config, mesh)
     weights = redraw(jax.eval_shape(family.init_base, jax.random.key(0)), 0)
     save_weights(path, weights, {})
@@ -304,10 +304,16 @@ def test_weights_that_are_not_there_or_do_not_fit_are_named(tmp_path, base):
     for part in ("mine.safetensors", "missing pooled.bias (32,)", "unexpected extra.kernel", "(7, 32), not (64, 32)"):
         assert part in str(error.value)
 
+    del weights["blocks"]
+    save_weights(path, weights, {})
+    with pytest.raises(UserError, match="of [0-9]+ arrays differ") as error:
+        base_model.load_base(family, config, mesh)
+    assert len(str(error.value).splitlines()) == 14 and "and " in str(error.value).splitlines()[-1]
+
     class Bare:
         name, shipped_bases = "bare", {}
 
-    with pytest.raises(UserError, match="names no weights; with model family bare ship: none"):
+    with pytest.raises(UserError, match="names no weights: --config.base=FOLDER .*convert`$"):
         base_model.load_base(Bare(), load_config("sandbox", {"base": ""}), mesh)
 
 

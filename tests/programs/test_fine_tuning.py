@@ -13,6 +13,7 @@ from small import make_inputs, small_config
 from tests.data.videos import making
 from tests.runs import after_two_steps, assert_same, final_states, lasting
 from world_distill import build, cli
+from world_distill.cli.demonstrate import fine_tuning
 from world_distill.data.records.batches import fixed_batches
 from world_distill.data.records.reader import EncodedRecord, RecordError, RecordReader
 from world_distill.errors import UserError
@@ -295,6 +296,21 @@ def test_the_verb_says_what_comes_next(films, capsys):
     assert "--config sandbox:sft" in said and "--config.train_set=told" in said
     assert cli.main(["demonstrate", *flags, "--data", str(folder / "data"), "--out", "train"]) == 2
     assert "would replace the old ones" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [
+        ("sandbox", "sandbox:sft"),
+        ("sandbox:kinds=full", "sandbox:sft,kinds=full"),
+        ("wan22_5b:wmsd", "wan22_5b:sft"),
+        ("wan22_5b:debug", "wan22_5b:debug_sft"),
+        ("ltx2:variant=debug,audio=off", "ltx2:debug_sft,audio=off"),
+    ],
+)
+def test_the_config_that_comes_next_is_of_the_same_model(config, variant):
+    assert fine_tuning(config) == variant
+    load_config(variant)
 
 
 # ---- Other families

@@ -18,6 +18,7 @@ from world_distill.judges.memory.kept_clips import KeptClips
 from world_distill.judges.memory.segments import SyncedCache
 from world_distill.judges.rubric import Rubric, load_rubric
 from world_distill.programs import rejudge
+from world_distill.settings.loading import load_config, to_json
 
 RUBRIC = Rubric({"task": "Is {task} done?", "agent": "Was it {agent}?", "consistency": "Is it real?"})
 LEVELS = (60, 90, 120, 150, 180)
@@ -96,6 +97,18 @@ def test_judges_that_answered_the_same_are_compared(folder, tmp_path, capsys):
     assert row["correlation"] == pytest.approx(1) and row["mean_difference"] == pytest.approx(-3)
     assert [(f["task"], f["record"], f["one"], f["other"]) for f in row["flips"]] == [(TASKS[2], "r2", 2, -1)]
     assert TASKS[2] in capsys.readouterr().out
+
+
+def test_the_run_of_somebody_else_is_counted_from_a_copy(folder, tmp_path, monkeypatch):
+    known = figures(tmp_path, folder)["judgments"]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(transfer.os, "access", lambda path, mode: False)  # whatever the user of the tests may do
+    opened = []
+    real = transfer.JudgmentCache
+    monkeypatch.setattr(transfer, "JudgmentCache", lambda path: opened.append(path) or real(path))
+    assert figures(tmp_path, folder)["judgments"] == known == 10
+    assert [path.name for path in opened] == ["judgments.sqlite"] and opened[0].parent != folder
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_new_cache_and_one_of_format_1_have_figures(tmp_path):
@@ -205,6 +218,22 @@ def test_rejudging_says_what_is_missing(folder, tmp_path, capsys):
         KeptClips(folder / "judged_clips").load("0" * 64)
     path.write_bytes(path.read_bytes()[:50])
     assert "damaged" in fails(folder, "--rejudge")
+
+
+def test_the_calls_that_come_next_fit_the_run(folder, tmp_path, capsys):
+    config = load_config("wan22_5b:debug", {"judge.factory": "world_distill.judges:Brightness"})
+    (folder / "config.json").write_text(to_json(config))
+    assert main(["judgments", str(folder)]) == 0
+    said = capsys.readouterr().out
+    # A judge without a model is replaced by one that has one, and its options are known then.
+    flags = ["--config.judge.factory=world_distill.judges:ServerJudge", "--config.judge.options.model=OTHER"]
+    assert f"--rejudge {' '.join(flags)}\n" in said and "--controls" in said
+    closed = "--config.judge.options.servers=http://127.0.0.1:9/v1", "--config.judge.options.give_up_after=0.1"
+    assert main(["judgments", str(folder), "--rejudge", *flags, *closed]) == 2
+    assert "unknown config key" not in capsys.readouterr().err
+    judged(tmp_path / "alone.sqlite")
+    assert main(["judgments", str(tmp_path / "alone.sqlite")]) == 0
+    assert "next:" not in capsys.readouterr().out  # no clips are kept beside it
 
 
 def test_a_share_of_the_clips_is_kept_by_their_digests(tmp_path):

@@ -92,6 +92,14 @@ def test_wrong_rows_are_refused_by_name(tmp_path):
     assert cli.main(["reproduce", "--plan", "--row", "sft"]) == cli.main(["reproduce", "--plan", "--seeds", "0,0"]) == 2
 
 
+def test_the_plan_says_that_there_is_nothing_to_score(tmp_path, capsys):
+    flags = ["--plan", "--seeds", "0", "--rows", "base", "--workdir", str(tmp_path)]
+    assert cli.main(["reproduce", "--config", "wan22_5b", f"--config.data={tmp_path}", *flags]) == 0
+    assert "no records 'test' are there yet" in capsys.readouterr().out
+    assert cli.main(["reproduce", "--config", "sandbox", *flags]) == 0
+    assert "no records" not in capsys.readouterr().out
+
+
 def test_the_plan_counts_what_is_left(tmp_path):
     study = study_of(tmp_path, seeds=(0,), overrides={"evaluate_every": "1", "evaluate_tasks": "1"}, noises=2)
     planned = {entry["row"]: entry for entry in paper_plan.plan(study)}

@@ -405,6 +405,12 @@ def test_a_call_that_fails_leaves_the_folder_to_the_corrected_one(inputs, tmp_pa
     run_folder.check_folder(small_config(inputs), tmp_path)
 
 
+def test_a_lora_to_start_from_is_looked_at_before_the_base(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(base_model, "load_base", None)
+    with pytest.raises(UserError, match=r"config.executor.start = 'nothing.safetensors'"):
+        train.train(small_config(inputs, **{"executor.start": "nothing.safetensors"}), tmp_path)
+
+
 def test_a_folder_belongs_to_a_run_from_its_first_step_on(inputs, tmp_path):
     one, other = small_config(inputs), small_config(inputs, **{"rollout.group": 4})
     run_folder.claim_folder(one, tmp_path)
@@ -442,6 +448,18 @@ def test_a_run_that_is_done_says_what_would_be_more(whole, capsys, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     train.train(config, tmp_path / "run")
     assert "is trained to step 4: for more, raise --config.steps" in capsys.readouterr().out
+    fewer = config.copy_and_resolve_references()
+    with fewer.unlocked():
+        fewer.steps = 3
+    assert train.train(fewer, tmp_path / "run")["steps"] == 4  # as many as there are, not as many as were asked for
+
+
+def test_two_processes_do_not_train_in_one_folder(whole, tmp_path):
+    config, folder = whole("distill")
+    shutil.copytree(folder, tmp_path / "run")
+    with run_folder.hold(tmp_path / "run"), pytest.raises(UserError, match="another process trains in this folder"):
+        train.train(config, tmp_path / "run")
+    assert train.train(config, tmp_path / "run")["steps"] == 4
 
 
 def test_the_set_to_learn_from_is_a_setting(inputs, tmp_path):

@@ -1,5 +1,6 @@
 """The family of `two_streams.py` goes through the whole method on 8 devices: what the interface promises holds."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -200,6 +201,10 @@ def test_clips_are_the_samplers_decoded_frame_after_frame(runs, inputs, tmp_path
         x = jax.tree.map(lambda x, v: x + (t_next - t) * v, x, v)  # noqa: B023
     plain = np.asarray(family.codec.decode(base, x))[0].astype(int)
     request = generate.Request(out=tmp_path / "clips", records=inputs / "data", limit=1, executors=(folder,))
+    (tmp_path / "file").touch()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):  # before anything is sampled
+        patch.setattr(generate, "_sampler", None)
+        generate.generate(dataclasses.replace(request, out=tmp_path / "file" / "clips"), config)
     kept = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "_write", lambda out, job, clip, *rest: kept.update({job.name: clip}))

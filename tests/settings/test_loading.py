@@ -219,6 +219,10 @@ def test_parse_arg():
     assert parse("variant=none,lr=2", variant="base", lr=0.5).lr == 2.0
     with fails("unknown argument 'sed'; the config takes variant='base', seed=0"):
         parse("sed=3", variant="base", seed=0)
+    with fails("'sft' and 'debug' are both given as the variant"):
+        parse("sft,debug", variant="base", seed=0)
+    with fails("'3' and '4' are both given as the seed"):
+        parse("seed=3,seed=4", variant="base", seed=0)
     with fails("seed: expected int"):
         parse("seed=x", seed=0)
     with fails("the config takes nothing"):

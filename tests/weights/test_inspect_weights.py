@@ -76,7 +76,7 @@ def test_the_command_prints_a_line_a_fact(tmp_path, capsys):
     flags = ["--config", "wan22_5b:debug", "--json", str(tmp_path / "x.json")]
     assert cli.main(["inspect-weights", str(path), *flags]) == 0
     out = capsys.readouterr().out
-    assert out.endswith(f"{path}: LoRA\n") and "base       Wan-AI/Wan2.2-TI2V-5B-Diffusers" in out
+    assert out.endswith(f"{path}: LoRA\n") and "base          Wan-AI/Wan2.2-TI2V-5B-Diffusers" in out
     assert json.loads((tmp_path / "x.json").read_text())["ComfyUI"] == "reads all 12 tensors"
     assert cli.main(["inspect-weights", str(path), "--config", "sandbox"]) == 2
     assert "nobody publishes weights" in capsys.readouterr().err

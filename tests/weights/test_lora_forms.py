@@ -348,7 +348,14 @@ def test_training_starts_from_a_speed_lora_with_the_flags_that_the_error_prints(
         run_folder.start_from_file(path, config, *fresh_state(config))
     flags = dict(re.findall(r"'--config\.(executor\.\w+)=(.+?)'", str(caught.value)))
     assert flags.keys() == {f"executor.{key}" for key in ("rank", "alpha", "targets", "differences")}
+    family, state = fresh_state(config)
+    with pytest.raises(UserError, match="These flags fit it"):
+        run_folder.check_start(config, tmp_path / "run", family, state)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").write_text("{}")  # it has its Executor, whatever became of the file
+    run_folder.check_start(config, tmp_path / "begun", family, state)
     config = config_of(**{"executor.start": path} | flags)
+    run_folder.check_start(config, tmp_path / "run", *fresh_state(config))
     state = run_folder.start_from_file(path, config, *fresh_state(config))
     found = state.lora[DIFFERENCES]["blocks"]["self_attention"]["q"]["bias"]
     np.testing.assert_allclose(found, np.stack([draw(WIDTH), np.zeros(WIDTH)]))

@@ -71,8 +71,10 @@ def run(args: argparse.Namespace) -> int:
     from world_distill import build
     from world_distill.data.annotation.annotate import annotate_images
     from world_distill.data.images.filters import Filters
+    from world_distill.data.images.png import ImageError
     from world_distill.data.images.reader import find_images
     from world_distill.data.images.unused import Unused
+    from world_distill.data.records.shard_files import check_maker
     from world_distill.settings.loading import section
 
     only, shards = arguments.parse_shard(args.shard) if args.shard else (None, args.shards)
@@ -87,17 +89,23 @@ def run(args: argparse.Namespace) -> int:
     max_failures = given(args.max_failures, annotator.max_failures)
     if min_side < 0 or max_side < 0 or not 0 <= max_failures <= 1:
         raise UserError("--min-side and --max-side are at least 0, --max-failures is from 0 to 1")
+    check_maker(args.out, f"{args.name}_annotated", "annotate")
     unused, skip_bad = Unused(), filters.broken or args.skip_bad
     images = find_images(args.images, image_root=args.image_root, skip_bad=skip_bad, unused=unused)
     if not images:
         raise UserError(f"--images {args.images}: no images there; {unused.line() or 'no other files either'}")
-    with arguments.progress_bar("image") as show:
-        counts = annotate_images(
-            images, build.make(config, "annotator"), args.out, name=f"{args.name}_annotated",
-            max_pairs=args.pairs or annotator.pairs, seed=config.seed, shards=shards, only=only, max_side=max_side,
-            filters=dataclasses.replace(filters, broken=skip_bad, min_side=min_side), max_failures=max_failures,
-            licence=args.licence, unused=unused, progress=show,
-        )  # fmt: skip
+    try:
+        with arguments.progress_bar("image") as show:
+            counts = annotate_images(
+                images, build.make(config, "annotator"), args.out, name=f"{args.name}_annotated",
+                max_pairs=args.pairs or annotator.pairs, seed=config.seed, shards=shards, only=only, max_side=max_side,
+                filters=dataclasses.replace(filters, broken=skip_bad, min_side=min_side), max_failures=max_failures,
+                licence=args.licence, unused=unused, progress=show,
+            )  # fmt: skip
+    except ImageError as error:
+        if skip_bad:
+            raise
+        raise UserError(f"{error} (--skip-bad leaves such images out, and lists them)") from error
     for name, count in counts.items():
         console.say(f"{name}: {count}")
     if line := unused.line():

@@ -67,8 +67,17 @@ def run(args: argparse.Namespace) -> int:
         return 0
     made = f"made {counts['written']} clips, {console.disk(counts['bytes'])}" if counts["written"] else "nothing to do"
     train = (
-        "train", "--config", f"{args.config.partition(':')[0]}:sft", f"--config.data={folder}",
+        "train", "--config", fine_tuning(args.config), f"--config.data={folder}",
         f"--config.train_set={name}", "--workdir", "runs/sft",
     )  # fmt: skip
     console.finish(made, folder / name, then=[train])
     return 0
+
+
+def fine_tuning(config: str) -> str:
+    """The config `FILE:ARG` with its variant for fine-tuning; that of the tiny model for the tiny model."""
+    name, _, arg = config.partition(":")
+    items = [item.strip() for item in arg.split(",") if item.strip()]
+    others = [item for item in items if "=" in item and not item.startswith("variant")]
+    tiny = {"debug", "variant=debug"} & {item.replace(" ", "") for item in items}
+    return f"{name}:{','.join(['debug_sft' if tiny else 'sft', *others])}"

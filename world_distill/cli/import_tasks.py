@@ -45,7 +45,7 @@ beside it; a folder is a split, and its name becomes the kind of task.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--folder", required=True, help="the data set: a folder, a file, a pattern in quotes, or an address")
-    add("--rows", help="file or pattern in it (default: train/train_filtered.jsonl and the like, or what there is)")
+    add("--rows", help="file or pattern in that folder (default: train/train_filtered.jsonl, or what there is)")
     add("--image-root", metavar="FOLDER", help="folder of the pictures that rows name (default: --folder)")
     add("--bench", action="store_true", help="the benchmark: tasks need no solution")
     add("--dreamgen", action="store_true", help="the folders of DreamGen Bench")
@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from world_distill.data.images.files import find_files
     from world_distill.data.images.unused import Unused
+    from world_distill.data.records.shard_files import check_maker
     from world_distill.data.worldtasks.convert import TaskImport
     from world_distill.data.worldtasks.dreamgen import AGENT, dreamgen_rows
     from world_distill.data.worldtasks.fields import Schema
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_side < 0:
         raise UserError("--max-side is at least 0")
+    check_maker(args.out, f"{args.name}_annotated", "import-tasks")
     schema, unused = Schema(_fields(args.field), agent=args.agent, needs_solution=not args.bench), Unused()
     rows, root = None, args.folder
     if args.dreamgen:
@@ -95,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     console.say(describe(card["schema"], card))
     if line := unused.line():
         console.say(line)
+    if card["counts"]["unusable"]:
+        console.say(f"unusable tasks, each with its reason: {args.out / args.name}_annotated.unusable.jsonl")
     if args.json:
         atomic.write_json(args.json, card)
     encode = ("encode", "--config", "CONFIG", "--records", args.out, "--name", args.name)

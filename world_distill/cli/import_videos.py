@@ -39,10 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from world_distill.data.images.unused import Unused
     from world_distill.data.records.resumable import left_out_path
+    from world_distill.data.records.shard_files import check_maker
     from world_distill.data.videos.convert import import_videos
     from world_distill.data.videos.find import find_videos
 
     unused, name = Unused(), f"{args.name}_annotated"
+    check_maker(args.out, name, "import-videos")
     root, found = find_videos(args.videos, root=args.video_root, unused=unused)
     with arguments.progress_bar("video") as show:
         card = import_videos(

@@ -110,12 +110,29 @@ def run(args: argparse.Namespace) -> int:
             result["hit_rate"] = agreement.hit_rate(pathlib.Path(args.path))
             console.say(agreement.text(result, limit=args.flips))
             made = "took over the answers of other caches" if args.merge else "counted the answers; nothing is changed"
-    again = ("judgments", args.path, "--rejudge", "--config.judge.options.model=OTHER")
-    controls = ("judgments", args.path, "--controls")
-    console.finish(made, where, then=[] if args.rejudge else [again] if args.controls else [again, controls])
+    console.finish(made, where, then=_next(args))
     if args.json:
         atomic.write_json(args.json, result)
     return 0
+
+
+def _next(args: argparse.Namespace) -> list[tuple[Any, ...]]:
+    """The calls that ask about kept clips, where there are any."""
+    from world_distill.judges.memory.transfer import config_of
+
+    folder = _folder(args.path)
+    if args.rejudge or not (args.clips or folder / "judged_clips").is_dir():
+        return []
+    config = config_of(folder)
+    other = () if config is not None else ("--config", "CONFIG")
+    if config is not None and "model" not in config.judge.options:  # a judge without a VLM
+        other = ("--config.judge.factory=world_distill.judges:ServerJudge",)
+    again = ("judgments", args.path, "--rejudge", *other, "--config.judge.options.model=OTHER")
+    return [again] if args.controls else [again, ("judgments", args.path, "--controls")]
+
+
+def _folder(path: str) -> pathlib.Path:
+    return pathlib.Path(path) if pathlib.Path(path).is_dir() else pathlib.Path(path).parent
 
 
 def _say_merged(merged: dict[str, Any]) -> None:
@@ -152,11 +169,11 @@ def _asked(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from world_distill.judges.memory.transfer import config_of
     from world_distill.settings.loading import load_config, override
 
-    path = pathlib.Path(args.path)
-    folder = path if path.is_dir() else path.parent
+    folder = _folder(args.path)
     config = load_config(args.config) if args.config else config_of(folder)
     if config is None:
         raise UserError(f"{folder} holds no config.json: --config says which judge to ask")
+    build.make_room(config, args.overrides)
     override(config, args.overrides)
     judge = build.make(config, "judge")
     return KeptClips(args.clips or folder / "judged_clips"), judge, build.make_rubric(config, judge=judge)

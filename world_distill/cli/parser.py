@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,7 @@ class Parser(argparse.ArgumentParser):
     def _meant(self, flag: str, value: str, args: argparse.Namespace, keys: Callable) -> str:
         """What was probably meant by a flag that does not exist: a key of the config, or another flag."""
         if not flag.startswith("-"):
-            return ""
+            return "a pattern of files stands in quotes, or the shell takes it apart" if os.path.exists(flag) else ""
         flags = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
         word = flag.lstrip("-").replace("-", "_")
         try:
@@ -79,9 +80,9 @@ class Parser(argparse.ArgumentParser):
             best = [key for key in same if rank[key] == min(rank.values())]
             shown = " or ".join(f"--config.{key}={value or known[key]}" for key in best)
             return f"a value of the config is set with {shown}"
-        meant = {f"--{key.rpartition('.')[2]}": f"--config.{key}={value or known[key]}" for key in reversed(known)}
-        meant |= {text: text for text in flags}
-        near = difflib.get_close_matches(f"--{word}", meant, n=1)
+        meant = {key.rpartition(".")[2]: f"--config.{key}={value or known[key]}" for key in reversed(known)}
+        meant |= {text.removeprefix("--").replace("-", "_"): text for text in flags}
+        near = difflib.get_close_matches(word, meant, n=1)
         return f"did you mean {meant[near[0]]}?" if near else ""
 
     def _rank(self, key: str) -> int:

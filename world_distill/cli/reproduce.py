@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         planned = paper_plan.plan(study)
         console.say(paper_plan.table(planned))
         console.say()
+        if any(not entry["clips"] for entry in planned if not entry["finished"]):
+            console.say(f"no records {args.split!r} are there yet: their clips and the questions about them count as 0")
         console.finish("nothing was run; the same call without --plan runs what is left", args.workdir)
         if args.json:
             atomic.write_json(args.json, planned)

@@ -11,7 +11,7 @@ import numpy as np
 from world_distill import build, console
 from world_distill.core.measures import Measures
 from world_distill.data.records.fit import check_fit
-from world_distill.data.records.reader import RecordReader
+from world_distill.data.records.reader import RecordError, RecordReader
 from world_distill.devices import hosts
 from world_distill.errors import UserError
 from world_distill.evaluation import comparison, dreamgen, held_out, worldtasks
@@ -68,7 +68,7 @@ def evaluate(
     build.start_devices(config)
     with contextlib.ExitStack() as stack:
         # The quick things first: the weights of the base take minutes.
-        reader = RecordReader(run_folder.data_folder(config, workdir), split)
+        reader = _records(run_folder.data_folder(config, workdir), split)
         benchmark = stack.enter_context(run_folder.open_benchmark(config, workdir))
         for name, other in others.items():
             _check_questions(name, other, benchmark)
@@ -93,6 +93,16 @@ def evaluate(
     if exported is not None:
         exported.finish(result, benchmark.questions)
     return result | ({"against": _against(result, others)} if others else {})
+
+
+def _records(folder: pathlib.Path, split: str) -> RecordReader:
+    try:
+        return RecordReader(folder, split)
+    except RecordError as error:
+        raise RecordError(
+            f"{error}. --split names another set; `world-distill encode --test 0.02` splits one off, and"
+            " `encode --name test` makes one of records of its own"
+        ) from error
 
 
 def _there(opened: run_folder.Run, reader: RecordReader, limit: int) -> tuple[str, ...]:

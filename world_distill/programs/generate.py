@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 import world_distill
 from world_distill import build, console
@@ -37,6 +38,7 @@ from world_distill.training import run_folder
 from world_distill.weights import base_model
 from world_distill.weights.lora_files import combine, load_lora, lora_file
 
+_SHOWN = 8  # settings that a message names
 SHEET_FRAMES = 8  # of a clip on its contact sheet
 
 
@@ -138,6 +140,7 @@ def generate(request: Request, config) -> tuple[int, int]:
     waiting = [job for job in jobs if not _is_done(request.out, job, settings)]
     if not waiting:
         return 0, len(jobs)
+    request.out.mkdir(parents=True, exist_ok=True)  # before the sampler is compiled
     lengths = build.text_lengths(family, config)
     sample = _sampler(family, mesh, settings, lengths, _negative(request, family, lengths))
     written = 0
@@ -168,6 +171,9 @@ def resolve_config(config: str | None, executors: Sequence[pathlib.Path], overri
     run = next((path for path in executors if is_run(path)), None)
     if config is None:
         if run is None:
+            for path in executors:
+                if not path.exists():
+                    raise UserError(f"--executor {path} is not there: it is a LoRA file or the folder of a run")
             raise UserError("--config is needed: which model is it? (Only the folder of a run brings its own.)")
         loaded = run_folder.read_config(run)
         override(loaded, overrides)
@@ -372,10 +378,11 @@ def _is_done(folder: pathlib.Path, job: Job, settings: dict[str, Any]) -> bool:
         found, wanted = json.loads(path.read_text()), _describe(job, settings)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON ({error}); delete it, and the clip is made again") from error
-    other = [key for key in wanted if found.get(key) != wanted[key]]
-    if other:
-        changes = ", ".join(f"{key} {found.get(key)!r} -> {wanted[key]!r}" for key in other)
-        raise UserError(f"{path} is of a clip with other settings ({changes}); take another --out")
+    have, want = (flatten_dict({key: x.get(key) for key in wanted}, sep=".") for x in (found, wanted))
+    changes = [f"{key} {have.get(key)!r} -> {want.get(key)!r}" for key in have | want if have.get(key) != want.get(key)]
+    if changes:
+        shown = ", ".join(changes[:_SHOWN]) + (f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else "")
+        raise UserError(f"{path} is of a clip with other settings ({shown}); take another --out")
     return True
 
 

@@ -84,6 +84,7 @@ def open_inputs(config: ConfigDict, workdir: pathlib.Path, *, writes: bool = Tru
     for records in filter(None, (reader, validation)):
         check_fit(records, family, base_model.origin(config.base))
     programs = make_programs(config, mesh)
+    run_folder.check_start(config, workdir, family, programs.state)
     fine_tunes = programs.objective.sft
     if fine_tunes:
         check_clips(reader, family)

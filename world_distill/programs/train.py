@@ -8,6 +8,7 @@ A run is a folder: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/
 its folder, it continues from the newest checkpoint, bit for bit as if it had not stopped.
 """
 
+import contextlib
 import pathlib
 import shutil
 import time
@@ -51,14 +52,23 @@ def train(
       steps, seconds, and `validation`: the last row of rates on the validation records (None if never evaluated).
 
     Raises:
-      UserError: another run's folder, or settings that do not fit together.
+      UserError: another run's folder, one in which another process trains, or settings that do not fit together.
       RecordError: records that are missing or damaged.
       FloatingPointError: a loss that is not finite; the step and its tasks are named.
       TooFewJudgments: the judge failed too often; what was trained is saved.
       Preempted: SIGTERM; what was trained is saved.
     """
+    with contextlib.ExitStack() as held:
+        return _train(config, workdir, stem, profile, held)
+
+
+def _train(
+    config, workdir: pathlib.Path, stem: pathlib.Path | None, profile: frozenset[int], held: contextlib.ExitStack
+) -> dict[str, Any]:
     started = time.perf_counter()
     inputs = open_inputs(config, workdir)
+    if hosts.is_main():  # which process this is, is known only now
+        held.enter_context(run_folder.hold(workdir))
     mesh, programs, base, tasks, cache = inputs.mesh, inputs.programs, inputs.base, inputs.tasks, inputs.cache
     family, objective, collection = programs.family, programs.objective, programs.rollout_settings
 
@@ -193,7 +203,7 @@ def train(
             log.close()
         checkpointer.close()
         inputs.opened.close()
-    return {"steps": config.steps, "seconds": time.perf_counter() - started, "validation": row}
+    return {"steps": max(first, config.steps), "seconds": time.perf_counter() - started, "validation": row}
 
 
 def _short(values: dict[str, float]) -> dict[str, str]:

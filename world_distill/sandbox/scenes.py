@@ -99,7 +99,10 @@ def true_scene(png: bytes) -> Scene:
     with Image.open(io.BytesIO(png)) as image:
         text = getattr(image, "text", {}).get("scene")
     if text is None:
-        raise ValueError("this PNG carries no sandbox layout (text chunk `scene`); draw scenes with `scenes`")
+        raise ValueError(
+            "this PNG carries no sandbox layout (text chunk `scene`); draw scenes with `scenes`, or score other"
+            " pictures with --config.benchmark.factory=world_distill.evaluation:WorldTasksBench, which asks a VLM"
+        )
     return Scene(tuple(Thing(t["shape"], t["colour"], tuple(t["place"])) for t in json.loads(text)))
 
 

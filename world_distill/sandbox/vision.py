@@ -51,7 +51,10 @@ def read_scene(world: World, image: np.ndarray) -> Scene:
       ValueError: the image has not this world's size, or shows no things.
     """
     if image.shape != (world.size, world.size, 3):
-        raise ValueError(f"scene image has shape {image.shape}, this world's is {(world.size, world.size, 3)}")
+        raise ValueError(
+            f"scene image has shape {image.shape}, this world's is {(world.size, world.size, 3)}: the sandbox reads the"
+            " scenes that it draws; other pictures take a config that names a VLM (--config)"
+        )
     colours = list(COLOURS)
     cover = coverage(world, image, colours)
     things = []

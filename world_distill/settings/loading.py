@@ -296,9 +296,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
     `parse_arg("fast,seed=3", variant="base", seed=0)` gives `variant="fast", seed=3`.
 
     Raises:
-      UserError: an unknown name, or a value of the wrong type.
+      UserError: an unknown name, one that is given twice, or a value of the wrong type.
     """
-    values = dict(defaults)
+    values, given = dict(defaults), {}
     for item in filter(None, (part.strip() for part in (arg or "").split(","))):
         name, equals, text = (part.strip() for part in item.partition("="))
         if not equals:
@@ -307,6 +307,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
         if name not in defaults:
             takes = ", ".join(f"{k}={v!r}" for k, v in defaults.items()) or "nothing"
             raise UserError(f"unknown argument {name!r}; the config takes {takes}")
+        if name in given:
+            raise UserError(f"{given[name]!r} and {text!r} are both given as the {name}: a config takes one")
+        given[name] = text
         values[name] = _parse(name, text, defaults[name], type(defaults[name]))
     return types.SimpleNamespace(**values)
 
@@ -344,7 +347,7 @@ def fingerprint(config: ConfigDict) -> str:
 
 def diff(a: ConfigDict, b: ConfigDict) -> list[str]:
     """What differs, one `key: a -> b` a line, sorted by key; [] exactly for equal fingerprints."""
-    texts = [{k: json.dumps(_plain(v, k)) for k, v in leaves(c).items()} for c in (a, b)]
+    texts = [{k: json.dumps(_plain(v, k), ensure_ascii=False) for k, v in leaves(c).items()} for c in (a, b)]
     lines = []
     for key in sorted(texts[0].keys() | texts[1].keys()):
         old, new = (text.get(key, "(absent)") for text in texts)

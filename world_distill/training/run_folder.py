@@ -7,7 +7,9 @@ and `data/` where the config names no other records.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +39,7 @@ from world_distill.structs import PyTree, TrainState
 from world_distill.weights import base_model
 from world_distill.weights.lora_files import read_lora
 from world_distill.weights.lora_layouts import LoraModel
+from world_distill.weights.lora_reading import Reading
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in an address
 
@@ -138,7 +141,27 @@ def data_folder(config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -> TrainState:
-    """A fresh state whose Executor is that of a LoRA file or folder (`weights.lora_names`).
+    """A fresh state whose Executor is that of a LoRA file or folder. Raises as `read_start` does."""
+    found = read_start(path, config, family, state)
+    for line in found.notes:
+        logging.warning("config.executor.start = %s: %s", path, line)
+    lora = found.tree
+
+    def placed():  # a copy for each, since the training step gives its buffers away
+        return jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), lora, state.lora)
+
+    rolled = None if state.lora_rolled is None else placed()
+    return dataclasses.replace(state, lora=placed(), lora_ema=placed(), lora_old=placed(), lora_rolled=rolled)
+
+
+def check_start(config, workdir: pathlib.Path, family: ModelFamily, state: TrainState) -> None:
+    """Raises as `read_start` does where a run that has not begun starts from a LoRA file, before the base is read."""
+    if config.executor.start and not (config.checkpoints or _has_begun(workdir)):
+        read_start(config.executor.start, config, family, state)
+
+
+def read_start(path: str, config, family: ModelFamily, state: TrainState) -> Reading:
+    """The LoRA of a file or folder (`weights.lora_names`), of the layers and the rank of a state or an abstract one.
 
     Raises:
       UserError: a family or an Executor without LoRA, or other layers or another rank than the config's.
@@ -148,8 +171,6 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
         raise UserError(f"config.executor.start = {path!r}: only LoRA of a published family can be read from a file")
     without, alpha = tuple(config.executor.start_without), config.executor.start_alpha or None
     found = read_lora(path, LoraModel.of(family), scale=family.lora_scale, without=without, alpha=alpha)
-    for line in found.notes:
-        logging.warning("config.executor.start = %s: %s", path, line)
     lora = found.tree
     have, want = ({n: x.shape for n, x in array_store.by_name(tree).items()} for tree in (lora, state.lora))
     if lines := base_model.differences(have, want):
@@ -158,12 +179,7 @@ def start_from_file(path: str, config, family: ModelFamily, state: TrainState) -
             f"the LoRA in {path} is not of the layers and the rank that config.executor says. These flags fit it:\n"
             f"  {flags}\nWhat differs:\n  " + "\n  ".join(lines)
         )
-
-    def placed():  # a copy for each, since the training step gives its buffers away
-        return jax.tree.map(lambda x, y: jax.device_put(np.array(x), y.sharding), lora, state.lora)
-
-    rolled = None if state.lora_rolled is None else placed()
-    return dataclasses.replace(state, lora=placed(), lora_ema=placed(), lora_old=placed(), lora_rolled=rolled)
+    return found
 
 
 def fitting_settings(lora: PyTree) -> dict[str, Any]:
@@ -241,7 +257,7 @@ def check_folder(config, workdir: pathlib.Path) -> None:
         if lines:
             raise UserError(
                 f"{workdir} holds a run of another config; take another --workdir, or the same settings:\n  "
-                + "\n  ".join(lines)
+                + "\n  ".join(line if len(line) <= 160 else f"{line[:159]}…" for line in lines)
             )
 
 
@@ -253,6 +269,29 @@ def claim_folder(config, workdir: pathlib.Path) -> None:
     """
     check_folder(config, workdir)
     atomic.write_text(workdir / "config.json", to_json(config) + "\n")
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder, until the block ends or this process does.
+
+    Raises:
+      UserError: another process trains there.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{workdir}: another process trains in this folder; wait for it, or name another"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def _has_begun(workdir: pathlib.Path) -> bool:

@@ -21,6 +21,7 @@ from world_distill.storage.weight_files import load_weights
 from world_distill.structs import PyTree
 
 RANDOM = "random"
+_SHOWN = 12  # arrays that a message names
 
 
 @functools.lru_cache(maxsize=32)
@@ -76,8 +77,11 @@ def load_base(
         return {}
     path = base_path(family, config.base)
     if not path:
-        ships = ", ".join(family.shipped_bases) or "none"
-        raise UserError(f"config.base names no weights; with model family {family.name} ship: {ships}")
+        ships = ", ".join(family.shipped_bases)
+        raise UserError(
+            "config.base names no weights: --config.base=FOLDER takes a checkpoint of `world-distill convert`"
+            + (f", and with model family {family.name} ship {ships}" if ships else "")
+        )
 
     def chosen(tree):
         return tree if parts is None else {part: tree[part] for part in parts}
@@ -112,6 +116,10 @@ def _reader(
     Raises:
       UserError: the weights at `path` are not the family's.
     """
+    if not pathlib.Path(path).exists():
+        raise UserError(
+            f"config.base: {path} is not there; `world-distill convert` makes a checkpoint of published weights"
+        )
     expected = abstract_base(family, mesh, int8=False)
     wanted = array_store.by_name(expected)
     if pathlib.Path(path).is_dir():
@@ -176,9 +184,14 @@ def _check_beside(path: pathlib.Path, metadata: Mapping[str, Any], family: Model
 
 
 def _check_weights(path: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...]], expected: PyTree) -> None:
-    problems = differences(shapes, {name: x.shape for name, x in array_store.by_name(expected).items()})
+    wanted = {name: x.shape for name, x in array_store.by_name(expected).items()}
+    problems = differences(shapes, wanted)
     if problems:
-        raise UserError(f"the weights in {path} do not fit config.model:\n  " + "\n  ".join(problems))
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise UserError(
+            f"the weights in {path} do not fit config.model: {len(problems)} of {len(wanted)} arrays differ\n  "
+            + "\n  ".join(problems[:_SHOWN] + more)
+        )
 
 
 def load_codec(family: ModelFamily, config: ConfigDict) -> PyTree:

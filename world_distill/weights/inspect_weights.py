@@ -56,6 +56,16 @@ def inspect(path: pathlib.Path, model: LoraModel, *, alpha: float | None = None)
     return _lora(path, model, alpha)
 
 
+def names_layers_of(path: pathlib.Path, model: LoraModel) -> bool:
+    """Whether at `path` is a LoRA that names a layer of the model; True of all that is no LoRA file."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return True
+    with open_tensors(path) as file:
+        keys = [lora_names.parse(name) for name in file.keys()]
+    layers = {_any_block(key.layer) for key in keys if key.part}
+    return not layers or any(layers & names for names in _spelled(model))
+
+
 def _folder(path: pathlib.Path) -> dict[str, Any]:
     if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
         return {"kind": "the folder of a run", "here": f"world-distill generate --executor {path}, or export"}

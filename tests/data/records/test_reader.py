@@ -323,9 +323,9 @@ def test_missing_parts_are_named(small_set, tmp_path):
     index.unlink()
     with pytest.raises(RecordError, match="set.json: no readable index.*cut off"):
         RecordReader(tmp_path, "set")
-    with pytest.raises(RecordError, match="other.json: no readable index.*no shards"):
+    with pytest.raises(RecordError, match="other.json: no readable index.*no shards; the sets in that folder are set$"):
         RecordReader(tmp_path, "other")
-    with pytest.raises(RecordError, match="no readable index"):
+    with pytest.raises(RecordError, match="no readable index.*no folder .*nowhere$"):
         RecordReader(tmp_path / "nowhere", "set")
 
 

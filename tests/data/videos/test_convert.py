@@ -129,7 +129,7 @@ def test_importing_again_gives_the_same_bytes(clips, tmp_path):
     ("spec", "reason"),
     [
         ("gs://bucket/clips", "copy them first"),
-        ("gone", "neither a folder of videos nor a table"),
+        ("gone", "gone: no such file or folder"),
         ("", "no videos"),
         ("list.jsonl", "no such file"),
     ],

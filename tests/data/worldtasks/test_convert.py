@@ -138,7 +138,7 @@ def test_no_usable_row_says_what_was_there(folder, capsys):
     "flags, message",
     [
         (("--field", "picture=a"), "--field picture=a: expected"),
-        (("--rows", "../secret.jsonl"), "no such file"),
+        (("--rows", "../secret.jsonl"), "outside of --folder"),
         (("--rows", "none.jsonl"), "no such file"),
         (("--max-side", "-1"), "at least 0"),
     ],
@@ -166,6 +166,36 @@ def test_order_of_rows_costs_nothing_and_an_image_is_decoded_once(folder, monkey
         assert ids == sorted(ids, key=ids.index)  # the tasks of an image side by side
         seen.append({(r.image_id, r.task, r.source["id"]) for r in records})
     assert seen[0] == seen[1] and len(seen[0]) == 8
+
+
+def test_rows_are_named_below_the_folder_or_as_the_shell_completes_them(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    for path in ("train/train.jsonl", f"{folder.name}/train/train.jsonl"):
+        assert cli.main(["import-tasks", "--folder", folder.name, "--rows", path, "--out", "out"]) == 0
+    (folder.parent / "train.jsonl").write_bytes((folder / "train/train.jsonl").read_bytes())
+    assert cli.main(["import-tasks", "--folder", folder.name, "--rows", "train.jsonl", "--out", "out"]) == 2
+    assert f"--image-root {folder.name}" in capsys.readouterr().err
+
+
+def test_pictures_without_rows_lead_to_annotate(tmp_path, capsys):
+    picture(tmp_path / "pictures/0.png")
+    assert call(tmp_path / "pictures") == 2
+    assert "no rows among its 1 files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["import-videos", "annotate"])
+def test_one_verb_does_not_replace_the_records_of_another(folder, tmp_path, capsys, verb):
+    assert call(folder) == call(folder) == 0  # its own it may replace
+    before = files(tmp_path / "out")
+    flags = ["--videos"] if verb == "import-videos" else ["--images"]
+    assert cli.main([verb, *flags, str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert f"from `world-distill import-tasks`: {verb} would replace it" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before
+    for made, card in (("annotate", {"annotator": "x"}), ("import-videos", {"counts": {"videos": 1}})):
+        (tmp_path / "out/train_annotated.card.json").write_text(json.dumps(card))
+        assert call(folder) == 2 and f"from `world-distill {made}`" in capsys.readouterr().err
+    (tmp_path / "out/train_annotated.json").unlink()
+    assert call(folder) == 0
 
 
 def test_paths_of_another_machine_and_another_root(folder, tmp_path):
@@ -258,7 +288,8 @@ def test_a_snapshot_of_the_hubs_cache_is_links_into_blobs(tmp_path):
 def test_the_closing_line_and_damaged_files(folder, capsys):
     assert call(folder) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-3] == "not used: 1 tasks (image_missing), 1 tasks (no_solution), 1 tasks (repeated)"
+    assert said[-4] == "not used: 1 tasks (image_missing), 1 tasks (no_solution), 1 tasks (repeated)"
+    assert said[-3].endswith(f"{folder.parent}/out/train_annotated.unusable.jsonl")
     assert said[-2].startswith("imported tasks: ") and said[-1].startswith("next: world-distill encode ")
     rows_gz = gzip.compress((folder / "train/train.jsonl").read_bytes() * 100, 0)
     (folder / "cut.jsonl.gz").write_bytes(rows_gz[: len(rows_gz) - 900])

@@ -276,3 +276,22 @@ def test_inspect_weights_takes_an_alpha(tmp_path, model, capsys):
     path, _ = a_file(tmp_path / "x.safetensors", model[1])
     assert cli.main(["inspect-weights", path, "--config", "ltx2:debug", "--alpha", "8"]) == 0
     assert "not said; 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("layer", "config"),
+    [
+        ("diffusion_model.transformer_blocks.0.attn1.to_q", "ltx2"),
+        ("transformer.transformer_blocks.3.attn1.to_q", "ltx2"),
+        ("diffusion_model.blocks.0.self_attn.q", "wan22_5b"),
+        ("diffusion_model.nothing.of.these", "wan22_5b"),
+    ],
+)
+def test_inspect_weights_finds_the_model_by_the_names_of_layers(tmp_path, capsys, layer, config):
+    path = str(tmp_path / "a.safetensors")
+    factors = {"A": np.ones((2, 8), np.float32), "B": np.ones((8, 2), np.float32)}
+    save(tmp_path / "a.safetensors", {f"{layer}.lora_{x}.weight": array for x, array in factors.items()})
+    assert cli.main(["inspect-weights", path]) == 0
+    said = capsys.readouterr().out
+    assert f"held against  --config {config}\n" in said
+    assert ("reads all 2 tensors" in said) == ("nothing" not in layer)

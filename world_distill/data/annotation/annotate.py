@@ -17,7 +17,7 @@ import itertools
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from absl import logging
 
@@ -133,10 +133,7 @@ def annotate_images(
         findings = Findings.of(counts, pairs, licences.values(), seen.rejected, () if only else skipped)
         if not kept and only is None:
             card.write([findings])
-            reasons = dict(counts) | ({"not_used": unused.line()} if unused is not None and unused.line() else {})
-            raise RecordError(
-                f"{out_dir}: no task is left to write; {name}.rejected.jsonl there lists the images; counts: {reasons}"
-            )
+            raise RecordError(_nothing_left(out_dir, name, counts))
         if only is None:
             write_records(out_dir, name, records, shards)
             card.write([findings])
@@ -207,6 +204,15 @@ def _ask_about(
     rejected += [(accepted.pop(digest), Rejection("failed", questions.failed[digest])) for digest in failed]
     answers = {digest: journal.answers[digest] for digest in accepted}
     return _Seen(total, accepted, answers, rejected, questions.asked)
+
+
+def _nothing_left(folder: pathlib.Path, name: str, counts: Mapping[str, int]) -> str:
+    """Why no task is left, and what to do."""
+    shown = ", ".join(f"{key} {count}" for key, count in counts.items() if count)
+    text = f"no task is left to write ({shown}); {folder / name}.rejected.jsonl lists the images"
+    if any(count for key, count in counts.items() if key.startswith("filtered_")):
+        text += "; config.filters says which are left out: see '--config.filters=?'"
+    return text
 
 
 def _records(

@@ -88,10 +88,7 @@ def read_index(path: pathlib.Path) -> dict:
     try:
         index = json.loads(path.read_bytes())
     except OSError as error:
-        name = path.name.removesuffix(".json")
-        found = path.parent.is_dir() and shards_of(path.parent, name)
-        left = "shards are there, so its writing was cut off" if found else "no shards"
-        raise RecordError(f"{path}: no readable index of a data set ({left}): write the data set (again)") from error
+        raise RecordError(f"{path}: no readable index of a data set: {_absent(path)}") from error
     except ValueError as error:
         raise RecordError(f"{path}: the index is damaged ({error}): write the data set again") from error
     if not isinstance(index, dict) or index.get("format") != INDEX_FORMAT:
@@ -117,6 +114,16 @@ def read_index(path: pathlib.Path) -> dict:
     if problem:
         raise RecordError(f"{path}: the index contradicts itself ({problem}): write the data set again")
     return index
+
+
+def _absent(path: pathlib.Path) -> str:
+    """Why there is no index at `path`, and what to do."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if shards_of(path.parent, path.name.removesuffix(".json")):
+        return "shards are there, so its writing was cut off: write the data set again"
+    names = {re.sub(r"-\d{5}-of-\d{5}\.arrayrecord$", "", file.name) for file in path.parent.glob("*.arrayrecord")}
+    return f"it has no shards; the sets in that folder are {', '.join(sorted(names)) or 'none'}"
 
 
 def longest_texts(index: dict) -> dict[str, dict]:

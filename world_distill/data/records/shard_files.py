@@ -42,6 +42,28 @@ def shard_name(name: str, shard: int, shards: int) -> str:
     return f"{name}{part_suffix(shard, shards)}.arrayrecord"
 
 
+def check_maker(folder: pathlib.Path, name: str, verb: str) -> None:
+    """Keeps `verb` from replacing the annotated records that another verb wrote; a verb may replace its own.
+
+    Raises:
+      RecordError: the card of the data set tells of another verb.
+    """
+    try:
+        card = json.loads((folder / f"{name}.card.json").read_bytes())
+    except (OSError, ValueError):
+        return
+    if not isinstance(card, dict) or not (folder / f"{name}.json").exists():
+        return
+    signs = {"annotate": "annotator" in card, "import-tasks": "schema" in card}
+    signs["import-videos"] = "videos" in card.get("counts", ())
+    made = next((maker for maker, sign in signs.items() if sign), verb)
+    if made != verb:
+        raise RecordError(
+            f"{folder / name} is there already, from `world-distill {made}`: {verb} would replace it. Give another"
+            f" --out or --name, or delete {folder / name}.json"
+        )
+
+
 def shards_of(folder: pathlib.Path, name: str, suffix: str = "") -> list[pathlib.Path]:
     """All shards of data set `name`, whatever their number, or what is called as one and a `suffix` (a pattern)."""
     pattern = re.escape(name) + r"-\d{5}-of-\d{5}\.arrayrecord" + suffix

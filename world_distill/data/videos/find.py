@@ -90,6 +90,8 @@ def find_videos(
     spec, unused = os.fspath(spec), Unused() if unused is None else unused
     if is_address(spec) or (root is not None and is_address(os.fspath(root))):
         raise UserError(f"{spec}: videos are read from folders of this machine: copy them first")
+    if not os.path.exists(spec):
+        raise UserError(f"{spec}: no such file or folder")
     is_folder = os.path.isdir(spec)
     if is_folder and root is not None:
         raise UserError(f"--video-root is for tables, whose rows name videos; {spec} is a folder")

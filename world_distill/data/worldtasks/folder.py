@@ -61,8 +61,13 @@ def rows_files(folder: str | os.PathLike, given: str | None, *, bench: bool, unu
     tables = [f for f in files if kinds.rows_of(f.name) in ("csv", "json") and not kinds.is_unremarkable(f.name)]
     if not lists and len(tables) == 1:
         return folder, [_as_given(tables[0])]
+    if not (lists or tables):
+        raise UserError(
+            f"--folder {folder} has no rows among its {len(files)} files: it takes a JSONL, JSON or CSV file with"
+            " image, task and solution, or a text beside each picture; `world-distill annotate` has a VLM write them"
+        )
     others = ", ".join(file.name for file in (lists or tables)[:20])
-    raise UserError(f"{folder} has none of {', '.join(known)}: --rows says which of {others or 'no file with rows'}")
+    raise UserError(f"{folder} has none of {', '.join(known)}: --rows says which of {others}")
 
 
 def _of_pattern(pattern: str, given: str | None, unused: Unused) -> tuple[str, list[File]]:
@@ -79,9 +84,16 @@ def _given(folder: str, given: str, unused: Unused) -> list[File]:
     if is_address(folder):
         return [_as_given(file) for file in find_files(f"{folder.rstrip('/')}/{given}", unused)]
     path = os.path.join(folder, given)
+    if not os.path.exists(path) and os.path.exists(given):  # a path as the shell completes it
+        path = given
     found = find_files(path, unused) if os.path.exists(path) or any(sign in given for sign in "*?[{") else []
-    if not found or not all(is_inside(pathlib.Path(folder), pathlib.Path(file.path)) for file in found):
-        raise UserError(f"--rows {given}: no such file in {folder}")
+    if not found:
+        raise UserError(f"--rows {given}: no such file in --folder {folder}")
+    if not all(is_inside(pathlib.Path(folder), pathlib.Path(file.path)) for file in found):
+        raise UserError(
+            f"--rows {given} lies outside of --folder {folder}: move it there, or let --folder name a folder that holds"
+            f" rows and pictures, with --image-root {folder}"
+        )
     return [File(file.path, record_name(os.path.relpath(file.path, folder)), given=True) for file in found]
 
 

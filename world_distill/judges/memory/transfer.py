@@ -1,10 +1,12 @@
 """Judgments in other files than a cache: JSONL and Parquet to look at, segments to read."""
 
 import contextlib
+import glob
 import gzip
 import itertools
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -116,10 +118,19 @@ def merge(cache: JudgmentCache, other: str) -> dict[str, Any]:
 def open_caches(path: str, *, writes: bool = False, creates: bool = False) -> Iterator[JudgmentCache]:
     """The cache that a file, a run's folder or a shared address holds; a copy in a temporary folder of several.
 
+    So is a file in a folder that cannot be written to, where SQLite opens none.
+
     Raises:
       UserError: there is none, or it should be written to and is not one file.
     """
     found = _files(path, creates)
+    if len(found) == 1 and not writes and not all(os.access(x, os.W_OK) for x in (found[0], found[0].parent)):
+        with tempfile.TemporaryDirectory() as folder:
+            for file in found[0].parent.glob(f"{glob.escape(found[0].name)}*"):  # with its write-ahead log
+                shutil.copyfile(file, pathlib.Path(folder) / file.name)
+            with JudgmentCache(pathlib.Path(folder) / found[0].name) as cache:
+                yield cache
+        return
     if len(found) == 1:
         with JudgmentCache(found[0]) as cache:
             yield cache
