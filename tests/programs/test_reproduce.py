@@ -96,6 +96,8 @@ def test_the_plan_says_that_there_is_nothing_to_score(tmp_path, capsys):
     flags = ["--plan", "--seeds", "0", "--rows", "base", "--workdir", str(tmp_path)]
     assert cli.main(["reproduce", "--config", "wan22_5b", f"--config.data={tmp_path}", *flags]) == 0
     assert "no records 'test' are there yet" in capsys.readouterr().out
+    assert cli.main(["reproduce", "--config", "wan22_5b", f"--config.data={tmp_path}", *flags[1:]]) == 2
+    assert "has no records 'test' to score" in capsys.readouterr().err
     assert cli.main(["reproduce", "--config", "sandbox", *flags]) == 0
     assert "no records" not in capsys.readouterr().out
 

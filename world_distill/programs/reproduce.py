@@ -30,7 +30,7 @@ from world_distill.errors import UserError
 from world_distill.evaluation import comparison, worldtasks
 from world_distill.evaluation.scoring import Verdict, breakdown, markdown, summarise
 from world_distill.programs import demonstrate, evaluate, prepare, train
-from world_distill.programs.paper_rows import Run, Study, make_runs
+from world_distill.programs.paper_rows import Run, Study, count_records, make_runs
 from world_distill.reports import paper_table
 from world_distill.settings.loading import diff
 from world_distill.storage import atomic
@@ -48,9 +48,14 @@ def reproduce(study: Study) -> dict[str, Any]:
       several), by_kind, failed (row, seed and why) and commands (by row and seed).
 
     Raises:
-      UserError: see `make_runs`; or no row could be made.
+      UserError: see `make_runs`; no records to score; or no row could be made.
     """
     runs = make_runs(study)
+    if not count_records(runs[0].config, study.split):  # before hours of training
+        raise UserError(
+            f"{runs[0].config.data} has no records {study.split!r} to score: "
+            f"`world-distill import-tasks --bench --name {study.split}` and `encode --name {study.split}` make them"
+        )
     found: dict[str, dict[int, dict[str, Any]]] = collections.defaultdict(dict)
     failed = []
     build.start_devices(runs[0].config)
