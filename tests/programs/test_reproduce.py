@@ -261,7 +261,8 @@ def test_a_row_that_fails_is_named_and_does_not_stop_the_others(table, capsys):
     assert json.loads((study.workdir / "reproduce.json").read_text())["rows"] == result["rows"]
 
 
-def test_rows_without_weights_say_how_to_name_them(tmp_path):
+def test_rows_without_weights_say_how_to_name_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "count_records", lambda config, name: 1)
     study = Study("ltx2", tmp_path, {"data": str(tmp_path)}, seeds=(0,), rows=("base_undistilled",))
     with pytest.raises(UserError, match=r"no row could be made.*--row base_undistilled\.base"):
         reproduce.reproduce(study)

@@ -17,7 +17,7 @@ def map_ordered(function: Callable[[T], R], items: Iterable[T], *, threads: int 
     """
     threads = threads or min(8, os.cpu_count() or 1)
     waiting = collections.deque()
-    pool = ThreadPoolExecutor(threads)
+    pool, waits = ThreadPoolExecutor(threads), True
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
@@ -25,5 +25,10 @@ def map_ordered(function: Callable[[T], R], items: Iterable[T], *, threads: int 
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except GeneratorExit:
+        # The garbage collector may close this in any thread. A thread of a pool that is just starting holds a lock of
+        # `threading` which a join needs too, and would wait for itself.
+        waits = False
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=waits, cancel_futures=True)
