@@ -289,7 +289,8 @@ def test_clips_are_made_once_and_interrupted_calls_go_on(run, tmp_path, capsys, 
 
 
 @pytest.mark.once
-def test_images_guidance_and_every_kind_of_executor(run, files, merged, monkeypatch):
+def test_images_guidance_and_every_kind_of_executor(run, files, merged, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     seen = {}
     monkeypatch.setattr(generate, "_write", lambda folder, job, clip, *rest: seen.setdefault((folder, job.name), clip))
     images = sorted((run / "data" / "scenes" / "test").glob("*.png"))
