@@ -21,10 +21,8 @@ from small import PATTERN, VARIANTS, check_advantages, make_inputs, redraw, smal
 from tests.effort import KILLS
 from tests.runs import after_two_steps, assert_same, final_states, lasting
 from world_distill import build
-from world_distill.cli.arguments import parse_steps
 from world_distill.data.records.reader import RecordError
 from world_distill.devices.interruption import Preempted
-from world_distill.devices.profiler import Profiler
 from world_distill.errors import UserError
 from world_distill.interfaces import JudgeAnswer
 from world_distill.programs import train
@@ -487,21 +485,6 @@ def test_weights_of_another_size_are_listed(inputs, tmp_path):
 def test_opening_a_folder_without_a_run_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match="world-distill train"):
         run_folder.open_run(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("steps", "message"),
-    [("5:3", "5:3"), ("0", "from 1 on"), ("two", "'two' is not a step"), (",", "names no step")],
-)
-def test_steps_to_profile_that_are_none_are_named(steps, message):
-    with pytest.raises(UserError, match=message):
-        parse_steps(steps)
-
-
-def test_steps_to_profile_have_to_be_ahead(tmp_path):
-    assert parse_steps("3:5,8") == {3, 4, 5, 8} and parse_steps("") == frozenset()
-    with pytest.raises(UserError, match="step 3, 9 cannot be traced: the run makes steps 4 to 8"):
-        Profiler(tmp_path, parse_steps("3,8:9"), first=4, last=8)
 
 
 def test_group_and_batch_settings_are_checked(inputs, tmp_path):

@@ -9,8 +9,8 @@ offset. With e = v - v_ref:
     dc          share of the energy of e that lies in its per-channel means over frames and space
 
 Intervals: Wilson's score interval for rates, Agresti and Min's for the difference of two rates of the
-same things, Student's for means. Those of scores and of their differences are
-never empty, and stay where such figures can lie.
+same things, Student's for means. Those of scores and of their differences are never empty, and stay
+where such figures can lie.
 """
 
 import itertools
