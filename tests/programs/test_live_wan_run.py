@@ -54,13 +54,13 @@ def run(source, tmp_path_factory):
 def ours(run, tmp_path_factory):
     """(scene, the base's clip, the Executor's clip), as `world-distill generate` makes them."""
     image = next((run / "data" / "scenes" / "test").glob("*.png"))
-    clips = {}
+    clips, unused = {}, tmp_path_factory.mktemp("unused")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "_write", lambda folder, job, clip, *rest: clips.update({job.role: clip}))
         flags = ["--image", image, "--task", TASK, "--sampler", "unipc", "--steps", STEPS, "--batch", 1]
-        assert call(*flags, "--executor", run, out="unused") == 0
+        assert call(*flags, "--executor", run, out=unused) == 0
         base = ["--config", "wan22_5b:debug", "--config.model.size=64,64", f"--config.base={run / 'base'}"]
-        assert call(*flags, *base, out="unused") == 0
+        assert call(*flags, *base, out=unused) == 0
     return Image.open(image).convert("RGB"), clips["base"], clips["executor"]
 
 

@@ -161,6 +161,7 @@ def test_flow_grpo_with_noise_in_the_last_steps(records, tmp_path, audio):
 
 
 def test_the_executor_and_its_files_make_the_same_clips(records, joint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     opened = run_folder.open_run(joint)
     rows = evaluate.evaluate_roles(opened, roles=("demonstrator", "executor"), split="test")["rows"]
     assert [row["n"] for row in rows] == [2, 2]
