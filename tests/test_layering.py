@@ -20,8 +20,9 @@ MOST_TOP_LEVEL = 8  # modules directly in world_distill/
 # What families share; the other folders of models/ know nothing of each other.
 SHARED_BY_MODELS = {
     "models", "models.attention", "models.autoencoders", "models.blocks", "models.clip_family", "models.encoders",
-    "models.functional", "models.hashed_words", "models.int8", "models.layers", "models.lora", "models.parity",
-    "models.products", "models.rope", "models.stream_attention", "models.tensor_map", "models.text_encoders",
+    "models.flash", "models.functional", "models.hashed_words", "models.int8", "models.layers", "models.lora",
+    "models.parity", "models.products", "models.rope", "models.stream_attention", "models.tensor_map",
+    "models.text_encoders",
 }  # fmt: skip
 
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}

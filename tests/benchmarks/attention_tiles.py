@@ -1,14 +1,16 @@
 """What a tile of the TPU's attention kernels costs, by the schedules that the compiler makes for them.
 
 XLA estimates no cycles for a Pallas kernel, but its compiler writes the kernel's schedule: one bundle of instructions a
-cycle, if nothing waits. So the bundles of a kernel's body, over the scores that it computes in one turn, compare shapes
-of tiles, and two passes of the backward pass with one. Cycles are of one core, for 1024 x 1024 scores of one head of
-128; the products of one such tile alone take 2,048 cycles of a core of v5e and v5p, each: two of them forward, four for
-keys and values, three for queries, five for all at once. What does not fit a core's VMEM is refused. Needs the extra
-`tpu` and no TPU. A line is seconds of compiling.
+cycle, if nothing waits. So the bundles of a kernel's text, over the scores of a tile, compare shapes of tiles and
+kernels: ours (`flash`), and JAX's splash kernels with one or two passes backward. The text begins and ends a row of
+tiles, too, so that a tile takes a few percent less. Cycles are of one core, for 1024 x 1024 scores of one head of 128,
+where the last 8 of 32,768 keys only fill up. The products of such a tile alone take 2,048 cycles of a core of v5e and
+v5p, each, at the published peak: two of them forward, five backward in one pass, seven in two. Schedules may say less
+than products take. What does not fit a core's VMEM is refused. Needs the extra `tpu` and no TPU. A line is seconds of
+compiling.
 
     python tests/benchmarks/attention_tiles.py
-    python tests/benchmarks/attention_tiles.py --topology v6e:2x2 --tiles 1024x2048x512 --one-pass
+    python tests/benchmarks/attention_tiles.py --topology v6e:2x2 --tiles 1024x2048x512 --form flash
 """
 
 import argparse
@@ -24,22 +26,44 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 # Queries, keys that lie in VMEM, keys that are computed at once.
 TILES = (
-    "1024x2048x2048", "1024x1024x1024", "1024x512x512", "1024x256x256", "1024x128x128", "512x2048x2048",
-    "256x2048x2048", "128x2048x2048", "2048x1024x1024", "1024x2048x512",
+    "1024x2048x1024", "1024x1024x1024", "1024x512x512", "512x2048x1024", "2048x1024x1024", "1024x2048x512",
 )  # fmt: skip
-HEADS, TOKENS, WIDTH = 10, 32768, 128
+FORMS = ("two passes", "one pass", "flash")
+HEADS, TOKENS, FILLED, WIDTH = 10, 32768, 8, 128
 _FLAG = "--xla_jf_dump_to="
 
 
-def compile_kernels(topology: str, queries: int, keys: int, at_once: int, one_pass: bool) -> None:
+def compile_kernels(topology: str, queries: int, keys: int, at_once: int, form: str) -> None:
     """Compiles values and gradients of attention in these tiles; a child's work, since the flag is a process's own."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     from jax.sharding import SingleDeviceSharding
 
     from world_distill.programs import plan
+
+    place = SingleDeviceSharding(plan.topology(topology)[0])
+    x = jax.ShapeDtypeStruct((HEADS, TOKENS, WIDTH), jnp.bfloat16, sharding=place)
+    run = flash(queries, keys, at_once) if form == "flash" else splash(queries, keys, at_once, form == "one pass")
+    loss = lambda *qkv: run(*qkv).astype(jnp.float32).sum()  # noqa: E731
+    try:
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+    except jax.errors.JaxRuntimeError as error:
+        sys.exit("VMEM" if "vmem" in str(error).lower() else str(error).splitlines()[0])
+
+
+def flash(queries: int, keys: int, at_once: int):
+    """Our kernels in these tiles, whatever they would choose."""
+    from world_distill.models import flash as ours
+
+    ours.tile, ours.key_tile, ours.turn_keys = (lambda _, size=size: size for size in (queries, keys, at_once))
+    return lambda q, k, v: ours.flash_attention(*(y.swapaxes(0, 1)[None] for y in (q, k, v)), TOKENS - FILLED)
+
+
+def splash(queries: int, keys: int, at_once: int, one_pass: bool):
+    """JAX's kernels."""
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     backward = {"use_fused_bwd_kernel": True} if one_pass else {"block_q_dq": queries, "block_kv_dq": keys}
     sizes = kernel.BlockSizes(
@@ -48,64 +72,57 @@ def compile_kernels(topology: str, queries: int, keys: int, at_once: int, one_pa
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.FullMask((TOKENS, TOKENS))] * HEADS)
     run = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    place = SingleDeviceSharding(plan.topology(topology)[0])
-    x = jax.ShapeDtypeStruct((HEADS, TOKENS, WIDTH), jnp.bfloat16, sharding=place)
-    loss = lambda *qkv: run(*qkv).astype(jnp.float32).sum()  # noqa: E731
-    try:
-        jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
-    except jax.errors.JaxRuntimeError as error:
-        sys.exit("VMEM" if "vmem" in str(error).lower() else str(error).splitlines()[0])
+    filled = (jnp.arange(TOKENS) >= TOKENS - FILLED).astype(jnp.int32)
+    return lambda q, k, v: run(q, k, v, segment_ids=kernel.SegmentIds(jnp.zeros_like(filled), filled))
 
 
-def schedules(topology: str, tiles: str, one_pass: bool) -> dict[str, int] | str:
-    """Bundles of each kernel's body by the kernel's name; or why the compiler refuses."""
+def schedules(topology: str, tiles: str, form: str) -> dict[str, int] | str:
+    """Bundles of each kernel's text by the kernel's name; or why the compiler refuses."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--child", "--topology", topology, "--tiles", tiles]
         done = subprocess.run(
-            command + ["--one-pass"] * one_pass, capture_output=True, text=True,
-            env=os.environ | {"LIBTPU_INIT_ARGS": _FLAG + folder},
+            [sys.executable, __file__, "--child", "--topology", topology, "--tiles", tiles, "--form", form],
+            capture_output=True, text=True, env=os.environ | {"LIBTPU_INIT_ARGS": _FLAG + folder},
         )  # fmt: skip
         if done.returncode:
             return done.stderr.strip().splitlines()[-1]
         found = {}
-        for path in pathlib.Path(folder).glob("*splash*schedule-analysis_final_bundles.txt"):
-            name = re.search(r"splash_mha_(fwd|dkv|dq)", path.name)
+        for path in pathlib.Path(folder).glob("*schedule-analysis_final_bundles.txt"):
+            name = re.search(r"splash_mha_(fwd|dkv|dq)|flash_(forward|backward)", path.name)
             total = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
             if name and total:
-                found[name[1]] = int(total[1])
+                found[name[1] or name[2]] = int(total[1])
         return found
 
 
-def line(topology: str, tiles: str, one_pass: bool) -> str:
-    queries, _, at_once = map(int, tiles.split("x"))
-    found = schedules(topology, tiles, one_pass)
-    passes = "one" if one_pass else "two"
+def line(topology: str, tiles: str, form: str) -> str:
+    queries, keys, _ = map(int, tiles.split("x"))
+    found = schedules(topology, tiles, form)
+    about = f"| {topology} | {tiles} | {'splash, ' * (form != 'flash')}{form} |"
     if isinstance(found, str):
-        return f"| {topology} | {tiles} | {passes} | refused: {found} | | | |"
-    # A body computes its keys in turns of `at_once`, one after the other in its text.
-    turns = int(tiles.split("x")[1]) // at_once
-    share = (1024 / queries) * (1024 / at_once) / turns
-    cells = [f"{found[name] * share:,.0f}" if name in found else "" for name in ("fwd", "dkv", "dq")]
-    backward = sum(found.get(name, 0) for name in ("dkv", "dq")) * share
-    return f"| {topology} | {tiles} | {passes} | {' | '.join(cells)} | {backward:,.0f} |"
+        return f"{about} refused: {found} | |"
+    share = (1024 / queries) * (1024 / keys)
+    # The text of our forward pass has two tiles: the last one, with its mask, and any other.
+    forward = found["forward"] / 2 if form == "flash" else found["fwd"]
+    backward = sum(found.get(name, 0) for name in ("backward", "dkv", "dq"))
+    return f"{about} {forward * share:,.0f} | {backward * share:,.0f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--tiles", nargs="+", default=TILES, help="QUERIESxKEYSxAT_ONCE")
-    parser.add_argument("--one-pass", action="store_true", help="only one pass backward (default: both forms)")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        compile_kernels(args.topology[0], *map(int, args.tiles[0].split("x")), args.one_pass)
+        compile_kernels(args.topology[0], *map(int, args.tiles[0].split("x")), args.form[0])
         return
-    print("| slice | queries x keys x at once | passes backward | forward | keys, values | queries | backward |")
-    print("|---|---|---|---|---|---|---|")
+    print("| slice | queries x keys x at once | kernels | forward | backward |")
+    print("|---|---|---|---|---|")
     for topology in args.topology:
         for tiles in args.tiles:
-            for one_pass in (True,) if args.one_pass else (False, True):
-                print(line(topology, tiles, one_pass), flush=True)
+            for form in args.form:
+                print(line(topology, tiles, form), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Chip:
       links: to other chips of a slice.
       attention: share of the peak at which attention kernels of heads of 128 run if nothing waits, by the schedules
         that the compiler makes for them (`tests/benchmarks/attention_tiles.py`), forward; 0: not known.
+      vmem_mib: fast memory of a core that a kernel may use, as JAX's table of TPUs has it; 0: not known.
     """
 
     name: str
@@ -34,18 +35,19 @@ class Chip:
     sends: float = 0.0
     links: int = 0
     attention: float = 0.0
+    vmem_mib: int = 0
 
 
 # On v5p and older, a device is a chip; v7x has two devices a chip, which share its links.
 _CHIPS = {
-    "TPU v4": Chip("v4", 275, 31.75, 1228),
-    "TPU v5 lite": Chip("v5e", 197, 15.75, 819, 1.5, 200, 4, 0.8),
-    "TPU v5e": Chip("v5e", 197, 15.75, 819, 1.5, 200, 4, 0.8),
-    "TPU v5": Chip("v5p", 459, 95.74, 2765, 1.75, 600, 6, 0.8),
-    "TPU v5p": Chip("v5p", 459, 95.74, 2765, 1.75, 600, 6, 0.8),
-    "TPU v6 lite": Chip("v6e", 918, 31.25, 1640, 1.75, 400, 4, 0.32),
-    "TPU v6e": Chip("v6e", 918, 31.25, 1640, 1.75, 400, 4, 0.32),
-    "TPU7x": Chip("v7x", 1153, 94.75, 3690, 2.2, 300, 6),
+    "TPU v4": Chip("v4", 275, 31.75, 1228, vmem_mib=16),
+    "TPU v5 lite": Chip("v5e", 197, 15.75, 819, 1.5, 200, 4, 0.95, 128),
+    "TPU v5e": Chip("v5e", 197, 15.75, 819, 1.5, 200, 4, 0.95, 128),
+    "TPU v5": Chip("v5p", 459, 95.74, 2765, 1.75, 600, 6, 0.94, 64),
+    "TPU v5p": Chip("v5p", 459, 95.74, 2765, 1.75, 600, 6, 0.94, 64),
+    "TPU v6 lite": Chip("v6e", 918, 31.25, 1640, 1.75, 400, 4, 0.37, 128),
+    "TPU v6e": Chip("v6e", 918, 31.25, 1640, 1.75, 400, 4, 0.37, 128),
+    "TPU7x": Chip("v7x", 1153, 94.75, 3690, 2.2, 300, 6, vmem_mib=64),
     "NVIDIA A100-SXM4-80GB": Chip("a100", 312, 79.0, 2039),
     "NVIDIA H100 80GB HBM3": Chip("h100", 989, 79.0, 3350),
     "NVIDIA H200": Chip("h200", 989, 139.0, 4800),

@@ -18,11 +18,9 @@ from jaxtyping import Array, Float
 
 from world_distill.devices import chips
 from world_distill.devices.sharding import dividing_spec, platform_of
+from world_distill.models.flash import SAVED, flash_attention, key_tile, tile, vmem
 
-AttentionKind = Literal["blocked", "splash", "xla", "cudnn"] | None
-
-# What its backward pass needs beside the inputs, under the name by which `jax.checkpoint` may keep it.
-SAVED = "attention"
+AttentionKind = Literal["blocked", "flash", "splash", "xla", "cudnn"] | None
 
 
 def attend(
@@ -33,6 +31,7 @@ def attend(
     platform: str | None = None,
     keys: int | None = None,
     one_pass: bool = False,
+    chip: chips.Chip | None = None,
 ) -> Float[Array, "b n h e"]:
     """`softmax(q k^T / sqrt(e)) v` of every head.
 
@@ -40,14 +39,17 @@ def attend(
       q: queries.
       k: keys.
       v: values.
-      kind: "blocked" (`blocked_attention`), "splash" (`splash_attention`; interpreted on a CPU, for tests), "cudnn"
-        (GPU, 16-bit), "xla" (all scores in memory), or None for what suits the platform.
+      kind: "blocked" (`blocked_attention`), "flash" (`flash_attention`) or "splash" (`splash_attention`; both for TPUs,
+        interpreted on a CPU for tests), "cudnn" (GPU, 16-bit), "xla" (all scores in memory), or None for what suits.
       platform: that the program will run on; None: this process's own.
       keys: how many of `k` are keys; what lies behind them only fills up. None: all.
       one_pass: see `splash_attention`.
+      chip: that the program will run on, where it is known.
     """
     platform = platform or jax.default_backend()
-    kind = kind or suited(platform, q)
+    kind = kind or suited(platform, q, chip)
+    if kind == "flash":
+        return flash_attention(q, k, v, keys, interpret=platform == "cpu")
     if kind == "splash":
         return splash_attention(q, k, v, keys, one_pass=one_pass, interpret=platform == "cpu")
     k, v = k[:, :keys], v[:, :keys]
@@ -56,12 +58,17 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, implementation=kind)
 
 
-def suited(platform: str, q: Float[Array, "b n h e"]) -> AttentionKind:
-    """The kind of attention for a platform and queries of this type and head width."""
+def suited(platform: str, q: Float[Array, "b n h e"], chip: chips.Chip | None = None) -> AttentionKind:
+    """The kind of attention for a platform and queries of this number, type and head width.
+
+    A chip whose fast memory does not hold a head's gradient gets JAX's kernel, and so does one that is not known.
+    """
     if platform == "cpu":
         return "blocked"
     if platform == "tpu":
-        return "splash" if q.shape[-1] % 128 == 0 else "xla"
+        if q.shape[-1] % 128:
+            return "xla"
+        return "flash" if chip is not None and vmem(*q.shape[1::2]) < chip.vmem_mib * 2**20 else "splash"
     return "cudnn" if q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 else "xla"
 
 
@@ -98,7 +105,9 @@ def attend_on(
     """
 
     def local(q, k, v):
-        return attend(q, k, v, kind, platform_of(mesh), keys, one_pass=_has_room(mesh, q, k))
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        chip = chips.chip(device.device_kind)
+        return attend(q, k, v, kind, platform_of(mesh), keys, _has_room(chip, q, k), chip)
 
     if mesh is None or mesh.size == 1:
         return local(q, k, v)
@@ -133,13 +142,11 @@ def attend_on(
     return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v)
 
 
-def _has_room(mesh: Mesh | None, q: Float[Array, "b n h e"], k: Float[Array, "b m h e"]) -> bool:
+def _has_room(chip: chips.Chip | None, q: Float[Array, "b n h e"], k: Float[Array, "b m h e"]) -> bool:
     """Whether what `splash_attention` keeps for its `one_pass` is at most a 16th of the memory of a device.
 
     `q` and `k` are one device's.
     """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    chip = chips.chip(device.device_kind)
     parts = -(-k.shape[1] // key_tile(k.shape[1] + -k.shape[1] % tile(k.shape[1])))
     return chip is not None and parts * q.size * q.dtype.itemsize <= chip.hbm_gib * 2**30 / 16
 
@@ -196,23 +203,6 @@ def splash_attention(
     y = jax.vmap(lambda q, k, v: run(q, k, v, segment_ids=segments))(q, filled(k, m_full), filled(v, m_full))
     y = y.transpose(0, 2, 1, 3)  # pyright: ignore[reportAttributeAccessIssue]  # a pair only with residuals
     return y if n_full == n else y[:, :n]
-
-
-def tile(length: int) -> int:
-    """Rows of a tile, 128 to 1024: the most whose whole tiles add less than a 16th to a sequence of this length."""
-    for rows in (1024, 512, 256):
-        if -length % rows <= length // 16:
-            return rows
-    return 128
-
-
-def key_tile(length: int) -> int:
-    """Keys of a tile, for a length of whole tiles: those that cost least of what divides it.
-
-    The more keys, the less often sums are rescaled; more than 2,048 do not fit VMEM. By the schedules of the compiled
-    kernels (`tests/benchmarks/attention_tiles.py`).
-    """
-    return next((keys for keys in (2048, 1536) if length % keys == 0), tile(length))
 
 
 def blocked_attention(

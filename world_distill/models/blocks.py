@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from world_distill.devices.sharding import constrain, pin_order, platform_of
-from world_distill.models.attention import SAVED, tile
+from world_distill.models.flash import SAVED, tile
 from world_distill.models.layers import Linear, Lora
 from world_distill.models.products import joint_product
 from world_distill.structs import PyTree
