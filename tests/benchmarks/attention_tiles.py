@@ -2,7 +2,8 @@
 
 XLA estimates no cycles for a Pallas kernel, but its compiler writes the kernel's schedule: one bundle of instructions a
 cycle, if nothing waits. So the bundles of a kernel's text, over the scores of a tile, compare shapes of tiles and
-kernels: ours (`flash`), and JAX's splash kernels with one or two passes backward. The text begins and ends a row of
+kernels: ours (`flash`), JAX's splash kernels with one or two passes backward, and those of the package `tokamax`, where
+it is installed. The text begins and ends a row of
 tiles, too, so that a tile takes a few percent less. Cycles are of one core, for 1024 x 1024 scores of one head of 128,
 where the last 8 of 32,768 keys only fill up. The products of such a tile alone take 2,048 cycles of a core of v5e and
 v5p, each, at the published peak: two of them forward, five backward in one pass, seven in two. Schedules may say less
@@ -11,6 +12,7 @@ compiling.
 
     python tests/benchmarks/attention_tiles.py
     python tests/benchmarks/attention_tiles.py --topology v6e:2x2 --tiles 1024x2048x512 --form flash
+    python tests/benchmarks/attention_tiles.py --tiles 1024x2048x1024 --form "tokamax, base 2" "tokamax, base e"
 """
 
 import argparse
@@ -29,6 +31,7 @@ TILES = (
     "1024x2048x1024", "1024x1024x1024", "1024x512x512", "512x2048x1024", "2048x1024x1024", "1024x2048x512",
 )  # fmt: skip
 FORMS = ("two passes", "one pass", "flash")
+TOKAMAX = ("tokamax, base 2", "tokamax, base e")
 HEADS, TOKENS, FILLED, WIDTH = 10, 32768, 8, 128
 _FLAG = "--xla_jf_dump_to="
 
@@ -37,21 +40,27 @@ def compile_kernels(topology: str, queries: int, keys: int, at_once: int, form: 
     """Compiles values and gradients of attention in these tiles; a child's work, since the flag is a process's own."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import SingleDeviceSharding
+    from jax.sharding import NamedSharding, PartitionSpec
 
+    from world_distill.devices.sharding import make_mesh
     from world_distill.programs import plan
 
-    place = SingleDeviceSharding(plan.topology(topology)[0])
-    x = jax.ShapeDtypeStruct((HEADS, TOKENS, WIDTH), jnp.bfloat16, sharding=place)
-    run = flash(queries, keys, at_once) if form == "flash" else splash(queries, keys, at_once, form == "one pass")
-    loss = lambda *qkv: run(*qkv).astype(jnp.float32).sum()  # noqa: E731
+    mesh, spec = make_mesh(devices=plan.topology(topology)[:1]), PartitionSpec()
+    x = jax.ShapeDtypeStruct((HEADS, TOKENS, WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    make = {"flash": flash, "tokamax": tokamax}.get(form.split(",")[0], splash)
+    run = make(queries, keys, at_once, form)
+    # Tokamax asks the mesh what chip it compiles for.
+    on_chip = jax.shard_map(
+        lambda *qkv: run(*qkv).astype(jnp.float32), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    loss = lambda *qkv: on_chip(*qkv).sum()  # noqa: E731
     try:
         jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
     except jax.errors.JaxRuntimeError as error:
         sys.exit("VMEM" if "vmem" in str(error).lower() else str(error).splitlines()[0])
 
 
-def flash(queries: int, keys: int, at_once: int):
+def flash(queries: int, keys: int, at_once: int, form: str):
     """Our kernels in these tiles, whatever they would choose."""
     from world_distill.models import flash as ours
 
@@ -59,19 +68,34 @@ def flash(queries: int, keys: int, at_once: int):
     return lambda q, k, v: ours.flash_attention(*(y.swapaxes(0, 1)[None] for y in (q, k, v)), TOKENS - FILLED)
 
 
-def splash(queries: int, keys: int, at_once: int, one_pass: bool):
+def splash(queries: int, keys: int, at_once: int, form: str):
     """JAX's kernels."""
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    backward = {"use_fused_bwd_kernel": True} if one_pass else {"block_q_dq": queries, "block_kv_dq": keys}
+    backward = {"use_fused_bwd_kernel": True} if form == "one pass" else {"block_q_dq": queries, "block_kv_dq": keys}
     sizes = kernel.BlockSizes(
         block_q=queries, block_kv=keys, block_kv_compute=at_once, block_q_dkv=queries, block_kv_dkv=keys,
         block_kv_dkv_compute=at_once, **backward,
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.FullMask((TOKENS, TOKENS))] * HEADS)
     run = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    filled = (jnp.arange(TOKENS) >= TOKENS - FILLED).astype(jnp.int32)
+    return lambda q, k, v: run(q, k, v, segment_ids=kernel.SegmentIds(jnp.zeros_like(filled), filled))
+
+
+def tokamax(queries: int, keys: int, at_once: int, form: str):
+    """Tokamax' splash kernels, with powers of 2 or of e; the queries' gradient is summed in three arrays."""
+    import jax.numpy as jnp
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as kernel
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
+
+    sizes = kernel.SplashConfig(
+        block_q=queries, block_kv=keys, block_kv_compute=at_once, block_q_dkv=queries, block_kv_dkv=keys,
+        block_kv_dkv_compute=at_once, use_base2_exp=not form.endswith("base e"), dq_reduction_steps=3,
+    )  # fmt: skip
+    run = kernel.make_splash_mha(masks.FullMask((TOKENS, TOKENS)), config=sizes, q_seq_shards=1)
     filled = (jnp.arange(TOKENS) >= TOKENS - FILLED).astype(jnp.int32)
     return lambda q, k, v: run(q, k, v, segment_ids=kernel.SegmentIds(jnp.zeros_like(filled), filled))
 
@@ -97,7 +121,7 @@ def schedules(topology: str, tiles: str, form: str) -> dict[str, int] | str:
 def line(topology: str, tiles: str, form: str) -> str:
     queries, keys, _ = map(int, tiles.split("x"))
     found = schedules(topology, tiles, form)
-    about = f"| {topology} | {tiles} | {'splash, ' * (form != 'flash')}{form} |"
+    about = f"| {topology} | {tiles} | {'splash, ' * (form in FORMS[:2])}{form} |"
     if isinstance(found, str):
         return f"{about} refused: {found} | |"
     share = (1024 / queries) * (1024 / keys)
@@ -111,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--tiles", nargs="+", default=TILES, help="QUERIESxKEYSxAT_ONCE")
-    parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--form", nargs="+", choices=(*FORMS, *TOKAMAX), default=FORMS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

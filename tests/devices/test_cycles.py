@@ -124,11 +124,21 @@ def test_chips_wait_for_what_no_other_work_hides(found):
 
 
 @pytest.mark.parametrize(
-    "text, ways", [("{{0,4},{1,5}}", 2), ("[2,8]<=[16]", 8), ("mesh['a'=2,'b'=4,'c'=2] {'a','c'}", 4)]
-)
+    "text, ways",
+    [
+        ("{{0,4},{1,5}}", 2), ("[2,8]<=[16]", 8), ("mesh['a'=2,'b'=4,'c'=2] {'a','c'}", 4),
+        ("mesh['a'=64,'b'=1,'c'=4], device_ids=([4,64]T(1,0)) {'a'}", 64),
+    ],
+)  # fmt: skip
 def test_groups_of_chips_are_read_in_each_form(text, ways):
     program = PROGRAM.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", text)
-    assert cycles.estimate(program).collectives[0].sent == 400 * 4 * 2 * (ways - 1) / ways
+    found = cycles.estimate(program)
+    assert found.collectives[0].sent == 400 * 4 * 2 * (ways - 1) / ways and not found.unread
+
+
+def test_groups_in_another_form_are_counted():
+    found = cycles.estimate(PROGRAM.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", "tiled<9>"))
+    assert found.unread == 1 and found.collectives[0].sent == 0
 
 
 def test_one_that_is_sent_beside_products_counts_once_and_they_hide_it():

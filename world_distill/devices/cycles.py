@@ -81,6 +81,7 @@ class Estimate:
       collectives: as they stand in the program.
       endless: loops of which the number of turns is not known; each counts as one turn.
       unknown: instructions of which the compiler says that it does not know the cycles; they count as none.
+      unread: collectives whose groups of chips could not be read; they count as if they sent nothing.
     """
 
     instructions: list[Instruction] = dataclasses.field(default_factory=list)
@@ -88,6 +89,7 @@ class Estimate:
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     endless: int = 0
     unknown: int = 0
+    unread: int = 0
 
     @property
     def cycles(self) -> dict[str, float]:
@@ -201,12 +203,16 @@ class _Program:
                     found.collectives[index] = dataclasses.replace(one, hidden=spent - since)
                 elif not operation.endswith("-done"):
                     place = len(found.collectives), before
-                    found.collectives.append(Collective(kind, runs, sent, spent - before))
+                    found.unread += sent is None
+                    found.collectives.append(Collective(kind, runs, sent or 0.0, spent - before))
                     begun |= {name: place for name in (result, channel) if name}
         return spent
 
-    def _collective(self, operation: str, shape: str, line: str) -> tuple[str, float, str] | None:
-        """(kind, bytes sent, "channel N" if it may be a part, else ""), if the instruction is one or is made of one."""
+    def _collective(self, operation: str, shape: str, line: str) -> tuple[str, float | None, str] | None:
+        """(kind, bytes sent, "channel N" if it may be a part, else ""), if the instruction is one or is made of one.
+
+        The bytes are None if its groups of chips cannot be read.
+        """
         match = _COLLECTIVE.match(operation)
         if match:
             kind = match[1]
@@ -221,12 +227,16 @@ class _Program:
         if shape.startswith("(") and operation.endswith("-start"):  # (what is given, what comes back, ...)
             shape = max(_parts(shape), key=_size)
         channel = _CHANNEL.search(line)
+        channel = f"channel {channel[1]}" if channel and operation == "fusion" else ""
         ways, size = _ways(line), _size(shape)
+        if kind == "collective-permute":
+            return kind, size, channel
+        if ways is None:
+            return kind, None, channel
         if kind == "all-reduce" and operation == "fusion" and "all-reduce-scatter" in called[1]:
             kind, size = "reduce-scatter", size / ways  # of all sums that are made, each chip keeps its part
         factor = {"all-reduce": 2.0, "reduce-scatter": float(ways)}.get(kind, 1.0)
-        sent = size if kind == "collective-permute" else factor * size * (ways - 1) / ways
-        return kind, sent, f"channel {channel[1]}" if channel and operation == "fusion" else ""
+        return kind, factor * size * (ways - 1) / ways, channel
 
     def _turns(self, condition: str) -> int | None:
         """Of a loop that counts from 0 by 1 to the constant in its condition, as those of `scan` do."""
@@ -285,16 +295,17 @@ def _sources(hlo: str) -> dict[int, str]:
     return found
 
 
-def _ways(line: str) -> int:
-    """How many chips take part in one collective."""
+def _ways(line: str) -> int | None:
+    """How many chips take part in one collective; None if its groups cannot be read."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return max(match[1].count(",") + 1, 1)
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
         return int(match[1])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    # Where they are not in the mesh's own order, the chips stand between the two.
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return max(math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2])), 1)
-    return 1
+    return None
 
 
 def _parts(shape: str) -> Iterator[str]:

@@ -71,6 +71,7 @@ class Phase:
     sent: float = 0.0  # bytes that a chip sends in a call
     endless: int = 0  # loops whose turns are not known; `cycles` and `sent` have one turn of each
     unknown: int = 0  # instructions whose cycles the compiler does not know; `cycles` has none of them
+    unread: int = 0  # collectives whose groups of chips cannot be read; `sent` has none of them
     seconds: tuple[float, float] | None = None  # of one call, at best and at worst
     expensive: list[cycles_lib.Instruction] = dataclasses.field(default_factory=list)
     problem: str = ""
@@ -274,7 +275,7 @@ def _refusal(error: str) -> str:
 def _predict(phase: Phase, estimate: cycles_lib.Estimate, sharding: jax.sharding.Sharding) -> None:
     """Writes into the phase what the compiler estimates, and the seconds that follow for this kind of chip."""
     phase.cycles, phase.kernels, phase.endless = estimate.cycles, estimate.kernels, estimate.endless
-    phase.unknown = estimate.unknown
+    phase.unknown, phase.unread = estimate.unknown, estimate.unread
     phase.collectives = estimate.counts
     phase.sent = sum(collective.sent * collective.runs for collective in estimate.collectives)
     phase.expensive = estimate.largest()

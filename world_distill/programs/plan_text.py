@@ -74,6 +74,8 @@ def _describe_cycles(result: dict[str, Any]) -> list[str]:
             lines.append(f"{'':>15}at least: of {phase['endless']} loops the turns are not known, and one is counted")
         if phase["unknown"]:
             lines.append(f"{'':>15}at least: the compiler does not know the cycles of {phase['unknown']} instructions")
+        if phase["unread"]:
+            lines.append(f"{'':>15}at least: which chips take part cannot be read of {phase['unread']} collectives")
     return lines
 
 

@@ -59,7 +59,7 @@ class WanConfig:
       remat: what the backward pass computes again: "none", all but matrix products and attention ("dots"), all but
         attention ("attention"), or each block ("full"). All but "none" keep the inputs of blocks; "offload" is "full"
         with these in the host's memory until they are needed.
-      attention: what computes attention: blocked, splash, cudnn or xla; None chooses by platform (`attention.attend`).
+      attention: what computes attention: blocked, flash, splash, cudnn or xla; None chooses (`attention.attend`).
       mesh: devices that activations are laid out on; None leaves that to the compiler.
     """
 
