@@ -78,10 +78,6 @@ def flash_attention(
     m = k.shape[1]
     keys = m if keys is None else keys
     n_full, m_full = n + -n % tile(n), m + -m % tile(m)
-    if keys < m:
-        # The backward pass has no mask: of keys that are 0, products with the scores' gradients are 0.
-        real = (jnp.arange(m) < keys)[:, None, None]
-        k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
 
     def by_head(x, length):
         x = x if length == x.shape[1] else jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
@@ -108,7 +104,12 @@ def _gradients(keys, interpret, saved, dy):
     q, k, v, y, lse = saved
     # What the softmax takes off every score's gradient: one number a query.
     mean = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=-1)[:, None]
-    return _backward(keys, interpret, q, k, v, dy, lse, mean)
+    if keys == k.shape[1]:
+        return _backward(keys, interpret, q, k, v, dy, lse, mean)
+    real = (jnp.arange(k.shape[1]) < keys)[:, None]
+    # That kernel has no mask: keys that are 0 add nothing to the gradient of the queries.
+    dq, dk, dv = _backward(keys, interpret, q, jnp.where(real, k, 0), v, dy, lse, mean)
+    return dq, jnp.where(real, dk, 0), jnp.where(real, dv, 0)
 
 
 _attend.defvjp(_attend_and_save, _gradients)
