@@ -3,12 +3,11 @@
 XLA estimates no cycles for a Pallas kernel, but its compiler writes the kernel's schedule: one bundle of instructions a
 cycle, if nothing waits. So the bundles of a kernel's text, over the scores of a tile, compare shapes of tiles and
 kernels: ours (`flash`), JAX's splash kernels with one or two passes backward, and those of the package `tokamax`, where
-it is installed. The text begins and ends a row of
-tiles, too, so that a tile takes a few percent less. Cycles are of one core, for 1024 x 1024 scores of one head of 128,
-where the last 8 of 32,768 keys only fill up. The products of such a tile alone take 2,048 cycles of a core of v5e and
-v5p, each, at the published peak: two of them forward, five backward in one pass, seven in two. Schedules may say less
-than products take. What does not fit a core's VMEM is refused. Needs the extra `tpu` and no TPU. A line is seconds of
-compiling.
+it is installed. The text begins and ends a row of tiles, too, so that a tile takes a few percent less. Cycles are of
+one core, for 1024 x 1024 scores of one head of 128, where the last 8 of 32,768 keys only fill up. The products of such
+a tile alone take 2,048 cycles of a core of v5e and v5p, each, at the published peak: two of them forward, five backward
+in one pass, seven in two. Schedules may say less than products take. What does not fit a core's VMEM is refused. A
+tile's keys have to divide 32,768. Needs the extra `tpu` and no TPU. A line is seconds of compiling.
 
     python tests/benchmarks/attention_tiles.py
     python tests/benchmarks/attention_tiles.py --topology v6e:2x2 --tiles 1024x2048x512 --form flash
